@@ -1,0 +1,1 @@
+"""Hydra configuration: YAML only; ``locallearn.cli`` is its only reader."""

@@ -1,0 +1,90 @@
+"""RAPL: the energy counters of Intel and AMD processors, through Linux powercap files.
+
+Files and units: https://docs.kernel.org/power/powercap/powercap.html
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from locallearn.energy._meter import Counter, CounterMeter, Reading, UnreadableError
+
+_TICK_S = 0.1
+# A domain of 262 kJ wraps after 12 minutes at 350 W; a minute leaves room for any processor.
+_POLL_S = 60.0
+
+
+class RaplMeter(CounterMeter):
+    """Joules of every processor package and, where there is one, of the memory (DRAM) beside it.
+
+    A package includes its cores, so those sub-domains are not reported; DRAM is not part of the package and is a
+    source of its own. The counters are the machine's: every process is in them. They are read once a minute in a
+    daemon thread, so that a long window sees every wrap-around.
+
+    Args:
+        root: the powercap folder.
+    """
+
+    def __init__(self, root: Path = Path("/sys/class/powercap")) -> None:
+        super().__init__("measured", tick_s=_TICK_S, poll_s=_POLL_S)
+        self._root = root
+
+    def _connect(self) -> tuple[list[Counter], list[Reading]]:
+        counters: list[Counter] = []
+        unreadable: list[Reading] = []
+        try:
+            domains = _domains(self._root)
+        except UnreadableError as error:
+            return [], [Reading("rapl", "measured", None, str(error))]
+        for source, folder in domains.items():
+            try:
+                _microjoules(folder / "energy_uj")
+                wraps_at_j = _microjoules(folder / "max_energy_range_uj") / 1e6
+            except UnreadableError as error:
+                unreadable.append(Reading(source, "measured", None, str(error)))
+                continue
+            counters.append(Counter(source, partial(_joules, folder), wraps_at_j, {"domain": folder.name}))
+        return counters, unreadable
+
+    def _disconnect(self) -> None:
+        """Nothing is held."""
+
+
+def _joules(folder: Path) -> float:
+    return _microjoules(folder / "energy_uj") / 1e6
+
+
+def _domains(root: Path) -> dict[str, Path]:
+    """Folders of the package and DRAM domains by source name."""
+    names: dict[Path, str] = {}
+    for folder in sorted(root.glob("intel-rapl:*")):
+        name = _text(folder / "name")
+        if name.startswith("package") or name == "dram":
+            names[folder] = name
+    if not names:
+        raise UnreadableError(f"no RAPL domains under {root} (virtual machines and many containers have none)")
+    several = list(names.values()).count("dram") > 1
+    sources = {}
+    for folder, name in names.items():
+        # Every socket calls its memory "dram": the number of the package before it tells them apart.
+        package = folder.name.split(":")[1]
+        sources[f"rapl:{name}-{package}" if name == "dram" and several else f"rapl:{name}"] = folder
+    return sources
+
+
+def _microjoules(path: Path) -> int:
+    text = _text(path)
+    try:
+        return int(text)
+    except ValueError:
+        raise UnreadableError(f"{path} holds {text!r} instead of microjoules") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except PermissionError:
+        raise UnreadableError(f"{path} is not readable: needs root") from None
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None

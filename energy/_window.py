@@ -1,0 +1,257 @@
+"""Windows: the stretch of time that a set of meters is read over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+
+from locallearn.energy._meter import Meter, Reading
+
+_TICKS = 100
+
+
+class EnergyMonitor:
+    """A set of meters and how to read them together.
+
+    Args:
+        meters: read over every window.
+        synchronise: called before every read of a clock or counter, to wait for a device's queue, e.g.
+            ``torch.cuda.synchronize``.
+        idle_s: before each window, watch the idle machine for this many seconds, so that readings also get a net
+            figure; 0 does without.
+        clock: monotonic seconds; replaced in tests.
+
+    Raises:
+        ValueError: ``idle_s`` is negative or not finite, or one meter is given twice.
+    """
+
+    def __init__(
+        self,
+        meters: Sequence[Meter],
+        synchronise: Callable[[], None] | None = None,
+        idle_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not 0 <= idle_s < float("inf"):
+            raise ValueError(f"idle_s={idle_s} was given; wanted are seconds, 0 or more")
+        if len({id(meter) for meter in meters}) < len(meters):
+            raise ValueError("one meter was given twice: give each meter once")
+        self.meters = tuple(meters)
+        self.synchronise = synchronise
+        self.idle_s = idle_s
+        self.clock = clock
+
+    def now(self) -> float:
+        """Seconds on the clock, after waiting for the device."""
+        if self.synchronise is not None:
+            self.synchronise()
+        return self.clock()
+
+    def window(self, name: str) -> Window:
+        """A window over the meters: use it in a ``with`` statement, or ``open`` and ``close`` it."""
+        return Window(name, self)
+
+
+class Window:
+    """Seconds, joules and CO2 of what happens between ``open`` and ``close``, pauses left out.
+
+    Made by :meth:`EnergyMonitor.window`. The figures may be read at any time after ``open``; after ``close`` they stay.
+
+    Example:
+        >>> from locallearn.energy import EnergyMonitor, ReplayMeter
+        >>> monitor = EnergyMonitor([ReplayMeter([(0, 0), (60, 600)])])
+        >>> with monitor.window("train") as window:
+        ...     pass
+        >>> [reading.source for reading in window.readings]
+        ['replay']
+    """
+
+    def __init__(self, name: str, monitor: EnergyMonitor) -> None:
+        self.name = name
+        self._monitor = monitor
+        # Coarse meters take longest to switch: they stand outside, so that the fine ones and the clock miss it.
+        self._outside_in = sorted(monitor.meters, key=lambda meter: -meter.tick_s)
+        self._idle: list[list[Reading]] = []
+        self._idle_co2_g: float | None = None
+        self._idle_seconds = 0.0
+        self._seconds = 0.0
+        self._resumed_at_s: float | None = None
+        self._opened = False
+        self._final: list[Reading] | None = None
+        self._final_co2_g: float | None = None
+
+    def __enter__(self) -> Window:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Open the meters, watch the idle machine if that is wanted, and start to count.
+
+        Raises:
+            ValueError: the window was opened before, a meter is in another open window, or two meters report the
+                same source.
+        """
+        if self._opened or self._final is not None:
+            raise ValueError(f"window {self.name!r} was opened before: make a new one with monitor.window()")
+        if any(meter.in_use for meter in self._monitor.meters):
+            raise ValueError(f"window {self.name!r} wants meters that another open window holds: close that one first")
+        self._opened = True
+        for meter in self._monitor.meters:
+            meter.in_use = True
+        try:
+            for meter in self._monitor.meters:
+                meter.open()
+            self._refuse_same_sources()
+            self._watch_idle()
+            self.resume()
+        except BaseException:
+            self._release()
+            raise
+
+    def close(self) -> None:
+        """Stop counting, take the final readings and let the meters go. Closing again does nothing."""
+        if not self._opened:
+            return
+        try:
+            self.pause()
+            self._final, self._final_co2_g = self.readings, self.co2_g
+        finally:
+            self._release()
+
+    def resume(self) -> None:
+        """Count again; without effect while counting.
+
+        Raises:
+            ValueError: the window is not open.
+        """
+        self._require_open()
+        if self._resumed_at_s is None:
+            self._switch_on()
+            self._resumed_at_s = self._monitor.clock()
+
+    def pause(self) -> None:
+        """Count no longer; without effect while paused.
+
+        Raises:
+            ValueError: the window is not open.
+        """
+        self._require_open()
+        if self._resumed_at_s is not None:
+            self._seconds += self._monitor.now() - self._resumed_at_s
+            self._resumed_at_s = None
+            self._switch_off()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens in the ``with`` statement."""
+        was_counting = self._resumed_at_s is not None
+        self.pause()
+        try:
+            yield
+        finally:
+            if was_counting:
+                self.resume()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the window holds its meters, counting or paused."""
+        return self._opened
+
+    @property
+    def seconds(self) -> float:
+        """Seconds counted so far, on a monotonic clock."""
+        if self._resumed_at_s is None:
+            return self._seconds
+        return self._seconds + self._monitor.now() - self._resumed_at_s
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Joules counted so far, one entry per source."""
+        if self._final is not None:
+            return self._final
+        seconds = self.seconds
+        return [
+            self._finish(meter, reading, seconds, idle)
+            for meter, idles in zip(self._monitor.meters, self._idle, strict=False)
+            for reading, idle in zip(meter.readings(), idles, strict=True)
+        ]
+
+    @property
+    def co2_g(self) -> float | None:
+        """Grams of CO2-equivalent counted so far; ``None`` where no meter knows."""
+        if not self._opened:
+            return self._final_co2_g
+        known_g = self._known_co2_g()
+        return None if known_g is None else known_g - (self._idle_co2_g or 0.0)
+
+    def _require_open(self) -> None:
+        if not self._opened:
+            raise ValueError(f"window {self.name!r} is not open: use it in a with statement")
+
+    def _release(self) -> None:
+        self._opened = False
+        self._resumed_at_s = None
+        for meter in self._monitor.meters:
+            meter.close()
+            meter.in_use = False
+
+    def _refuse_same_sources(self) -> None:
+        sources = [reading.source for meter in self._monitor.meters for reading in meter.readings()]
+        for source in sources:
+            if sources.count(source) > 1:
+                raise ValueError(f"two meters both report {source!r}: keep one, or give each a source of its own")
+
+    def _watch_idle(self) -> None:
+        if self._monitor.idle_s > 0:
+            self._switch_on()
+            began_s = self._monitor.clock()
+            time.sleep(self._monitor.idle_s)
+            self._idle_seconds = self._monitor.now() - began_s
+            self._switch_off()
+        self._idle = [meter.readings() for meter in self._monitor.meters]
+        self._idle_co2_g = self._known_co2_g()
+
+    def _switch_on(self) -> None:
+        if self._monitor.synchronise is not None:
+            self._monitor.synchronise()
+        for meter in self._outside_in:
+            meter.resume()
+
+    def _switch_off(self) -> None:
+        for meter in reversed(self._outside_in):
+            meter.pause()
+
+    def _known_co2_g(self) -> float | None:
+        known_g = [meter.co2_g for meter in self._monitor.meters if meter.co2_g is not None]
+        return sum(known_g) if known_g else None
+
+    def _finish(self, meter: Meter, reading: Reading, seconds: float, idle: Reading) -> Reading:
+        """The reading less what was counted before the window, with its net figure and its flags."""
+        if reading.joules is None or idle.joules is None:
+            return reading
+        joules = reading.joules - idle.joules
+        flags = list(reading.flags)
+        if seconds < _TICKS * meter.tick_s:
+            flags.append(f"the window of {seconds:.1f} s is shorter than {_TICKS} ticks of {meter.tick_s:g} s: rough")
+        if joules == 0 and seconds > 0:
+            flags.append("the counter did not move during the window")
+        if not self._idle_seconds:
+            return replace(reading, joules=joules, flags=tuple(flags))
+        idle_w = idle.joules / self._idle_seconds
+        if self._idle_seconds < _TICKS * meter.tick_s:
+            flags.append(f"idle power was watched for {self._idle_seconds:.1f} s only: the net figure is rough")
+        return replace(
+            reading,
+            joules=joules,
+            net_joules=joules - idle_w * seconds,
+            detail={**reading.detail, "idle_w": idle_w},
+            flags=tuple(flags),
+        )

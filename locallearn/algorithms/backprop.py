@@ -1,0 +1,80 @@
+"""The controls: backpropagation, and backpropagation with deep supervision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
+from locallearn.algorithms.heads import BlockHeads
+from locallearn.batch import Batch
+
+
+class Backprop(Algorithm):
+    """Plain backpropagation of the task's loss through the whole network: the baseline of every comparison.
+
+    Its weights are bit-equal to those of the same LightningModule under ``Trainer(strategy="auto")``; running it as an
+    algorithm gives it the same instruments as the others.
+    """
+
+    @property
+    def locality(self) -> Locality:
+        """Global."""
+        return Locality.GLOBAL
+
+    @property
+    def broadcast(self) -> str:
+        """The error goes backward through every layer."""
+        return "the error, through every transposed weight"
+
+    def build(self, task: TaskInfo) -> None:
+        """Add nothing."""
+        if self.blocks.readout is None:
+            raise ValueError(
+                "backpropagation needs a network that ends in an output layer, and this one has no readout: name one "
+                "in Blocks.cut(..., readout=...)"
+            )
+        self._loss = task.loss
+
+    def units(self) -> dict[str, list[ParamGroup]]:
+        """One unit: the network."""
+        return {"network": [{"params": list(self.blocks.parameters())}]}
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """The task's loss on the network's output."""
+        yield Update("network", self._loss(*selected(batch, self.blocks(batch.inputs, *batch.context))))
+
+
+class DeepSupervision(Algorithm):
+    """Backpropagation of the sum of all local losses: Mono-Forward's heads, with nothing detached.
+
+    The control that tells what the heads do from what locality does (Lee et al., Deeply-Supervised Nets, 2015).
+
+    Args:
+        seed: of the heads; under the same seed they are the very tensors that Mono-Forward starts from.
+    """
+
+    @property
+    def locality(self) -> Locality:
+        """Global."""
+        return Locality.GLOBAL
+
+    @property
+    def broadcast(self) -> str:
+        """Labels, and the error through every layer."""
+        return "labels, and the error through every transposed weight"
+
+    def build(self, task: TaskInfo) -> None:
+        """Give every block its head."""
+        self.heads = BlockHeads(self.blocks, task, "deep supervision")
+
+    def units(self) -> dict[str, list[ParamGroup]]:
+        """One unit: the network with its heads."""
+        return {"network": [{"params": [p for i in range(len(self.blocks)) for p in self.heads.groups(self.blocks, i)[0]["params"]]}]}
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """The sum of the blocks' losses."""
+        total = None
+        for i, output in enumerate(self.blocks.features(batch.inputs, *batch.context)):
+            loss = self.heads.loss(self.blocks, i, output, batch)
+            total = loss if total is None else total + loss
+        yield Update("network", total)

@@ -1,0 +1,234 @@
+"""The seam between a learning rule and the rest: ``Algorithm``, ``Update`` and what a task tells an algorithm."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locallearn.batch import Batch
+from locallearn.nets.blocks import Blocks
+
+ParamGroup = dict[str, Any]
+"""What a torch optimizer takes: ``{"params": [...]}`` and, where a unit wants its own, options such as ``lr``."""
+
+
+class Locality(StrEnum):
+    """What an algorithm claims about who sees what. ``locallearn audit`` proves or refutes it."""
+
+    LAYER_LOCAL = "layer-local"
+    """No autograd edge between blocks; a unit's gradient is bit-equal whatever later blocks hold."""
+    COUPLED = "gradient-isolated, parameter-coupled"
+    """No autograd edge between blocks, but a unit's gradient depends on what later blocks hold."""
+    FORWARD_ONLY = "forward-only"
+    """No backward pass at all: autograd never runs."""
+    FEEDBACK = "feedback"
+    """An error travels backward, but not through the transposes of the forward weights."""
+    GLOBAL = "global"
+    """Everything may see everything."""
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What an algorithm may know of the task it is attached to.
+
+    Attributes:
+        example: a batch of two samples with the shapes and dtypes of the real ones, on the CPU.
+        outputs: number of classes, or width of the network's output.
+        loss: the task's loss as a mean over samples, ``loss(outputs, targets) -> scalar``.
+        classes: whether targets are class ids ``0 .. outputs-1`` (rules that need labels refuse anything else).
+    """
+
+    example: Batch
+    outputs: int
+    loss: Callable[[Tensor, Tensor], Tensor]
+    classes: bool = True
+
+
+class Update:
+    """What an algorithm hands over for one unit: a local loss, or gradients that it worked out itself.
+
+    Args:
+        unit: name of the unit to step, a key of ``Algorithm.units()``.
+        loss: scalar to differentiate inside the unit.
+        gradients: gradients by parameter, shaped like it; the loss, if given too, is then only reported.
+        loss_is_report: set by the constructor; ``True`` where ``gradients`` are given.
+    """
+
+    __slots__ = ("gradients", "loss", "unit")
+
+    def __init__(
+        self, unit: str, loss: Tensor | None = None, gradients: Mapping[nn.Parameter, Tensor] | None = None
+    ) -> None:
+        if loss is None and gradients is None:
+            raise ValueError(f"the update of unit {unit!r} has neither a loss nor gradients")
+        self.unit = unit
+        self.loss = loss
+        self.gradients = gradients
+
+    def backward(self, differentiate: Callable[[Tensor], None] = torch.Tensor.backward) -> None:
+        """Put the gradients into ``parameter.grad`` and let go of the graph.
+
+        Args:
+            differentiate: what differentiates the loss; a strategy passes its precision's own.
+        """
+        if self.gradients is not None:
+            for parameter, gradient in self.gradients.items():
+                parameter.grad = gradient.to(parameter.dtype) if parameter.grad is None else parameter.grad + gradient
+            self.gradients = {}
+        elif self.loss is not None:
+            differentiate(self.loss)
+        if self.loss is not None:
+            self.loss = self.loss.detach()
+
+
+class Algorithm(nn.Module, ABC):
+    """A learning rule: how the blocks of one network learn.
+
+    Everything the rule adds to the network (projections, heads, feedback weights) is a submodule, so device, dtype and
+    checkpoints follow. In plain PyTorch a rule is driven by four lines::
+
+        optimizers = {name: torch.optim.Adam(groups) for name, groups in algorithm.units().items()}
+        for update in algorithm.updates(batch):
+            update.backward()
+            optimizers[update.unit].step()
+            optimizers[update.unit].zero_grad()
+
+    Args:
+        seed: of the rule's own randomness: what it adds to the network, and the draws of :meth:`rng`. It never touches
+            PyTorch's global generator, so data order and network weights are the same under every rule.
+    """
+
+    blocks: Blocks
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+        self._generators: dict[str, torch.Generator] = {}
+        self._active: frozenset[str] | None = None
+
+    @property
+    @abstractmethod
+    def locality(self) -> Locality:
+        """The claim that ``locallearn audit`` checks."""
+
+    @property
+    def broadcast(self) -> str:
+        """What is sent to all blocks in every update."""
+        return "labels"
+
+    def attach(self, blocks: Blocks, task: TaskInfo) -> None:
+        """Build what the rule adds to each block. Called once, before devices, dtypes and checkpoints are dealt with.
+
+        Raises:
+            ValueError: the rule cannot train this network or this task; the sentence names the block.
+        """
+        if hasattr(self, "blocks"):
+            raise ValueError(f"{type(self).__name__} is attached to a network already: make a new one for another")
+        self.blocks = blocks
+        self.outputs = task.outputs
+        modes = [(module, module.training) for module in blocks.modules()]
+        blocks.eval()  # the dry runs of build() must not move normalisation statistics
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                self.build(task)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    @abstractmethod
+    def build(self, task: TaskInfo) -> None:
+        """Add submodules for ``self.blocks``; draw their weights from PyTorch's generator, which is seeded here."""
+
+    @abstractmethod
+    def units(self) -> dict[str, list[ParamGroup]]:
+        """Parameter groups of every unit, one optimizer each, in the order of learning."""
+
+    @abstractmethod
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """Yield one update at a time, in the order of learning.
+
+        Whoever drives the generator differentiates and steps the unit before asking for the next update, so that the
+        graph of one block is freed before the next block runs.
+        """
+
+    def predict(self, inputs: Tensor, *context: Any) -> Tensor:
+        """Outputs by the rule's own inference, e.g. class scores ``(N, C)``. Default: the network's forward pass."""
+        output: Tensor = self.blocks(inputs, *context)
+        return output
+
+    def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
+        """Output of every block at inference, in order; what probes read."""
+        return self.blocks.features(inputs, *context)
+
+    # -- schedules ---------------------------------------------------------------------------------------------------
+    @property
+    def stages(self) -> list[list[str]]:
+        """Units that a sequential schedule trains together, stage after stage.
+
+        Raises:
+            ValueError: the rule cannot be trained one unit after another.
+        """
+        raise ValueError(
+            f"{type(self).__name__} trains all of its units with every batch and has no sequential schedule: "
+            "use schedule=joint"
+        )
+
+    @property
+    def active(self) -> frozenset[str] | None:
+        """Units that train now; ``None`` means all of them."""
+        return self._active
+
+    def train_only(self, units: frozenset[str] | None) -> None:
+        """Train these units only and freeze the others; ``None`` trains all."""
+        self._active = units
+
+    def trains(self, unit: str) -> bool:
+        """Whether this unit is trained now."""
+        return self._active is None or unit in self._active
+
+    # -- randomness --------------------------------------------------------------------------------------------------
+    def rng(self, device: torch.device | str) -> torch.Generator:
+        """The rule's own generator on ``device``, seeded from ``seed`` and kept in the checkpoint."""
+        key = str(torch.device(device))
+        if key not in self._generators:
+            self._generators[key] = torch.Generator(device=key).manual_seed(self.seed)
+        return self._generators[key]
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """State of the generators, by device, for the checkpoint."""
+        return {device: generator.get_state() for device, generator in self._generators.items()}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Restore the generators whose device exists here."""
+        self._generators = {}
+        for device, value in state.items():
+            if torch.device(device).type == "cpu" or torch.cuda.is_available():
+                self.rng(device).set_state(value.cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A torch.Generator can be neither copied nor pickled; its state can.
+        return {**self.__dict__, "_generators": self.get_extra_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.set_extra_state(state["_generators"])
+
+    @property
+    def added_parameters(self) -> int:
+        """Number of weights that the rule trains or keeps beside the network's own."""
+        own = {id(p) for p in self.blocks.parameters()}
+        return sum(p.numel() for p in self.parameters() if id(p) not in own)
+
+
+def selected(batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``outputs`` that carry targets, with their targets."""
+    if batch.rows is None:
+        return outputs, batch.targets
+    return outputs[batch.rows], batch.targets[batch.rows]

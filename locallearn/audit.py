@@ -1,0 +1,243 @@
+"""Locality is proved, not claimed: who can reach whom, found out by looking instead of trusting."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from locallearn.algorithms.base import Algorithm, Locality
+from locallearn.batch import Batch
+
+
+@dataclass(frozen=True)
+class UnitAudit:
+    """What was seen of one unit.
+
+    Attributes:
+        unit: its name.
+        reaches: other units whose parameters the graph of this unit's loss reaches.
+        depends_on_later: units that come later in the forward pass and change this unit's gradient when perturbed.
+        backward_calls: how often the autograd engine ran for this unit in one batch.
+        parameters: number of weights that the unit steps.
+    """
+
+    unit: str
+    reaches: tuple[str, ...]
+    depends_on_later: tuple[str, ...]
+    backward_calls: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Result of :func:`audit`.
+
+    Attributes:
+        algorithm: name of its class.
+        claim: what the algorithm says.
+        verdict: the strictest claim that what was seen allows.
+        confirmed: whether the claim holds.
+        reason: one sentence why, or why not.
+        broadcast: what the algorithm says it sends to all blocks.
+        units: what was seen of every unit.
+    """
+
+    algorithm: str
+    claim: Locality
+    verdict: Locality
+    confirmed: bool
+    reason: str
+    broadcast: str
+    units: tuple[UnitAudit, ...]
+
+
+_Gradients = dict[str, dict[str, Tensor]]
+
+
+def audit(algorithm: Algorithm, batch: Batch, batches: int = 2) -> Audit:
+    """Check an algorithm's claim of locality on its network.
+
+    Three things are looked at, on copies, so that the algorithm is left as it was: the autograd graph of every unit's
+    loss is walked to the parameters it reaches; calls of the autograd engine are counted; and everything that belongs
+    to one unit is perturbed, after which the gradients of units before it must be bit-equal.
+
+    Args:
+        algorithm: attached to a network.
+        batch: one training batch on the algorithm's device.
+        batches: how many batches the perturbed copies see; two, so that a rule that carries later weights over in a
+            moving average is caught.
+
+    Returns:
+        The verdict with what was seen of every unit.
+
+    Limits: a feedback path is told from backpropagation by the claim only where a unit's loss reaches other blocks
+    through a graph; a rule that claims ``feedback`` is checked for not being layer-local, not for how its error travels.
+    """
+    seen, reaches, calls = _observe(algorithm, batch, batches)
+    names = list(algorithm.units())
+    depends: dict[str, list[str]] = {name: [] for name in names}
+    for later_index, later in enumerate(names):
+        if later_index == 0:
+            continue
+        changed, _, _ = _observe(algorithm, batch, batches, perturbed=later)
+        for name in names[:later_index]:
+            if not _same(seen[name], changed[name]):
+                depends[name].append(later)
+    units = tuple(
+        UnitAudit(
+            name,
+            tuple(other for other in names if other in reaches[name]),
+            tuple(depends[name]),
+            calls[name],
+            sum(p.numel() for group in algorithm.units()[name] for p in group["params"]),
+        )
+        for name in names
+    )
+    verdict, reason = _judge(algorithm, units)
+    confirmed, against = _holds(algorithm.locality, verdict)
+    return Audit(
+        type(algorithm).__name__,
+        algorithm.locality,
+        verdict,
+        confirmed,
+        reason if confirmed else f"{against}: {reason}",
+        algorithm.broadcast,
+        units,
+    )
+
+
+@torch.random.fork_rng()
+def _observe(
+    algorithm: Algorithm, batch: Batch, batches: int, perturbed: str | None = None
+) -> tuple[_Gradients, dict[str, set[str]], dict[str, int]]:
+    """Gradients of every unit by batch and parameter, units that its graph reaches, engine calls; on a copy."""
+    torch.manual_seed(0)  # dropout inside a block draws from the global generator, and must draw the same each time
+    twin = copy.deepcopy(algorithm)
+    for unit in twin.units():
+        _perturb(twin, unit, 0.01)  # weights that start at zero would hide what depends on them
+    if perturbed is not None:
+        _perturb(twin, perturbed, 0.1)
+    owner = {id(p): unit for unit, groups in twin.units().items() for group in groups for p in group["params"]}
+    names = {id(p): name for name, p in twin.named_parameters()}
+    gradients: _Gradients = {unit: {} for unit in twin.units()}
+    reaches: dict[str, set[str]] = {unit: set() for unit in twin.units()}
+    calls: dict[str, int] = dict.fromkeys(twin.units(), 0)
+    twin.train()
+    for number in range(batches):
+        updates = twin.updates(batch)
+        while True:
+            twin.zero_grad(set_to_none=True)
+            with _engine_calls() as engine:
+                update = next(updates, None)
+                if update is None:
+                    break
+                if update.loss is not None and update.gradients is None:
+                    reaches[update.unit] |= {owner.get(i, "?") for i in _reached(update.loss)} - {update.unit}
+                given = update.gradients
+                update.backward()
+            if number == 0:
+                calls[update.unit] += engine["calls"]
+            own = twin.parameters() if given is None else given.keys()
+            for parameter in own:
+                if parameter.grad is not None:
+                    gradients[update.unit][f"{number}/{names[id(parameter)]}"] = parameter.grad.detach().clone()
+    return gradients, reaches, calls
+
+
+def _reached(loss: Tensor) -> Iterator[int]:
+    """Ids of the leaf tensors that the graph of ``loss`` leads to."""
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield id(leaf)
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+@contextmanager
+def _engine_calls() -> Iterator[dict[str, int]]:
+    """Count how often Python hands a graph to the autograd engine."""
+    count = {"calls": 0}
+    run = torch.autograd.graph._engine_run_backward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        count["calls"] += 1
+        return run(*args, **kwargs)
+
+    with (
+        mock.patch.object(torch.autograd, "_engine_run_backward", counted),
+        mock.patch.object(torch.autograd.graph, "_engine_run_backward", counted),
+    ):
+        yield count
+
+
+def _perturb(twin: Algorithm, unit: str, size: float) -> None:
+    """Change every parameter of the unit, and every weight and buffer of the block that bears its name."""
+    tensors: list[Tensor] = [p for group in twin.units()[unit] for p in group["params"]]
+    if unit in twin.blocks.names:
+        block: nn.Module = twin.blocks[twin.blocks.names.index(unit)]
+        tensors += [*block.parameters(), *block.buffers()]
+    if unit == twin.blocks.names[-1] and twin.blocks.readout is not None:
+        tensors += [*twin.blocks.readout.parameters(), *twin.blocks.readout.buffers()]
+    generator = torch.Generator().manual_seed(1)
+    for tensor in {id(t): t for t in tensors}.values():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+            with torch.no_grad():
+                tensor.add_(noise, alpha=size)
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _judge(algorithm: Algorithm, units: tuple[UnitAudit, ...]) -> tuple[Locality, str]:
+    calls = sum(unit.backward_calls for unit in units)
+    if calls == 0:
+        return Locality.FORWARD_ONLY, "autograd never ran"
+    crossing = [unit for unit in units if unit.reaches]
+    spanning = [unit.unit for unit in units if unit.unit not in {*algorithm.blocks.names} and len(units) == 1]
+    if spanning and len(algorithm.blocks) > 1:
+        return Locality.GLOBAL, f"unit {spanning[0]!r} is the whole network, differentiated as one"
+    if crossing:
+        unit = crossing[0]
+        return Locality.GLOBAL, f"the gradient of {unit.unit!r} reaches {', '.join(unit.reaches)}"
+    coupled = [unit for unit in units if unit.depends_on_later]
+    if coupled:
+        unit = coupled[0]
+        return (
+            Locality.COUPLED,
+            f"no gradient crosses a border, but that of {unit.unit!r} changes with {', '.join(unit.depends_on_later)}",
+        )
+    return Locality.LAYER_LOCAL, "no gradient crosses a border, and none changes with what later units hold"
+
+
+# How strict a claim is; a verdict confirms every claim that is not stricter than itself.
+_STRICTNESS = {
+    Locality.GLOBAL: 0,
+    Locality.FEEDBACK: 0,
+    Locality.COUPLED: 1,
+    Locality.LAYER_LOCAL: 2,
+}
+
+
+def _holds(claim: Locality, verdict: Locality) -> tuple[bool, str]:
+    if claim is Locality.GLOBAL or claim is verdict:
+        return True, ""
+    if claim is Locality.FORWARD_ONLY or verdict is Locality.FORWARD_ONLY:
+        # Never running autograd says nothing about who sees what, and the other way round.
+        return claim is Locality.FEEDBACK, f"claims {claim}, but is {verdict}"
+    return _STRICTNESS[claim] <= _STRICTNESS[verdict], f"claims {claim}, but is {verdict}"
+
+

@@ -1,0 +1,28 @@
+"""What a task hands to an algorithm for one step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One step's worth of data, free of any assumption about images.
+
+    Attributes:
+        inputs: what the first block reads, shape ``(N, ...)``.
+        targets: what the loss compares with, e.g. class ids ``(N,)`` of dtype int64.
+        context: further positional arguments that every block receives after its input, e.g. the edge index of a
+            graph. Empty for plain networks.
+        rows: which rows of an output carry targets, as an index or mask of length N; ``None`` means all of them.
+            A graph passes its training nodes here; ``targets`` then still has one entry per row of ``inputs``.
+        index: position of every sample in the training set, shape ``(N,)``, int64; ``None`` where samples have no
+            stable position. A cache of frozen activations is looked up by it.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    context: tuple[Any, ...] = ()
+    rows: Tensor | None = None
+    index: Tensor | None = None

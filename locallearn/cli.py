@@ -1,0 +1,579 @@
+"""The command line: composes the configuration, makes typed objects of it, and hands them to the library."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+_HELP = """\
+locallearn: train networks without backpropagation through the whole network, and measure what that costs.
+
+  locallearn compare                 train several algorithms on the same data, print a table, write a report
+  locallearn train                   train one algorithm once and leave a record
+  locallearn report                  one HTML page from any records
+  locallearn audit                   prove or refute what an algorithm claims about locality
+  locallearn bench                   alternated speed and memory measurements
+  locallearn data                    which data sets are here, and where files are looked for
+
+Settings are GROUP=NAME or KEY=VALUE (Hydra); every command but report takes the same ones:
+  algorithm= dataset= net= optimizer= schedule= trainer= meter= logger= task= experiment=
+  seed=0 data_dir=DIR runs_dir=runs trainer.max_epochs=60 trainer.accelerator=cpu optimizer.lr=1e-3
+  compare.algorithms=[backprop,mono_forward] compare.seeds=[0,1,2] resume=FOLDER (train)
+
+Examples:
+  locallearn compare dataset=mnist compare.seeds=[0,1,2,3,4]
+  locallearn train algorithm=forward_forward net.hidden=[500,500] seed=1
+  locallearn train -m algorithm=backprop,mono_forward optimizer.lr=1e-3,3e-4
+
+Options: --cfg prints the composed settings; -m sweeps (train); --debug shows tracebacks; --version
+Completion: eval "$(locallearn -sc install=bash)"   names of a group: locallearn train algorithm=?
+"""
+
+_GROUPS = (
+    "algorithm",
+    "dataset",
+    "net",
+    "task",
+    "optimizer",
+    "schedule",
+    "trainer",
+    "meter",
+    "logger",
+    "experiment",
+)
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be done; the message is one sentence."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 when all went well; 1 when a run failed or an audit refuted a claim; 2 for a user's mistake; 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ("-sc", "--shell-completion", "-sc=install=bash"):
+        return _completion(words)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        code, sentence = _explain(error)
+        print(f"locallearn: {sentence}", file=sys.stderr)
+        folder = getattr(error, "run_folder", None)
+        if folder is not None:
+            print(folder)
+        return code
+
+
+def _dispatch(words: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "compare": _compare,
+        "report": _report,
+        "audit": _audit,
+        "bench": _bench,
+        "data": _data,
+    }
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0
+    if words[0] == "--version":
+        from locallearn import __version__
+
+        print(__version__)
+        return 0
+    name, *rest = words
+    if name not in commands:
+        raise UsageError(f"there is no command {name!r}; the commands are {', '.join(commands)}")
+    if "-h" in rest or "--help" in rest:
+        print(_HELP, end="")
+        return 0
+    if "--cfg" in rest:
+        from omegaconf import OmegaConf
+
+        cfg, _ = _compose([word for word in rest if word != "--cfg"])
+        print(OmegaConf.to_yaml(cfg), end="")
+        return 0
+    return commands[name](rest)
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def _compose(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
+    """The composed configuration, and the name chosen in every group."""
+    from hydra import compose, initialize_config_module
+    from omegaconf import open_dict
+
+    for word in overrides:
+        if word.startswith("-"):
+            raise UsageError(f"there is no option {word}; see locallearn --help")
+        if "=" not in word and not word.startswith("~"):
+            raise UsageError(f"{word!r} is not a setting: write KEY=VALUE, see locallearn --help")
+        group, _, value = word.partition("=")
+        if value == "?" and group in _GROUPS:
+            raise UsageError(f"{group} is one of {', '.join(_options(group))}")
+    with initialize_config_module("locallearn.conf", version_base="1.3"):
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+    choices = {group: str(name) for group, name in cfg.hydra.runtime.choices.items() if group in _GROUPS}
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
+
+
+def _options(group: str) -> list[str]:
+    from importlib.resources import files
+
+    folder = files("locallearn.conf").joinpath(group)
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _keys(cfg: Any, prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key in cfg:
+        found.append(f"{prefix}{key}")
+        value = cfg._get_node(key)
+        if hasattr(value, "keys") and not value._is_none():
+            found += _keys(value, f"{prefix}{key}.")
+    return found
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and one sentence for whatever went wrong."""
+    from hydra.errors import HydraException, InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from locallearn.strategies.local import Diverged
+    from locallearn.study.train import Interrupted
+
+    text = str(error).strip()
+    if isinstance(error, Interrupted):
+        folder = getattr(error, "run_folder", "FOLDER")
+        return 130, f"interrupted; go on with: locallearn train resume={folder}"
+    if isinstance(error, Diverged):
+        return 1, text
+    if isinstance(error, InstantiationException):
+        return 2, _instantiation(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return 2, _configuration(text)
+    if isinstance(error, UsageError | ValueError | FileNotFoundError | FileExistsError | NotADirectoryError):
+        return 2, text
+    if isinstance(error, PermissionError):
+        return 2, f"{error.filename} cannot be written to: choose another runs_dir or data_dir"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return 1, f"{type(error).__name__}: {text or 'no message'} ({Path(where.filename).name}:{where.lineno}; --debug shows all)"
+
+
+def _instantiation(error: Exception) -> str:
+    cause = error.__cause__
+    key = re.search(r"full_key: (\S+)", str(error))
+    at = f"{key.group(1)}: " if key else ""
+    if isinstance(cause, ModuleNotFoundError) or "No module named" in str(error):
+        missing = re.search(r"No module named '([^']+)'", f"{cause} {error}")
+        name = missing.group(1) if missing else "a package"
+        return f"{at}{name} is not installed; loggers are extras: pip install 'locallearn[tensorboard,wandb,mlflow]'"
+    if isinstance(cause, TypeError):
+        unknown = re.search(r"unexpected keyword argument '([^']+)'", str(cause))
+        if unknown:
+            return f"{at}there is no setting {unknown.group(1)!r} here"
+    return f"{at}{str(cause or error).splitlines()[0]}"
+
+
+def _configuration(text: str) -> str:
+    """Hydra's own message as one sentence that lists the right names."""
+    missing = re.search(r"Could not find '([^/']+)/([^']*)'", text)
+    if missing and missing.group(1) in _GROUPS:
+        group, name = missing.groups()
+        return f"there is no {group} {name!r}; {group} is one of {', '.join(_options(group))}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        key = unknown.group(1)
+        keys = _keys(_compose([])[0])
+        near = get_close_matches(key, keys, n=3)
+        if near:
+            return f"there is no setting {key!r}; did you mean {', '.join(near)}?"
+        siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
+        return f"there is no setting {key!r}; there are {', '.join(siblings or [k for k in keys if '.' not in k])}"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+# -- from configuration to objects -------------------------------------------------------------------------------------
+
+
+def _plan(cfg: Any, choices: dict[str, str], command: str) -> Any:
+    """Typed objects for one run."""
+    import torch
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from locallearn.study.train import Plan
+
+    data = instantiate(cfg.dataset)
+    trainer = OmegaConf.to_container(cfg.trainer, resolve=True)
+    assert isinstance(trainer, dict)
+    max_epochs, probe_samples, checkpoint_s = (trainer.pop(k) for k in ("max_epochs", "probe_samples", "checkpoint_s"))
+    _check_numbers(cfg, max_epochs, probe_samples, checkpoint_s)
+    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UsageError(f"trainer.accelerator={trainer['accelerator']}, but PyTorch sees no CUDA device here: use cpu or auto")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    return Plan(
+        names={group: choices[group] for group in ("algorithm", "dataset", "net", "task")},
+        seed=cfg.seed,
+        data=data,
+        make_net=partial(instantiate, cfg.net, input_shape=data.shape, outputs=data.classes),
+        make_task=lambda net: instantiate(cfg.task, net=net, example=data.example(), classes=data.classes),
+        algorithm=instantiate(cfg.algorithm),
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.scheduler),
+        schedule=instantiate(cfg.schedule),
+        meters=list(instantiate(cfg.meter.sources).values()),
+        idle_s=cfg.meter.idle_s,
+        runs_dir=Path(cfg.runs_dir),
+        max_epochs=max_epochs,
+        trainer={str(k): v for k, v in trainer.items()},
+        logger=instantiate(cfg.logger) if cfg.logger else None,
+        config={str(k): v for k, v in config.items()},
+        command=command,
+        mode=cfg.compare.mode,
+        target_accuracy=cfg.compare.target_accuracy if cfg.compare.mode == "target" else None,
+        probe_samples=probe_samples,
+        checkpoint_s=checkpoint_s,
+        resume=None if cfg.resume is None else Path(cfg.resume),
+    )
+
+
+def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: Any) -> None:
+    if not isinstance(max_epochs, int) or max_epochs < 1:
+        raise UsageError(f"trainer.max_epochs is {max_epochs}, expected a whole number of at least 1")
+    if not isinstance(probe_samples, int) or probe_samples < 0:
+        raise UsageError(f"trainer.probe_samples is {probe_samples}, expected a whole number, 0 for no probes")
+    if not isinstance(checkpoint_s, int | float) or checkpoint_s <= 0:
+        raise UsageError(f"trainer.checkpoint_s is {checkpoint_s}, expected seconds above 0")
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**31:
+        raise UsageError(f"seed is {cfg.seed}, expected a whole number from 0 to 2147483647")
+    mode, target = cfg.compare.mode, cfg.compare.target_accuracy
+    if mode not in ("own", "matched", "target"):
+        raise UsageError(f"compare.mode is {mode!r}, expected own, matched or target")
+    if mode == "target" and not (isinstance(target, float | int) and 0 < target <= 1):
+        raise UsageError(f"compare.mode=target needs compare.target_accuracy between 0 and 1, it is {target}")
+
+
+def _command(name: str, words: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(["locallearn", name, *words])
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def _train(words: list[str]) -> int:
+    if "-m" in words or "--multirun" in words:
+        return _sweep([word for word in words if word not in ("-m", "--multirun")])
+    cfg, choices = _resumed(words) or _compose(words)
+    return _train_once(cfg, choices, words)
+
+
+def _resumed(words: list[str]) -> tuple[Any, dict[str, str]] | None:
+    """Configuration of the run to go on with: its own, so that nothing has to be said twice."""
+    from omegaconf import OmegaConf
+
+    from locallearn.records import load_record, recover
+
+    named = [word.partition("=")[2] for word in words if word.startswith("resume=")]
+    if not named or named[-1] in ("", "null"):
+        return None
+    folder = Path(named[-1])
+    recover(folder.parent)
+    record = load_record(folder)
+    if record.status not in ("interrupted", "failed"):
+        raise UsageError(f"{folder} is {record.status}: only an interrupted or failed run can be resumed")
+    cfg = OmegaConf.create(dict(record.data["config"]))
+    allowed = ("resume=", "runs_dir=", "data_dir=", "trainer.max_epochs=", "trainer.accelerator=", "trainer.checkpoint_s=")
+    for word in words:
+        if not word.startswith(allowed):
+            raise UsageError(
+                f"{word!r} cannot be changed on resume: the run goes on with its own settings; only "
+                f"{', '.join(a.rstrip('=') for a in allowed)} can be given"
+            )
+        OmegaConf.update(cfg, word.partition("=")[0], _value(word))
+    return cfg, {group: str(record.data.get(group)) for group in _GROUPS}
+
+
+def _value(word: str) -> Any:
+    from omegaconf import OmegaConf
+
+    value = word.partition("=")[2]
+    parsed: Any = OmegaConf.create(f"value: {value}")["value"]
+    return parsed
+
+
+def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from locallearn.records import load_record
+    from locallearn.study.train import run
+
+    plan = _plan(cfg, choices, _command("train", words))
+    with _progress() as show:
+        plan.progress = partial(show, f"{choices['algorithm']} seed {cfg.seed}")
+        folder = run(plan)
+    record = load_record(folder)
+    accuracy = record.data["test"]["accuracy"]
+    Console(stderr=True).print(
+        f"{choices['algorithm']} on {choices['dataset']}: test accuracy {accuracy:.4f}, "
+        f"{record.data['cost']['train_s']:.1f} s of training"
+    )
+    print(folder)
+    return 0
+
+
+def _sweep(words: list[str]) -> int:
+    """``train -m``: Hydra's own sweeper and launcher call one run per combination."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    codes: list[int] = []
+
+    @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
+    def job(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        runtime = HydraConfig.get()
+        choices = {group: str(name) for group, name in runtime.runtime.choices.items() if group in _GROUPS}
+        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+        try:
+            codes.append(_train_once(cfg, choices, list(runtime.overrides.task)))
+        except Exception as error:  # one bad combination must not end the sweep
+            code, sentence = _explain(error)
+            print(f"locallearn: {sentence}", file=sys.stderr)
+            codes.append(code)
+
+    sys.argv = ["locallearn", "--multirun", *words]
+    try:
+        job()
+    except SystemExit as end:
+        # Hydra has printed why; a configuration that cannot be composed is the user's mistake.
+        return 2 if end.code else max(codes, default=0)
+    return max(codes, default=0)
+
+
+def _compare(words: list[str]) -> int:
+    from rich.console import Console
+
+    from locallearn.records import load_record, rebuild_index, recover
+    from locallearn.report import terminal_table, write_report
+    from locallearn.study.compare import compare
+
+    base, _ = _compose(words)
+    algorithms, seeds = list(base.compare.algorithms), list(base.compare.seeds)
+    _check_compare(base, algorithms, seeds)
+    runs_dir = Path(base.runs_dir)
+    recover(runs_dir)
+    plans = []
+    for seed in seeds:  # A B A B: heat and neighbours weigh on all algorithms alike
+        for name in algorithms:
+            own = list(base.compare.overrides.get(name, []))
+            matched = ["schedule.patience=null"] if base.compare.mode == "matched" else []
+            cfg, choices = _compose([*words, f"algorithm={name}", f"seed={seed}", *matched, *own])
+            plans.append((f"{name} seed {seed}", partial(_plan, cfg, choices, _command("compare", words))))
+    plans[0][1]()  # a mistake in the settings is told before anything is trained
+    with _progress() as show:
+        folders, problems = compare(plans, show)
+    records = [load_record(folder) for folder in folders]
+    rebuild_index(runs_dir)
+    Console().print(terminal_table(records))
+    report = Path(base.compare.report or runs_dir / "report.html")
+    write_report(records, report, title="locallearn compare")
+    for problem in problems:
+        print(f"locallearn: {problem}", file=sys.stderr)
+    print(report)
+    return 1 if problems else 0
+
+
+def _check_compare(cfg: Any, algorithms: list[str], seeds: list[int]) -> None:
+    known = _options("algorithm")
+    for name in algorithms:
+        if name not in known:
+            raise UsageError(f"there is no algorithm {name!r}; algorithm is one of {', '.join(known)}")
+    if not algorithms or len(set(algorithms)) < len(algorithms):
+        raise UsageError(f"compare.algorithms is {algorithms}, expected every algorithm once")
+    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) for seed in seeds):
+        raise UsageError(f"compare.seeds is {seeds}, expected different whole numbers: a repeated seed is no spread")
+    for name in cfg.compare.overrides:
+        if name not in algorithms:
+            raise UsageError(f"compare.overrides names {name!r}, which is not in compare.algorithms")
+
+
+def _report(words: list[str]) -> int:
+    from locallearn.records import rebuild_index, recover, scan
+    from locallearn.report import write_report
+
+    folders = [word for word in words if "=" not in word and not word.startswith("-")]
+    cfg, _ = _compose([word for word in words if word not in folders])
+    roots = [Path(f) for f in folders] or [Path(f) for f in (cfg.report.records or [cfg.runs_dir])]
+    for root in roots:
+        if not root.is_dir():
+            raise UsageError(f"there is no folder {root} to read records from")
+        if os.access(root, os.W_OK):
+            recover(root)
+    found = scan(roots)
+    if os.access(roots[0], os.W_OK) and not folders and not cfg.report.records:
+        rebuild_index(roots[0])
+    out = Path(cfg.report.out or roots[0] / "report.html")
+    print(write_report(found.records, out, title=cfg.report.title, problems=found.problems))
+    return 0
+
+
+def _audit(words: list[str]) -> int:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from locallearn.audit import audit
+    from locallearn.batch import Batch
+
+    cfg, choices = _compose(words)
+    plan = _plan(cfg, choices, _command("audit", words))
+    torch.manual_seed(plan.seed)
+    task = plan.make_task(plan.make_net())
+    task.use(plan.algorithm)
+    generator = torch.Generator().manual_seed(plan.seed)
+    inputs = torch.rand(16, *plan.data.shape, generator=generator)
+    labels = torch.randint(plan.data.classes, (16,), generator=generator)
+    result = audit(plan.algorithm, Batch(inputs, labels))
+    table = Table(title=f"{choices['algorithm']} on {choices['net']}", title_justify="left")
+    for heading in ("unit", "weights", "gradient reaches", "changes with later", "backward calls"):
+        table.add_column(heading, justify="right" if heading in ("weights", "backward calls") else "left")
+    for unit in result.units:
+        table.add_row(
+            unit.unit,
+            f"{unit.parameters:,}",
+            ", ".join(unit.reaches) or "itself only",
+            ", ".join(unit.depends_on_later) or "nothing",
+            str(unit.backward_calls),
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"broadcast to all blocks: {result.broadcast}", highlight=False)
+    word = "confirmed" if result.confirmed else "REFUTED"
+    console.print(f"claim: {result.claim}: {word}; {result.reason}", highlight=False)
+    return 0 if result.confirmed else 1
+
+
+def _bench(words: list[str]) -> int:
+    from rich.console import Console
+
+    from locallearn.study.bench import bench
+
+    cfg, _ = _compose(words)
+    what = str(cfg.bench.what)
+    algorithms = list(cfg.bench.algorithms)
+    _check_compare(cfg, algorithms, [0])
+
+    def make(name: str, *more: str) -> Any:
+        composed, choices = _compose([*words, f"algorithm={name}", "meter=none", *more])
+        return _plan(composed, choices, _command("bench", words))
+
+    table, folder = bench(what, algorithms, make, cfg.bench.rounds, cfg.bench.steps, list(cfg.bench.depths))
+    Console().print(table)
+    print(folder)
+    return 0
+
+
+def _data(words: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from locallearn.tasks.images import data_status, default_data_dir
+
+    cfg, _ = _compose(words)
+    folder = Path(cfg.data_dir) if cfg.data_dir else default_data_dir()
+    table = Table(title=f"data sets in {folder}", title_justify="left")
+    for heading in ("dataset", "here", "files wanted"):
+        table.add_column(heading, overflow="fold")
+    for row in data_status(folder):
+        table.add_row(row.name, "yes" if row.present else "no", ", ".join(row.wanted) or "none: comes with scikit-learn")
+    Console().print(table)
+    return 0
+
+
+# -- terminal ----------------------------------------------------------------------------------------------------------
+
+
+class _progress:  # noqa: N801 - used like a function
+    """One line per run that moves with its epochs; plain and silent where there is no terminal."""
+
+    def __enter__(self) -> Callable[[str, int, int, dict[str, float]], None]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        self._plain = not console.is_terminal
+        self._bars: dict[str, Any] = {}
+        self._progress = Progress(
+            TextColumn("{task.description:<32}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[accuracy]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=self._plain,
+        )
+        self._progress.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _show(self, name: str, epoch: int, epochs: int, metrics: dict[str, float]) -> None:
+        accuracy = f"validation {metrics.get('validation/accuracy', float('nan')):.4f}"
+        if self._plain:
+            print(f"{name}: epoch {epoch} of at most {epochs}, {accuracy}", file=sys.stderr, flush=True)
+            return
+        if name not in self._bars:
+            self._bars[name] = self._progress.add_task(name, total=epochs, accuracy="")
+        self._progress.update(self._bars[name], completed=epoch, total=epochs, accuracy=accuracy)
+
+
+def _completion(words: list[str]) -> int:
+    """Hand shell completion to Hydra, without the subcommand, which Hydra does not know."""
+    import hydra
+
+    line = os.environ.get("COMP_LINE", "")
+    parts = line.split(" ")
+    commands = ("train", "compare", "report", "audit", "bench", "data")
+    if any("query" in word for word in words):
+        if len(parts) <= 2:
+            print(" ".join(c for c in commands if c.startswith(parts[-1] if len(parts) == 2 else "")))
+            return 0
+        os.environ["COMP_LINE"] = " ".join([parts[0], *parts[2:]])
+
+    @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
+    def job(cfg: Any) -> None:
+        """Never called: completion ends before."""
+
+    sys.argv = ["locallearn", *words]
+    job()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

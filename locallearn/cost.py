@@ -1,0 +1,138 @@
+"""What one whole update costs: floating point operations, and bytes kept alive for gradients."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from locallearn.algorithms.base import Algorithm
+from locallearn.batch import Batch
+
+
+@dataclass
+class ActivationBytes:
+    """Bytes that autograd keeps alive, now and at the peak. Filled in by :func:`activation_bytes`."""
+
+    current: int = 0
+    peak: int = 0
+    _live: dict[int, list[int]] = field(default_factory=dict, repr=False)  # storage -> [holders, bytes]
+
+    def _hold(self, storage: int, size: int) -> None:
+        entry = self._live.setdefault(storage, [0, size])
+        entry[0] += 1
+        if entry[0] == 1:
+            self.current += size
+            self.peak = max(self.peak, self.current)
+
+    def _let_go(self, storage: int) -> None:
+        entry = self._live[storage]
+        entry[0] -= 1
+        if entry[0] == 0:
+            self.current -= entry[1]
+            del self._live[storage]
+
+
+class _Saved:
+    """Stands for one tensor that a graph saved; dies with the graph."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@contextmanager
+def activation_bytes(module: nn.Module) -> Iterator[ActivationBytes]:
+    """Count the bytes that graphs built inside the context keep alive for gradients, the same on CPU and GPU.
+
+    Every tensor that autograd saves counts once per storage for as long as a graph holds it, at the size of its
+    storage. Weights and buffers of ``module`` do not count: they are there anyway. The input batch does.
+
+    Args:
+        module: holds the weights that are left out.
+    """
+    count = ActivationBytes()
+    own = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
+
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            count._hold(storage.data_ptr(), storage.nbytes())
+            weakref.finalize(saved, count._let_go, storage.data_ptr())
+        return saved
+
+    def unpack(saved: _Saved) -> Tensor:
+        return saved.tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield count
+
+
+@dataclass(frozen=True)
+class UpdateCost:
+    """Cost of one whole update: forward passes, local backward passes, heads and feedback of every unit.
+
+    Attributes:
+        flops: floating point operations per sample, two per multiply-accumulate; matrix products and convolutions, as
+            counted by PyTorch's ``FlopCounterMode`` (elementwise work is left out).
+        activation_peak_bytes: peak bytes kept alive for gradients, for the whole batch.
+        samples: size of the batch.
+    """
+
+    flops: float
+    activation_peak_bytes: int
+    samples: int
+
+
+def drive(algorithm: Algorithm, batch: Batch) -> None:
+    """Run all updates of one batch without stepping: the gradients are computed and dropped."""
+    for update in algorithm.updates(batch):
+        update.backward()
+        algorithm.zero_grad(set_to_none=True)
+
+
+def measure_update(algorithm: Algorithm, batch: Batch, sequential: bool = False) -> UpdateCost:
+    """Measure one update on a copy of the algorithm, whose weights and random numbers stay as they are.
+
+    Args:
+        algorithm: attached; its device must be that of the batch.
+        batch: one training batch.
+        sequential: count one update of every stage, the frozen prefix included, and take the largest peak of them.
+    """
+    twin = copy.deepcopy(algorithm)
+    twin.train()
+    batch = batch._replace(inputs=batch.inputs.clone())  # a slice would count the whole data set's storage
+    stages: list[frozenset[str] | None] = [None]
+    if sequential:
+        stages = [frozenset(stage) for stage in twin.stages]
+    flops, peak = 0, 0
+    for stage in stages:
+        twin.train_only(stage)
+        with FlopCounterMode(display=False) as counter:
+            drive(twin, batch)
+        flops += counter.get_total_flops()
+        with activation_bytes(twin) as count:
+            drive(twin, batch)
+        peak = max(peak, count.peak)
+    samples = len(batch.inputs)
+    return UpdateCost(flops / samples, peak, samples)
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """Move every tensor of a batch."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        return tuple(move(v) for v in value) if isinstance(value, tuple) else value
+
+    return Batch(*(move(value) for value in batch))

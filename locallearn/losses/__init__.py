@@ -1,0 +1,6 @@
+"""Local losses as modules for any training loop: they need torch and nothing else."""
+
+from locallearn.losses.forward_forward import ForwardForwardLoss
+from locallearn.losses.mono_forward import MonoForwardLoss
+
+__all__ = ["ForwardForwardLoss", "MonoForwardLoss"]

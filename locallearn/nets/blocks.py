@@ -1,0 +1,223 @@
+"""Networks as ordered, named blocks, and how to cut somebody's own network into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# A layer of these kinds belongs to the layer before it: it normalises that layer's output.
+_NORMALISATIONS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+# Containers that have no forward of their own cannot be run as a block.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+class Blocks(nn.Module):
+    """A network as an ordered sequence of named blocks and, where it has one, its output layer.
+
+    A gradient may live inside a block; a layer-local algorithm never lets it cross the border to the next. The readout
+    is kept apart because rules differ in what they do with it: backpropagation and Mono-Forward train it with the last
+    block, Forward-Forward has no use for it.
+
+    ``forward(x, *context)`` runs all blocks in order and then the readout: plain inference and plain backpropagation.
+    ``context`` is handed unchanged to every block and to the readout (a graph's edge index, say).
+
+    Args:
+        blocks: the blocks by name, in the order of the forward pass. At least one, each with parameters of its own.
+        readout: maps the last block's output to the network's output; ``None`` if the network is features only.
+
+    Raises:
+        ValueError: no block, a name with a dot, a container without a forward, or a parameter in two blocks.
+    """
+
+    def __init__(self, blocks: Mapping[str, nn.Module], readout: nn.Module | None = None) -> None:
+        super().__init__()
+        if not blocks:
+            raise ValueError("a network needs at least one block, none was given")
+        for name, block in blocks.items():
+            if "." in name or not name:
+                raise ValueError(f"block name {name!r} is not usable: give a non-empty name without a dot")
+            if isinstance(block, _CONTAINERS):
+                raise ValueError(
+                    f"block {name!r} is a {type(block).__name__}, which has no forward of its own: "
+                    "name its members instead, or wrap them in nn.Sequential"
+                )
+        _refuse_sharing({**blocks, **({"readout": readout} if readout is not None else {})})
+        self.members = nn.ModuleDict(blocks)
+        self.readout = readout
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the blocks in the order of the forward pass."""
+        return list(self.members.keys())
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.members.values())
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.members[self.names[index]]
+
+    def features(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
+        """Yield the output of every block in turn, undetached, without the readout."""
+        for block in self:
+            inputs = block(inputs, *context)
+            yield inputs
+
+    def forward(self, inputs: Tensor, *context: Any) -> Tensor:
+        """Run every block and the readout."""
+        for block in self:
+            inputs = block(inputs, *context)
+        return inputs if self.readout is None else self.readout(inputs, *context)
+
+    @classmethod
+    def cut(
+        cls,
+        module: nn.Module,
+        blocks: Sequence[str | Sequence[str]] | None = None,
+        *,
+        readout: str | None = None,
+        example: Tensor | None = None,
+    ) -> Blocks:
+        """Cut a network into blocks. Its modules are used as they are, so training the blocks trains ``module``.
+
+        An ``nn.Sequential`` needs no names: every layer with parameters starts a block, layers without parameters
+        (activations, pooling, dropout) and normalisations stay with the block before them, and a last piece that is
+        a bare linear layer becomes the readout. Any other module is cut by the names of its submodules, dotted paths
+        included; a tuple of names makes one block of several submodules run in that order.
+
+        Args:
+            module: the network.
+            blocks: names in the order of the forward pass, e.g. ``[("conv1", "bn1"), "layer1", "layer2"]``.
+            readout: name of the submodule that maps the last block's output to the network's output.
+            example: an input, shape ``(N, ...)``. Blocks run in a chain must reproduce ``module(example)``; without it
+                only an ``nn.Sequential`` can be cut, because nothing else shows what its forward does between them.
+
+        Raises:
+            ValueError: names the module that is missing, left out, shared, or that cannot be run in a chain.
+        """
+        if blocks is None:
+            if not isinstance(module, nn.Sequential):
+                raise ValueError(
+                    f"{type(module).__name__} is not an nn.Sequential: name its submodules in the order of the forward "
+                    f"pass; it has {_children(module)}"
+                )
+            result = cls(*_group_sequential(module))
+        else:
+            pieces = {_block_name(names): _piece(module, names) for names in blocks}
+            if len(pieces) != len(blocks):
+                raise ValueError(f"a submodule is named twice in {list(blocks)}")
+            head = None if readout is None else _submodule(module, readout)
+            if example is None and not isinstance(module, nn.Sequential):
+                raise ValueError(
+                    f"pass an example input: only by running it can the blocks of {type(module).__name__} be checked "
+                    "against its own forward"
+                )
+            result = cls(pieces, head)
+        _refuse_leftovers(module, result)
+        if example is not None:
+            _check_chain(module, result, example)
+        return result
+
+
+def _children(module: nn.Module) -> str:
+    return ", ".join(name for name, _ in module.named_children()) or "no submodules"
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{type(module).__name__} has no submodule {name!r}; it has {_children(module)}") from None
+
+
+def _block_name(names: str | Sequence[str]) -> str:
+    return (names if isinstance(names, str) else names[0]).replace(".", "_")
+
+
+def _piece(module: nn.Module, names: str | Sequence[str]) -> nn.Module:
+    if isinstance(names, str):
+        return _submodule(module, names)
+    return nn.Sequential(*(_submodule(module, name) for name in names))
+
+
+def _group_sequential(module: nn.Sequential) -> tuple[dict[str, nn.Module], nn.Module | None]:
+    groups: list[list[nn.Module]] = []
+    started = False
+    for child in module:
+        own = any(True for _ in child.parameters())
+        starts = own and not isinstance(child, _NORMALISATIONS)
+        if not groups or (starts and started):
+            groups.append([])
+        groups[-1].append(child)
+        started = started or starts
+    if not started:
+        raise ValueError("the nn.Sequential has no layer with parameters, so there is nothing to train")
+    readout: nn.Module | None = None
+    if len(groups) > 1 and isinstance(groups[-1][0], nn.Linear) and len(groups[-1]) == 1:
+        readout = groups.pop()[0]
+        if isinstance(groups[-1][-1], nn.Flatten):
+            # Flattening in front of the readout belongs to it: the block keeps the shape of its feature map.
+            readout = nn.Sequential(groups[-1].pop(), readout)
+    return {f"block{i}": nn.Sequential(*group) for i, group in enumerate(groups)}, readout
+
+
+def _refuse_sharing(blocks: Mapping[str, nn.Module]) -> None:
+    owner: dict[int, str] = {}
+    for name, block in blocks.items():
+        for path, parameter in block.named_parameters():
+            other = owner.setdefault(id(parameter), name)
+            if other != name:
+                raise ValueError(
+                    f"parameter {path!r} of block {name!r} is shared with block {other!r}: a weight can be trained by one "
+                    "block only; put both into one block"
+                )
+
+
+def _refuse_leftovers(module: nn.Module, blocks: Blocks) -> None:
+    inside = {id(p) for p in blocks.parameters()}
+    left = [name for name, parameter in module.named_parameters() if id(parameter) not in inside]
+    if left:
+        raise ValueError(
+            f"{type(module).__name__} has parameters that no block holds: {', '.join(left[:5])}"
+            f"{' ...' if len(left) > 5 else ''}; name their submodules too"
+        )
+
+
+def _check_chain(module: nn.Module, blocks: Blocks, example: Tensor) -> None:
+    """Run the blocks in a chain in eval mode and compare with the module's own forward."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            want = module(example)
+            x, at = example, "the input"
+            for name, block in [*blocks.members.items(), ("readout", blocks.readout)]:
+                if block is None:
+                    continue
+                try:
+                    x = block(x)
+                except Exception as error:
+                    raise ValueError(
+                        f"{type(module).__name__} cannot be cut before {name!r}: what comes from {at} "
+                        f"does not fit it ({error}); its forward does something in between, so put that into a module"
+                    ) from error
+                at = name
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    if not isinstance(want, Tensor) or x.shape != want.shape or not torch.allclose(x, want, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"{type(module).__name__} cannot be cut here: its blocks run one after another do not give what its own "
+            f"forward gives; something happens outside of {', '.join(blocks.names)}"
+        )

@@ -1,0 +1,194 @@
+"""Which figures are shown, under what heading, in what unit and with how many digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from locallearn.statistics import Figure, Row
+
+UNKNOWN = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+LEGEND = (
+    f"Mean ± standard deviation over seeds; {TIMES} is the ratio to {{baseline}}, paired by seed; {UNKNOWN} is unknown."
+)
+
+_SECONDS = ((1.0, "s"), (3600.0, "h"))
+_BYTES = ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"))
+_PREFIXES = ((1e-3, "m"), (1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P"))
+_COUNTS = ((1.0, ""), (1e3, "thousand"), (1e6, "million"), (1e9, "billion"))
+
+
+def _si(unit: str) -> tuple[tuple[float, str], ...]:
+    return tuple((size, prefix + unit) for size, prefix in _PREFIXES)
+
+
+# Heading and units of the figures with fixed names, in the order of the headline table.
+_COSTS: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
+    "train_s": ("Training time", _SECONDS),
+    "energy": ("Energy", _si("J")),
+    "update_flops": ("Update FLOPs", _si("FLOP")[1:]),
+    "activation_peak_bytes": ("Peak activations", _BYTES),
+    "allocated_peak_bytes": ("Peak allocated", _BYTES),
+    "params": ("Parameters", _COUNTS),
+    "extra_params": ("Added parameters", _COUNTS),
+    "samples": ("Samples per unit", _COUNTS),
+    "validation_s": ("Validation time", _SECONDS),
+    "co2_g": ("CO₂, modelled", _si("g")),
+}
+_TARGETS: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
+    "target/seconds": ("Time to target", _SECONDS),
+    "target/joules": ("Energy to target", _si("J")),
+    "target/samples": ("Samples to target", _COUNTS),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure as it is shown.
+
+    Attributes:
+        key: the figure's name in :attr:`Row.figures`.
+        title: heading, plain text.
+        unit: unit of the shown numbers, empty for none.
+        scale: shown number = value / scale.
+        digits: decimals shown.
+    """
+
+    key: str
+    title: str
+    unit: str
+    scale: float
+    digits: int
+
+    @property
+    def heading(self) -> str:
+        """Title and unit in one line."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def number(self, value: float | None) -> str:
+        """``value`` in this column's unit; a dash for unknown."""
+        return UNKNOWN if value is None else f"{value / self.scale:,.{self.digits}f}"
+
+    def summary(self, figure: Figure) -> str:
+        """Mean, with the standard deviation where there is one and it is not 0."""
+        mean, std = figure.summary.mean, figure.summary.std
+        return f"{self.number(mean)} ± {self.number(std)}" if std else self.number(mean)
+
+    def ratio(self, ratio: float | None) -> str:
+        """A ratio to the baseline; qualities differ by little, so they get a digit more than costs."""
+        return ratio_text(ratio, 4 if self.key.startswith(("test/", "validation/")) else 3)
+
+    def interval(self, figure: Figure) -> str:
+        """The 95 % interval of the mean, or that there is only one value."""
+        if figure.interval is None:
+            return "n = 1"
+        return f"[{self.number(figure.interval[0])}, {self.number(figure.interval[1])}]"
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns for which at least one row has a figure, in reading order."""
+    keys = {key for row in rows for key in row.figures}
+    metrics = [_metric(key, rows) for part in ("test/", "validation/") for key in _ordered(keys, part)]
+    costs: list[Column] = []
+    for name, (title, units) in _COSTS.items():
+        if name == "energy":
+            costs += [_energy(key, title, units, rows) for key in _ordered(keys, "energy_j/")]
+            costs += [_energy(key, "Energy net of idle", units, rows) for key in _ordered(keys, "energy_net_j/")]
+        elif name in keys:
+            costs.append(_column(name, title, units, rows))
+    targets = [_metric(key, rows) for key in keys if key == "target/accuracy"]
+    targets += [_column(key, title, units, rows) for key, (title, units) in _TARGETS.items() if key in keys]
+    return metrics + costs + targets
+
+
+def headline_metric(shown: Sequence[Column]) -> Column | None:
+    """The quality figure that the charts show: test before validation, accuracy before anything else."""
+    for part in ("test/", "validation/"):
+        found = [column for column in shown if column.key.startswith(part)]
+        if found:
+            return min(found, key=lambda column: not column.key.endswith("/accuracy"))
+    return None
+
+
+def best_energy(shown: Sequence[Column], rows: Sequence[Row]) -> Column | None:
+    """The source of joules that the charts show: measured before modelled, then the one that most rows know."""
+    found = [column for column in shown if column.key.startswith("energy_j/")]
+
+    def rank(column: Column) -> tuple[bool, int, str]:
+        known = sum(column.key in row.figures for row in rows)
+        return quality(column.key.partition("/")[2], rows) != "measured", -known, column.key
+
+    return min(found, key=rank, default=None)
+
+
+def quality(source: str, rows: Sequence[Row]) -> str:
+    """What the records call the joules of ``source``: ``measured``, ``modelled``, or that they disagree or are mute."""
+    words = {
+        str(window.get("quality") or "unlabelled")
+        for row in rows
+        for record in row.records
+        for window in record.energy()
+        if window["source"] == source
+    }
+    return words.pop() if len(words) == 1 else "measured and modelled mixed" if words else "unlabelled"
+
+
+def ratio_text(ratio: float | None, digits: int = 3) -> str:
+    """A ratio with ``digits`` significant digits and a multiplication sign; empty for unknown."""
+    if ratio is None:
+        return ""
+    if ratio == 0 or not math.isfinite(ratio):
+        return f"{ratio:g}{TIMES}"
+    return f"{ratio:.{min(6, max(0, digits - 1 - _magnitude(ratio)))}f}{TIMES}"
+
+
+def significant(value: float | None, digits: int = 4) -> str:
+    """``value`` with ``digits`` significant digits; a dash for unknown."""
+    return UNKNOWN if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+
+
+def _ordered(keys: set[str], prefix: str) -> list[str]:
+    found = [key for key in keys if key.startswith(prefix)]
+    return sorted(found, key=lambda key: (not key.endswith("/accuracy"), key))
+
+
+def _metric(key: str, rows: Sequence[Row]) -> Column:
+    part, _, name = key.partition("/")
+    title = f"{part} {name.replace('_', ' ')}".capitalize()
+    return (
+        Column(key, title, "%", 0.01, 2)
+        if name == "accuracy"
+        else Column(key, title, "", 1.0, _digits(_means(key, rows), 4))
+    )
+
+
+def _energy(key: str, title: str, units: Sequence[tuple[float, str]], rows: Sequence[Row]) -> Column:
+    source = key.partition("/")[2]
+    return _column(key, f"{title}, {source}, {quality(source, rows)}", units, rows)
+
+
+def _column(key: str, title: str, units: Sequence[tuple[float, str]], rows: Sequence[Row]) -> Column:
+    means = _means(key, rows)
+    middle = median(means) if means else 0.0
+    scale, unit = max((pair for pair in units if pair[0] <= middle), default=units[0])
+    if middle == 0:
+        scale, unit = next((pair for pair in units if pair[0] == 1.0), units[0])
+    whole = all(mean == int(mean) for mean in means) and scale == 1.0
+    return Column(key, title, unit, scale, 0 if whole else _digits([mean / scale for mean in means], 3))
+
+
+def _means(key: str, rows: Sequence[Row]) -> list[float]:
+    means = [abs(row.figures[key].summary.mean or 0.0) for row in rows if key in row.figures]
+    return [mean for mean in means if mean > 0]
+
+
+def _digits(means: Sequence[float], wanted: int) -> int:
+    """Decimals that give the middle value ``wanted`` significant digits."""
+    return max(0, min(6, wanted - 1 - _magnitude(median(means)))) if means else 0
+
+
+def _magnitude(value: float) -> int:
+    return math.floor(math.log10(abs(value)))

@@ -1,0 +1,385 @@
+"""One self-contained HTML page from any set of records."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from locallearn.records import SCHEMA, Record
+from locallearn.report._assets import SCRIPT, STYLE
+from locallearn.report._charts import (
+    Chart,
+    Curves,
+    accuracy_chart,
+    block_charts,
+    cost_charts,
+    memory_charts,
+    paired_charts,
+    styles,
+)
+from locallearn.report._columns import LEGEND, UNKNOWN, Column, columns
+from locallearn.statistics import Row, compare_table
+
+_BASELINE = "backprop"
+_MODES = {
+    "own": "Every rule trains until its own validation metric stops improving, under one patience and one cap.",
+    "matched": "The same number of samples passes through every unit.",
+    "target": "Cost until validation accuracy first reaches the stated target.",
+}
+# Numbers drawn in curves on the whole page, which keeps a page of hundreds of runs below about 8 MB.
+_CURVE_POINTS = 40_000
+_CONFIG_CHARACTERS = 20_000
+
+
+def write_report(
+    records: Sequence[Record], out: Path, *, title: str = "locallearn report", problems: Sequence[str] = ()
+) -> Path:
+    """Writes one HTML page about ``records`` that needs nothing but itself: no network, no server, no other file.
+
+    Args:
+        records: any runs; those that did not end with ``done`` are listed with their error, not compared.
+        out: the page's file; an older page is replaced in one step once the new one is complete.
+        title: heading of the page.
+        problems: sentences on records that could not be read, e.g. :attr:`locallearn.records.Scan.problems`.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: ``out`` is a folder.
+    """
+    if out.is_dir():
+        raise ValueError(f"the report cannot be written to {out}, which is a folder; give a file such as report.html.")
+    page = _render(records, title, problems)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        aside.write_text(page, encoding="utf-8")
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+    return out
+
+
+def _render(records: Sequence[Record], title: str, problems: Sequence[str]) -> str:
+    rows = compare_table(records, _BASELINE)
+    curves, damaged = _read_curves(rows)
+    style = styles(rows, _BASELINE)
+    points = max(12, min(200, _CURVE_POINTS // max(1, sum(map(len, curves)))))
+    figures: list[Mapping[str, Any]] = []
+    sections, links = [], []
+    order = groupby(zip(rows, curves, strict=True), key=lambda pair: (pair[0].dataset, pair[0].net, pair[0].mode))
+    for number, (key, pairs) in enumerate(order):
+        members, known = zip(*pairs, strict=True)
+        name = " · ".join(filter(None, key[:2]))
+        links.append(f'<li><a href="#s{number}">{escape(name)}{f" ({escape(key[2])})" if key[2] else ""}</a></li>')
+        sections.append(_section(f"s{number}", name, key[2], members, known, style, points, figures))
+    body = "".join(sections) or "<p>There is no finished run to show yet.</p>"
+    nav = f'<nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>' if len(links) > 1 else ""
+    unfinished = _unfinished(records, [*problems, *damaged])
+    return _document(title, f"{_lead(records, rows)}{nav}", body + unfinished + _provenance(records, rows), figures)
+
+
+def _document(title: str, head: str, body: str, figures: Sequence[Mapping[str, Any]]) -> str:
+    library = get_plotlyjs()
+    # Only these two scripts may run and nothing may be fetched, whatever a record smuggles into the page.
+    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in (library, SCRIPT))
+    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<a class="skip" href="#content">Skip to the results</a>
+<header class="page"><h1>{escape(title)}</h1>{head}</header>
+<main id="content">
+<noscript><p>Charts need JavaScript; every number is also in the tables.</p></noscript>
+{body}
+</main>
+<footer class="muted">Made by locallearn from its run records.</footer>
+<script type="application/json" id="charts">{_embed(figures)}</script>
+<script>{library}</script>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _embed(data: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _lead(records: Sequence[Record], rows: Sequence[Row]) -> str:
+    if not records:
+        return '<p class="lead">No records were found.</p>'
+    done = sum(record.status == "done" for record in records)
+    ends = sorted(filter(None, (record.text("finished") for record in records)))
+    when = "" if not ends else f", {ends[0][:10]}" + (f" to {ends[-1][:10]}" if ends[-1][:10] != ends[0][:10] else "")
+    rules = len({row.label for row in rows})
+    return f'<p class="lead">{_count(done, "finished run")}, {_count(rules, "rule")}{escape(when)} (UTC).</p>'
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}" + ("" if n == 1 else "s")
+
+
+# ------------------------------------------------------------------------------------------- one comparison
+
+
+def _section(
+    anchor: str,
+    name: str,
+    mode: str | None,
+    rows: Sequence[Row],
+    curves: Sequence[Curves],
+    style: Mapping[str, tuple[str, str]],
+    points: int,
+    figures: list[Mapping[str, Any]],
+) -> str:
+    shown = columns(rows)
+    badge = f'<span class="badge">mode: {escape(mode or "not stated")}</span>'
+    accuracy = accuracy_chart(rows, curves, style, points)
+    groups = [
+        ("Accuracy against cost", cost_charts(rows, shown, style)),
+        (f"Against {_BASELINE}, paired by seed", paired_charts(rows, shown, style, _BASELINE)),
+        ("Memory", memory_charts(rows, shown, style)),
+        ("Learning", [accuracy] if accuracy else []),
+        (
+            "Blocks",
+            [chart for row, known in zip(rows, curves, strict=True) for chart in block_charts(row, known, points)],
+        ),
+    ]
+    charts = "".join(f"<h3>{escape(heading)}</h3>{_grid(group, figures)}" for heading, group in groups if group)
+    about = f'<p class="note">{_MODES[mode]}</p>' if mode in _MODES else ""
+    return (
+        f'<section id="{anchor}"><h2>{escape(name)} {badge}</h2>{about}'
+        f"{_headline(rows, shown, style)}{_notes(rows, shown)}{charts}</section>"
+    )
+
+
+def _headline(rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str, tuple[str, str]]) -> str:
+    head = "".join(f'<th scope="col">{_heading(column)}</th>' for column in shown)
+    lines = []
+    for row in rows:
+        locality = row.records[-1].text("locality")
+        below = f"<small>{escape(locality)}</small>" if locality else ""
+        dot = f'<span class="dot" style="background:{style[row.label][0]}"></span>'
+        cells = "".join(f"<td>{_cell(row, column)}</td>" for column in shown)
+        lines.append(f'<tr><th scope="row">{dot}{escape(row.label)}{below}</th><td>{len(row.records)}</td>{cells}</tr>')
+    return (
+        '<div class="scroll" role="region" aria-label="Headline figures" tabindex="0"><table><thead><tr>'
+        f'<th scope="col">Rule</th><th scope="col">Seeds</th>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _heading(column: Column) -> str:
+    unit = f"<small>{escape(column.unit)}</small>" if column.unit else ""
+    return f"{escape(column.title)}{unit}"
+
+
+def _cell(row: Row, column: Column) -> str:
+    figure = row.figures.get(column.key)
+    if figure is None:
+        return UNKNOWN
+    std = figure.summary.std
+    text = column.number(figure.summary.mean)
+    text += f' <span class="sd">± {column.number(std)}</span>' if std else ""
+    below = [column.ratio(figure.paired.ratio)] if figure.paired and figure.paired.ratio is not None else []
+    below += [f"n = {figure.summary.n}"] if figure.summary.n != len(row.records) else []
+    return text + (f"<small>{', '.join(below)}</small>" if below else "")
+
+
+def _notes(rows: Sequence[Row], shown: Sequence[Column]) -> str:
+    words = [LEGEND.format(baseline=_BASELINE)]
+    if all(row.algorithm != _BASELINE for row in rows):
+        words.append(f"There is no {_BASELINE} run here, so there is nothing to compare with.")
+    single = [row.label for row in rows if len(row.records) == 1]
+    if single:
+        words.append(f"One seed only, so no spread and no interval: {', '.join(single)}.")
+    words += [f"{row.label}: {note}" for row in rows for note in row.notes]
+    for row in rows:
+        pairs = {figure.paired.n for figure in row.figures.values() if figure.paired}
+        if pairs and min(pairs) < len(row.records):
+            words.append(f"{row.label}: paired with {_BASELINE} over {min(pairs)} of its {len(row.records)} seeds.")
+    machines = {_settled(record.part("hardware")) for row in rows for record in row.records}
+    if len(machines) > 1:
+        words.append(f"The runs come from {len(machines)} machines; time and energy compare only within one.")
+    words += _meter_notes(rows, shown)
+    return f'<ul class="plain note">{"".join(f"<li>{escape(word)}</li>" for word in dict.fromkeys(words))}</ul>'
+
+
+def _meter_notes(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
+    windows = [window for row in rows for record in row.records for window in record.energy()]
+    notes = [f"No joules from {window['source']}: {window['reason']}" for window in windows if window.get("reason")]
+    for window in windows:
+        flags = window.get("flags")
+        if isinstance(flags, list):
+            notes += [f"Joules from {window['source']}: {flag}" for flag in flags]
+    if not any(column.key.startswith("energy_j/") for column in shown):
+        notes.insert(0, "No meter gave joules for these runs.")
+    return list(dict.fromkeys(notes))[:12]
+
+
+def _grid(charts: Sequence[Chart], figures: list[Mapping[str, Any]]) -> str:
+    parts = []
+    for chart in charts:
+        note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
+        parts.append(
+            f"<figure><h4>{escape(chart.title)}</h4>{note}"
+            f'<div class="chart" data-chart="{len(figures)}" role="img" aria-label="Chart: {escape(chart.title)}; '
+            f'the numbers are in the table below" style="height:{chart.height}px"></div>'
+            f"<details><summary>Numbers</summary>{_table(chart.header, chart.table, chart.title)}</details></figure>"
+        )
+        figures.append(chart.figure)
+    return f'<div class="grid">{"".join(parts)}</div>'
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]], label: str) -> str:
+    head = "".join(f'<th scope="col">{escape(word)}</th>' for word in header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(line[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in line[1:])}</tr>'
+        for line in lines
+    )
+    return (
+        f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _read_curves(rows: Sequence[Row]) -> tuple[list[Curves], list[str]]:
+    """For every row: name of the curve, epoch, the seeds' values; and what could not be read."""
+    result: list[Curves] = []
+    problems: list[str] = []
+    for row in rows:
+        curves: dict[str, dict[int, list[float]]] = {}
+        for record in row.records:
+            try:
+                metrics = record.metrics()
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            # Several lines of one epoch: the last one counts.
+            last = {(m.name, m.epoch): m.value for m in metrics if m.value is not None and math.isfinite(m.value)}
+            for (name, epoch), value in last.items():
+                if name == "validation/accuracy" or name.startswith("block/"):
+                    curves.setdefault(name, {}).setdefault(epoch, []).append(value)
+        result.append(curves)
+    return result, problems
+
+
+# ------------------------------------------------------------------------------------------- the rest of the page
+
+
+def _unfinished(records: Sequence[Record], problems: Sequence[str]) -> str:
+    others = [record for record in records if record.status != "done"]
+    foreign = sum(record.data.get("schema") != SCHEMA for record in records)
+    words = list(dict.fromkeys(problems))
+    if foreign:
+        words.append(f"{_count(foreign, 'record')} of another schema than {SCHEMA}: what is unknown here is not shown.")
+    parts = []
+    if others:
+        lines = "".join(
+            f'<tr><th scope="row">{escape(record.id)}</th><td class="left">{escape(record.status)}</td>'
+            f'<td class="left wrap">{escape(record.text("error") or "No reason was recorded.")}</td></tr>'
+            for record in others
+        )
+        parts.append(
+            f"<h2>Runs that did not finish</h2><p class='note'>They are in no figure above.</p>"
+            f'<div class="scroll" role="region" aria-label="Runs that did not finish" tabindex="0"><table><thead><tr>'
+            f'<th scope="col">Run</th><th scope="col" class="left">Status</th><th scope="col" class="left">Why</th>'
+            f"</tr></thead><tbody>{lines}</tbody></table></div>"
+        )
+    if words:
+        items = "".join(f"<li>{escape(word)}</li>" for word in words)
+        parts.append(f'<h2>Left out</h2><ul class="plain">{items}</ul>')
+    return "".join(parts)
+
+
+def _provenance(records: Sequence[Record], rows: Sequence[Row]) -> str:
+    if not records:
+        return ""
+    runs = [
+        (
+            record.id,
+            record.algorithm,
+            str(record.seed),
+            record.status,
+            (record.text("started") or "")[:19].replace("T", " "),
+            record.text("resumed_from") or UNKNOWN,
+            record.text("command") or UNKNOWN,
+        )
+        for record in records
+    ]
+    header = ("Run", "Rule", "Seed", "Status", "Started (UTC)", "Resumed from", "Command")
+    notes = [f"{record.id}: {note}" for record in records for note in _texts(record.data.get("notes"))]
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return (
+        "<h2>Provenance</h2>"
+        + _settings(records, "hardware", "Hardware")
+        + _settings(records, "versions", "Versions")
+        + f"<details><summary>Runs and commands ({len(runs)})</summary>{_table(header, runs, 'Runs')}</details>"
+        + (f'<details><summary>Notes</summary><ul class="plain">{items}</ul></details>' if notes else "")
+        + "".join(_config(row) for row in rows)
+    )
+
+
+def _settings(records: Sequence[Record], key: str, title: str) -> str:
+    """The distinct contents of ``key``, each with the number of records that have it."""
+    counts: dict[str, int] = {}
+    for record in records:
+        text = _settled(record.part(key))
+        counts[text] = counts.get(text, 0) + 1
+    parts = []
+    for text, count in counts.items():
+        values = json.loads(text)
+        words = ", ".join(f"{name} {_word(value)}" for name, value in values.items()) or "not recorded"
+        parts.append(f"<li>{_count(count, 'run')}: {escape(words)}</li>")
+    return f'<h3>{title}</h3><ul class="plain">{"".join(parts)}</ul>'
+
+
+def _config(row: Row) -> str:
+    text = json.dumps(row.records[0].part("config"), indent=2, ensure_ascii=False)
+    if len(text) > _CONFIG_CHARACTERS:
+        text = text[:_CONFIG_CHARACTERS] + "\n… cut here; the whole is in the run's folder"
+    place = " · ".join(filter(None, (row.dataset, row.net, row.mode, row.label)))
+    return (
+        f"<details><summary>Configuration: {escape(place)}, seed {row.records[0].seed}</summary>"
+        f'<pre tabindex="0"><code>{escape(text)}</code></pre></details>'
+    )
+
+
+def _settled(part: Mapping[str, Any]) -> str:
+    return json.dumps(part, sort_keys=True, ensure_ascii=False)
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []

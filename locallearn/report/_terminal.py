@@ -1,0 +1,65 @@
+"""The headline table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.table import Table
+from rich.text import Text
+
+from locallearn.records import Record
+from locallearn.report._columns import LEGEND, UNKNOWN, Column, columns, headline_metric
+from locallearn.statistics import Row, compare_table
+
+_BASELINE = "backprop"
+
+
+def terminal_table(records: Sequence[Record]) -> Table:
+    """The figures of the report's headline table that fit a terminal, one line per rule.
+
+    Each cell holds the mean ± standard deviation over seeds and below it the ratio to backprop, paired by seed.
+    """
+    rows = compare_table(records, _BASELINE)
+    shown = _selection(columns(rows))
+    note = LEGEND.format(baseline=_BASELINE)
+    table = Table(caption=Text(note), caption_justify="left")
+    if not rows:
+        return Table("There is no finished run to show.")
+    table.add_column("rule", overflow="fold")
+    table.add_column("seeds", justify="right")
+    for column in shown:
+        table.add_column(Text(column.heading), justify="right")
+    places = [(name, list(members)) for name, members in groupby(rows, key=_place)]
+    for name, members in places:
+        if len(places) == 1:
+            table.title = Text(name)
+        else:
+            table.add_section()
+            table.add_row(Text(name, style="italic"))
+        for row in members:
+            table.add_row(Text(row.label), str(len(row.records)), *(_cell(row, column) for column in shown))
+    return table
+
+
+def _place(row: Row) -> str:
+    return " · ".join(filter(None, (row.dataset, row.net, f"mode {row.mode or 'not stated'}")))
+
+
+def _selection(every: Sequence[Column]) -> list[Column]:
+    metric = headline_metric(every)
+    wanted = {"train_s", "update_flops", "activation_peak_bytes", metric.key if metric else ""}
+    prefixes = ("energy_j/", "target/")
+    return [column for column in every if column.key in wanted or column.key.startswith(prefixes)]
+
+
+def _cell(row: Row, column: Column) -> Text:
+    figure = row.figures.get(column.key)
+    if figure is None:
+        return Text(UNKNOWN)
+    text = Text(column.summary(figure))
+    if figure.paired and figure.paired.ratio is not None:
+        text.append(f"\n{column.ratio(figure.paired.ratio)}", style="dim")
+    if figure.summary.n != len(row.records):
+        text.append(f"\nn = {figure.summary.n}", style="dim")
+    return text

@@ -1,0 +1,1 @@
+"""Runs and studies: one run, a comparison of several, a benchmark of their speed."""

@@ -1,0 +1,364 @@
+"""One run: train one algorithm on one data set with one seed, measure it, and leave a record."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from typing_extensions import override
+
+from locallearn.algorithms.base import Algorithm
+from locallearn.batch import Batch
+from locallearn.cost import measure_update, to_device
+from locallearn.energy import EnergyMonitor, Meter
+from locallearn.energy._callback import EnergyCallback
+from locallearn.nets.blocks import Blocks
+from locallearn.probe import probe_blocks
+from locallearn.records import RunFolder, hardware, versions
+from locallearn.strategies.local import LocalStrategy, OptimizerFactory, SchedulerFactory
+from locallearn.strategies.schedule import Schedule
+
+CHECKPOINT = "resume.ckpt"
+"""Where an interrupted run keeps what ``train resume=FOLDER`` goes on from."""
+
+
+class Interrupted(Exception):
+    """The user or the system asked the run to stop; it did so between two batches."""
+
+
+@dataclass
+class Plan:
+    """Everything one run needs, as typed objects; nothing here knows of Hydra.
+
+    Attributes:
+        names: ``algorithm``, ``dataset``, ``net`` and ``task`` as they go into the record.
+        seed: of the network's weights; order of data and the rule's own draws are seeded where those were made.
+        data: the data module.
+        make_net: makes the network, after PyTorch's generator has been seeded.
+        make_task: makes the LightningModule from the network.
+        algorithm: the rule, not yet attached.
+        optimizer: makes a unit's optimizer.
+        scheduler: makes a unit's learning rate scheduler.
+        schedule: stages and stopping rule.
+        meters: sources of joules, new ones for every run.
+        idle_s: seconds to watch the idle machine before training, for net joules; 0 leaves net empty.
+        runs_dir: where the record goes.
+        max_epochs: cap of every stage.
+        trainer: further arguments of ``lightning.pytorch.Trainer``.
+        logger: a Lightning logger to copy the metrics to.
+        config: the resolved configuration, for the record.
+        command: what was typed, for the record.
+        mode: ``own``, ``matched`` or ``target`` (protocol.md).
+        target_accuracy: in mode ``target``: stop when validation accuracy reaches it, and report what it cost.
+        probe_samples: training samples that linear probes are fitted on after every epoch; 0 for no probes.
+        checkpoint_s: seconds between two checkpoints to resume from.
+        resume: folder of an interrupted run to go on from.
+        progress: told ``(epoch, epochs, metrics)`` after every epoch.
+    """
+
+    names: dict[str, str]
+    seed: int
+    data: pl.LightningDataModule
+    make_net: Callable[[], Blocks]
+    make_task: Callable[[Blocks], pl.LightningModule]
+    algorithm: Algorithm
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory | None
+    schedule: Schedule
+    meters: Sequence[Meter]
+    idle_s: float
+    runs_dir: Path
+    max_epochs: int
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: Logger | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    mode: str = "own"
+    target_accuracy: float | None = None
+    probe_samples: int = 1000
+    checkpoint_s: float = 300.0
+    resume: Path | None = None
+    progress: Callable[[int, int, dict[str, float]], None] | None = None
+
+
+def run(plan: Plan) -> Path:
+    """Train, measure and record one run.
+
+    Returns:
+        The run's folder. Its record says ``done``.
+
+    Raises:
+        Interrupted: Ctrl-C or a termination signal; the record says ``interrupted`` and holds a checkpoint.
+        Exception: whatever stopped the run; the record says ``failed`` and why. The raised error has the folder as its
+            ``run_folder``.
+    """
+    resume = None if plan.resume is None else _checkpoint_of(plan.resume)
+    torch.manual_seed(plan.seed)
+    net = plan.make_net()
+    task = plan.make_task(net)
+    task.use(plan.algorithm)  # type: ignore[operator]
+    plan.data.prepare_data()
+    plan.data.setup("fit")  # missing data is told before a folder is made
+    folder = RunFolder.create(plan.runs_dir, _start(plan))
+    try:
+        figures = _train(plan, task, folder, resume)
+        folder.update(figures)
+    except (Interrupted, KeyboardInterrupt) as error:
+        error.run_folder = folder.finish("interrupted", "stopped by the user or the system")  # type: ignore[union-attr]
+        raise
+    except BaseException as error:
+        error.run_folder = folder.finish("failed", _sentence(error))  # type: ignore[attr-defined]
+        raise
+    (folder.path / CHECKPOINT).unlink(missing_ok=True)
+    return folder.finish("done")
+
+
+def _checkpoint_of(folder: Path) -> Path:
+    checkpoint = folder / CHECKPOINT
+    if not checkpoint.is_file():
+        raise ValueError(
+            f"{folder} holds no {CHECKPOINT} to resume from: name the folder of an interrupted run (a finished one has none)"
+        )
+    return checkpoint
+
+
+def _sentence(error: BaseException) -> str:
+    return str(error).strip() or type(error).__name__
+
+
+def _start(plan: Plan) -> dict[str, Any]:
+    """What is known of a run before it starts."""
+    algorithm = plan.algorithm
+    params = sum(p.numel() for p in algorithm.blocks.parameters())
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        **plan.names,
+        "seed": plan.seed,
+        "locality": str(algorithm.locality),
+        "mode": plan.mode,
+        "blocks": algorithm.blocks.names,
+        "config": plan.config,
+        "command": plan.command,
+        "versions": versions(),
+        "hardware": {**hardware(gpus), "threads": torch.get_num_threads()},
+        "resumed_from": None if plan.resume is None else plan.resume.name,
+        "cost": {"params": params, "extra_params": algorithm.added_parameters},
+    }
+
+
+def _train(plan: Plan, task: pl.LightningModule, folder: RunFolder, resume: Path | None) -> dict[str, Any]:
+    energy = EnergyCallback(EnergyMonitor(plan.meters, idle_s=plan.idle_s))
+    recorder = _Recorder(plan, folder, energy)
+    strategy = LocalStrategy(plan.algorithm, plan.optimizer, plan.scheduler)
+    with _quiet():
+        trainer = pl.Trainer(
+            strategy=strategy,
+            max_epochs=plan.max_epochs,
+            logger=plan.logger or False,
+            callbacks=[energy, plan.schedule, recorder],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1_000_000,  # per-batch logging costs more than a small batch; epochs are logged
+            **plan.trainer,
+        )
+        trainer.fit(task, datamodule=plan.data, ckpt_path=resume, weights_only=True)
+        if trainer.interrupted:
+            raise Interrupted
+        figures = _figures(plan, trainer, energy, recorder)
+        validation = trainer.validate(task, datamodule=plan.data, verbose=False)[0]
+        test = trainer.test(task, datamodule=plan.data, verbose=False)[0]
+    figures["validation"] = {name.split("/")[1]: value for name, value in validation.items()}
+    figures["test"] = {name.split("/")[1]: value for name, value in test.items()}
+    return figures
+
+
+def _figures(plan: Plan, trainer: pl.Trainer, energy: EnergyCallback, recorder: _Recorder) -> dict[str, Any]:
+    """Cost of the training that has just ended; measuring an update happens after it, on a copy."""
+    device = trainer.strategy.root_device
+    allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    batch = to_device(next(iter(plan.data.train_dataloader())), device)
+    with trainer.precision_plugin.train_step_context():
+        update = measure_update(plan.algorithm, batch, plan.schedule.sequential)
+    return {
+        "cost": {
+            "train_s": energy.seconds,
+            "validation_s": energy.validation_seconds,
+            "co2_g": energy.co2_g,
+            "update_flops": update.flops,
+            "activation_peak_bytes": update.activation_peak_bytes,
+            "allocated_peak_bytes": allocated,
+            "samples": recorder.samples / len(plan.schedule.stages(plan.algorithm)),
+            "energy_j": {reading.source: reading.joules for reading in energy.readings},
+        },
+        "energy": [reading.to_dict() for reading in energy.readings],
+        "target": recorder.target,
+        "epochs": list(plan.schedule.epochs_by_stage),
+    }
+
+
+class _Recorder(pl.Callback):
+    """Writes metrics after every epoch, keeps a checkpoint to resume from, and stops when it is told to."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, energy: EnergyCallback) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.energy = energy
+        self.samples = 0
+        self.target: dict[str, Any] | None = None
+        self._stop = threading.Event()
+        self._saved_s = time.monotonic()
+        self._handlers: dict[int, Any] = {}
+        self._probe: tuple[Batch, Batch] | None = None
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        device = trainer.strategy.root_device
+        if self.plan.probe_samples:
+            # From loaders of their own, so that the training loader's place does not move.
+            self._probe = (
+                _first(self.plan.data.train_dataloader(), self.plan.probe_samples, device),
+                _first(self.plan.data.val_dataloader(), self.plan.probe_samples, device),
+            )
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Here, because Lightning installs its own handlers just before.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.samples += len(batch[0])
+        now = time.monotonic()
+        if self._stop.is_set() or now - self._saved_s > self.plan.checkpoint_s:
+            self._saved_s = now
+            self._save(trainer)
+            if self._stop.is_set():
+                raise Interrupted
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        blocks = self.plan.algorithm.blocks.names
+        strategy = trainer.strategy
+        assert isinstance(strategy, LocalStrategy)
+        for unit, loss in strategy.mean_losses().items():
+            metrics[f"block/{unit}/loss" if unit in blocks else f"unit/{unit}/loss"] = loss
+        metrics |= self._probes(trainer)
+        metrics["cost/train_s"] = self.energy.running_seconds()
+        metrics["cost/samples"] = self.samples
+        joules = self.energy.running_joules()
+        metrics |= {f"cost/energy_j/{source}": value for source, value in joules.items() if value is not None}
+        self.folder.log(trainer.current_epoch, trainer.global_step, metrics)
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(metrics, trainer.global_step)
+        self._check_target(trainer, metrics, joules)
+        if self.plan.progress is not None:
+            self.plan.progress(trainer.current_epoch + 1, trainer.max_epochs or 0, metrics)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore_handlers()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples, "target": self.target}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.samples = state_dict["samples"]
+        self.target = state_dict["target"]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Stop after this batch, so that the checkpoint is exact; a second signal stops at once."""
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+        self._stop.set()
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        aside = self.folder.path / f".{CHECKPOINT}"
+        trainer.save_checkpoint(aside)
+        os.replace(aside, self.folder.path / CHECKPOINT)
+
+    def _probes(self, trainer: pl.Trainer) -> dict[str, float]:
+        if not self.plan.probe_samples:
+            return {}
+        assert self._probe is not None
+        with trainer.precision_plugin.val_step_context():
+            found = probe_blocks(self.plan.algorithm, *self._probe, self.plan.algorithm.outputs)
+        return {f"block/{name}/probe_accuracy": value for name, value in found.items() if math.isfinite(value)}
+
+    def _check_target(self, trainer: pl.Trainer, metrics: dict[str, float], joules: dict[str, float | None]) -> None:
+        wanted = self.plan.target_accuracy
+        if wanted is None or self.target is not None or metrics["validation/accuracy"] < wanted:
+            return
+        self.target = {
+            "accuracy": wanted,
+            "seconds": metrics["cost/train_s"],
+            "samples": self.samples / len(self.plan.schedule.stages(self.plan.algorithm)),
+            "joules": joules,
+        }
+        trainer.should_stop = True
+
+
+def _first(loader: Any, samples: int, device: torch.device) -> Batch:
+    """The first ``samples`` samples of a loader as one batch; a graph's single batch as it is."""
+    batches: list[Batch] = []
+    for batch in loader:
+        batches.append(batch if isinstance(batch, Batch) else Batch(*batch))
+        if batches[-1].context or sum(len(b.inputs) for b in batches) >= samples:
+            break
+    if len(batches) == 1:
+        return to_device(batches[0], device)
+    inputs = torch.cat([b.inputs for b in batches])[:samples]
+    targets = torch.cat([b.targets for b in batches])[:samples]
+    return to_device(Batch(inputs, targets), device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's advice off the terminal: it is about settings that are chosen here on purpose."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message=r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,215 @@
+"""Image classification data: kept in memory, on the device, and handed out as ``Batch``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from locallearn.tasks._batches import MEMORY_BUDGET_BYTES, Augment, BatchLoader
+from locallearn.tasks._image_files import (
+    DATASETS,
+    DataMissing,
+    DataStatus,
+    ImageFacts,
+    ImageSet,
+    data_status,
+    default_data_dir,
+    image_facts,
+    load_images,
+)
+from torch import Tensor
+
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "BatchLoader",
+    "DataMissing",
+    "DataStatus",
+    "ImageData",
+    "ImageFacts",
+    "ImageSet",
+    "data_status",
+    "default_data_dir",
+    "load_images",
+    "stratified_split",
+]
+
+
+def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose ``count`` samples at random so that every class has its share.
+
+    Args:
+        labels: class ids ``(N,)``, int64.
+        count: how many samples to choose.
+        seed: of the choice.
+
+    Returns:
+        Positions ``(N - count,)`` of the others and ``(count,)`` of the chosen ones, int64, each in rising order. Of a
+        class with share ``p`` between ``p·count - 1`` and ``p·count + 1`` samples are chosen.
+
+    Raises:
+        ValueError: if ``count`` is not between 0 and N.
+    """
+    if not 0 <= count <= len(labels):
+        raise ValueError(f"Cannot choose {count} of {len(labels)} samples; give a number from 0 to {len(labels)}.")
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    ordered = labels[by_class]
+    sizes = torch.bincount(labels)
+    rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[ordered]
+    # The first `count` samples by their relative place in their class are an equal part of every class.
+    place = (rank + 0.5).double() / sizes[ordered]
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[by_class[place.argsort(stable=True)[:count]]] = True
+    return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
+
+
+class ImageData(LightningDataModule):
+    """An image set with a validation part, for a Lightning ``Trainer`` or a plain loop.
+
+    Args:
+        name: one of ``DATASETS``.
+        data_dir: folder that holds ``images/``; ``None`` means ``default_data_dir()``.
+        batch_size: samples in a training batch.
+        eval_batch_size: samples in a validation or test batch.
+        validation: how much of the training data is kept for validation: a number of samples (int) or a fraction
+            (float), the same share of every class.
+        split_seed: of the validation part and of ``limit_train``; it does not follow the run's seed, so that
+            all seeds of a study are judged on the same samples.
+        seed: of order and augmentation.
+        normalize: ``unit`` gives inputs in ``[0, 1]``; ``standard`` subtracts the channel means of ``DATASETS`` and
+            divides by its standard deviations.
+        augment: augmentation of the training batches.
+        flatten: hand out images as vectors ``(N, D)`` instead of ``(N, C, H, W)``.
+        limit_train: keep only that many training samples, the same share of every class; ``None`` keeps all.
+        memory_budget: bytes that the training data may take as float32; above it they are kept as uint8.
+
+    Attributes:
+        name: as given.
+        shape: of one input, ``(C, H, W)`` or ``(D,)``; known before ``setup``.
+        classes: number of classes; known before ``setup``.
+
+    Raises:
+        ValueError: for an unknown name or a number that is out of range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data_dir: Path | str | None = None,
+        *,
+        batch_size: int = 128,
+        eval_batch_size: int = 1000,
+        validation: int | float = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        normalize: Literal["unit", "standard"] = "unit",
+        augment: Augment | None = None,
+        flatten: bool = False,
+        limit_train: int | None = None,
+        memory_budget: int = MEMORY_BUDGET_BYTES,
+    ) -> None:
+        super().__init__()
+        facts = image_facts(name)
+        self._validation_samples = _validation_count(validation, facts.train_samples)
+        _check_at_least("batch_size", batch_size, 1)
+        _check_at_least("eval_batch_size", eval_batch_size, 1)
+        _check_at_least("split_seed", split_seed, 0)
+        _check_at_least("seed", seed, 0)
+        if normalize not in ("unit", "standard"):
+            raise ValueError(f"normalize={normalize!r} is unknown; choose unit or standard.")
+        available = facts.train_samples - self._validation_samples
+        if limit_train is not None and not 1 <= limit_train <= available:
+            raise ValueError(f"limit_train={limit_train} is out of range; {name} leaves 1 to {available} for training.")
+        self.name: str = name
+        self.classes = facts.classes
+        channels, height, width = facts.shape
+        self.shape: tuple[int, ...] = (channels * height * width,) if flatten else facts.shape
+        self._data_dir = data_dir
+        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
+        self._split_seed, self._seed = split_seed, seed
+        self._scale = (facts.mean, facts.std) if normalize == "standard" else None
+        self._augment, self._flatten = augment, flatten
+        self._limit_train, self._memory_budget = limit_train, memory_budget
+        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split the data once, for all stages.
+
+        Raises:
+            DataMissing: when files are missing and cannot be downloaded.
+            ValueError: when files are damaged.
+        """
+        if self._parts:
+            return
+        data = load_images(self.name, self._data_dir)
+        train, validation = stratified_split(data.train_labels, self._validation_samples, self._split_seed)
+        if self._limit_train is not None:
+            train = train[stratified_split(data.train_labels[train], self._limit_train, self._split_seed)[1]]
+        self._parts = {
+            "train": (data.train_images[train], data.train_labels[train]),
+            "validation": (data.train_images[validation], data.train_labels[validation]),
+            "test": (data.test_images, data.test_labels),
+        }
+
+    def train_dataloader(self) -> BatchLoader:
+        """Shuffled, augmented batches; ``Batch.index`` counts the samples that are left for training."""
+        return self._loader("train", self._batch_size, training=True)
+
+    def val_dataloader(self) -> BatchLoader:
+        """The validation part in a fixed order."""
+        return self._loader("validation", self._eval_batch_size, training=False)
+
+    def test_dataloader(self) -> BatchLoader:
+        """The test set in a fixed order."""
+        return self._loader("test", self._eval_batch_size, training=False)
+
+    def example(self) -> Tensor:
+        """Two inputs of zeros, ``(2, *shape)``, float32 on the CPU; needs no data."""
+        return torch.zeros(2, *self.shape)
+
+    def _loader(self, part: str, batch_size: int, *, training: bool) -> BatchLoader:
+        self.setup()
+        images, labels = self._parts[part]
+        return BatchLoader(
+            images,
+            labels,
+            batch_size,
+            shuffle=training,
+            seed=self._seed,
+            augment=self._augment if training else None,
+            scale=self._scale,
+            flatten=self._flatten,
+            device=self._device(),
+            indexed=training,
+            memory_budget=self._memory_budget,
+        )
+
+    def _device(self) -> torch.device:
+        if self.trainer is None:
+            return torch.device("cpu")
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"ImageData feeds one process but the Trainer runs {self.trainer.world_size}, which would all train on"
+                " the same batches; use one device."
+            )
+        return self.trainer.strategy.root_device
+
+
+def _validation_count(validation: int | float, samples: int) -> int:
+    # A fraction that is no number compares false with everything and so ends in the refusal too.
+    fraction = isinstance(validation, float) and 0 < validation < 1
+    count = round(validation * samples) if fraction else validation
+    if isinstance(count, bool | float) or not 1 <= count < samples:
+        raise ValueError(
+            f"validation={validation!r} is out of range; give a number of samples from 1 to {samples - 1}, or a"
+            " fraction between 0 and 1."
+        )
+    return count
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}={value} is out of range; give at least {least}.")

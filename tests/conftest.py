@@ -1,0 +1,35 @@
+"""What all tests share: options, marks, one thread, and where real data lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Networks here are tiny: more threads are slower, and share two cores with the other test processes.
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--run-slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: give --run-slow to run it"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder with real data sets, or a skip that says what is missing."""
+    folder = os.environ.get("LOCALLEARN_DATA")
+    if folder is None:
+        pytest.skip("needs real data: set LOCALLEARN_DATA to a folder with images/ and graphs/")
+    if not Path(folder).is_dir():
+        pytest.skip(f"needs real data: LOCALLEARN_DATA is {folder}, which is no folder")
+    return Path(folder)

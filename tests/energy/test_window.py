@@ -1,0 +1,204 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import locallearn.energy
+import pytest
+from locallearn.energy import EnergyMonitor, Reading, ReplayMeter
+
+
+def test_importing_the_package_brings_in_no_heavy_software() -> None:
+    folder = Path(locallearn.energy.__file__).parents[1]
+    # An empty parent stands in for locallearn itself, which imports torch.
+    code = f"""
+import sys, types
+parent = types.ModuleType("locallearn")
+parent.__path__ = [{str(folder)!r}]
+sys.modules["locallearn"] = parent
+import locallearn.energy
+print(locallearn.energy.__file__)
+print([name for name in ("codecarbon", "lightning", "pynvml", "torch") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(locallearn.energy.__file__), "[]"]
+
+
+def test_real_clock_and_constant_power_give_power_times_time(constant: Any) -> None:
+    monitor = EnergyMonitor([ReplayMeter(constant(50.0))])
+    began = time.perf_counter()
+    with monitor.window("w") as window:
+        time.sleep(0.3)
+    seconds = time.perf_counter() - began
+    assert window.readings[0].joules == pytest.approx(50.0 * seconds, rel=0.01)
+    assert window.seconds == pytest.approx(seconds, rel=0.01)
+
+
+def test_a_bent_trace_is_interpolated(clock: Any) -> None:
+    # 10 W for 4 s, then 100 W: from second 3 to second 6 that is 10 + 200 J.
+    meter = ReplayMeter([(0, 0), (4, 40), (10, 640)], clock=clock)
+    with EnergyMonitor([meter], clock=clock).window("w") as window:
+        window.pause()
+        clock.pass_by(3)
+        window.resume()
+        clock.pass_by(3)
+    assert window.readings == [Reading("replay", "measured", 210.0)]
+    assert window.seconds == 3.0
+
+
+def test_pauses_are_left_out(clock: Any, constant: Any) -> None:
+    monitor = EnergyMonitor([ReplayMeter(constant(7.0), clock=clock)], clock=clock)
+    with monitor.window("w") as window:
+        clock.pass_by(2)
+        with window.paused():
+            clock.pass_by(50)
+            assert window.seconds == 2.0
+            with window.paused():
+                clock.pass_by(1)
+            clock.pass_by(1)
+        window.resume()
+        clock.pass_by(3)
+        assert window.seconds == 5.0
+        assert window.readings[0].joules == pytest.approx(35.0)
+        window.pause()
+        window.pause()
+        clock.pass_by(100)
+    clock.pass_by(100)
+    window.close()
+    assert window.seconds == 5.0
+    assert window.readings[0].joules == pytest.approx(35.0)
+
+
+def test_an_exception_closes_the_window_and_frees_the_meters(clock: Any, constant: Any) -> None:
+    monitor = EnergyMonitor([ReplayMeter(constant(1.0), clock=clock)], clock=clock)
+    window = monitor.window("w")
+
+    def fail() -> None:
+        with window:
+            clock.pass_by(4)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert window.readings[0].joules == pytest.approx(4.0)
+    with monitor.window("next") as following:
+        clock.pass_by(1)
+    assert following.readings[0].joules == pytest.approx(1.0)
+
+
+def test_windows_do_not_nest_on_one_meter(clock: Any, constant: Any) -> None:
+    shared = ReplayMeter(constant(1.0), clock=clock)
+    with EnergyMonitor([shared], clock=clock).window("outer") as outer:
+        clock.pass_by(1)
+        inner = EnergyMonitor([shared], clock=clock).window("inner")
+        with pytest.raises(ValueError, match="'inner' wants meters that another open window holds"):
+            inner.open()
+        clock.pass_by(1)
+    assert outer.readings[0].joules == pytest.approx(2.0)
+
+
+def test_the_device_is_waited_for_before_every_reading(clock: Any) -> None:
+    """Work still queued belongs to the stretch that queued it: 3 s come due in each wait."""
+    waits = []
+
+    def synchronise() -> None:
+        waits.append(clock.now_s)
+        clock.pass_by(3)
+
+    meter = ReplayMeter([(0, 0), (1e3, 1e3)], clock=clock)
+    with EnergyMonitor([meter], synchronise, clock=clock).window("w") as window:
+        clock.pass_by(10)
+    assert window.seconds == 13.0
+    assert window.readings[0].joules == pytest.approx(13.0)
+    assert len(waits) >= 2
+
+
+def test_idle_power_is_taken_off(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locallearn.energy._window.time.sleep", clock.pass_by)
+    # 2 W during the 30 s before, 12 W after.
+    meter = ReplayMeter([(0, 0), (30, 60), (1000, 60 + 12 * 970)], clock=clock)
+    with EnergyMonitor([meter], idle_s=30, clock=clock).window("w") as window:
+        clock.pass_by(5)
+    (reading,) = window.readings
+    assert window.seconds == 5.0
+    assert reading.joules == pytest.approx(60.0)
+    assert reading.net_joules == pytest.approx(50.0)
+    assert reading.detail["idle_w"] == pytest.approx(2.0)
+
+
+def test_no_idle_no_net_figure(clock: Any, constant: Any) -> None:
+    with EnergyMonitor([ReplayMeter(constant(1.0), clock=clock)], clock=clock).window("w") as window:
+        clock.pass_by(5)
+    assert window.readings[0].net_joules is None
+    assert window.co2_g is None
+
+
+@pytest.mark.parametrize(("seconds", "flagged"), [(9.9, True), (10.1, False)])
+def test_windows_below_a_hundred_ticks_are_flagged(clock: Any, constant: Any, seconds: float, flagged: bool) -> None:
+    meter = ReplayMeter(constant(1.0), clock=clock)
+    meter.tick_s = 0.1
+    with EnergyMonitor([meter], clock=clock).window("w") as window:
+        clock.pass_by(seconds)
+    assert any("shorter than 100 ticks of 0.1 s" in flag for flag in window.readings[0].flags) == flagged
+
+
+def test_a_counter_that_stands_still_is_flagged(clock: Any) -> None:
+    with EnergyMonitor([ReplayMeter([(0, 0), (9, 0)], clock=clock)], clock=clock).window("w") as window:
+        clock.pass_by(5)
+    assert window.readings[0].joules == 0
+    assert window.readings[0].flags == ("the counter did not move during the window",)
+
+
+def test_after_the_trace_there_is_no_figure(clock: Any) -> None:
+    with EnergyMonitor([ReplayMeter([(0, 0), (9, 9)], clock=clock)], clock=clock).window("w") as window:
+        clock.pass_by(10)
+    assert window.readings[0].joules is None
+    assert "ends after 9 s" in str(window.readings[0].reason)
+
+
+def test_two_meters_of_one_source_are_refused_and_freed(constant: Any) -> None:
+    first, second = ReplayMeter(constant(1.0)), ReplayMeter(constant(2.0))
+    with pytest.raises(ValueError, match="both report 'replay'"):
+        EnergyMonitor([first, second]).window("w").open()
+    with EnergyMonitor([first]).window("w"):
+        pass
+
+
+def test_a_window_serves_once(constant: Any) -> None:
+    window = EnergyMonitor([ReplayMeter(constant(1.0))]).window("w")
+    with pytest.raises(ValueError, match="not open"):
+        window.pause()
+    with window:
+        pass
+    with pytest.raises(ValueError, match="opened before"):
+        window.open()
+    with pytest.raises(ValueError, match="not open"):
+        window.resume()
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [[], [(0, 0)], [(1, 0), (2, 1)], [(0, 0), (0, 1)], [(0, 5), (1, 4)], [(0, 0), (1, float("nan"))]],
+)
+def test_bad_traces_are_refused(trace: list[tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="trace"):
+        ReplayMeter(trace)
+
+
+def test_bad_monitors_are_refused(constant: Any) -> None:
+    meter = ReplayMeter(constant(1.0))
+    with pytest.raises(ValueError, match="idle_s=-1"):
+        EnergyMonitor([meter], idle_s=-1)
+    with pytest.raises(ValueError, match="twice"):
+        EnergyMonitor([meter, meter])
+
+
+def test_readings_need_joules_or_a_reason_and_survive_json() -> None:
+    with pytest.raises(ValueError, match="exactly one"):
+        Reading("x", "measured", None)
+    with pytest.raises(ValueError, match="exactly one"):
+        Reading("x", "measured", 1.0, reason="why")
+    reading = Reading("x", "modelled", 1.5, detail={"idle_w": 2.0}, flags=("rough",), net_joules=0.5)
+    assert Reading.from_dict(json.loads(json.dumps(reading.to_dict()))) == reading

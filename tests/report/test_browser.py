@@ -1,0 +1,63 @@
+"""The page in a real browser: charts appear, and nothing a record holds runs."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from locallearn.records import Record
+from locallearn.report import write_report
+
+Make = Callable[..., Record]
+NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is on the PATH")
+
+
+def dom(page: Path, profile: Path, height: int = 12_000) -> str:
+    """The page's elements after its scripts have run."""
+    assert BROWSER is not None
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    options += f" --disable-component-update --disable-sync --window-size=1280,{height} --virtual-time-budget=20000"
+    command = [BROWSER, *options.split(), f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def drawn(text: str) -> int:
+    """Number of charts that Plotly has drawn."""
+    return len(re.findall(r'class="plot-container', text))
+
+
+def test_every_chart_is_drawn_and_every_block_has_its_line(make: Make, tmp_path: Path) -> None:
+    records = [make(a, seed) for a in ("mono_forward", "backprop") for seed in (0, 1)]
+    page = write_report(records, tmp_path / "r.html", title="Two rules")
+    text = dom(page, tmp_path / "profile")
+    assert "<title>Two rules</title>" in text
+    places = len(re.findall(r"data-chart=", page.read_text().partition('<script type="application/json"')[0]))
+    assert drawn(text) == places == 13
+    assert text.count('class="main-svg"') >= places
+    assert len(re.findall(r'class="js-line"', text)) >= 8
+
+
+def test_names_with_scripts_stay_text(make: Make, tmp_path: Path) -> None:
+    values = {"dataset": NASTY, "net": NASTY, "blocks": [NASTY], "config": {NASTY: NASTY}}
+    link = '<a href="javascript:document.title=1">x</a>'
+    records = [make(NASTY, 0, **values), make("backprop", 0, **values), make(link, 0, **values)]
+    text = dom(write_report(records, tmp_path / "r.html", title="Safe"), tmp_path / "profile")
+    assert "<title>Safe</title>" in text
+    body = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert "<img" not in body
+    assert not re.search(r"<a [^>]*javascript:", body)
+    assert not re.search(r"<[a-z]+ [^>]*\bonerror=", re.sub(r'"[^"]*"', '""', body))
+    assert drawn(text) > 5
+
+
+def test_five_hundred_runs_open(make: Make, tmp_path: Path) -> None:
+    records = [make(f"rule_{i}", seed, epochs=12) for i in range(100) for seed in range(5)]
+    page = write_report(records, tmp_path / "r.html")
+    assert page.stat().st_size < 8_000_000
+    assert drawn(dom(page, tmp_path / "profile", 3000)) >= 2
