@@ -77,8 +77,8 @@ def audit(algorithm: Algorithm, batch: Batch, batches: int = 2) -> Audit:
     Returns:
         The verdict with what was seen of every unit.
 
-    Limits: a feedback path is told from backpropagation by the claim only where a unit's loss reaches other blocks
-    through a graph; a rule that claims ``feedback`` is checked for not being layer-local, not for how its error travels.
+    Limits: a rule that claims ``feedback`` is not checked for how its error travels, and a backward pass written by hand
+    without autograd passes for forward-only; what is broadcast and the dependence on later units are printed for both.
     """
     seen, reaches, calls = _observe(algorithm, batch, batches)
     names = list(algorithm.units())
@@ -101,7 +101,7 @@ def audit(algorithm: Algorithm, batch: Batch, batches: int = 2) -> Audit:
         for name in names
     )
     verdict, reason = _judge(algorithm, units)
-    confirmed, against = _holds(algorithm.locality, verdict)
+    confirmed, against = _holds(algorithm, verdict, units)
     return Audit(
         type(algorithm).__name__,
         algorithm.locality,
@@ -141,7 +141,8 @@ def _observe(
                 if update.loss is not None and update.gradients is None:
                     reaches[update.unit] |= {owner.get(i, "?") for i in _reached(update.loss)} - {update.unit}
                 given = update.gradients
-                update.backward()
+                # A rule that forgot to detach walks this graph again with its next unit; that shall be told, not crash.
+                update.backward(lambda loss: torch.autograd.backward(loss, retain_graph=True))
             if number == 0:
                 calls[update.unit] += engine["calls"]
             own = twin.parameters() if given is None else given.keys()
@@ -203,24 +204,24 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def _judge(algorithm: Algorithm, units: tuple[UnitAudit, ...]) -> tuple[Locality, str]:
-    calls = sum(unit.backward_calls for unit in units)
-    if calls == 0:
-        return Locality.FORWARD_ONLY, "autograd never ran"
-    crossing = [unit for unit in units if unit.reaches]
-    spanning = [unit.unit for unit in units if unit.unit not in {*algorithm.blocks.names} and len(units) == 1]
-    if spanning and len(algorithm.blocks) > 1:
-        return Locality.GLOBAL, f"unit {spanning[0]!r} is the whole network, differentiated as one"
-    if crossing:
-        unit = crossing[0]
-        return Locality.GLOBAL, f"the gradient of {unit.unit!r} reaches {', '.join(unit.reaches)}"
-    coupled = [unit for unit in units if unit.depends_on_later]
-    if coupled:
-        unit = coupled[0]
-        return (
-            Locality.COUPLED,
-            f"no gradient crosses a border, but that of {unit.unit!r} changes with {', '.join(unit.depends_on_later)}",
-        )
+    coupled = next((unit for unit in units if unit.depends_on_later), None)
+    coupling = "" if coupled is None else f"that of {coupled.unit!r} changes with {', '.join(coupled.depends_on_later)}"
+    if not any(unit.backward_calls for unit in units):
+        return Locality.FORWARD_ONLY, f"autograd never ran{f'; of the gradients, {coupling}' if coupling else ''}"
+    spanning = next((unit for unit in units if _spans_blocks(algorithm, unit.unit)), None)
+    if spanning is not None:
+        return Locality.GLOBAL, f"unit {spanning.unit!r} holds several blocks, differentiated as one"
+    crossing = next((unit for unit in units if unit.reaches), None)
+    if crossing is not None:
+        return Locality.GLOBAL, f"the gradient of {crossing.unit!r} reaches {', '.join(crossing.reaches)}"
+    if coupling:
+        return Locality.COUPLED, f"no gradient crosses a border, but {coupling}"
     return Locality.LAYER_LOCAL, "no gradient crosses a border, and none changes with what later units hold"
+
+
+def _spans_blocks(algorithm: Algorithm, unit: str) -> bool:
+    own = {id(p) for group in algorithm.units()[unit] for p in group["params"]}
+    return sum(any(id(p) in own for p in block.parameters()) for block in algorithm.blocks) > 1
 
 
 # How strict a claim is; a verdict confirms every claim that is not stricter than itself.
@@ -232,12 +233,15 @@ _STRICTNESS = {
 }
 
 
-def _holds(claim: Locality, verdict: Locality) -> tuple[bool, str]:
+def _holds(algorithm: Algorithm, verdict: Locality, units: tuple[UnitAudit, ...]) -> tuple[bool, str]:
+    claim = algorithm.locality
+    against = f"claims {claim}, but is {verdict}"
     if claim is Locality.GLOBAL or claim is verdict:
         return True, ""
-    if claim is Locality.FORWARD_ONLY or verdict is Locality.FORWARD_ONLY:
-        # Never running autograd says nothing about who sees what, and the other way round.
-        return claim is Locality.FEEDBACK, f"claims {claim}, but is {verdict}"
-    return _STRICTNESS[claim] <= _STRICTNESS[verdict], f"claims {claim}, but is {verdict}"
-
-
+    if claim is Locality.FORWARD_ONLY:
+        return False, against
+    if verdict is Locality.FORWARD_ONLY:
+        # Gradients made by hand cross no border of autograd's; whether they are local, the perturbation tells.
+        sees_later = any(unit.depends_on_later or _spans_blocks(algorithm, unit.unit) for unit in units)
+        return claim is not Locality.LAYER_LOCAL or not sees_later, against
+    return _STRICTNESS[claim] <= _STRICTNESS[verdict], against

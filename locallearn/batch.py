@@ -25,4 +25,4 @@ class Batch(NamedTuple):
     targets: Tensor
     context: tuple[Any, ...] = ()
     rows: Tensor | None = None
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here

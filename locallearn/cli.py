@@ -17,6 +17,7 @@ locallearn: train networks without backpropagation through the whole network, an
 
   locallearn compare                 train several algorithms on the same data, print a table, write a report
   locallearn train                   train one algorithm once and leave a record
+  locallearn tune                    search settings on equal budgets, on validation data only
   locallearn report                  one HTML page from any records
   locallearn audit                   prove or refute what an algorithm claims about locality
   locallearn bench                   alternated speed and memory measurements
@@ -50,6 +51,10 @@ _GROUPS = (
 )
 
 
+# Checked here too: on a CPU Lightning quietly makes bf16 of fp16, which LocalStrategy would not notice.
+_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+
+
 class UsageError(Exception):
     """The user asked for something that cannot be done; the message is one sentence."""
 
@@ -73,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        code, sentence = _explain(error)
+        code, sentence = _explain(error, words)
         print(f"locallearn: {sentence}", file=sys.stderr)
         folder = getattr(error, "run_folder", None)
         if folder is not None:
@@ -85,6 +90,7 @@ def _dispatch(words: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "compare": _compare,
+        "tune": _tune,
         "report": _report,
         "audit": _audit,
         "bench": _bench,
@@ -121,20 +127,24 @@ def _compose(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
     from hydra import compose, initialize_config_module
     from omegaconf import open_dict
 
-    for word in overrides:
-        if word.startswith("-"):
-            raise UsageError(f"there is no option {word}; see locallearn --help")
-        if "=" not in word and not word.startswith("~"):
-            raise UsageError(f"{word!r} is not a setting: write KEY=VALUE, see locallearn --help")
-        group, _, value = word.partition("=")
-        if value == "?" and group in _GROUPS:
-            raise UsageError(f"{group} is one of {', '.join(_options(group))}")
+    _check_words(overrides)
     with initialize_config_module("locallearn.conf", version_base="1.3"):
         cfg = compose("config", list(overrides), return_hydra_config=True)
     choices = {group: str(name) for group, name in cfg.hydra.runtime.choices.items() if group in _GROUPS}
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg, choices
+
+
+def _check_words(overrides: Sequence[str]) -> None:
+    for word in overrides:
+        if word.startswith("-"):
+            raise UsageError(f"there is no option {word}; see locallearn --help")
+        key, equals, value = word.partition("=")
+        if not key or not (equals or word.startswith("~")):
+            raise UsageError(f"{word!r} is not a setting: write KEY=VALUE, see locallearn --help")
+        if key in _GROUPS and value in ("?", "", "null"):
+            raise UsageError(f"{key} is one of {', '.join(_options(key))}")
 
 
 def _options(group: str) -> list[str]:
@@ -154,63 +164,158 @@ def _keys(cfg: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _explain(error: Exception) -> tuple[int, str]:
+def _explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
     """Exit code and one sentence for whatever went wrong."""
     from hydra.errors import HydraException, InstantiationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
     from locallearn.strategies.local import Diverged
-    from locallearn.study.train import Interrupted
+    from locallearn.study.train import CHECKPOINT, Interrupted
 
     text = str(error).strip()
     if isinstance(error, Interrupted):
-        folder = getattr(error, "run_folder", "FOLDER")
+        folder = getattr(error, "run_folder", None)
+        if folder is None or not (folder / CHECKPOINT).is_file():
+            return 130, "interrupted before there was anything to go on from"
         return 130, f"interrupted; go on with: locallearn train resume={folder}"
     if isinstance(error, Diverged):
         return 1, text
     if isinstance(error, InstantiationException):
         return 2, _instantiation(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return 2, _configuration(text)
-    if isinstance(error, UsageError | ValueError | FileNotFoundError | FileExistsError | NotADirectoryError):
-        return 2, text
-    if isinstance(error, PermissionError):
-        return 2, f"{error.filename} cannot be written to: choose another runs_dir or data_dir"
+        return 2, _configuration(error, words)
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, f"{error.filename} cannot be used ({error.strerror}): choose another runs_dir or data_dir"
+    if isinstance(error, UsageError | ValueError | FileNotFoundError | MisconfigurationException):
+        return 2, _one_line(text)
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return 1, f"{type(error).__name__}: {text or 'no message'} ({Path(where.filename).name}:{where.lineno}; --debug shows all)"
+    return (
+        1,
+        f"{type(error).__name__}: {text or 'no message'} ({Path(where.filename).name}:{where.lineno}; --debug shows all)",
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _instantiation(error: Exception) -> str:
     cause = error.__cause__
     key = re.search(r"full_key: (\S+)", str(error))
     at = f"{key.group(1)}: " if key else ""
-    if isinstance(cause, ModuleNotFoundError) or "No module named" in str(error):
-        missing = re.search(r"No module named '([^']+)'", f"{cause} {error}")
-        name = missing.group(1) if missing else "a package"
+    missing = re.search(r"No module named '([^']+)'|Requirement '([\w-]+)", str(cause))
+    if missing and at == "logger: ":
+        name = missing.group(1) or missing.group(2)
         return f"{at}{name} is not installed; loggers are extras: pip install 'locallearn[tensorboard,wandb,mlflow]'"
-    if isinstance(cause, TypeError):
-        unknown = re.search(r"unexpected keyword argument '([^']+)'", str(cause))
-        if unknown:
-            return f"{at}there is no setting {unknown.group(1)!r} here"
-    return f"{at}{str(cause or error).splitlines()[0]}"
+    unknown = re.search(r"unexpected keyword argument '([^']+)'", str(cause))
+    if unknown:
+        return f"{at}there is no setting {unknown.group(1)!r} here"
+    return f"{at}{_one_line(str(cause or error))}"
 
 
-def _configuration(text: str) -> str:
+def _configuration(error: Exception, words: Sequence[str]) -> str:
     """Hydra's own message as one sentence that lists the right names."""
+    text = str(error)
     missing = re.search(r"Could not find '([^/']+)/([^']*)'", text)
     if missing and missing.group(1) in _GROUPS:
         group, name = missing.groups()
         return f"there is no {group} {name!r}; {group} is one of {', '.join(_options(group))}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
-        key = unknown.group(1)
-        keys = _keys(_compose([])[0])
-        near = get_close_matches(key, keys, n=3)
-        if near:
-            return f"there is no setting {key!r}; did you mean {', '.join(near)}?"
-        siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
-        return f"there is no setting {key!r}; there are {', '.join(siblings or [k for k in keys if '.' not in k])}"
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+        return _unknown_key(unknown.group(1), words)
+    unread = getattr(error, "override", None)  # what Hydra's parser of overrides stumbled on
+    if unread is not None:
+        return f"{unread!r} cannot be read as KEY=VALUE: close brackets, and put text with signs in it into quotes"
+    return _one_line(text)
+
+
+def _unknown_key(key: str, words: Sequence[str]) -> str:
+    """What stands beside a key that does not exist, in the groups that were chosen."""
+    chosen = [word.partition(",")[0] for word in words if word.partition("=")[0] in _GROUPS]
+    keys = [k for k in _keys(_compose(chosen)[0]) if not k.rpartition(".")[2].startswith("_")]
+    parent = key.rpartition(".")[0]
+    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
+    near = get_close_matches(key, siblings if parent and siblings else keys, n=2, cutoff=0.8)
+    if near:
+        return f"there is no setting {key!r}; did you mean {' or '.join(near)}?"
+    return f"there is no setting {key!r}; there are {', '.join(siblings or [k for k in keys if '.' not in k])}"
+
+
+def _check_types(node: Any, prefix: str = "") -> None:
+    """Every value below ``node`` against the signature of what its ``_target_`` makes."""
+    from hydra.utils import get_object
+
+    for key in node:
+        child = node[key]
+        if not isinstance(child, dict):
+            continue
+        where = f"{prefix}{key}"
+        target = child.get("_target_")
+        if isinstance(target, str):
+            try:
+                made = get_object(target)
+            except Exception:
+                continue  # making it says what is wrong with the name
+            _check_arguments(made, {k: v for k, v in child.items() if not k.startswith("_")}, where)
+        _check_types(child, f"{where}.")
+
+
+def _check_arguments(made: Any, values: dict[str, Any], where: str) -> None:
+    import inspect
+    from typing import get_type_hints
+
+    try:
+        parameters = inspect.signature(made).parameters
+        hints = get_type_hints(made.__init__ if isinstance(made, type) else made)
+    except (NameError, TypeError, ValueError):
+        return  # somebody else's signature that cannot be read
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in values.items():
+        if key not in parameters and not open_ended:
+            names = [name for name in parameters if name not in ("self", "params", "optimizer")]
+            raise UsageError(f"there is no setting '{where}.{key}'; {where} has {', '.join(names)}")
+        if key in hints and not isinstance(value, dict) and not _fits(value, hints[key]):
+            raise UsageError(f"{where}.{key} is {value!r}, expected {_spoken(hints[key]) or hints[key]}")
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML can be what a signature asks for; true where that cannot be told."""
+    from collections.abc import Iterable
+    from types import UnionType
+    from typing import Literal, Union, get_args, get_origin
+
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in arguments)
+    if origin is Literal:
+        return value in arguments
+    if isinstance(origin, type) and issubclass(origin, Iterable) and not issubclass(origin, dict):
+        return isinstance(value, list) and all(_fits(part, arguments[0]) for part in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in _WORDS:
+        return type(value) is hint
+    if hint is Path:
+        return isinstance(value, str)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _spoken(hint: Any) -> str:
+    from typing import Literal, get_args, get_origin
+
+    if hint in _WORDS:
+        return _WORDS[hint]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(repr(part) for part in arguments)
+    parts = [spoken for spoken in map(_spoken, arguments) if spoken]
+    if isinstance(origin, type) and parts and issubclass(origin, Sequence):
+        return f"a list, each entry {parts[0]}"
+    return " or ".join(dict.fromkeys(parts))
 
 
 # -- from configuration to objects -------------------------------------------------------------------------------------
@@ -218,21 +323,25 @@ def _configuration(text: str) -> str:
 
 def _plan(cfg: Any, choices: dict[str, str], command: str) -> Any:
     """Typed objects for one run."""
+    import lightning.pytorch as pl
     import torch
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     from locallearn.study.train import Plan
 
-    data = instantiate(cfg.dataset)
-    trainer = OmegaConf.to_container(cfg.trainer, resolve=True)
-    assert isinstance(trainer, dict)
-    max_epochs, probe_samples, checkpoint_s = (trainer.pop(k) for k in ("max_epochs", "probe_samples", "checkpoint_s"))
-    _check_numbers(cfg, max_epochs, probe_samples, checkpoint_s)
-    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UsageError(f"trainer.accelerator={trainer['accelerator']}, but PyTorch sees no CUDA device here: use cpu or auto")
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
+    trainer = dict(config["trainer"])
+    max_epochs, probe_samples, checkpoint_s = (trainer.pop(k) for k in ("max_epochs", "probe_samples", "checkpoint_s"))
+    _check_numbers(cfg, max_epochs, probe_samples, checkpoint_s)
+    _check_types(config)
+    _check_arguments(pl.Trainer, trainer, "trainer")
+    data = instantiate(cfg.dataset)
+    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UsageError(
+            f"trainer.accelerator={trainer['accelerator']}, but PyTorch sees no CUDA device here: use cpu or auto"
+        )
     return Plan(
         names={group: choices[group] for group in ("algorithm", "dataset", "net", "task")},
         seed=cfg.seed,
@@ -245,7 +354,7 @@ def _plan(cfg: Any, choices: dict[str, str], command: str) -> Any:
         schedule=instantiate(cfg.schedule),
         meters=list(instantiate(cfg.meter.sources).values()),
         idle_s=cfg.meter.idle_s,
-        runs_dir=Path(cfg.runs_dir),
+        runs_dir=_folder(cfg, "runs_dir"),
         max_epochs=max_epochs,
         trainer={str(k): v for k, v in trainer.items()},
         logger=instantiate(cfg.logger) if cfg.logger else None,
@@ -255,24 +364,37 @@ def _plan(cfg: Any, choices: dict[str, str], command: str) -> Any:
         target_accuracy=cfg.compare.target_accuracy if cfg.compare.mode == "target" else None,
         probe_samples=probe_samples,
         checkpoint_s=checkpoint_s,
-        resume=None if cfg.resume is None else Path(cfg.resume),
+        resume=None if cfg.resume is None else _folder(cfg, "resume"),
     )
 
 
 def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: Any) -> None:
-    if not isinstance(max_epochs, int) or max_epochs < 1:
+    if type(max_epochs) is not int or max_epochs < 1:
         raise UsageError(f"trainer.max_epochs is {max_epochs}, expected a whole number of at least 1")
-    if not isinstance(probe_samples, int) or probe_samples < 0:
+    if type(probe_samples) is not int or probe_samples < 0:
         raise UsageError(f"trainer.probe_samples is {probe_samples}, expected a whole number, 0 for no probes")
-    if not isinstance(checkpoint_s, int | float) or checkpoint_s <= 0:
+    if type(checkpoint_s) not in (int, float) or checkpoint_s <= 0:
         raise UsageError(f"trainer.checkpoint_s is {checkpoint_s}, expected seconds above 0")
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**31:
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**31:
         raise UsageError(f"seed is {cfg.seed}, expected a whole number from 0 to 2147483647")
+    precision, clip, idle_s = cfg.trainer.precision, cfg.trainer.gradient_clip_val, cfg.meter.idle_s
+    if precision not in _PRECISIONS:
+        raise UsageError(f"trainer.precision is {precision}, expected one of {', '.join(_PRECISIONS)}")
+    if clip is not None and (type(clip) not in (int, float) or clip <= 0):
+        raise UsageError(f"trainer.gradient_clip_val is {clip}, expected a number above 0, or null for no clipping")
+    if type(idle_s) not in (int, float) or idle_s < 0:
+        raise UsageError(f"meter.idle_s is {idle_s}, expected seconds, 0 for no idle measurement")
     mode, target = cfg.compare.mode, cfg.compare.target_accuracy
     if mode not in ("own", "matched", "target"):
         raise UsageError(f"compare.mode is {mode!r}, expected own, matched or target")
     if mode == "target" and not (isinstance(target, float | int) and 0 < target <= 1):
         raise UsageError(f"compare.mode=target needs compare.target_accuracy between 0 and 1, it is {target}")
+
+
+def _folder(cfg: Any, key: str) -> Path:
+    if cfg[key] is None or not str(cfg[key]):
+        raise UsageError(f"{key} is {cfg[key]!r}, expected a folder")
+    return Path(str(cfg[key]))  # a name like 2026 arrives as a number
 
 
 def _command(name: str, words: Sequence[str]) -> str:
@@ -306,23 +428,22 @@ def _resumed(words: list[str]) -> tuple[Any, dict[str, str]] | None:
     if record.status not in ("interrupted", "failed"):
         raise UsageError(f"{folder} is {record.status}: only an interrupted or failed run can be resumed")
     cfg = OmegaConf.create(dict(record.data["config"]))
-    allowed = ("resume=", "runs_dir=", "data_dir=", "trainer.max_epochs=", "trainer.accelerator=", "trainer.checkpoint_s=")
+    allowed = (
+        "resume=",
+        "runs_dir=",
+        "data_dir=",
+        "trainer.max_epochs=",
+        "trainer.accelerator=",
+        "trainer.checkpoint_s=",
+    )
     for word in words:
         if not word.startswith(allowed):
             raise UsageError(
                 f"{word!r} cannot be changed on resume: the run goes on with its own settings; only "
                 f"{', '.join(a.rstrip('=') for a in allowed)} can be given"
             )
-        OmegaConf.update(cfg, word.partition("=")[0], _value(word))
+        cfg.merge_with_dotlist([word])
     return cfg, {group: str(record.data.get(group)) for group in _GROUPS}
-
-
-def _value(word: str) -> Any:
-    from omegaconf import OmegaConf
-
-    value = word.partition("=")[2]
-    parsed: Any = OmegaConf.create(f"value: {value}")["value"]
-    return parsed
 
 
 def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> int:
@@ -347,9 +468,14 @@ def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> int:
 
 def _sweep(words: list[str]) -> int:
     """``train -m``: Hydra's own sweeper and launcher call one run per combination."""
+    import tempfile
+
     import hydra
     from omegaconf import OmegaConf
 
+    from locallearn.study.train import Interrupted
+
+    _check_words(words)
     codes: list[int] = []
 
     @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
@@ -361,17 +487,19 @@ def _sweep(words: list[str]) -> int:
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
         try:
             codes.append(_train_once(cfg, choices, list(runtime.overrides.task)))
+        except Interrupted:
+            raise
         except Exception as error:  # one bad combination must not end the sweep
-            code, sentence = _explain(error)
+            code, sentence = _explain(error, runtime.overrides.task)
             print(f"locallearn: {sentence}", file=sys.stderr)
             codes.append(code)
 
-    sys.argv = ["locallearn", "--multirun", *words]
-    try:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    with (
+        tempfile.TemporaryDirectory() as aside
+    ):  # the sweeper leaves a file where it runs; records have their own place
+        sys.argv = ["locallearn", "--multirun", f"hydra.sweep.dir={aside}", *words]
         job()
-    except SystemExit as end:
-        # Hydra has printed why; a configuration that cannot be composed is the user's mistake.
-        return 2 if end.code else max(codes, default=0)
     return max(codes, default=0)
 
 
@@ -381,20 +509,24 @@ def _compare(words: list[str]) -> int:
     from locallearn.records import load_record, rebuild_index, recover
     from locallearn.report import terminal_table, write_report
     from locallearn.study.compare import compare
+    from locallearn.study.train import check
 
     base, _ = _compose(words)
-    algorithms, seeds = list(base.compare.algorithms), list(base.compare.seeds)
-    _check_compare(base, algorithms, seeds)
-    runs_dir = Path(base.runs_dir)
+    algorithms, seeds, overrides = base.compare.algorithms, base.compare.seeds, base.compare.overrides or {}
+    _check_compare(algorithms, seeds, overrides)
+    if base.resume is not None:
+        raise UsageError("resume goes with train: locallearn train resume=FOLDER")
+    runs_dir = _folder(base, "runs_dir")
     recover(runs_dir)
     plans = []
     for seed in seeds:  # A B A B: heat and neighbours weigh on all algorithms alike
         for name in algorithms:
-            own = list(base.compare.overrides.get(name, []))
+            own = list(overrides.get(name, []))
             matched = ["schedule.patience=null"] if base.compare.mode == "matched" else []
             cfg, choices = _compose([*words, f"algorithm={name}", f"seed={seed}", *matched, *own])
             plans.append((f"{name} seed {seed}", partial(_plan, cfg, choices, _command("compare", words))))
-    plans[0][1]()  # a mistake in the settings is told before anything is trained
+    for _, make in plans[: len(algorithms)]:
+        check(make())  # a mistake in the settings is told before anything is trained
     with _progress() as show:
         folders, problems = compare(plans, show)
     records = [load_record(folder) for folder in folders]
@@ -408,18 +540,74 @@ def _compare(words: list[str]) -> int:
     return 1 if problems else 0
 
 
-def _check_compare(cfg: Any, algorithms: list[str], seeds: list[int]) -> None:
+def _tune(words: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from locallearn.study.tune import Range, study_name, tune
+
+    base, chosen = _compose(words)
+    algorithms = list(base.tune.algorithms)
+    _check_compare(algorithms, [0], {})
+    space = {str(key): Range(**value) for key, value in (base.tune.space or {}).items()}
+    space = space or {"optimizer.lr": Range(1e-4, 1e-2, log=True)}
+    fixed = [
+        word for word in words if not word.startswith(("tune.trials=", "tune.algorithms=", "runs_dir=", "data_dir="))
+    ]
+    runs_dir = Path(base.runs_dir)
+
+    def make(algorithm: str, settings: Sequence[str]) -> Any:
+        cfg, choices = _compose([*words, f"algorithm={algorithm}", *settings])
+        return _plan(cfg, choices, _command("tune", words))
+
+    make(algorithms[0], [])  # a mistake in the settings is told before anything is trained
+    with _progress() as show:
+        found = tune(
+            algorithms,
+            make,
+            space,
+            base.tune.trials,
+            runs_dir / "tune.sqlite",
+            study_name(chosen["dataset"], chosen["net"], fixed),
+            show=show,
+        )
+    table = Table(title=f"best of {base.tune.trials} trials each, by validation accuracy", title_justify="left")
+    for heading in ("algorithm", "trials", "validation accuracy", "settings"):
+        table.add_column(heading, overflow="fold")
+    for best in found:
+        table.add_row(best.algorithm, str(best.trials), f"{best.accuracy:.4f}", " ".join(best.settings))
+    Console().print(table)
+    kept = ",".join(best.algorithm + ":[" + ",".join(f'"{s}"' for s in best.settings) + "]" for best in found)
+    print(f"to compare them: locallearn compare ... 'compare.overrides={{{kept}}}'")
+    return 0
+
+
+def _check_compare(algorithms: Any, seeds: Any, overrides: Any) -> None:
+    from collections.abc import Mapping
+
     known = _options("algorithm")
+    if not _distinct(algorithms, str):
+        raise UsageError(
+            f"the algorithms to compare are {algorithms}, expected a list with every one once: [backprop,...]"
+        )
     for name in algorithms:
         if name not in known:
             raise UsageError(f"there is no algorithm {name!r}; algorithm is one of {', '.join(known)}")
-    if not algorithms or len(set(algorithms)) < len(algorithms):
-        raise UsageError(f"compare.algorithms is {algorithms}, expected every algorithm once")
-    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) for seed in seeds):
+    if not _distinct(seeds, int):
         raise UsageError(f"compare.seeds is {seeds}, expected different whole numbers: a repeated seed is no spread")
-    for name in cfg.compare.overrides:
+    if not isinstance(overrides, Mapping) or any(isinstance(own, str) for own in overrides.values()):
+        raise UsageError(
+            f'compare.overrides is {overrides}, expected lists by algorithm: {{backprop: ["optimizer.lr=1e-3"]}}'
+        )
+    for name in overrides:
         if name not in algorithms:
             raise UsageError(f"compare.overrides names {name!r}, which is not in compare.algorithms")
+
+
+def _distinct(values: Any, kind: type) -> bool:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        return False
+    return len(values) == len(set(values)) > 0 and all(type(value) is kind for value in values)
 
 
 def _report(words: list[str]) -> int:
@@ -428,13 +616,17 @@ def _report(words: list[str]) -> int:
 
     folders = [word for word in words if "=" not in word and not word.startswith("-")]
     cfg, _ = _compose([word for word in words if word not in folders])
-    roots = [Path(f) for f in folders] or [Path(f) for f in (cfg.report.records or [cfg.runs_dir])]
+    roots = [Path(str(f)) for f in folders or cfg.report.records or [_folder(cfg, "runs_dir")]]
     for root in roots:
         if not root.is_dir():
             raise UsageError(f"there is no folder {root} to read records from")
         if os.access(root, os.W_OK):
             recover(root)
     found = scan(roots)
+    if not found.records:
+        raise UsageError(
+            f"there are no records in {', '.join(map(str, roots))}{''.join(f'; {p}' for p in found.problems[:1])}"
+        )
     if os.access(roots[0], os.W_OK) and not folders and not cfg.report.records:
         rebuild_index(roots[0])
     out = Path(cfg.report.out or roots[0] / "report.html")
@@ -486,7 +678,7 @@ def _bench(words: list[str]) -> int:
     cfg, _ = _compose(words)
     what = str(cfg.bench.what)
     algorithms = list(cfg.bench.algorithms)
-    _check_compare(cfg, algorithms, [0])
+    _check_compare(algorithms, [0], {})
 
     def make(name: str, *more: str) -> Any:
         composed, choices = _compose([*words, f"algorithm={name}", "meter=none", *more])
@@ -505,12 +697,13 @@ def _data(words: list[str]) -> int:
     from locallearn.tasks.images import data_status, default_data_dir
 
     cfg, _ = _compose(words)
-    folder = Path(cfg.data_dir) if cfg.data_dir else default_data_dir()
+    folder = default_data_dir() if cfg.data_dir is None else _folder(cfg, "data_dir").expanduser()
     table = Table(title=f"data sets in {folder}", title_justify="left")
-    for heading in ("dataset", "here", "files wanted"):
+    for heading in ("dataset", "here", "files", "in"):
         table.add_column(heading, overflow="fold")
     for row in data_status(folder):
-        table.add_row(row.name, "yes" if row.present else "no", ", ".join(row.wanted) or "none: comes with scikit-learn")
+        place = "" if row.path is None else str(row.path.relative_to(folder))
+        table.add_row(row.name, "yes" if row.present else "no", ", ".join(row.files) or "come with scikit-learn", place)
     Console().print(table)
     return 0
 
@@ -559,7 +752,7 @@ def _completion(words: list[str]) -> int:
 
     line = os.environ.get("COMP_LINE", "")
     parts = line.split(" ")
-    commands = ("train", "compare", "report", "audit", "bench", "data")
+    commands = ("train", "compare", "tune", "report", "audit", "bench", "data")
     if any("query" in word for word in words):
         if len(parts) <= 2:
             print(" ".join(c for c in commands if c.startswith(parts[-1] if len(parts) == 2 else "")))

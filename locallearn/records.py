@@ -256,7 +256,7 @@ def recover(runs_dir: Path) -> list[Path]:
         except ValueError:
             continue  # killed before its first record was written, or damaged: there is nothing to adopt
         process = data.get("process")
-        if not isinstance(process, dict) or process.get("host") != socket.gethostname() :
+        if not isinstance(process, dict) or process.get("host") != socket.gethostname() or _alive(process):
             continue
         # Another process may adopt the same folder at the same moment; whoever renames first has it.
         with contextlib.suppress(FileNotFoundError, FileExistsError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -104,9 +103,9 @@ def _windows(canvas: Tensor, height: int, width: int) -> Tensor:
 class BatchLoader:
     """Batches of samples that lie in memory, as the training or validation data of a Lightning ``Trainer``.
 
-    The stream of batches is a function of ``(seed, epoch, batch number)`` alone. Every new iteration is the next epoch,
-    unless a ``Trainer`` says which epoch it is. ``state_dict`` and ``load_state_dict`` hold the place inside an epoch;
-    Lightning keeps it in its checkpoints, so a run stopped between two batches goes on with exactly the next one.
+    The stream of batches is a function of ``(seed, epoch, batch number)`` alone; every iteration is the next epoch.
+    ``state_dict`` and ``load_state_dict`` hold the place inside an epoch; Lightning keeps it in its checkpoints, so a
+    run stopped between two batches goes on with exactly the next one.
 
     Without augmentation the samples are kept as float32, scaled once, if that fits ``memory_budget``; otherwise they
     are kept as they came and scaled batch by batch. Both give the same numbers. Unshuffled batches are views.
@@ -124,6 +123,8 @@ class BatchLoader:
         drop_last: leave out the last batch of an epoch if it is smaller.
         indexed: hand out ``Batch.index``, the samples' positions ``0 … N - 1`` in ``images``. Meant for training data:
             elsewhere positions would be mistaken for positions in the training set.
+        epoch_batches: after how many batches whoever iterates ends an epoch early, as a ``Trainer`` with
+            ``limit_train_batches`` does: a checkpoint made there goes on with the next epoch. ``None`` means all.
         memory_budget: bytes that the scaled samples may take.
 
     Raises:
@@ -145,6 +146,7 @@ class BatchLoader:
         device: torch.device | str = "cpu",
         drop_last: bool = False,
         indexed: bool = True,
+        epoch_batches: int | None = None,
         memory_budget: int = MEMORY_BUDGET_BYTES,
     ) -> None:
         _check(images, labels, batch_size, seed, drop_last, scale)
@@ -160,8 +162,9 @@ class BatchLoader:
         self._ready = augment is None and images.numel() * 4 <= memory_budget
         if self._ready:
             self._images = self._scaled(self._images)
+        self._epoch_batches = len(self) if epoch_batches is None else min(epoch_batches, len(self))
         self._epoch, self._batch = 0, 0
-        self._place_set = False
+        self._resuming = False
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -169,27 +172,16 @@ class BatchLoader:
         return full + (rest > 0 and not self._drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Go through one epoch; it begins when the first batch is asked for."""
-        if (self._batch > 0 and not self._place_set) or self._batch >= len(self):
+        """Go through the next epoch, or through the rest of the one that ``load_state_dict`` has led into."""
+        # All this happens when the first batch is asked for: Lightning makes iterators from which it takes nothing.
+        if (self._batch > 0 and not self._resuming) or self._batch >= self._epoch_batches:
             self._epoch, self._batch = self._epoch + 1, 0
-        self._place_set = False
-        epoch = self._epoch
-        order = self._order(epoch)
+        self._resuming = False
+        epoch, order = self._epoch, self._order(self._epoch)
         for number in range(self._batch, len(self)):
             # Moved on before the batch is handed out: a checkpoint taken after its update must not repeat it.
             self._epoch, self._batch = epoch, number + 1
             yield self._make(epoch, number, order)
-
-    @property
-    def batch_sampler(self) -> SimpleNamespace:
-        """Where a ``Trainer`` looks for whom to tell the epoch: it calls ``batch_sampler.sampler.set_epoch``."""
-        return SimpleNamespace(sampler=self)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch, or stay where a checkpoint of the same epoch has led."""
-        if epoch != self._epoch or not self._place_set:
-            self._epoch, self._batch = epoch, 0
-        self._place_set = True
 
     def state_dict(self) -> dict[str, int]:
         """The place of the next batch, and what it depends on."""
@@ -208,7 +200,7 @@ class BatchLoader:
                     " the same data, batch size and seed."
                 )
         self._epoch, self._batch = state["epoch"], state["batch"]
-        self._place_set = True
+        self._resuming = True
 
     def _stream(self) -> dict[str, int]:
         return {"seed": self._seed, "batch_size": self.batch_size, "samples": self.samples}

@@ -193,7 +193,7 @@ def test_a_killed_run_is_adopted_and_a_living_one_is_not(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "taken"),
     [
-        ({"host": "another-machine"}, False),
+        ({"host": "another-machine", "birth": "another boot:1"}, False),
         ({"birth": "another boot:1"}, True),  # the number is in use again, by another process
         ({"birth": None}, False),
     ],
@@ -244,7 +244,7 @@ def test_scan_goes_deep_and_counts_a_run_once(tmp_path: Path) -> None:
     one = finished(tmp_path / "a" / "deep")
     two = finished(tmp_path / "b")
     found = scan([tmp_path, two, tmp_path / "a"])
-    assert {record.path.name for record in found.records} == {one.name, two.name}
+    assert [record.path.name for record in found.records] == [one.name, two.name]
     assert found.problems == []
     assert load_record(one / "record.json").id == one.name
 

@@ -27,18 +27,15 @@ def test_student_quantile_against_closed_forms_and_tables(df: int, wanted: float
     assert _student_quantile(0.975, df) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_interval_against_the_complete_bootstrap_distribution() -> None:
-    values = [0.3, 1.1, 1.2, 2.9, 3.0]
-    t, n = 2.776445105, len(values)
-    tail = statistics.NormalDist().cdf(-t * math.sqrt(n / (n - 1)))
+@pytest.mark.parametrize(("level", "t"), [(0.8, 1.475884), (0.95, 2.570582)])
+def test_interval_against_the_complete_bootstrap_distribution(level: float, t: float) -> None:
+    values = [0.31, 1.13, 1.27, 2.91, 3.37, 4.05]
+    n = len(values)
     means = np.array([sum(draw) / n for draw in itertools.product(values, repeat=n)])
-    wanted = np.quantile(means, [tail, 1 - tail])
-    got = bootstrap_interval(values, resamples=200_000)
-    assert got == pytest.approx(tuple(wanted), abs=0.05)
-    plain = np.quantile(means, [0.025, 0.975])
-    assert got is not None
-    assert got[0] < plain[0] - 0.1  # the correction for few values is there
-    assert got[1] > plain[1] + 0.1
+    tail = statistics.NormalDist().cdf(-t * math.sqrt(n / (n - 1)))
+    assert bootstrap_interval(values, level=level, resamples=200_000) == pytest.approx(
+        tuple(np.quantile(means, [tail, 1 - tail])), abs=0.02
+    )
 
 
 def test_interval_of_many_values_approaches_the_normal_one() -> None:

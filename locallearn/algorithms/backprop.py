@@ -69,7 +69,11 @@ class DeepSupervision(Algorithm):
 
     def units(self) -> dict[str, list[ParamGroup]]:
         """One unit: the network with its heads."""
-        return {"network": [{"params": [p for i in range(len(self.blocks)) for p in self.heads.groups(self.blocks, i)[0]["params"]]}]}
+        return {
+            "network": [
+                {"params": [p for i in range(len(self.blocks)) for p in self.heads.groups(self.blocks, i)[0]["params"]]}
+            ]
+        }
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         """The sum of the blocks' losses."""

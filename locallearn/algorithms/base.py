@@ -57,7 +57,6 @@ class Update:
         unit: name of the unit to step, a key of ``Algorithm.units()``.
         loss: scalar to differentiate inside the unit.
         gradients: gradients by parameter, shaped like it; the loss, if given too, is then only reported.
-        loss_is_report: set by the constructor; ``True`` where ``gradients`` are given.
     """
 
     __slots__ = ("gradients", "loss", "unit")
@@ -136,7 +135,7 @@ class Algorithm(nn.Module, ABC):
         blocks.eval()  # the dry runs of build() must not move normalisation statistics
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
+                torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reseed the GPUs, too
                 self.build(task)
         finally:
             for module, mode in modes:
@@ -217,7 +216,7 @@ class Algorithm(nn.Module, ABC):
         return {**self.__dict__, "_generators": self.get_extra_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.set_extra_state(state["_generators"])
 
     @property

@@ -180,8 +180,10 @@ class ForwardForward(LayerLocal):
         if self.inference == "softmax" and self.depth == len(self.blocks):
             assert self.readout is not None
             scores: Tensor = self.readout(self._readable(self.activations(inputs), len(self.blocks)))
-            return scores
-        return torch.stack([self._total_goodness(inputs, label) for label in range(self.outputs)], 1)
+        else:
+            scores = torch.stack([self._total_goodness(inputs, label) for label in range(self.outputs)], 1)
+        self._pre_activation = None  # the hook cannot tell prediction from learning, and would keep a graph alive
+        return scores
 
     def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
         """What every block hands on in a pass with the neutral label."""

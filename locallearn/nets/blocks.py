@@ -100,8 +100,8 @@ class Blocks(nn.Module):
             module: the network.
             blocks: names in the order of the forward pass, e.g. ``[("conv1", "bn1"), "layer1", "layer2"]``.
             readout: name of the submodule that maps the last block's output to the network's output.
-            example: an input, shape ``(N, ...)``. Blocks run in a chain must reproduce ``module(example)``; without it
-                only an ``nn.Sequential`` can be cut, because nothing else shows what its forward does between them.
+            example: an input, shape ``(N, ...)``. Blocks run in a chain must reproduce ``module(example)``. Needed
+                wherever names are given, because nothing else shows what the forward does between them.
 
         Raises:
             ValueError: names the module that is missing, left out, shared, or that cannot be run in a chain.
@@ -118,7 +118,7 @@ class Blocks(nn.Module):
             if len(pieces) != len(blocks):
                 raise ValueError(f"a submodule is named twice in {list(blocks)}")
             head = None if readout is None else _submodule(module, readout)
-            if example is None and not isinstance(module, nn.Sequential):
+            if example is None:
                 raise ValueError(
                     f"pass an example input: only by running it can the blocks of {type(module).__name__} be checked "
                     "against its own forward"

@@ -6,23 +6,23 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from locallearn.nets.blocks import Blocks
 
 Init = Literal["kaiming_uniform", "lecun_normal"]
 
 
-def _kaiming_uniform(weight: nn.Parameter) -> None:
+def _kaiming_uniform(weight: Tensor) -> None:
     nn.init.kaiming_uniform_(weight, a=5**0.5)
 
 
-def _lecun_normal(weight: nn.Parameter) -> None:
+def _lecun_normal(weight: Tensor) -> None:
     fan_in = weight[0].numel()
     nn.init.normal_(weight, std=fan_in**-0.5)
 
 
-_INITS: dict[str, Callable[[nn.Parameter], None]] = {"kaiming_uniform": _kaiming_uniform, "lecun_normal": _lecun_normal}
+_INITS: dict[str, Callable[[Tensor], None]] = {"kaiming_uniform": _kaiming_uniform, "lecun_normal": _lecun_normal}
 
 
 def initialise(module: nn.Module, init: Init) -> None:
@@ -113,8 +113,6 @@ def cnn(
             nn.Conv2d(before, after, 3, padding=1), *norm, nn.ReLU(), nn.AvgPool2d(2)
         )
         before, height, width = after, height // 2, width // 2
-    net = Blocks(
-        blocks, nn.Sequential(nn.Flatten(), nn.Linear(before * height * width, outputs, bias=readout_bias))
-    )
+    net = Blocks(blocks, nn.Sequential(nn.Flatten(), nn.Linear(before * height * width, outputs, bias=readout_bias)))
     initialise(net, init)
     return net

@@ -73,16 +73,17 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Mappin
         x, y = row.figures[cost.key], row.figures[metric.key]
         seeds = [seed for seed in x.by_seed if seed in y.by_seed]
         common = {"type": "scatter", "mode": "markers", "legendgroup": escape(row.label), "name": escape(row.label)}
-        data.append(
-            {
-                **common,
-                "x": [x.by_seed[seed] / cost.scale for seed in seeds],
-                "y": [y.by_seed[seed] / metric.scale for seed in seeds],
-                "marker": {"color": colour, "size": 5, "opacity": 0.35},
-                "showlegend": False,
-                "hoverinfo": "skip",
-            }
-        )
+        if len(seeds) > 1:
+            data.append(
+                {
+                    **common,
+                    "x": [x.by_seed[seed] / cost.scale for seed in seeds],
+                    "y": [y.by_seed[seed] / metric.scale for seed in seeds],
+                    "marker": {"color": colour, "size": 5, "opacity": 0.35},
+                    "showlegend": False,
+                    "hoverinfo": "skip",
+                }
+            )
         data.append(
             {
                 **common,

@@ -37,8 +37,10 @@ _MODES = {
     "matched": "The same number of samples passes through every unit.",
     "target": "Cost until validation accuracy first reaches the stated target.",
 }
-# Numbers drawn in curves on the whole page, which keeps a page of hundreds of runs below about 8 MB.
+# What keeps a page of hundreds of runs below about 8 MB: numbers and lines drawn in curves, configurations shown.
 _CURVE_POINTS = 40_000
+_BLOCK_LINES = 1_000
+_CONFIGS = 100
 _CONFIG_CHARACTERS = 20_000
 
 
@@ -75,6 +77,7 @@ def write_report(
 def _render(records: Sequence[Record], title: str, problems: Sequence[str]) -> str:
     rows = compare_table(records, _BASELINE)
     curves, damaged = _read_curves(rows)
+    damaged += _limit_blocks(rows, curves)
     style = styles(rows, _BASELINE)
     points = max(12, min(200, _CURVE_POINTS // max(1, sum(map(len, curves)))))
     figures: list[Mapping[str, Any]] = []
@@ -290,6 +293,21 @@ def _read_curves(rows: Sequence[Row]) -> tuple[list[Curves], list[str]]:
     return result, problems
 
 
+def _limit_blocks(rows: Sequence[Row], curves: list[Curves]) -> list[str]:
+    """Drops the per-block curves of the last rows of a very large page, and says so."""
+    lines, dropped = 0, 0
+    for i, known in enumerate(curves):
+        lines += len(known)
+        if lines > _BLOCK_LINES:
+            curves[i] = {name: values for name, values in known.items() if not name.startswith("block/")}
+            dropped += 1
+    if not dropped:
+        return []
+    return [
+        f"The curves per block of {dropped} of {len(rows)} rules, to keep the page small; report fewer runs at once."
+    ]
+
+
 # ------------------------------------------------------------------------------------------- the rest of the page
 
 
@@ -342,7 +360,8 @@ def _provenance(records: Sequence[Record], rows: Sequence[Row]) -> str:
         + _settings(records, "versions", "Versions")
         + f"<details><summary>Runs and commands ({len(runs)})</summary>{_table(header, runs, 'Runs')}</details>"
         + (f'<details><summary>Notes</summary><ul class="plain">{items}</ul></details>' if notes else "")
-        + "".join(_config(row) for row in rows)
+        + "".join(_config(row) for row in rows[:_CONFIGS])
+        + ("<p class='note'>Further configurations are in the runs' folders.</p>" if len(rows) > _CONFIGS else "")
     )
 
 

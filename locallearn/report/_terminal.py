@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +14,7 @@ from locallearn.report._columns import LEGEND, UNKNOWN, Column, columns, headlin
 from locallearn.statistics import Row, compare_table
 
 _BASELINE = "backprop"
+_SHORT = {"train_s": "train", "update_flops": "update", "activation_peak_bytes": "peak activ."}
 
 
 def terminal_table(records: Sequence[Record]) -> Table:
@@ -23,13 +25,15 @@ def terminal_table(records: Sequence[Record]) -> Table:
     rows = compare_table(records, _BASELINE)
     shown = _selection(columns(rows))
     note = LEGEND.format(baseline=_BASELINE)
-    table = Table(caption=Text(note), caption_justify="left")
+    table = Table(
+        caption=Text(note), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     if not rows:
         return Table("There is no finished run to show.")
-    table.add_column("rule", overflow="fold")
-    table.add_column("seeds", justify="right")
+    table.add_column("rule", no_wrap=True, max_width=32)
+    table.add_column("n", justify="right")
     for column in shown:
-        table.add_column(Text(column.heading), justify="right")
+        table.add_column(Text(_heading(column)), justify="right", overflow="fold")
     places = [(name, list(members)) for name, members in groupby(rows, key=_place)]
     for name, members in places:
         if len(places) == 1:
@@ -40,6 +44,14 @@ def terminal_table(records: Sequence[Record]) -> Table:
         for row in members:
             table.add_row(Text(row.label), str(len(row.records)), *(_cell(row, column) for column in shown))
     return table
+
+
+def _heading(column: Column) -> str:
+    """A heading of short words, one line each where the terminal is narrow."""
+    title = _SHORT.get(column.key, column.title.lower().replace(",", "").removeprefix("energy "))
+    for separator in ":/":
+        title = title.replace(separator, f"{separator} ")
+    return f"{title} ({column.unit})" if column.unit else title
 
 
 def _place(row: Row) -> str:
@@ -57,7 +69,8 @@ def _cell(row: Row, column: Column) -> Text:
     figure = row.figures.get(column.key)
     if figure is None:
         return Text(UNKNOWN)
-    text = Text(column.summary(figure))
+    # In a narrow terminal the line breaks at the space: before the sign, not after it.
+    text = Text(column.summary(figure).replace("± ", "±"))
     if figure.paired and figure.paired.ratio is not None:
         text.append(f"\n{column.ratio(figure.paired.ratio)}", style="dim")
     if figure.summary.n != len(row.records):

@@ -95,7 +95,9 @@ class LocalStrategy(SingleDeviceStrategy):
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device]) -> None:
         if len(devices) != 1:
-            raise ValueError(f"LocalStrategy runs on one device, the Trainer chose {len(devices)}: set trainer.devices=1")
+            raise ValueError(
+                f"LocalStrategy runs on one device, the Trainer chose {len(devices)}: set trainer.devices=1"
+            )
         self._devices = list(devices)
         self._root_device = devices[0]
 
@@ -151,6 +153,8 @@ class LocalStrategy(SingleDeviceStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Drive the algorithm's generator through one batch."""
+        module = self.lightning_module
+        assert module is not None
         batch = self.task.to_batch(args[0])
         updates = self.algorithm.updates(batch)
         total: Tensor | None = None
@@ -165,7 +169,7 @@ class LocalStrategy(SingleDeviceStrategy):
                 update.backward(lambda loss: Strategy.backward(self, loss, optimizer))
                 return cast("Tensor | None", update.loss)
 
-            self.precision_plugin.optimizer_step(optimizer, model=self.lightning_module, closure=closure)
+            self.precision_plugin.optimizer_step(optimizer, model=module, closure=closure)
             optimizer.zero_grad()  # a unit's gradients are let go before the next unit's exist
             if update.loss is not None:
                 self._note(update.unit, update.loss)
@@ -213,5 +217,3 @@ class LocalStrategy(SingleDeviceStrategy):
                     f"unit {unit!r} diverged: its loss is {float(total)} at step {step}; a smaller learning rate or "
                     "gradient clipping (trainer.gradient_clip_val) may help"
                 )
-
-

@@ -78,10 +78,11 @@ class Schedule(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (self.sequential or self.patience is not None) and not trainer.enable_validation:
+            raise ValueError("the schedule ends its stages by what validation says, and there is no validation data")
         algorithm = cast(LocalTask, pl_module).algorithm
-        if algorithm is None:
-            return  # strategy="auto": plain backpropagation, one stage
-        stages = self.stages(algorithm)
+        # Under strategy="auto" there is no algorithm: plain backpropagation, one stage.
+        stages = 1 if algorithm is None else len(self.stages(algorithm))
         if self.sequential and trainer.lr_scheduler_configs:
             raise ValueError(
                 "a learning rate scheduler runs over the whole training, but a sequential schedule starts its units one "
@@ -89,19 +90,39 @@ class Schedule(pl.Callback):
             )
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and self._cap is None:
             self._cap = trainer.max_epochs
-            trainer.fit_loop.max_epochs = self._cap * len(stages)
-        self._start_stage(algorithm, stages)
+            trainer.fit_loop.max_epochs = self._cap * stages
+        if self.cache:
+            if not isinstance(algorithm, LayerLocal):
+                raise ValueError(
+                    f"{type(algorithm).__name__} has no frozen activations to cache: set schedule.cache=false"
+                )
+            algorithm.cache_frozen(True)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Not where a stage ends: there validation is about to put every module back into the mode it found it in.
+        algorithm = cast(LocalTask, pl_module).algorithm
+        if algorithm is None or not self.sequential or self.stage >= len(self.stages(algorithm)):
+            return
+        units = frozenset(self.stages(algorithm)[self.stage])
+        if algorithm.active != units:
+            algorithm.train_only(units)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
-            raise ValueError(f"the task logs no {self.monitor!r}, which schedule.monitor wants; it logs {sorted(trainer.callback_metrics)}")
+            raise ValueError(
+                f"the task logs no {self.monitor!r}, which schedule.monitor wants; it logs {sorted(trainer.callback_metrics)}"
+            )
         value = float(trainer.callback_metrics[self.monitor])
         algorithm = cast(LocalTask, pl_module).algorithm
         stages = [["network"]] if algorithm is None else self.stages(algorithm)
-        self.epochs += 1
+        # Not a count of validations: Lightning skips one when it resumes from the last step of an epoch.
+        self.epochs = trainer.current_epoch + 1 - sum(self.epochs_by_stage)
         if self._improves(value):
             self.best, self.bad_epochs = value, 0
             if self.restore_best:
@@ -157,15 +178,6 @@ class Schedule(pl.Callback):
             tensors = {n: v for n, v in tensors.items() if n not in parameters or id(parameters[n]) in mine}
         return {name: value.detach().clone() for name, value in tensors.items()}
 
-    def _start_stage(self, algorithm: Algorithm, stages: list[list[str]]) -> None:
-        if self.stage >= len(stages):
-            return
-        algorithm.train_only(frozenset(stages[self.stage]) if len(stages) > 1 else None)
-        if self.cache:
-            if not isinstance(algorithm, LayerLocal):
-                raise ValueError(f"{type(algorithm).__name__} has no frozen activations to cache: set schedule.cache=false")
-            algorithm.cache_frozen(True)
-
     def _end_stage(
         self, trainer: pl.Trainer, module: pl.LightningModule, algorithm: Algorithm | None, stages: list[list[str]]
     ) -> None:
@@ -178,5 +190,3 @@ class Schedule(pl.Callback):
             trainer.should_stop = True
             if algorithm is not None and self.cache and isinstance(algorithm, LayerLocal):
                 algorithm.cache_frozen(False)
-        elif algorithm is not None:
-            self._start_stage(algorithm, stages)

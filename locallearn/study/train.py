@@ -24,8 +24,7 @@ from typing_extensions import override
 from locallearn.algorithms.base import Algorithm
 from locallearn.batch import Batch
 from locallearn.cost import measure_update, to_device
-from locallearn.energy import EnergyMonitor, Meter
-from locallearn.energy._callback import EnergyCallback
+from locallearn.energy import EnergyCallback, EnergyMonitor, Meter
 from locallearn.nets.blocks import Blocks
 from locallearn.probe import probe_blocks
 from locallearn.records import RunFolder, hardware, versions
@@ -66,6 +65,7 @@ class Plan:
         target_accuracy: in mode ``target``: stop when validation accuracy reaches it, and report what it cost.
         probe_samples: training samples that linear probes are fitted on after every epoch; 0 for no probes.
         checkpoint_s: seconds between two checkpoints to resume from.
+        evaluate_test: read the test set at the end; a tuning trial must not.
         resume: folder of an interrupted run to go on from.
         progress: told ``(epoch, epochs, metrics)`` after every epoch.
     """
@@ -91,6 +91,7 @@ class Plan:
     target_accuracy: float | None = None
     probe_samples: int = 1000
     checkpoint_s: float = 300.0
+    evaluate_test: bool = True
     resume: Path | None = None
     progress: Callable[[int, int, dict[str, float]], None] | None = None
 
@@ -107,24 +108,60 @@ def run(plan: Plan) -> Path:
             ``run_folder``.
     """
     resume = None if plan.resume is None else _checkpoint_of(plan.resume)
-    torch.manual_seed(plan.seed)
-    net = plan.make_net()
-    task = plan.make_task(net)
-    task.use(plan.algorithm)  # type: ignore[operator]
+    energy = EnergyCallback(EnergyMonitor(plan.meters, idle_s=plan.idle_s))
+    recorder = _Recorder(plan, energy)
+    task, trainer = _prepared(plan, [energy, plan.schedule, recorder])
     plan.data.prepare_data()
     plan.data.setup("fit")  # missing data is told before a folder is made
-    folder = RunFolder.create(plan.runs_dir, _start(plan))
+    folder = recorder.folder = RunFolder.create(plan.runs_dir, _start(plan))
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        figures = _train(plan, task, folder, resume)
-        folder.update(figures)
+        folder.update(_train(plan, task, trainer, recorder, resume))
     except (Interrupted, KeyboardInterrupt) as error:
         error.run_folder = folder.finish("interrupted", "stopped by the user or the system")  # type: ignore[union-attr]
         raise
     except BaseException as error:
         error.run_folder = folder.finish("failed", _sentence(error))  # type: ignore[attr-defined]
         raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves Ctrl-C switched off after one
     (folder.path / CHECKPOINT).unlink(missing_ok=True)
     return folder.finish("done")
+
+
+def check(plan: Plan) -> None:
+    """Raise what :func:`run` would say of the plan's settings, without training or leaving a record.
+
+    The plan is used up: its algorithm is attached to a network afterwards.
+    """
+    _prepared(plan, [])
+
+
+def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningModule, pl.Trainer]:
+    """Everything that can refuse the settings, built; optimizers too, which the strategy makes anew."""
+    torch.manual_seed(plan.seed)
+    task = plan.make_task(plan.make_net())
+    task.use(plan.algorithm)  # type: ignore[operator]
+    plan.schedule.stages(plan.algorithm)
+    for groups in plan.algorithm.units().values():
+        optimizer = plan.optimizer(groups)
+        if plan.scheduler is not None:
+            plan.scheduler(optimizer)
+    with quiet():
+        trainer = pl.Trainer(
+            strategy=LocalStrategy(plan.algorithm, plan.optimizer, plan.scheduler),
+            max_epochs=plan.max_epochs,
+            logger=plan.logger or False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1_000_000,  # per-batch logging costs more than a small batch; epochs are logged
+            **plan.trainer,
+        )
+    return task, trainer
 
 
 def _checkpoint_of(folder: Path) -> Path:
@@ -160,36 +197,25 @@ def _start(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _train(plan: Plan, task: pl.LightningModule, folder: RunFolder, resume: Path | None) -> dict[str, Any]:
-    energy = EnergyCallback(EnergyMonitor(plan.meters, idle_s=plan.idle_s))
-    recorder = _Recorder(plan, folder, energy)
-    strategy = LocalStrategy(plan.algorithm, plan.optimizer, plan.scheduler)
-    with _quiet():
-        trainer = pl.Trainer(
-            strategy=strategy,
-            max_epochs=plan.max_epochs,
-            logger=plan.logger or False,
-            callbacks=[energy, plan.schedule, recorder],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1_000_000,  # per-batch logging costs more than a small batch; epochs are logged
-            **plan.trainer,
-        )
-        trainer.fit(task, datamodule=plan.data, ckpt_path=resume, weights_only=True)
-        if trainer.interrupted:
-            raise Interrupted
-        figures = _figures(plan, trainer, energy, recorder)
-        validation = trainer.validate(task, datamodule=plan.data, verbose=False)[0]
-        test = trainer.test(task, datamodule=plan.data, verbose=False)[0]
+def _train(
+    plan: Plan, task: pl.LightningModule, trainer: pl.Trainer, recorder: _Recorder, resume: Path | None
+) -> dict[str, Any]:
+    with quiet():
+        try:
+            trainer.fit(task, datamodule=plan.data, ckpt_path=resume, weights_only=True)
+            figures = _figures(plan, trainer, recorder)
+            validation = trainer.validate(task, datamodule=plan.data, verbose=False)[0]
+            test = trainer.test(task, datamodule=plan.data, verbose=False)[0]
+        except SystemExit:  # what Lightning makes of Ctrl-C where there is no batch to finish
+            raise Interrupted from None
     figures["validation"] = {name.split("/")[1]: value for name, value in validation.items()}
     figures["test"] = {name.split("/")[1]: value for name, value in test.items()}
     return figures
 
 
-def _figures(plan: Plan, trainer: pl.Trainer, energy: EnergyCallback, recorder: _Recorder) -> dict[str, Any]:
+def _figures(plan: Plan, trainer: pl.Trainer, recorder: _Recorder) -> dict[str, Any]:
     """Cost of the training that has just ended; measuring an update happens after it, on a copy."""
+    energy = recorder.energy
     device = trainer.strategy.root_device
     allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     batch = to_device(next(iter(plan.data.train_dataloader())), device)
@@ -215,9 +241,10 @@ def _figures(plan: Plan, trainer: pl.Trainer, energy: EnergyCallback, recorder: 
 class _Recorder(pl.Callback):
     """Writes metrics after every epoch, keeps a checkpoint to resume from, and stops when it is told to."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, energy: EnergyCallback) -> None:
+    folder: RunFolder  # made once the settings have been found good
+
+    def __init__(self, plan: Plan, energy: EnergyCallback) -> None:
         self.plan = plan
-        self.folder = folder
         self.energy = energy
         self.samples = 0
         self.target: dict[str, Any] | None = None
@@ -348,7 +375,7 @@ def _first(loader: Any, samples: int, device: torch.device) -> Batch:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Lightning's advice off the terminal: it is about settings that are chosen here on purpose."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

@@ -184,7 +184,9 @@ class AlgorithmConformance:
         optimizers: dict[str, Any] | None = None
         for batch in batches:
             torch.rand(7)
-            optimizers = {unit: o.state_dict() for unit, o in plain_loop(disturbed, [batch], _sgd, states=optimizers).items()}
+            optimizers = {
+                unit: o.state_dict() for unit, o in plain_loop(disturbed, [batch], _sgd, states=optimizers).items()
+            }
         assert _equal(undisturbed, disturbed)
 
     def test_attaching_leaves_the_global_generator_alone(

@@ -77,9 +77,8 @@ def _fit(
         **options,
     )
     try:
-        trainer.fit(
-            Timed(clock, fail_at_step), _loader(), _loader(), ckpt_path=resume, weights_only=True if resume else None
-        )
+        weights_only = True if resume else None
+        trainer.fit(Timed(clock, fail_at_step), _loader(), _loader(), ckpt_path=resume, weights_only=weights_only)
     except ArithmeticError:
         assert fail_at_step is not None
     return energy
@@ -114,6 +113,13 @@ def test_saving_checkpoints_is_not_counted(clock: Any, tmp_path: Path, options: 
     assert clock() - began_s >= 2 * SAVE_S
     assert energy.seconds == 2 * BATCHES * TRAIN_S
     assert energy.validation_seconds == 2 * BATCHES * VALIDATE_S
+
+
+def test_saving_without_validation_is_not_counted(clock: Any, tmp_path: Path) -> None:
+    checkpoint = SlowCheckpoint(clock, tmp_path, save_top_k=-1, every_n_epochs=1)
+    energy = _fit(clock, [checkpoint], epochs=2, limit_val_batches=0)
+    assert energy.seconds == 2 * BATCHES * TRAIN_S
+    assert energy.validation_seconds == 0.0
 
 
 def test_validation_within_an_epoch(clock: Any, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from locallearn.energy import CodeCarbonMeter, EnergyMonitor, Reading
 
+TEMPORARY = "locallearn.energy._codecarbon.tempfile.gettempdir"
+
 
 def _busy(seconds: float) -> None:
     end = time.perf_counter() + seconds
@@ -22,18 +24,25 @@ def _joules(readings: list[Reading]) -> dict[str, float]:
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was asked of the network; every call fails, and CodeCarbon would swallow that."""
+    asked: list[Any] = []
+
     def refuse(*args: Any, **options: Any) -> None:
-        raise AssertionError("the network was used")
+        asked.append(args)
+        raise OSError("no network in this test")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return asked
 
 
-@pytest.mark.usefixtures("no_network")
-def test_one_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], calls: list[Any]
+) -> None:
     """Constant RAM power makes joules proportional to seconds; nothing is written, sent, logged or left running."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TEMPORARY, lambda: str(tmp_path))
     threads = threading.active_count()
     meter = CodeCarbonMeter("FRA", "process", measure_power_secs=0.1)
     with EnergyMonitor([meter]).window("w") as window:
@@ -48,6 +57,7 @@ def test_one_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert cpu["power_model"]
     json.dumps([reading.to_dict() for reading in window.readings])
     assert list(tmp_path.iterdir()) == []
+    assert calls == []
     assert capfd.readouterr() == ("", "")
     deadline = time.monotonic() + 5
     while threading.active_count() > threads and time.monotonic() < deadline:
@@ -103,7 +113,9 @@ def test_two_trackers_at_once() -> None:
     assert ratio == pytest.approx(short.seconds / long.seconds, rel=0.1)
 
 
-def test_the_users_configuration_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_configuration_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[Any]
+) -> None:
     """A file and a variable that multiply the figures by thousands, and send them away, are passed over and named."""
     (tmp_path / ".codecarbon.config").write_text(
         "[codecarbon]\npue = 1000\nforce_ram_power = 5000\nsave_to_file = true\nemissions_endpoint = http://localhost:9\n"
@@ -113,6 +125,7 @@ def test_the_users_configuration_changes_nothing(tmp_path: Path, monkeypatch: py
     with EnergyMonitor([meter]).window("w") as plain:
         time.sleep(0.2)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TEMPORARY, lambda: str(tmp_path))
     monkeypatch.setenv("CODECARBON_FORCE_CPU_POWER", "9000")
     with EnergyMonitor([meter]).window("w") as configured:
         time.sleep(0.2)
@@ -121,11 +134,12 @@ def test_the_users_configuration_changes_nothing(tmp_path: Path, monkeypatch: py
     assert _joules(configured.readings)["codecarbon:cpu"] < 500
     assert configured.readings[0].detail["ignored_settings"] == "./.codecarbon.config, CODECARBON_FORCE_CPU_POWER"
     assert [path.name for path in tmp_path.iterdir()] == [".codecarbon.config"]
+    assert calls == []
 
 
 def test_a_tracker_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CodeCarbon swallows the errors of its constructor; the reading must show them."""
-    monkeypatch.setattr("locallearn.energy._codecarbon.tempfile.gettempdir", lambda: str(tmp_path / "missing"))
+    monkeypatch.setattr(TEMPORARY, lambda: str(tmp_path / "missing"))
     with EnergyMonitor([CodeCarbonMeter()]).window("w") as window:
         pass
     (reading,) = window.readings

@@ -1,10 +1,14 @@
+import inspect
 import os
+import re
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from locallearn.energy import EnergyMonitor, NvmlMeter, Reading
+import torch
+from locallearn.energy import EnergyMonitor, NvmlMeter, Reading, _nvml
 
 
 class FakeNvml:
@@ -82,11 +86,6 @@ def _read(meter: NvmlMeter) -> list[Reading]:
 
 def test_the_fake_answers_only_calls_that_the_real_library_has(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the fake: every name the meter uses must exist in the installed nvidia-ml-py."""
-    import inspect
-    import re
-
-    from locallearn.energy import _nvml
-
     monkeypatch.delitem(sys.modules, "pynvml")
     import pynvml
 
@@ -206,12 +205,6 @@ def test_bad_devices_are_refused(devices: list[int]) -> None:
 @pytest.mark.gpu
 def test_a_real_board_under_load() -> None:
     """Energy of a busy second lies between 1 W and twice the board's power limit."""
-    import time
-
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     values = torch.randn(4096, 4096, device="cuda")
     with EnergyMonitor([NvmlMeter([0])], torch.cuda.synchronize).window("w") as window:
         end = time.monotonic() + 2

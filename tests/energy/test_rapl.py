@@ -25,7 +25,8 @@ def test_packages_and_memory_are_separate_sources(tmp_path: Path) -> None:
     core = _domain(tmp_path, "intel-rapl:0:0", "core", 0)
     dram = _domain(tmp_path, "intel-rapl:0:1", "dram", 1_000_000)
     _domain(tmp_path, "intel-rapl:1", "psys", 0)
-    _domain(tmp_path, "intel-rapl-mmio:0", "package-0", 0)
+    # The same package by another road must not be counted twice.
+    _domain(tmp_path, "intel-rapl-mmio:0", "package-mmio", 0)
     with EnergyMonitor([RaplMeter(tmp_path)]).window("w") as window:
         package.write_text("12500000")
         core.write_text("7000000")

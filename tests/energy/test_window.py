@@ -135,7 +135,7 @@ def test_no_idle_no_net_figure(clock: Any, constant: Any) -> None:
     assert window.co2_g is None
 
 
-@pytest.mark.parametrize(("seconds", "flagged"), [(9.9, True), (10.1, False)])
+@pytest.mark.parametrize(("seconds", "flagged"), [(9.95, True), (10.05, False)])
 def test_windows_below_a_hundred_ticks_are_flagged(clock: Any, constant: Any, seconds: float, flagged: bool) -> None:
     meter = ReplayMeter(constant(1.0), clock=clock)
     meter.tick_s = 0.1

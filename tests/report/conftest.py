@@ -36,7 +36,7 @@ def make(tmp_path: Path) -> Make:
         for epoch in range(epochs):
             accuracy = 1 - math.exp(-epoch - 1)
             logged = {"validation/accuracy": accuracy}
-            for block in ("a", "b"):
+            for block in values.get("blocks", ("a", "b")):
                 logged |= {f"block/{block}/loss": 1 / (epoch + 1), f"block/{block}/probe_accuracy": accuracy}
             folder.log(epoch, epoch * 10, logged)
         cost = {
@@ -52,6 +52,8 @@ def make(tmp_path: Path) -> Make:
         ]
         figures = {"test": {"accuracy": 0.98 + seed / 1000}, "cost": cost, "energy": energy}
         folder.update(figures | values)
-        return load_record(folder.finish(status, None if status == "done" else "Block a diverged at step 7."))
+        return load_record(
+            folder.finish(status, None if status == "done" else values.get("error", "Block a diverged at step 7."))
+        )
 
     return run

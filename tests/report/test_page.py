@@ -133,7 +133,7 @@ def test_nothing_a_record_holds_becomes_markup(make: Make, show: Callable[..., P
     wild = [make(NASTY, 0, dataset=NASTY, net=NASTY, mode=NASTY, variant=NASTY, locality=NASTY, command=NASTY)]
     energy = [{"source": NASTY, "quality": NASTY, "joules": 1.0, "reason": NASTY, "flags": [NASTY]}]
     extra = {"config": {NASTY: NASTY}, "versions": {NASTY: NASTY}, "hardware": {NASTY: [NASTY]}, "notes": [NASTY]}
-    wild += [make("backprop", 0, energy=energy, blocks=[NASTY], **extra), make(NASTY, 1, status="failed")]
+    wild += [make("backprop", 0, energy=energy, blocks=[NASTY], **extra), make(NASTY, 1, status="failed", error=NASTY)]
     page = show(wild, title=NASTY, problems=[NASTY])
     plain = show([make("mono_forward", 0), make("backprop", 0)])
     known = {tag for tag, _ in plain.tags} | {"nav", "ul", "li", "a"}
@@ -141,6 +141,7 @@ def test_nothing_a_record_holds_becomes_markup(make: Make, show: Callable[..., P
     assert len(page.scripts) == len(plain.scripts) == 3
     assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
     assert NASTY in page.text  # shown, as text
+    assert "<" not in page.scripts[0]  # not even Plotly's own <b> could end the element
     labels = json.dumps(page.charts)
     assert "<img" not in labels  # Plotly reads markup in labels
     assert "&lt;img" in labels
@@ -186,6 +187,13 @@ def test_missing_meters_one_seed_failures_and_other_schemas(make: Make, show: Ca
     assert "1 record of another schema" in page.text
     assert [line[0] for line in page.tables[0]] == ["Rule", "mono_forward", "new_rule"]
     assert not any("Energy" in name for name in page.tables[0][0])
+
+
+def test_a_very_large_page_stays_small_and_says_what_it_leaves_out(make: Make, show: Callable[..., Page]) -> None:
+    blocks = [f"block {i}" for i in range(200)]
+    page = show([make("mono_forward", 0, dataset=f"d{i}", blocks=blocks, epochs=1) for i in range(5)])
+    assert "The curves per block of 3 of 5 rules" in page.text
+    assert sum(len(chart["data"]) == 200 for chart in page.charts) == 4
 
 
 def test_damaged_metrics_are_named_and_the_rest_is_shown(make: Make, show: Callable[..., Page]) -> None:

@@ -1,0 +1,339 @@
+"""Speed and memory, measured so that the figures can be trusted: alternated rounds, ratios, a record."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.table import Table
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from locallearn.algorithms.base import Algorithm
+from locallearn.batch import Batch
+from locallearn.cost import measure_update, to_device
+from locallearn.records import RunFolder, hardware, versions
+from locallearn.strategies.local import LocalStrategy
+from locallearn.study.train import Plan, quiet
+
+Make = Callable[..., Plan]
+"""Makes a plan: ``make(algorithm, *settings)``."""
+
+KINDS = ("step", "strategy", "data", "memory")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Rounds of one contender.
+
+    Attributes:
+        name: of the contender.
+        baseline: of what it is compared with.
+        seconds: per round.
+        ratios: to the baseline's seconds of the same round.
+    """
+
+    name: str
+    baseline: str
+    seconds: list[float]
+    ratios: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "name": self.name,
+            "baseline": self.baseline,
+            "seconds": self.seconds,
+            "ratio": statistics.median(self.ratios),
+            "ratio_min": min(self.ratios),
+            "ratio_max": max(self.ratios),
+        }
+
+
+def bench(
+    what: str, algorithms: Sequence[str], make: Make, rounds: int, steps: int, depths: Sequence[int]
+) -> tuple[Table, Path]:
+    """Measure, and leave a record.
+
+    Args:
+        what: ``step``: seconds of an update of every algorithm against backprop; ``strategy``: a Trainer with
+            LocalStrategy against the plain loop over the same generator; ``data``: share of an epoch that passes
+            outside the update; ``memory``: peak activation bytes by depth.
+        algorithms: names that ``make`` knows.
+        make: makes the plan of an algorithm, with further settings.
+        rounds: counted rounds after one that warms up; in each round every contender runs once, in turn.
+        steps: batches per round.
+        depths: numbers of equal blocks for ``memory``, the first one is the baseline.
+
+    Returns:
+        A table for the terminal, and the record's folder.
+
+    Raises:
+        ValueError: an unknown ``what``, no rounds, or no steps.
+    """
+    if what not in KINDS:
+        raise ValueError(f"bench.what is {what!r}, expected one of {', '.join(KINDS)}")
+    if rounds < 1 or steps < 1:
+        raise ValueError(f"bench.rounds is {rounds} and bench.steps is {steps}, expected at least 1 of each")
+    plan = make(algorithms[0])
+    if what == "memory":
+        table, figures = _memory(algorithms, make, depths)
+    elif what == "data":
+        table, figures = _data(algorithms, make, rounds)
+    else:
+        contenders = _step(algorithms, make, steps) if what == "step" else _strategy(algorithms, make, steps)
+        timings = _alternate(contenders, rounds)
+        table = _timing_table(what, timings, steps)
+        figures = {"steps": steps, "rounds": rounds, "contenders": [timing.to_dict() for timing in timings]}
+    folder = RunFolder.create(
+        plan.runs_dir,
+        {
+            **plan.names,
+            "algorithm": "bench",
+            "task": "bench",
+            "seed": plan.seed,
+            "config": plan.config,
+            "command": plan.command,
+            "versions": versions(),
+            "hardware": {**hardware(_gpus()), "threads": torch.get_num_threads()},
+            "bench": {"what": what, **figures},
+        },
+    )
+    return table, folder.finish("done")
+
+
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _device(plan: Plan) -> torch.device:
+    wants_gpu = plan.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class _Contender:
+    name: str
+    baseline: str
+    round: Callable[[], float]
+
+
+def _alternate(contenders: Sequence[_Contender], rounds: int) -> list[Timing]:
+    """Seconds of every contender in every round, and ratios within the round, so that drift cancels."""
+    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for number in range(rounds + 1):
+        # The order turns with the rounds, so that nobody always runs after the same neighbour.
+        turn = number % len(contenders)
+        for contender in [*contenders[turn:], *contenders[:turn]]:
+            taken = contender.round()
+            if number > 0:
+                seconds[contender.name].append(taken)
+    return [
+        Timing(
+            c.name,
+            c.baseline,
+            seconds[c.name],
+            [mine / base for mine, base in zip(seconds[c.name], seconds[c.baseline], strict=True)],
+        )
+        for c in contenders
+    ]
+
+
+def _prepare(plan: Plan) -> tuple[pl.LightningModule, Algorithm, dict[str, Optimizer], torch.device]:
+    """Network, attached algorithm and optimizers on the device, as the plain loop wants them."""
+    torch.manual_seed(plan.seed)
+    task = plan.make_task(plan.make_net())
+    task.use(plan.algorithm)  # type: ignore[operator]
+    device = _device(plan)
+    task.to(device).train()
+    optimizers = {unit: plan.optimizer(groups) for unit, groups in plan.algorithm.units().items()}
+    return task, plan.algorithm, optimizers, device
+
+
+def _batches(plan: Plan, device: torch.device, count: int) -> list[Batch]:
+    plan.data.prepare_data()
+    plan.data.setup("fit")
+    return [to_device(batch, device) for batch in itertools.islice(_endless(plan), count)]
+
+
+def _endless(plan: Plan) -> Iterator[Batch]:
+    loader = plan.data.train_dataloader()
+    while True:
+        yield from loader
+
+
+def _loop(algorithm: Algorithm, optimizers: dict[str, Optimizer], batch: Batch) -> None:
+    for update in algorithm.updates(batch):
+        update.backward()
+        optimizers[update.unit].step()
+        optimizers[update.unit].zero_grad()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _step(algorithms: Sequence[str], make: Make, steps: int) -> list[_Contender]:
+    if "backprop" not in algorithms:
+        raise ValueError(f"bench.algorithms is {list(algorithms)}: ratios are to backprop, so it must be among them")
+    contenders = []
+    for name in algorithms:
+        plan = make(name)
+        _, algorithm, optimizers, device = _prepare(plan)
+        batches = _batches(plan, device, min(steps, 16))
+
+        def one_round(
+            algorithm: Algorithm = algorithm,
+            optimizers: dict[str, Optimizer] = optimizers,
+            batches: list[Batch] = batches,
+            device: torch.device = device,
+        ) -> float:
+            start = _now(device)
+            for number in range(steps):
+                _loop(algorithm, optimizers, batches[number % len(batches)])
+            return _now(device) - start
+
+        contenders.append(_Contender(name, "backprop", one_round))
+    return contenders
+
+
+class _EpochClock(pl.Callback):
+    """Seconds from the first to the last batch of an epoch inside a Trainer."""
+
+    seconds = 0.0
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = _now(trainer.strategy.root_device)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds = _now(trainer.strategy.root_device) - self._start
+
+
+def _strategy(algorithms: Sequence[str], make: Make, steps: int) -> list[_Contender]:
+    contenders = []
+    for name in algorithms:
+        plan = make(name)
+        _, algorithm, optimizers, device = _prepare(plan)
+        plan.data.setup("fit")
+        loader = plan.data.train_dataloader()
+
+        def plain(
+            algorithm: Algorithm = algorithm,
+            optimizers: dict[str, Optimizer] = optimizers,
+            loader: Any = loader,
+            device: torch.device = device,
+        ) -> float:
+            start = _now(device)
+            for batch in itertools.islice(loader, steps):
+                _loop(algorithm, optimizers, batch)
+            return _now(device) - start
+
+        def trained(name: str = name, loader: Any = loader) -> float:
+            plan = make(name)
+            torch.manual_seed(plan.seed)
+            task = plan.make_task(plan.make_net())
+            clock = _EpochClock()
+            with quiet():
+                trainer = pl.Trainer(
+                    strategy=LocalStrategy(plan.algorithm, plan.optimizer),
+                    max_epochs=1,
+                    limit_train_batches=steps,
+                    limit_val_batches=0,
+                    callbacks=[clock],
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                    **plan.trainer,
+                )
+                trainer.fit(task, train_dataloaders=loader)
+            return clock.seconds
+
+        contenders += [
+            _Contender(f"{name}, plain loop", f"{name}, plain loop", plain),
+            _Contender(f"{name}, Trainer with LocalStrategy", f"{name}, plain loop", trained),
+        ]
+    return contenders
+
+
+def _timing_table(what: str, timings: Sequence[Timing], steps: int) -> Table:
+    table = Table(
+        title=f"bench {what}: {len(timings[0].seconds)} alternated rounds of {steps} batches", title_justify="left"
+    )
+    for heading in ("contender", "ms per batch (median)", "ratio (median)", "ratio (min to max)"):
+        table.add_column(heading, justify="left" if heading == "contender" else "right")
+    for t in timings:
+        table.add_row(
+            t.name,
+            f"{1000 * statistics.median(t.seconds) / steps:.3f}",
+            f"{statistics.median(t.ratios):.3f}",
+            f"{min(t.ratios):.3f} to {max(t.ratios):.3f}",
+        )
+    return table
+
+
+def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[Table, dict[str, Any]]:
+    """Share of an epoch that passes while the loop waits for its next batch."""
+    table = Table(title=f"bench data: share of an epoch not spent in the update, {rounds} epochs", title_justify="left")
+    for heading in ("algorithm", "epoch s (median)", "data % (median)", "data % (max)"):
+        table.add_column(heading, justify="left" if heading == "algorithm" else "right")
+    rows = []
+    for name in algorithms:
+        plan = make(name)
+        _, algorithm, optimizers, device = _prepare(plan)
+        plan.data.setup("fit")
+        loader = plan.data.train_dataloader()
+        epochs, shares = [], []
+        for number in range(rounds + 1):
+            waited, start = 0.0, _now(device)
+            batches, before = iter(loader), start
+            for batch in batches:
+                waited += _now(device) - before
+                _loop(algorithm, optimizers, batch)
+                before = _now(device)
+            taken = _now(device) - start
+            if number > 0:
+                epochs.append(taken)
+                shares.append(waited / taken)
+        rows.append({"name": name, "epoch_s": epochs, "share": shares})
+        table.add_row(
+            name,
+            f"{statistics.median(epochs):.2f}",
+            f"{100 * statistics.median(shares):.2f}",
+            f"{100 * max(shares):.2f}",
+        )
+    return table, {"rounds": rounds, "contenders": rows}
+
+
+def _memory(algorithms: Sequence[str], make: Make, depths: Sequence[int]) -> tuple[Table, dict[str, Any]]:
+    """Peak activation bytes of one update for networks of equal blocks."""
+    if not depths or min(depths) < 1:
+        raise ValueError(f"bench.depths is {list(depths)}, expected numbers of blocks of at least 1")
+    table = Table(title="bench memory: peak bytes kept alive for gradients in one update", title_justify="left")
+    table.add_column("algorithm")
+    for depth in depths:
+        table.add_column(f"{depth} blocks", justify="right")
+    table.add_column(f"{depths[-1]} over {depths[0]}", justify="right")
+    rows = []
+    for name in algorithms:
+        peaks = []
+        for depth in depths:
+            width = list(make(name).config["net"]["hidden"])[-1]
+            plan = make(name, f"net.hidden={[width] * depth}")
+            _, algorithm, _, device = _prepare(plan)
+            [batch] = _batches(plan, device, 1)
+            peaks.append(measure_update(algorithm, batch, plan.schedule.sequential).activation_peak_bytes)
+        rows.append({"name": name, "activation_peak_bytes": peaks, "ratio": peaks[-1] / peaks[0]})
+        table.add_row(name, *(f"{peak:,}" for peak in peaks), f"{peaks[-1] / peaks[0]:.2f}")
+    return table, {"depths": list(depths), "contenders": rows}

@@ -1,0 +1,301 @@
+"""When each unit trains, when it stops, and which of its weights are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from locallearn.tasks.classification import Classification
+from torch import Tensor, nn
+
+from locallearn.algorithms import Algorithm, Backprop, ForwardForward, MonoForward
+from locallearn.nets import Blocks
+from locallearn.strategies import LocalStrategy, Schedule
+
+Maker = Callable[..., Any]
+adam = partial(torch.optim.Adam, lr=1e-2)
+wild = partial(torch.optim.SGD, lr=3.0)  # so large that the last epoch is not the best
+UNITS = ["layer1", "layer2", "layer3"]
+
+
+class Diary(pl.Callback):
+    """Notes metrics and weights as they are at the end of every validation; stands before the schedule."""
+
+    def __init__(self) -> None:
+        self.accuracy: list[float] = []
+        self.loss: list[float] = []
+        self.weights: list[dict[str, Tensor]] = []
+        self.training: list[dict[str, bool]] = []
+
+    def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
+        modes = {name: m.training for name, m in module.net.members.named_children()}
+        if len(self.training) <= trainer.current_epoch:
+            self.training.append(modes)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.accuracy.append(float(trainer.callback_metrics["validation/accuracy"]))
+        self.loss.append(float(trainer.callback_metrics["validation/loss"]))
+        self.weights.append(_state(module))
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def _unit(algorithm: Algorithm, module: nn.Module, unit: str) -> list[str]:
+    own = {id(p) for group in algorithm.units()[unit] for p in group["params"]}
+    return [name for name, p in module.named_parameters() if id(p) in own]
+
+
+def _changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+@pytest.fixture
+def fit(make_module: Maker, make_trainer: Maker, train: Any, validation: Any) -> Maker:
+    """Train a fresh module; returns the trainer, the module and the diary."""
+
+    def run(
+        schedule: Schedule,
+        algorithm: Algorithm | None = None,
+        epochs: int = 3,
+        optimizer: Any = adam,
+        module: Classification | None = None,
+        callbacks: tuple[pl.Callback, ...] = (),
+        scheduler: Any = None,
+        data: Any = None,
+        **options: Any,
+    ) -> tuple[pl.Trainer, Classification, Diary]:
+        diary = Diary()
+        if module is None:
+            module = make_module(optimizer=optimizer)
+        strategy = "auto" if algorithm is None else LocalStrategy(algorithm, optimizer, scheduler)
+        trainer = make_trainer(strategy=strategy, max_epochs=epochs, callbacks=[diary, *callbacks, schedule])
+        trainer.fit(module, train if data is None else data, validation, **options)
+        return trainer, module, diary
+
+    return run
+
+
+# -- stopping and restoring -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("make", [MonoForward, Backprop, None], ids=["mono_forward", "backprop", "auto"])
+@pytest.mark.parametrize("monitor", ["validation/accuracy", "validation/loss"])
+def test_joint_restores_the_best_epoch(
+    make: Callable[[], Algorithm] | None, monitor: Any, fit: Maker, validation: Any
+) -> None:
+    schedule = Schedule(monitor=monitor)
+    trainer, module, diary = fit(schedule, make and make(), epochs=8, optimizer=wild)
+    values = diary.accuracy if monitor == "validation/accuracy" else [-loss for loss in diary.loss]
+    best = values.index(max(values))
+    assert best < 7, "the last epoch was the best, so this run shows nothing"
+    assert not _changed(_state(module), diary.weights[best])
+    (metrics,) = trainer.validate(module, validation, verbose=False)
+    assert metrics["validation/accuracy"] == diary.accuracy[best]
+    assert schedule.epochs_by_stage == [8]
+
+
+def test_the_last_epoch_is_kept_where_asked(fit: Maker) -> None:
+    _, module, diary = fit(Schedule(restore_best=False), MonoForward(), epochs=8, optimizer=wild)
+    assert not _changed(_state(module), diary.weights[-1])
+
+
+def test_units_train_one_after_another_under_one_cap(fit: Maker) -> None:
+    schedule, algorithm = Schedule(sequential=True, restore_best=False), MonoForward()
+    trainer, module, diary = fit(schedule, algorithm, epochs=2)
+    assert schedule.epochs_by_stage == [2, 2, 2]
+    assert trainer.current_epoch == 6
+    assert trainer.global_step == 6 * 4
+    for epoch in range(1, 6):
+        now = UNITS[epoch // 2]
+        assert _changed(diary.weights[epoch - 1], diary.weights[epoch]) == set(_unit(algorithm, module, now))
+    assert algorithm.active is None
+
+
+def test_validation_of_a_stage_is_that_of_the_network_so_far(fit: Maker, validation: Any) -> None:
+    _, _, diary = fit(Schedule(sequential=True), MonoForward(), epochs=1)
+    first = diary.weights[0]
+    hits = samples = 0
+    for batch in validation.batches:
+        hidden = torch.relu(batch.inputs @ first["net.members.layer1.0.weight"].T + first["net.members.layer1.0.bias"])
+        scores = hidden @ first["algorithm.heads.projections.0.projection"].T
+        hits += int((scores.argmax(1) == batch.targets).sum())
+        samples += len(batch.targets)
+    assert diary.accuracy[0] == pytest.approx(hits / samples)
+    assert diary.accuracy[0] not in (0.0, 1.0)
+
+
+def test_patience_ends_a_stage(fit: Maker) -> None:
+    """With a learning rate of zero nothing improves after the first epoch of a stage."""
+    schedule = Schedule(sequential=True, patience=2, monitor="validation/loss")
+    fit(schedule, MonoForward(), epochs=9, optimizer=partial(torch.optim.SGD, lr=0.0))
+    assert schedule.epochs_by_stage == [3, 3, 3]
+    joint = Schedule(patience=2)
+    fit(joint, MonoForward(), epochs=9, optimizer=partial(torch.optim.SGD, lr=0.0))
+    assert joint.epochs_by_stage == [3]
+    auto = Schedule(patience=2)
+    fit(auto, None, epochs=9, optimizer=partial(torch.optim.SGD, lr=0.0))
+    assert auto.epochs_by_stage == [3]
+
+
+def test_improvements_below_min_delta_do_not_count(fit: Maker) -> None:
+    schedule = Schedule(patience=1, min_delta=1e6, monitor="validation/loss")
+    fit(schedule, MonoForward(), epochs=9)
+    assert schedule.epochs_by_stage == [2]
+
+
+def test_every_stage_gets_its_best_weights_back(fit: Maker, validation: Any) -> None:
+    algorithm = MonoForward()
+    trainer, module, diary = fit(Schedule(sequential=True), algorithm, epochs=6, optimizer=wild)
+    last_was_best = True
+    for stage, unit in enumerate(UNITS):
+        epochs = range(6 * stage, 6 * stage + 6)
+        best = max(epochs, key=lambda epoch: diary.accuracy[epoch])
+        last_was_best &= best == epochs[-1]
+        kept = {name: _state(module)[name] for name in _unit(algorithm, module, unit)}
+        assert not _changed(kept, diary.weights[best]), unit
+    assert not last_was_best, "the last epochs were the best, so this run shows nothing"
+    (metrics,) = trainer.validate(module, validation, verbose=False)
+    assert metrics["validation/accuracy"] == max(diary.accuracy[-6:])
+
+
+def test_forward_forward_trains_its_readout_last(fit: Maker) -> None:
+    schedule, algorithm = Schedule(sequential=True), ForwardForward(inference="softmax")
+    _, _, diary = fit(schedule, algorithm, epochs=2)
+    assert schedule.epochs_by_stage == [2, 2, 2, 2]
+    assert _changed(diary.weights[-2], diary.weights[-1]) == {"algorithm.readout.weight"}
+
+
+# -- frozen blocks ----------------------------------------------------------------------------------------------------
+def _normalised() -> Blocks:
+    torch.manual_seed(0)
+    blocks: dict[str, nn.Module] = {}
+    for i, (before, after) in enumerate([(12, 10), (10, 9), (9, 8)]):
+        blocks[UNITS[i]] = nn.Sequential(nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU())
+    return Blocks(blocks, nn.Linear(8, 3))
+
+
+def test_batch_norm_of_frozen_blocks_rests(fit: Maker, make_module: Maker) -> None:
+    """Its statistics move while its block trains, and neither before nor after."""
+    with torch.random.fork_rng():
+        net = _normalised()
+    _, _, diary = fit(Schedule(sequential=True, restore_best=False), MonoForward(), 2, module=make_module(net))
+    for epoch in range(1, 6):
+        moved = {
+            name.split(".")[2] for name in _changed(diary.weights[epoch - 1], diary.weights[epoch]) if "run" in name
+        }
+        assert moved == {UNITS[epoch // 2]}, f"epoch {epoch}"
+    wanted = [{unit: i == epoch // 2 for i, unit in enumerate(UNITS)} for epoch in range(6)]
+    assert diary.training == wanted
+
+
+@pytest.mark.parametrize("normalised", [False, True], ids=["plain", "batch_norm"])
+def test_a_cache_changes_no_weight(normalised: bool, fit: Maker, make_module: Maker) -> None:
+    ends, runs = [], []
+    for cache in (False, True):
+        with torch.random.fork_rng():
+            module = make_module(_normalised() if normalised else None)
+        calls = [0, 0, 0]
+        for i, block in enumerate(module.net):
+            block.register_forward_hook(partial(_count, calls, i))
+        _, module, _ = fit(Schedule(sequential=True, cache=cache), MonoForward(), epochs=3, module=module)
+        ends.append(_state(module))
+        runs.append(calls)
+    assert not _changed(*ends)
+    # Of 4 batches in 3 epochs of 3 stages and 2 validation batches in each of 9 epochs: without a cache block 1 runs in
+    # all of them; with it, in its own stage, in the first epoch of the next, and in validation.
+    dry_run = 1
+    assert runs[0][0] == 3 * 3 * 4 + 9 * 2 + dry_run
+    assert runs[1][0] == 3 * 4 + 4 + 9 * 2 + dry_run
+
+
+def _count(calls: list[int], index: int, *args: Any) -> None:
+    calls[index] += 1
+
+
+def test_a_cache_needs_a_rule_without_draws_and_samples_with_a_place(fit: Maker, train: Any) -> None:
+    with pytest.raises(ValueError, match="draws new negatives"):
+        fit(Schedule(sequential=True, cache=True), ForwardForward())
+    train.batches = [batch._replace(index=None) for batch in train.batches]
+    with pytest.raises(ValueError, match=r"Batch\.index"):
+        fit(Schedule(sequential=True, cache=True), MonoForward())
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+class _SaveAt(pl.Callback):
+    """Leaves a checkpoint after so many steps and lets the training go on."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("step", [10, 20, 30, 34])
+@pytest.mark.parametrize("make", [MonoForward, ForwardForward])
+def test_resuming_a_sequential_schedule_is_exact(
+    make: Callable[[], Algorithm], step: int, fit: Maker, train: Any, tmp_path: Path
+) -> None:
+    """12 steps a stage, 4 an epoch: inside the first, the second and the last stage."""
+    path = tmp_path / "half.ckpt"
+    whole, first, _ = fit(Schedule(sequential=True), make(), optimizer=wild, callbacks=(_SaveAt(step, path),))
+    schedule = Schedule(sequential=True)
+    data = type(train)(train.batches)
+    again, second, _ = fit(schedule, make(), optimizer=wild, data=data, ckpt_path=path, weights_only=True)
+    assert schedule.epochs_by_stage == [3, 3, 3]
+    assert again.global_step == whole.global_step
+    assert not _changed(_state(first), _state(second))
+
+
+def test_a_checkpoint_between_stages_resumes_with_the_next(fit: Maker, train: Any, tmp_path: Path) -> None:
+    """What ModelCheckpoint leaves after the last epoch of the first stage holds its restored weights."""
+    path = tmp_path / "between.ckpt"
+
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                trainer.save_checkpoint(path)
+
+    _, first, _ = fit(Schedule(sequential=True), MonoForward(), optimizer=wild, callbacks=(Save(),))
+    data = type(train)(train.batches)
+    _, second, _ = fit(Schedule(sequential=True), MonoForward(), optimizer=wild, data=data, ckpt_path=path)
+    assert not _changed(_state(first), _state(second))
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"patience": 0}, "patience is 0"),
+        ({"monitor": "loss"}, "monitor is 'loss'"),
+        ({"min_delta": -1.0}, "min_delta is -1.0"),
+        ({"cache": True}, "joint schedule freezes none"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Schedule(**options)
+
+
+def test_combinations_that_cannot_work_are_refused(fit: Maker) -> None:
+    with pytest.raises(ValueError, match="no sequential schedule"):
+        fit(Schedule(sequential=True), Backprop())
+    steps = partial(torch.optim.lr_scheduler.StepLR, step_size=1)
+    with pytest.raises(ValueError, match="learning rate scheduler"):
+        fit(Schedule(sequential=True), MonoForward(), scheduler=steps)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("schedule", [Schedule(sequential=True), Schedule(patience=3)], ids=["sequential", "patience"])
+def test_a_schedule_that_waits_for_validation_wants_some(
+    schedule: Schedule, make_module: Maker, make_trainer: Maker, train: Any
+) -> None:
+    trainer = make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=2, callbacks=[schedule])
+    with pytest.raises(ValueError, match="validation"):
+        trainer.fit(make_module(), train)

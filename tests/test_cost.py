@@ -1,0 +1,163 @@
+"""Costs against closed forms: FLOPs of the specs, bytes that can be counted on one's fingers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from locallearn.algorithms import Algorithm, Backprop, DeepSupervision, ForwardForward, MonoForward, TaskInfo
+from locallearn.batch import Batch
+from locallearn.cost import UpdateCost, activation_bytes, drive, measure_update
+from locallearn.functional import forward_forward, mono_forward
+from locallearn.nets import mlp
+
+NETS = [((20, 16), 4), ((20, 16, 12, 8), 4), ((9, 30, 7), 5)]
+
+
+def _measured(
+    make: Callable[[], Algorithm], widths: tuple[int, ...], classes: int, samples: int = 2, sequential: bool = False
+) -> UpdateCost:
+    algorithm = make()
+    batch = Batch(torch.rand(samples, widths[0]), torch.arange(samples) % classes)
+    algorithm.attach(
+        mlp((widths[0],), classes, widths[1:]),
+        TaskInfo(batch._replace(inputs=batch.inputs[:2]), classes, F.cross_entropy),
+    )
+    return measure_update(algorithm, batch, sequential)
+
+
+@pytest.mark.parametrize(("widths", "classes"), NETS)
+def test_update_flops_are_the_closed_forms(widths: tuple[int, ...], classes: int) -> None:
+    mono = _measured(MonoForward, widths, classes).flops
+    back = _measured(Backprop, widths, classes).flops
+    forward = _measured(ForwardForward, widths, classes).flops
+    assert mono == 2 * mono_forward.update_macs(widths, classes)
+    assert back == 2 * mono_forward.backprop_macs(widths, classes)
+    assert forward == forward_forward.update_flops(widths)
+
+
+@pytest.mark.parametrize(("widths", "classes"), NETS)
+def test_deep_supervision_pays_for_both(widths: tuple[int, ...], classes: int) -> None:
+    """Backprop through the trunk, and G, the gradient of M and E M for every head: 3Q - d0 d1 + 3R."""
+    hidden = sum(before * after for before, after in pairwise(widths))
+    expected = 3 * hidden - widths[0] * widths[1] + 3 * classes * sum(widths[1:])
+    assert _measured(DeepSupervision, widths, classes).flops == 2 * expected
+
+
+@pytest.mark.parametrize("options", [{"negatives": "hard"}, {"inference": "softmax"}])
+@pytest.mark.parametrize(("widths", "classes"), NETS[1:])
+def test_forward_forward_pays_for_its_neutral_pass_and_readout(
+    options: dict[str, str], widths: tuple[int, ...], classes: int
+) -> None:
+    flops = _measured(partial(ForwardForward, **options), widths, classes).flops
+    drawing = 2 * classes * sum(widths[2:]) if "negatives" in options else 0  # the readout also chooses the negatives
+    assert flops == forward_forward.update_flops(widths, neutral=True, readout_classes=classes) + drawing
+
+
+@pytest.mark.parametrize(("widths", "classes"), NETS)
+def test_sequential_stages_pay_for_the_recomputed_prefix(widths: tuple[int, ...], classes: int) -> None:
+    """One update of every stage: the joint cost, and (L - i) further forward passes of layer i."""
+    depth = len(widths) - 1
+    prefix = sum((depth - i) * widths[i - 1] * widths[i] for i in range(1, depth + 1))
+    joint = mono_forward.update_macs(widths, classes)
+    assert _measured(MonoForward, widths, classes, sequential=True).flops == 2 * (joint + prefix)
+
+
+@pytest.mark.parametrize(
+    ("widths", "classes", "ratio"),
+    [
+        ((784, 1000, 1000), 10, 0.789),
+        ((3072, 2000, 2000, 2000), 10, 0.783),
+        ((3072, 2000, 2000, 2000), 100, 0.816),
+        ((784, 2000, 2000, 2000, 2000), 10, 0.698),
+    ],
+)
+def test_ratios_of_the_published_networks(widths: tuple[int, ...], classes: int, ratio: float) -> None:
+    mono = _measured(MonoForward, widths, classes).flops
+    assert round(mono / _measured(Backprop, widths, classes).flops, 3) == ratio
+
+
+def test_flops_are_per_sample_and_the_algorithm_is_left_alone() -> None:
+    assert _measured(MonoForward, (20, 16), 4, samples=2).flops == _measured(MonoForward, (20, 16), 4, samples=8).flops
+    algorithm = ForwardForward()
+    batch = Batch(torch.rand(4, 20), torch.arange(4))
+    algorithm.attach(mlp((20,), 4, (16,)), TaskInfo(batch, 4, F.cross_entropy))
+    before = [p.clone() for p in algorithm.parameters()]
+    measure_update(algorithm, batch)
+    assert all(torch.equal(old, p) and p.grad is None for old, p in zip(before, algorithm.parameters(), strict=True))
+    assert algorithm.get_extra_state() == {}
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+def test_bytes_of_a_network_counted_by_hand() -> None:
+    """Linear saves its input, ReLU its output; squaring saves what it squares, which is that same output."""
+    layer = nn.Linear(5, 3)
+    x = torch.rand(2, 5)
+    with activation_bytes(layer) as count:
+        loss = layer(x).relu().square().sum()
+        assert count.current == count.peak == 4 * (2 * 5 + 2 * 3)
+        loss.backward()
+        assert count.current == 0
+        assert count.peak == 4 * (2 * 5 + 2 * 3)
+
+
+def test_weights_do_not_count_and_a_graph_that_is_let_go_does_not_either() -> None:
+    first, second = nn.Linear(5, 4, bias=False), nn.Linear(4, 3, bias=False)
+    x = torch.rand(2, 5)
+    with activation_bytes(nn.Sequential(first, second)) as count:
+        out = second(first(x))  # two inputs; the second layer also saves its weight, for the gradient of its input
+        assert count.current == 4 * (2 * 5 + 2 * 4)
+        del out
+        assert count.current == 0
+
+
+def test_bytes_of_one_mono_forward_block_by_hand() -> None:
+    """Of the last layer: a_0, a_1 and the log-softmax; the mean saves nothing but its total weight, a scalar."""
+    samples, wide, classes = 6, 8, 4
+    cost = _measured(MonoForward, (wide, wide, wide), classes, samples)
+    tensors = 4 * (samples * wide + samples * wide + samples * classes)
+    labels = 8 * samples
+    assert tensors + labels <= cost.activation_peak_bytes <= tensors + labels + 8
+
+
+@pytest.mark.parametrize("make", [MonoForward, ForwardForward, partial(ForwardForward, peer=0.03)])
+def test_layer_local_memory_is_flat_in_depth(make: Callable[[], Algorithm]) -> None:
+    four, thirty_two = (_measured(make, (64,) * (depth + 1), 10, samples=32).activation_peak_bytes for depth in (4, 32))
+    assert thirty_two <= 1.05 * four
+
+
+@pytest.mark.parametrize("make", [Backprop, DeepSupervision])
+def test_backprop_memory_grows_with_depth(make: Callable[[], Algorithm]) -> None:
+    four, eight, thirty_two = (
+        _measured(make, (64,) * (depth + 1), 10, samples=32).activation_peak_bytes for depth in (4, 8, 32)
+    )
+    assert thirty_two - eight == pytest.approx(6 * (eight - four), rel=0.01)  # linear: 24 blocks more against 4
+    assert thirty_two > 6 * four
+
+
+def test_sequential_memory_is_that_of_the_dearest_stage() -> None:
+    widths = (64, 64, 16, 16)
+    joint = _measured(MonoForward, widths, 10, samples=32).activation_peak_bytes
+    assert _measured(MonoForward, widths, 10, samples=32, sequential=True).activation_peak_bytes == joint
+
+
+def test_a_slice_of_a_data_set_counts_as_itself() -> None:
+    data = torch.rand(1000, 20)
+    algorithm = MonoForward()
+    batch = Batch(data[:4], torch.arange(4))
+    algorithm.attach(mlp((20,), 4, (16,)), TaskInfo(batch, 4, F.cross_entropy))
+    assert measure_update(algorithm, batch).activation_peak_bytes < 4 * 4 * (20 + 16 + 16 + 16)
+
+
+def test_drive_leaves_no_gradients() -> None:
+    algorithm = MonoForward()
+    batch = Batch(torch.rand(4, 20), torch.arange(4))
+    algorithm.attach(mlp((20,), 4, (16,)), TaskInfo(batch, 4, F.cross_entropy))
+    drive(algorithm, batch)
+    assert all(p.grad is None for p in algorithm.parameters())

@@ -1,0 +1,105 @@
+"""Imports point down the list of folders, never up, and whoever imports the package pays for torch and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# From the top down: a part may import from the parts below its own, and from its own.
+LAYERS = [
+    {"cli"},
+    {"study"},
+    {"report"},
+    {"records", "statistics"},
+    {"tasks"},
+    {"strategies"},
+    {"audit", "cost", "probe", "testing"},
+    {"algorithms"},
+    {"losses"},
+    {"functional"},
+    {"nets"},
+    {"batch"},
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+# Free parts: energy knows nothing of networks, conf holds no code. Who may import them stands here.
+IMPORTERS = {"energy": {"energy", "study", "cli", "testing"}, "conf": {"conf", "cli"}}
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    for folder in ("conf", "energy", "tasks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield folder, path
+    for path in sorted((ROOT / "locallearn").rglob("*.py")):
+        inside = path.relative_to(ROOT / "locallearn")
+        yield inside.parts[0].removesuffix(".py"), path
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Parts of locallearn that a file imports, inside functions, too; ``__init__`` for the package itself."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names = [f"{node.module}.{alias.name}" if node.module == "locallearn" else node.module for alias in node.names]
+        for name in names:
+            package, *rest = name.split(".")
+            assert package not in ("conf", "energy", "tasks"), f"{path}: {package} is imported as locallearn.{package}"
+            if package == "locallearn":
+                yield rest[0] if rest and rest[0] in {*LEVEL, *IMPORTERS} else "__init__"
+
+
+def _allowed(importer: str, imported: str) -> bool:
+    if imported in IMPORTERS:
+        return importer in IMPORTERS[imported]
+    if importer in IMPORTERS:
+        return False
+    if importer == "__init__":
+        return imported in ("batch", "nets")
+    if imported == "__init__":  # for its version; what it imports itself would go round in a circle
+        return importer not in ("batch", "nets")
+    return LEVEL[importer] <= LEVEL[imported]
+
+
+def test_every_part_has_its_place_in_the_list() -> None:
+    parts = {part for part, _ in _modules()}
+    assert {"algorithms", "strategies", "tasks", "energy", "audit", "nets"} <= parts
+    assert parts <= {*LEVEL, *IMPORTERS, "__init__"}
+
+
+def test_imports_point_down() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports locallearn.{imported}"
+        for part, path in _modules()
+        for imported in _imported(path)
+        if not _allowed(part, imported)
+    ]
+    assert not wrong
+
+
+def test_the_rule_above_can_fail() -> None:
+    assert not _allowed("nets", "algorithms")
+    assert not _allowed("algorithms", "strategies")
+    assert not _allowed("energy", "batch")
+    assert not _allowed("tasks", "conf")
+    assert _allowed("strategies", "algorithms")
+
+
+def test_importing_the_package_brings_torch_and_nothing_heavy() -> None:
+    code = "import sys, locallearn; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert {"torch", "locallearn"} <= loaded
+    heavy = {"lightning", "hydra", "omegaconf", "plotly", "sklearn", "codecarbon", "optuna", "torch_geometric"}
+    assert not loaded & {*heavy, "torchvision", "rich", "pytest", "pynvml"}
+
+
+def test_algorithms_and_audit_need_no_lightning() -> None:
+    code = "import sys, locallearn.algorithms, locallearn.audit, locallearn.cost; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"lightning", "hydra", "torchvision"} & {name.split(".")[0] for name in loaded}
