@@ -51,6 +51,7 @@ _GROUPS = (
 )
 
 
+_ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 # Checked here too: on a CPU Lightning quietly makes bf16 of fp16, which LocalStrategy would not notice.
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
@@ -190,10 +191,8 @@ def _explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, UsageError | ValueError | FileNotFoundError | MisconfigurationException):
         return 2, _one_line(text)
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return (
-        1,
-        f"{type(error).__name__}: {text or 'no message'} ({Path(where.filename).name}:{where.lineno}; --debug shows all)",
-    )
+    place = f"{Path(where.filename).name}:{where.lineno}; --debug shows all"
+    return 1, f"{type(error).__name__}: {_one_line(text) or 'no message'} ({place})"
 
 
 def _one_line(text: str) -> str:
@@ -227,24 +226,24 @@ def _configuration(error: Exception, words: Sequence[str]) -> str:
     unread = getattr(error, "override", None)  # what Hydra's parser of overrides stumbled on
     if unread is not None:
         return f"{unread!r} cannot be read as KEY=VALUE: close brackets, and put text with signs in it into quotes"
-    return _one_line(text)
+    return _one_line(text.partition("full_key")[0])
 
 
 def _unknown_key(key: str, words: Sequence[str]) -> str:
     """What stands beside a key that does not exist, in the groups that were chosen."""
     chosen = [word.partition(",")[0] for word in words if word.partition("=")[0] in _GROUPS]
     keys = [k for k in _keys(_compose(chosen)[0]) if not k.rpartition(".")[2].startswith("_")]
-    parent = key.rpartition(".")[0]
-    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
-    near = get_close_matches(key, siblings if parent and siblings else keys, n=2, cutoff=0.8)
+    parent, dot, last = key.rpartition(".")
+    siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
+    near = get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=2, cutoff=0.7)
     if near:
-        return f"there is no setting {key!r}; did you mean {' or '.join(near)}?"
-    return f"there is no setting {key!r}; there are {', '.join(siblings or [k for k in keys if '.' not in k])}"
+        return f"there is no setting {key!r}; did you mean {' or '.join(f'{parent}{dot}{name}' for name in near)}?"
+    return f"there is no setting {key!r}; there are {', '.join(siblings)}"
 
 
 def _check_types(node: Any, prefix: str = "") -> None:
     """Every value below ``node`` against the signature of what its ``_target_`` makes."""
-    from hydra.utils import get_object
+    from pkgutil import resolve_name
 
     for key in node:
         child = node[key]
@@ -254,8 +253,8 @@ def _check_types(node: Any, prefix: str = "") -> None:
         target = child.get("_target_")
         if isinstance(target, str):
             try:
-                made = get_object(target)
-            except Exception:
+                made = resolve_name(target)
+            except (ImportError, AttributeError, ValueError):
                 continue  # making it says what is wrong with the name
             _check_arguments(made, {k: v for k, v in child.items() if not k.startswith("_")}, where)
         _check_types(child, f"{where}.")
@@ -267,7 +266,7 @@ def _check_arguments(made: Any, values: dict[str, Any], where: str) -> None:
 
     try:
         parameters = inspect.signature(made).parameters
-        hints = get_type_hints(made.__init__ if isinstance(made, type) else made)
+        hints = get_type_hints(vars(made).get("__init__", made) if isinstance(made, type) else made)
     except (NameError, TypeError, ValueError):
         return  # somebody else's signature that cannot be read
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -323,8 +322,6 @@ def _spoken(hint: Any) -> str:
 
 def _plan(cfg: Any, choices: dict[str, str], command: str) -> Any:
     """Typed objects for one run."""
-    import lightning.pytorch as pl
-    import torch
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -336,12 +333,11 @@ def _plan(cfg: Any, choices: dict[str, str], command: str) -> Any:
     max_epochs, probe_samples, checkpoint_s = (trainer.pop(k) for k in ("max_epochs", "probe_samples", "checkpoint_s"))
     _check_numbers(cfg, max_epochs, probe_samples, checkpoint_s)
     _check_types(config)
-    _check_arguments(pl.Trainer, trainer, "trainer")
+    _check_trainer(trainer)
+    for key in ("scheduler", "logger"):
+        if config[key] and not isinstance(config[key], dict):
+            raise UsageError(f"{key} is {config[key]!r}, expected a mapping with a _target_, or null")
     data = instantiate(cfg.dataset)
-    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UsageError(
-            f"trainer.accelerator={trainer['accelerator']}, but PyTorch sees no CUDA device here: use cpu or auto"
-        )
     return Plan(
         names={group: choices[group] for group in ("algorithm", "dataset", "net", "task")},
         seed=cfg.seed,
@@ -377,18 +373,32 @@ def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: 
         raise UsageError(f"trainer.checkpoint_s is {checkpoint_s}, expected seconds above 0")
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**31:
         raise UsageError(f"seed is {cfg.seed}, expected a whole number from 0 to 2147483647")
-    precision, clip, idle_s = cfg.trainer.precision, cfg.trainer.gradient_clip_val, cfg.meter.idle_s
-    if precision not in _PRECISIONS:
-        raise UsageError(f"trainer.precision is {precision}, expected one of {', '.join(_PRECISIONS)}")
-    if clip is not None and (type(clip) not in (int, float) or clip <= 0):
-        raise UsageError(f"trainer.gradient_clip_val is {clip}, expected a number above 0, or null for no clipping")
-    if type(idle_s) not in (int, float) or idle_s < 0:
-        raise UsageError(f"meter.idle_s is {idle_s}, expected seconds, 0 for no idle measurement")
+    if type(cfg.meter.idle_s) not in (int, float) or cfg.meter.idle_s < 0:
+        raise UsageError(f"meter.idle_s is {cfg.meter.idle_s}, expected seconds, 0 for no idle measurement")
     mode, target = cfg.compare.mode, cfg.compare.target_accuracy
     if mode not in ("own", "matched", "target"):
         raise UsageError(f"compare.mode is {mode!r}, expected own, matched or target")
     if mode == "target" and not (isinstance(target, float | int) and 0 < target <= 1):
         raise UsageError(f"compare.mode=target needs compare.target_accuracy between 0 and 1, it is {target}")
+
+
+def _check_trainer(trainer: dict[str, Any]) -> None:
+    """What Lightning would take, or would take for something else, but one device stepped unit by unit cannot."""
+    import lightning.pytorch as pl
+    import torch
+
+    accelerator, devices = trainer.get("accelerator"), trainer.get("devices")
+    clip = trainer.get("gradient_clip_val")
+    for key, allowed in (("accelerator", _ACCELERATORS), ("precision", _PRECISIONS)):
+        if trainer.get(key) not in (None, *allowed):
+            raise UsageError(f"trainer.{key} is {trainer[key]}, expected one of {', '.join(allowed)}")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UsageError(f"trainer.accelerator={accelerator}, but PyTorch sees no CUDA device here: use cpu or auto")
+    if devices not in (None, 1, "auto") and not (isinstance(devices, list) and len(devices) == 1):
+        raise UsageError(f"trainer.devices is {devices}, expected 1, or [0] for the first of several GPUs")
+    if isinstance(clip, int | float) and clip <= 0:
+        raise UsageError(f"trainer.gradient_clip_val is {clip}, expected a number above 0, or null for no clipping")
+    _check_arguments(pl.Trainer, trainer, "trainer")
 
 
 def _folder(cfg: Any, key: str) -> Path:
@@ -495,9 +505,7 @@ def _sweep(words: list[str]) -> int:
             codes.append(code)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
-    with (
-        tempfile.TemporaryDirectory() as aside
-    ):  # the sweeper leaves a file where it runs; records have their own place
+    with tempfile.TemporaryDirectory() as aside:  # for a file that the sweeper leaves where it runs
         sys.argv = ["locallearn", "--multirun", f"hydra.sweep.dir={aside}", *words]
         job()
     return max(codes, default=0)
@@ -624,9 +632,7 @@ def _report(words: list[str]) -> int:
             recover(root)
     found = scan(roots)
     if not found.records:
-        raise UsageError(
-            f"there are no records in {', '.join(map(str, roots))}{''.join(f'; {p}' for p in found.problems[:1])}"
-        )
+        raise UsageError("; ".join([f"there are no records in {', '.join(map(str, roots))}", *found.problems[:1]]))
     if os.access(roots[0], os.W_OK) and not folders and not cfg.report.records:
         rebuild_index(roots[0])
     out = Path(cfg.report.out or roots[0] / "report.html")

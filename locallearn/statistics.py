@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 # Settings that may differ between runs of one group without making them different experiments.
-_FREE_SETTINGS = frozenset({"seed", "data_dir", "runs_dir", "resume", "compare", "logger", "hydra"})
+_FREE_SETTINGS = frozenset({"data_dir", "runs_dir", "resume", "compare", "logger", "hydra"})
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def _differing_settings(records: Sequence[Record]) -> list[str]:
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     for key, value in config.items():
-        if not prefix and key in _FREE_SETTINGS:
+        if key == "seed" or (not prefix and key in _FREE_SETTINGS):
             continue
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")

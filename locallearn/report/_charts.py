@@ -272,7 +272,7 @@ def accuracy_chart(
         data += _band(row.label, known[name], style[row.label][0], points)
     if not series:
         return None
-    layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": "validation accuracy (%)"}}}
+    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": "validation accuracy (%)"}}}
     header, table = _curve_table(series, points, lambda values: f"{100 * _mean(values):.2f}")
     note = "Mean over the seeds that reached the epoch; the band spans them."
     return Chart("Validation accuracy over epochs", note, _figure(data, layout), header, table, 360 + 7 * len(series))
@@ -333,7 +333,7 @@ def _block_chart(
             "hovertemplate": "block %{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
         }
         data.append(_dotted_when_single(trace, epochs))
-    layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": axis}}}
+    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": axis}}}
     header, table = _curve_table(series, points, lambda values: significant(factor * _mean(values)))
     return Chart(title, "", _figure(data, layout), header, table, 330 + 5 * len(series))
 
@@ -352,6 +352,12 @@ def _curve_table(
     epochs = thin(sorted({epoch for values in series.values() for epoch in values}), points)
     table = [(str(epoch), *(write(v[epoch]) if epoch in v else UNKNOWN for v in series.values())) for epoch in epochs]
     return ("Epoch", *series), table
+
+
+def _epoch_axis(series: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """An axis of whole epochs: left alone, Plotly halves them when there are few."""
+    few = max((epoch for values in series.values() for epoch in values), default=0) <= 10
+    return {"title": {"text": "epoch"}, **({"dtick": 1} if few else {})}
 
 
 def thin(epochs: Sequence[int], points: int) -> list[int]:

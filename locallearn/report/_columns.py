@@ -101,7 +101,8 @@ def columns(rows: Sequence[Row]) -> list[Column]:
             costs.append(_column(name, title, units, rows))
     targets = [_metric(key, rows) for key in keys if key == "target/accuracy"]
     targets += [_column(key, title, units, rows) for key, (title, units) in _TARGETS.items() if key in keys]
-    return metrics + costs + targets
+    losses = [column for column in metrics if column.key.endswith("/loss")]
+    return [column for column in metrics if column not in losses] + costs + targets + losses
 
 
 def headline_metric(shown: Sequence[Column]) -> Column | None:

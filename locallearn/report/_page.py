@@ -75,6 +75,8 @@ def write_report(
 
 
 def _render(records: Sequence[Record], title: str, problems: Sequence[str]) -> str:
+    benches = [record for record in records if record.part("bench")]
+    records = [record for record in records if not record.part("bench")]
     rows = compare_table(records, _BASELINE)
     curves, damaged = _read_curves(rows)
     damaged += _limit_blocks(rows, curves)
@@ -88,7 +90,7 @@ def _render(records: Sequence[Record], title: str, problems: Sequence[str]) -> s
         name = " · ".join(filter(None, key[:2]))
         links.append(f'<li><a href="#s{number}">{escape(name)}{f" ({escape(key[2])})" if key[2] else ""}</a></li>')
         sections.append(_section(f"s{number}", name, key[2], members, known, style, points, figures))
-    body = "".join(sections) or "<p>There is no finished run to show yet.</p>"
+    body = "".join([*sections, *map(_bench, benches)]) or "<p>There is no finished run to show yet.</p>"
     nav = f'<nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>' if len(links) > 1 else ""
     unfinished = _unfinished(records, [*problems, *damaged])
     return _document(title, f"{_lead(records, rows)}{nav}", body + unfinished + _provenance(records, rows), figures)
@@ -146,6 +148,24 @@ def _lead(records: Sequence[Record], rows: Sequence[Row]) -> str:
 
 def _count(n: int, word: str) -> str:
     return f"{n} {word}" + ("" if n == 1 else "s")
+
+
+# ------------------------------------------------------------------------------------------- one benchmark
+
+
+def _bench(record: Record) -> str:
+    """The table that ``locallearn bench`` printed."""
+    bench = record.part("bench")
+    head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in bench.get("columns", []))
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in bench.get("rows", [])
+    )
+    where = " · ".join(filter(None, (record.text("dataset"), record.text("net"), record.text("started"))))
+    return (
+        f"<section><h2>{escape(str(bench.get('title', 'benchmark')))}</h2>"
+        f'<p class="note">{escape(where)}; <code>{escape(record.text("command") or "")}</code></p>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div></section>'
+    )
 
 
 # ------------------------------------------------------------------------------------------- one comparison
@@ -237,10 +257,12 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column]) -> str:
 def _meter_notes(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
     windows = [window for row in rows for record in row.records for window in record.energy()]
     notes = [f"No joules from {window['source']}: {window['reason']}" for window in windows if window.get("reason")]
+    flagged: dict[str, list[str]] = {}
     for window in windows:
-        flags = window.get("flags")
-        if isinstance(flags, list):
-            notes += [f"Joules from {window['source']}: {flag}" for flag in flags]
+        flagged.setdefault(window["source"], []).extend(_texts(window.get("flags"))[:1])
+    for source, flags in flagged.items():
+        if flags:
+            notes.append(f"Joules from {source}: {_count(len(flags), 'run')} flagged, e.g. {flags[0]}")
     if not any(column.key.startswith("energy_j/") for column in shown):
         notes.insert(0, "No meter gave joules for these runs.")
     return list(dict.fromkeys(notes))[:12]

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,13 @@ def bench(
         raise ValueError(f"bench.rounds is {rounds} and bench.steps is {steps}, expected at least 1 of each")
     plan = make(algorithms[0])
     if what == "memory":
-        table, figures = _memory(algorithms, make, depths)
+        sheet, figures = _memory(algorithms, make, depths)
     elif what == "data":
-        table, figures = _data(algorithms, make, rounds)
+        sheet, figures = _data(algorithms, make, rounds)
     else:
         contenders = _step(algorithms, make, steps) if what == "step" else _strategy(algorithms, make, steps)
         timings = _alternate(contenders, rounds)
-        table = _timing_table(what, timings, steps)
+        sheet = _timing_table(what, timings, steps)
         figures = {"steps": steps, "rounds": rounds, "contenders": [timing.to_dict() for timing in timings]}
     folder = RunFolder.create(
         plan.runs_dir,
@@ -103,10 +103,28 @@ def bench(
             "command": plan.command,
             "versions": versions(),
             "hardware": {**hardware(_gpus()), "threads": torch.get_num_threads()},
-            "bench": {"what": what, **figures},
+            "bench": {"what": what, **figures, **asdict(sheet)},
         },
     )
-    return table, folder.finish("done")
+    return _table(sheet), folder.finish("done")
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """A table as it goes to the terminal and into the record."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def _table(sheet: _Sheet) -> Table:
+    table = Table(title=sheet.title, title_justify="left")
+    for number, column in enumerate(sheet.columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in sheet.rows:
+        table.add_row(*row)
+    return table
 
 
 def _gpus() -> list[str]:
@@ -267,27 +285,25 @@ def _strategy(algorithms: Sequence[str], make: Make, steps: int) -> list[_Conten
     return contenders
 
 
-def _timing_table(what: str, timings: Sequence[Timing], steps: int) -> Table:
-    table = Table(
-        title=f"bench {what}: {len(timings[0].seconds)} alternated rounds of {steps} batches", title_justify="left"
+def _timing_table(what: str, timings: Sequence[Timing], steps: int) -> _Sheet:
+    return _Sheet(
+        f"bench {what}: {len(timings[0].seconds)} alternated rounds of {steps} batches",
+        ["contender", "ms per batch (median)", "ratio (median)", "ratio (min to max)"],
+        [
+            [
+                t.name,
+                f"{1000 * statistics.median(t.seconds) / steps:.3f}",
+                f"{statistics.median(t.ratios):.3f}",
+                f"{min(t.ratios):.3f} to {max(t.ratios):.3f}",
+            ]
+            for t in timings
+        ],
     )
-    for heading in ("contender", "ms per batch (median)", "ratio (median)", "ratio (min to max)"):
-        table.add_column(heading, justify="left" if heading == "contender" else "right")
-    for t in timings:
-        table.add_row(
-            t.name,
-            f"{1000 * statistics.median(t.seconds) / steps:.3f}",
-            f"{statistics.median(t.ratios):.3f}",
-            f"{min(t.ratios):.3f} to {max(t.ratios):.3f}",
-        )
-    return table
 
 
-def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[Table, dict[str, Any]]:
+def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[_Sheet, dict[str, Any]]:
     """Share of an epoch that passes while the loop waits for its next batch."""
-    table = Table(title=f"bench data: share of an epoch not spent in the update, {rounds} epochs", title_justify="left")
-    for heading in ("algorithm", "epoch s (median)", "data % (median)", "data % (max)"):
-        table.add_column(heading, justify="left" if heading == "algorithm" else "right")
+    lines = []
     rows = []
     for name in algorithms:
         plan = make(name)
@@ -307,24 +323,24 @@ def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[Table, di
                 epochs.append(taken)
                 shares.append(waited / taken)
         rows.append({"name": name, "epoch_s": epochs, "share": shares})
-        table.add_row(
-            name,
-            f"{statistics.median(epochs):.2f}",
-            f"{100 * statistics.median(shares):.2f}",
-            f"{100 * max(shares):.2f}",
+        lines.append(
+            [
+                name,
+                f"{statistics.median(epochs):.2f}",
+                f"{100 * statistics.median(shares):.2f}",
+                f"{100 * max(shares):.2f}",
+            ]
         )
-    return table, {"rounds": rounds, "contenders": rows}
+    title = f"bench data: share of an epoch not spent in the update, {rounds} epochs"
+    sheet = _Sheet(title, ["algorithm", "epoch s (median)", "data % (median)", "data % (max)"], lines)
+    return sheet, {"rounds": rounds, "contenders": rows}
 
 
-def _memory(algorithms: Sequence[str], make: Make, depths: Sequence[int]) -> tuple[Table, dict[str, Any]]:
+def _memory(algorithms: Sequence[str], make: Make, depths: Sequence[int]) -> tuple[_Sheet, dict[str, Any]]:
     """Peak activation bytes of one update for networks of equal blocks."""
     if not depths or min(depths) < 1:
         raise ValueError(f"bench.depths is {list(depths)}, expected numbers of blocks of at least 1")
-    table = Table(title="bench memory: peak bytes kept alive for gradients in one update", title_justify="left")
-    table.add_column("algorithm")
-    for depth in depths:
-        table.add_column(f"{depth} blocks", justify="right")
-    table.add_column(f"{depths[-1]} over {depths[0]}", justify="right")
+    lines = []
     rows = []
     for name in algorithms:
         peaks = []
@@ -335,5 +351,7 @@ def _memory(algorithms: Sequence[str], make: Make, depths: Sequence[int]) -> tup
             [batch] = _batches(plan, device, 1)
             peaks.append(measure_update(algorithm, batch, plan.schedule.sequential).activation_peak_bytes)
         rows.append({"name": name, "activation_peak_bytes": peaks, "ratio": peaks[-1] / peaks[0]})
-        table.add_row(name, *(f"{peak:,}" for peak in peaks), f"{peaks[-1] / peaks[0]:.2f}")
-    return table, {"depths": list(depths), "contenders": rows}
+        lines.append([name, *(f"{peak:,}" for peak in peaks), f"{peaks[-1] / peaks[0]:.2f}"])
+    columns = ["algorithm", *(f"{depth} blocks" for depth in depths), f"{depths[-1]} over {depths[0]}"]
+    sheet = _Sheet("bench memory: peak bytes kept alive for gradients in one update", columns, lines)
+    return sheet, {"depths": list(depths), "contenders": rows}

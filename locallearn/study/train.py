@@ -35,7 +35,7 @@ CHECKPOINT = "resume.ckpt"
 """Where an interrupted run keeps what ``train resume=FOLDER`` goes on from."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     """The user or the system asked the run to stop; it did so between two batches."""
 
 
@@ -168,7 +168,8 @@ def _checkpoint_of(folder: Path) -> Path:
     checkpoint = folder / CHECKPOINT
     if not checkpoint.is_file():
         raise ValueError(
-            f"{folder} holds no {CHECKPOINT} to resume from: name the folder of an interrupted run (a finished one has none)"
+            f"{folder} holds no {CHECKPOINT} to resume from: name the folder of an interrupted run (a finished one has "
+            "none)"
         )
     return checkpoint
 
@@ -185,6 +186,7 @@ def _start(plan: Plan) -> dict[str, Any]:
     return {
         **plan.names,
         "seed": plan.seed,
+        "variant": "sequential" if plan.schedule.sequential else None,
         "locality": str(algorithm.locality),
         "mode": plan.mode,
         "blocks": algorithm.blocks.names,
@@ -277,12 +279,8 @@ class _Recorder(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.samples += len(batch[0])
-        now = time.monotonic()
-        if self._stop.is_set() or now - self._saved_s > self.plan.checkpoint_s:
-            self._saved_s = now
-            self._save(trainer)
-            if self._stop.is_set():
-                raise Interrupted
+        if not trainer.is_last_batch:  # else a resumed run would leave out the validation that is due now
+            self._save_or_stop(trainer)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -305,6 +303,8 @@ class _Recorder(pl.Callback):
         self._check_target(trainer, metrics, joules)
         if self.plan.progress is not None:
             self.plan.progress(trainer.current_epoch + 1, trainer.max_epochs or 0, metrics)
+        if trainer.is_last_batch and not trainer.should_stop:
+            self._save_or_stop(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -334,10 +334,16 @@ class _Recorder(pl.Callback):
             signal.signal(number, handler)
         self._handlers = {}
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save_or_stop(self, trainer: pl.Trainer) -> None:
+        now = time.monotonic()
+        if not self._stop.is_set() and now - self._saved_s <= self.plan.checkpoint_s:
+            return
+        self._saved_s = now
         aside = self.folder.path / f".{CHECKPOINT}"
         trainer.save_checkpoint(aside)
         os.replace(aside, self.folder.path / CHECKPOINT)
+        if self._stop.is_set():
+            raise Interrupted
 
     def _probes(self, trainer: pl.Trainer) -> dict[str, float]:
         if not self.plan.probe_samples:

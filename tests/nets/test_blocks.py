@@ -156,11 +156,11 @@ class _Shared(nn.Module):
 
 def test_what_cannot_be_cut_is_refused_by_name() -> None:
     own, example = _Own(), X
-    with pytest.raises(ValueError, match="_Own is not an nn.Sequential.*conv1, norm1, body, head"):
+    with pytest.raises(ValueError, match=r"_Own is not an nn\.Sequential.*conv1, norm1, body, head"):
         Blocks.cut(own)
     with pytest.raises(ValueError, match="no submodule 'conv2'; it has conv1, norm1, body, head"):
         Blocks.cut(own, ["conv2"], example=example)
-    with pytest.raises(ValueError, match="no block holds: head.1.weight, head.1.bias"):
+    with pytest.raises(ValueError, match=r"no block holds: head\.1\.weight, head\.1\.bias"):
         Blocks.cut(own, [("conv1", "norm1"), "body"], example=example)
     with pytest.raises(ValueError, match="pass an example input"):
         Blocks.cut(own, [("conv1", "norm1"), "body"], readout="head")
@@ -224,7 +224,9 @@ def test_cnn_has_the_published_shape() -> None:
     assert sum(isinstance(m, nn.BatchNorm2d) for m in normalised.modules()) == 2
 
 
-@pytest.mark.parametrize(("init", "std"), [("kaiming_uniform", (1 / 3 / 400) ** 0.5), ("lecun_normal", (1 / 400) ** 0.5)])
+@pytest.mark.parametrize(
+    ("init", "std"), [("kaiming_uniform", (1 / 3 / 400) ** 0.5), ("lecun_normal", (1 / 400) ** 0.5)]
+)
 def test_initial_weights(init: str, std: float) -> None:
     torch.manual_seed(0)
     weight, bias = mlp((400,), 10, (500,), init=init)[0].parameters()  # type: ignore[arg-type]

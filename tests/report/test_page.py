@@ -212,6 +212,22 @@ def test_a_diverged_curve_has_a_gap_not_a_number(make: Make, show: Callable[...,
     assert show([record]).charts[-1]["data"][0]["y"] == [1.0]
 
 
+def test_flags_of_a_meter_are_counted_not_repeated(make: Make, show: Callable[..., Page]) -> None:
+    def run(seed: int) -> Record:
+        flag = f"the window of {seed} s is short"
+        return make(seed=seed, energy=[{"source": "m", "quality": "modelled", "joules": 1.0, "flags": [flag, "other"]}])
+
+    page = show([run(1), run(2)])
+    assert "Joules from m: 2 runs flagged, e.g. the window of 1 s is short" in page.text
+    assert "window of 2 s" not in page.text
+
+
+def test_losses_stand_last(make: Make, show: Callable[..., Page]) -> None:
+    page = show([make(test={"loss": 0.1, "accuracy": 0.9})])
+    assert page.tables[0][0][2] == "Test accuracy | %"
+    assert page.tables[0][0][-1] == "Test loss"
+
+
 def test_runs_of_different_machines_are_pointed_out(make: Make, show: Callable[..., Page]) -> None:
     page = show([make("mono_forward", 0, hardware={"cpu": "a"}), make("mono_forward", 1, hardware={"cpu": "b"})])
     assert "2 machines" in page.text

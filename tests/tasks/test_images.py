@@ -375,7 +375,9 @@ def test_augmentation_equals_one_image_after_another(
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize("augment", [Augment(), Augment(pad=0), Augment(pad=3, padding_mode="reflect")], ids=str)
+@pytest.mark.parametrize(
+    "augment", [Augment(), Augment(pad=0), Augment(flip=False), Augment(pad=3, padding_mode="reflect")], ids=str
+)
 def test_augmentation_does_not_depend_on_how_images_lie_in_memory(augment: Augment) -> None:
     images = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8)
     layouts = [images[7:13], images.transpose(2, 3)[7:13], images[7:13].to(memory_format=torch.channels_last)]
@@ -561,9 +563,9 @@ def test_state_of_other_data_is_refused() -> None:
 
 
 def _fingerprint(batch: Batch) -> tuple[list[int], float]:
-    """Which samples a batch holds, and a sum that every augmented pixel enters with a weight of its own."""
+    """Labels of a batch, and a sum that every augmented pixel enters with a weight of its own."""
     weights = torch.arange(batch.inputs.numel(), dtype=torch.float64).cos()
-    return _index(batch), float(batch.inputs.double().flatten() @ weights)
+    return batch.targets.tolist(), float(batch.inputs.double().flatten() @ weights)
 
 
 class _Recorder(LightningModule):
@@ -739,6 +741,9 @@ def test_flat_and_standard_inputs() -> None:
 
 def test_only_training_batches_are_augmented() -> None:
     plain, augmented = ImageData("digits"), ImageData("digits", augment=Augment(pad=1))
+    # A cache of activations is looked up by position, and an augmented sample is another one every time.
+    assert next(iter(plain.train_dataloader())).index is not None
+    assert next(iter(augmented.train_dataloader())).index is None
     assert torch.equal(_inputs(augmented.val_dataloader()), _inputs(plain.val_dataloader()))
     assert torch.equal(_inputs(augmented.test_dataloader()), _inputs(plain.test_dataloader()))
     assert not torch.equal(_inputs(augmented.train_dataloader()), _inputs(plain.train_dataloader()))

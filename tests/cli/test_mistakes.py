@@ -1,0 +1,238 @@
+"""Every mistake of the user's gets one sentence that names the right words, exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.conftest import Cli, Outcome
+
+_ALGORITHMS = ("backprop", "deep_supervision", "forward_forward", "mono_forward")
+
+
+def _is_one_sentence(outcome: Outcome, *wanted: str) -> None:
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("locallearn: ")
+    assert outcome.err.count("\n") == 1
+    assert "Traceback" not in outcome.err
+    for word in wanted:
+        assert word in outcome.err
+
+
+_TRAIN: list[tuple[list[str], tuple[str, ...]]] = [
+    # names
+    (["algorithm=foo"], ("'foo'", *_ALGORITHMS)),
+    (["dataset=foo"], ("'foo'", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100")),
+    (["net=foo"], ("'foo'", "mlp", "cnn")),
+    (["optimizer=foo"], ("'foo'", "adam", "sgd")),
+    (["schedule=foo"], ("'foo'", "joint", "sequential")),
+    (["meter=foo"], ("'foo'", "all", "none")),
+    (["logger=foo"], ("'foo'", "csv", "tensorboard", "wandb")),
+    (["experiment=foo"], ("'foo'", "forward_forward_mnist")),
+    (["algorithm=?"], _ALGORITHMS),
+    (["dataset=null"], ("digits", "mnist")),
+    (["algorithm._target_=nowhere.Foo"], ("algorithm", "nowhere.Foo")),
+    (["scheduler=foo"], ("scheduler", "'foo'", "_target_")),
+    # settings that do not exist
+    (["optimizer.lrr=1"], ("'optimizer.lrr'", "mean optimizer.lr?")),
+    (["sede=1"], ("'sede'", "mean seed?")),
+    (["algorithm.predictionn=bp"], ("mean algorithm.prediction?",)),
+    (["algorithm.negatives=foo"], ("'algorithm.negatives'", "there are algorithm.prediction")),
+    (["algorithm=forward_forward", "algorithm.prediction=ff"], ("'algorithm.prediction'", "algorithm.negatives")),
+    (["+trainer.foo=1"], ("'trainer.foo'", "gradient_clip_val")),
+    (["+dataset.foo=1"], ("'dataset.foo'", "batch_size")),
+    # overrides that cannot be read
+    (["seed=[1"], ("'seed=[1'", "KEY=VALUE")),
+    (["foo"], ("'foo'", "KEY=VALUE")),
+    (["=3"], ("'=3'", "KEY=VALUE")),
+    (["--bogus"], ("--bogus", "--help")),
+    # numbers and ranges
+    (["trainer.max_epochs=0"], ("trainer.max_epochs is 0", "at least 1")),
+    (["trainer.max_epochs=abc"], ("trainer.max_epochs is abc", "whole number")),
+    (["trainer.max_epochs=1.5"], ("trainer.max_epochs is 1.5", "whole number")),
+    (["trainer.max_epochs=true"], ("trainer.max_epochs is True", "whole number")),
+    (["trainer.probe_samples=-1"], ("trainer.probe_samples is -1",)),
+    (["trainer.checkpoint_s=0"], ("trainer.checkpoint_s is 0", "above 0")),
+    (["trainer.gradient_clip_val=-1"], ("trainer.gradient_clip_val is -1", "above 0")),
+    (["seed=-1"], ("seed is -1", "from 0")),
+    (["seed=abc"], ("seed is abc", "whole number")),
+    (["seed=true"], ("seed is True", "whole number")),
+    (["net.hidden=[]"], ("hidden is []", "at least one")),
+    (["net.hidden=[0]"], ("hidden is [0]", "positive")),
+    (["net.hidden=[1.5]"], ("net.hidden is [1.5]", "whole number")),
+    (["net.hidden=16"], ("net.hidden is 16", "list")),
+    (["net.init=foo"], ("'foo'", "kaiming_uniform", "lecun_normal")),
+    (["dataset.batch_size=0"], ("batch_size=0", "at least 1")),
+    (["dataset.batch_size=abc"], ("dataset.batch_size is 'abc'", "whole number")),
+    (["dataset.validation=1.5"], ("validation=1.5", "fraction")),
+    (["algorithm=forward_forward", "algorithm.negatives=foo"], ("'foo'", "uniform", "hard")),
+    (["algorithm=forward_forward", "algorithm.temperature=abc"], ("algorithm.temperature is 'abc'", "number")),
+    (["optimizer.lr=-1"], ("-1",)),
+    (["optimizer.lr=abc"], ("optimizer.lr is 'abc'", "number")),
+    (["schedule.patience=0"], ("patience is 0", "null")),
+    (["schedule.patience=1.5"], ("schedule.patience is 1.5", "whole number")),
+    (["schedule.monitor=foo"], ("'foo'", "validation/loss")),
+    (["meter.idle_s=abc"], ("meter.idle_s is abc", "seconds")),
+    # what does not go together
+    (["schedule.cache=true"], ("cache", "joint")),
+    (["algorithm=backprop", "schedule=sequential"], ("Backprop", "schedule=joint")),
+    (["algorithm=deep_supervision", "schedule=sequential"], ("DeepSupervision", "schedule=joint")),
+    (["compare.mode=foo"], ("'foo'", "own", "matched", "target")),
+    (["compare.mode=target"], ("compare.target_accuracy",)),
+    # devices
+    (["trainer.accelerator=foo"], ("foo", "cpu", "auto")),
+    (["trainer.devices=2"], ("trainer.devices is 2", "1")),
+    (["trainer.precision=16-mixed"], ("16-mixed", "32-true", "bf16-mixed")),
+    (["trainer.precision=foo"], ("foo", "32-true")),
+    # places
+    (["resume=nowhere"], ("nowhere", "record.json")),
+    (["runs_dir="], ("runs_dir", "folder")),
+]
+
+
+@pytest.mark.parametrize(("words", "wanted"), _TRAIN, ids=[" ".join(words) for words, _ in _TRAIN])
+def test_train(words: list[str], wanted: tuple[str, ...], cli: Cli, tmp_path: Path) -> None:
+    _is_one_sentence(cli("train", *words), *wanted)
+    assert list(tmp_path.iterdir()) == []  # no record of a run that never was
+
+
+_COMPARE: list[tuple[list[str], tuple[str, ...]]] = [
+    (["compare.seeds=[0,0]"], ("[0, 0]", "different")),
+    (["compare.seeds=3"], ("compare.seeds is 3", "different whole numbers")),
+    (["compare.seeds=[-1]"], ("seed is -1",)),
+    (["compare.algorithms=[backprop,nope]"], ("'nope'", *_ALGORITHMS)),
+    (["compare.algorithms=[]"], ("[]", "list")),
+    (["compare.algorithms=backprop"], ("backprop", "list")),
+    (["compare.mode=foo"], ("'foo'", "matched")),
+    (["compare.mode=target"], ("compare.target_accuracy",)),
+    (["compare.overrides={nope:[seed=1]}"], ()),
+    (['compare.overrides={nope:["optimizer.lr=1"]}'], ("'nope'", "compare.algorithms")),
+    (['compare.overrides={mono_forward:["optimizer.lrr=1"]}'], ("'optimizer.lrr'",)),
+    (["resume=nowhere"], ("resume", "train")),
+    # the second algorithm's mistake is told before the first one trains
+    (["compare.algorithms=[mono_forward,backprop]", "schedule=sequential"], ("Backprop", "schedule=joint")),
+]
+
+
+@pytest.mark.parametrize(("words", "wanted"), _COMPARE, ids=[" ".join(words) for words, _ in _COMPARE])
+def test_compare(words: list[str], wanted: tuple[str, ...], cli: Cli, tmp_path: Path) -> None:
+    _is_one_sentence(cli("compare", *words), *wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
+_OTHERS: list[tuple[list[str], tuple[str, ...]]] = [
+    (["foo"], ("'foo'", "train", "compare", "report", "audit", "bench", "data")),
+    (["report", "nowhere"], ("nowhere",)),
+    (["report", "--bogus"], ("--bogus",)),
+    (["report", "."], ("no records",)),
+    (["audit", "algorithm=foo"], ("'foo'", *_ALGORITHMS)),
+    (["data", "foo"], ("'foo'", "KEY=VALUE")),
+    (["bench", "bench.algorithms=[nope]"], ("'nope'", *_ALGORITHMS)),
+    # sweeps are composed by Hydra itself, and speak the same way
+    (["train", "-m", "algorithm=backprop,foo"], ("'foo'", *_ALGORITHMS)),
+    (["train", "-m", "optimizer.lrr=1,2"], ("'optimizer.lrr'", "mean optimizer.lr?")),
+    (["train", "-m", "seed=[1"], ("'seed=[1'", "KEY=VALUE")),
+    (["train", "-m", "--bogus"], ("--bogus", "--help")),
+    (["train", "-m", "seed=abc"], ("seed is abc",)),
+]
+
+
+@pytest.mark.parametrize(("words", "wanted"), _OTHERS, ids=[" ".join(words) for words, _ in _OTHERS])
+def test_other_commands(words: list[str], wanted: tuple[str, ...], cli: Cli, tmp_path: Path) -> None:
+    _is_one_sentence(cli(*words), *wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_where_there_is_none(cli: Cli) -> None:
+    _is_one_sentence(cli("train", "trainer.accelerator=cuda"), "trainer.accelerator=cuda", "cpu")
+
+
+def test_missing_data_are_named_at_once(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    (tmp_path / "data").mkdir()
+    began_s = time.monotonic()
+    outcome = cli("train", "dataset=mnist", "data_dir=data")
+    assert time.monotonic() - began_s < 10
+    _is_one_sentence(outcome, "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "data/images/MNIST/raw", "data_dir")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_too_many_poolings(cli: Cli) -> None:
+    from locallearn.cli import main
+
+    assert main(["train", "net=cnn", "net.channels=[4,4,4,4]", "meter=none", "trainer.accelerator=cpu"]) == 2
+    _is_one_sentence(cli("audit", "net=cnn", "net.channels=[4,4,4,4]"), "8x8", "at most 3")
+
+
+def test_a_setting_of_another_net_is_answered_with_this_nets_settings(cli: Cli) -> None:
+    _is_one_sentence(cli("audit", "net=cnn", "net.hidden=[16]"), "'net.hidden'", "net.channels")
+
+
+def test_a_logger_that_is_not_installed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    import lightning.pytorch.loggers.wandb as module
+
+    class Missing:
+        """What Lightning's availability flag is when a package is missing."""
+
+        def __bool__(self) -> bool:
+            return False
+
+        def __str__(self) -> str:
+            return "Requirement 'wandb>=0.12.10' not met."
+
+    monkeypatch.setattr(module, "_WANDB_AVAILABLE", Missing())
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    _is_one_sentence(cli("train", "logger=wandb"), "wandb is not installed", "pip install", "locallearn[")
+
+
+def test_runs_dir_that_is_a_file(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("precious", encoding="utf-8")
+    _is_one_sentence(cli("train"), "runs")
+    assert (tmp_path / "runs").read_text(encoding="utf-8") == "precious"
+
+
+@pytest.fixture
+def unwritable() -> Iterator[Path]:
+    """A folder that the present user may read only; root becomes nobody for the test."""
+    if os.name != "posix":
+        pytest.skip("needs POSIX permissions")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IROTH | stat.S_IXOTH)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            if root:
+                os.seteuid(0)
+            folder.chmod(stat.S_IRWXU)
+
+
+def test_runs_dir_that_cannot_be_written_to(cli: Cli, unwritable: Path) -> None:
+    _is_one_sentence(cli("train", f"runs_dir={unwritable}"), str(unwritable), "runs_dir")
+    _is_one_sentence(cli("train", f"runs_dir={unwritable / 'runs'}"), str(unwritable / "runs"), "runs_dir")
+
+
+def test_debug_shows_the_traceback(cli: Cli) -> None:
+    from locallearn.cli import UsageError
+
+    with pytest.raises(UsageError, match="seed is -1"):
+        cli("train", "--debug", "seed=-1")
