@@ -184,7 +184,11 @@ def _engine_calls() -> Iterator[dict[str, int]]:
 
 
 def _perturb(twin: Algorithm, unit: str, size: float) -> None:
-    """Change every parameter of the unit, and every weight and buffer of the block that bears its name."""
+    """Change every parameter of the unit, and every weight and buffer of the block that bears its name.
+
+    A label path stays as it is: what runs from the labels alone is broadcast, and comes before every unit.
+    """
+    spared = {id(p) for module in twin.label_path for p in module.parameters()}
     tensors: list[Tensor] = [p for group in twin.units()[unit] for p in group["params"]]
     if unit in twin.blocks.names:
         block: nn.Module = twin.blocks[twin.blocks.names.index(unit)]
@@ -193,7 +197,7 @@ def _perturb(twin: Algorithm, unit: str, size: float) -> None:
         tensors += [*twin.blocks.readout.parameters(), *twin.blocks.readout.buffers()]
     generator = torch.Generator().manual_seed(1)
     for tensor in {id(t): t for t in tensors}.values():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and id(tensor) not in spared:
             noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
             with torch.no_grad():
                 tensor.add_(noise, alpha=size)

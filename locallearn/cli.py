@@ -497,8 +497,8 @@ def _sweep(words: list[str]) -> int:
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
         try:
             codes.append(_train_once(cfg, choices, list(runtime.overrides.task)))
-        except Interrupted:
-            raise
+        except Interrupted as error:
+            raise KeyboardInterrupt from error  # anything less Hydra keeps to itself until the sweep is over
         except Exception as error:  # one bad combination must not end the sweep
             code, sentence = _explain(error, runtime.overrides.task)
             print(f"locallearn: {sentence}", file=sys.stderr)
@@ -507,7 +507,10 @@ def _sweep(words: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     with tempfile.TemporaryDirectory() as aside:  # for a file that the sweeper leaves where it runs
         sys.argv = ["locallearn", "--multirun", f"hydra.sweep.dir={aside}", *words]
-        job()
+        try:
+            job()
+        except KeyboardInterrupt as stop:
+            raise stop.__cause__ or stop from None
     return max(codes, default=0)
 
 
@@ -565,7 +568,9 @@ def _tune(words: list[str]) -> int:
     runs_dir = Path(base.runs_dir)
 
     def make(algorithm: str, settings: Sequence[str]) -> Any:
-        cfg, choices = _compose([*words, f"algorithm={algorithm}", *settings])
+        # Trials have a folder of their own: a report on runs_dir must not mix them with what they were searched for.
+        folder = f"runs_dir={runs_dir / 'tune'}"
+        cfg, choices = _compose([*words, folder, f"algorithm={algorithm}", *settings])
         return _plan(cfg, choices, _command("tune", words))
 
     make(algorithms[0], [])  # a mistake in the settings is told before anything is trained

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
 from locallearn.algorithms.heads import BlockHeads
@@ -82,3 +85,8 @@ class DeepSupervision(Algorithm):
             loss = self.heads.loss(self.blocks, i, output, batch)
             total = loss if total is None else total + loss
         yield Update("network", total)
+
+    def predict(self, inputs: Tensor, *context: Any) -> Tensor:
+        """Scores of the last block's head: the network's forward pass, where the network has a readout."""
+        *_, last = self.blocks.features(inputs, *context)
+        return self.heads.scores(self.blocks, len(self.blocks) - 1, last, Batch(inputs, inputs, context))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -120,6 +120,14 @@ class Algorithm(nn.Module, ABC):
     def broadcast(self) -> str:
         """What is sent to all blocks in every update."""
         return "labels"
+
+    @property
+    def label_path(self) -> Sequence[nn.Module]:
+        """Modules that run from the labels alone and whose activations every unit may read: a feedback network.
+
+        What they compute is broadcast, so the audit does not count their weights as those of later units. Default: none.
+        """
+        return ()
 
     def attach(self, blocks: Blocks, task: TaskInfo) -> None:
         """Build what the rule adds to each block. Called once, before devices, dtypes and checkpoints are dealt with.

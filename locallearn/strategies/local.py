@@ -142,7 +142,9 @@ class LocalStrategy(SingleDeviceStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self._unit_optimizers = {unit: self._make_optimizer(groups) for unit, groups in self.algorithm.units().items()}
-        self.optimizers = list(self._unit_optimizers.values())
+        # Lightning's loop wants one optimizer; a rule that solves in closed form has no unit to step.
+        nothing = torch.optim.SGD([torch.zeros(0, requires_grad=True)], lr=0.0)
+        self.optimizers = list(self._unit_optimizers.values()) or [nothing]
         self.lr_scheduler_configs = []
         if self._make_scheduler is not None:
             self.lr_scheduler_configs = [

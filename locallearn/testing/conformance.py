@@ -101,12 +101,15 @@ class AlgorithmConformance:
             if output.requires_grad:
                 outputs.append(weakref.ref(output))
 
+        def none_before(module: torch.nn.Module, args: Any) -> None:
+            if layer_local:
+                assert not [output for output in outputs if output() is not None], "an output outlives its unit"
+
         for block in algorithm.blocks:
+            block.register_forward_pre_hook(none_before)
             block.register_forward_hook(note)
         with activation_bytes(algorithm) as count:
             for update in algorithm.updates(batches[0]):
-                if layer_local:
-                    assert sum(output() is not None for output in outputs) <= 1, f"when {update.unit!r} learns"
                 update.backward()
                 assert count.current == 0, f"bytes held after the backward pass of {update.unit!r}"
                 algorithm.zero_grad(set_to_none=True)

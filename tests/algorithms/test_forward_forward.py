@@ -146,14 +146,14 @@ def test_peer_means_follow_positive_data_and_rest_in_eval_mode() -> None:
 def test_goodness_inference_is_the_slow_loop(minimise: bool, skip_first: bool, hidden: tuple[int, ...]) -> None:
     """Every sample with every label, one at a time; a network of one block keeps it."""
     algorithm = _attached(hidden, minimise=minimise, skip_first=skip_first)
-    scores = algorithm.predict(BATCH.inputs)
+    scores = algorithm.predict(BATCH.inputs).detach()
     for i in range(4):
         for label in range(CLASSES):
             x, total = _normed(_written(BATCH.inputs[i : i + 1], [label])), 0.0
             for number, block in enumerate(algorithm.blocks):
                 z = (x @ block[0].weight.T + block[0].bias).clamp(min=0)
                 if number > 0 or not skip_first or len(hidden) == 1:
-                    total += float((z**2).sum())
+                    total += float((z**2).sum().detach())
                 x = _normed(z)
             assert scores[i, label].item() == pytest.approx(-total if minimise else total, rel=1e-5)
 

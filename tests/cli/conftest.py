@@ -47,14 +47,18 @@ Cli = Callable[..., Outcome]
 
 @pytest.fixture
 def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run ``locallearn COMMAND ...`` in an empty folder; ``train`` and ``compare`` get small settings first."""
+    """Run ``locallearn COMMAND ...`` in an empty folder; ``train`` and ``compare`` get small settings first.
+
+    A resumed run has its own settings and takes no others.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["locallearn"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.delenv("LOCALLEARN_DATA", raising=False)
 
     def run(command: str, *words: str) -> Outcome:
-        small = SMALL if command in ("train", "compare") and "--help" not in words else ()
+        resumed = any(word.startswith("resume=") for word in words)
+        small = SMALL if command == "compare" or (command == "train" and not resumed) else ()
         capsys.readouterr()
         code = main([command, *small, *words])
         out, err = capsys.readouterr()

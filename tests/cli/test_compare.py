@@ -1,0 +1,174 @@
+"""``compare``, ``report``, ``audit`` and ``data``: what they print, write and return."""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from locallearn.algorithms import MonoForward
+from locallearn.algorithms.base import Locality, ParamGroup, Update
+from locallearn.batch import Batch
+from tests.cli.conftest import Cli
+
+ReadRecords = Callable[[Path], list[dict[str, Any]]]
+_TWO = ("compare.algorithms=[backprop,mono_forward]", "compare.seeds=[0,1]")
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal wide enough that no cell of a table is cut."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_compare_alternates_and_leaves_records_index_table_and_report(
+    cli: Cli, tmp_path: Path, read_records: ReadRecords
+) -> None:
+    outcome = cli("compare", *_TWO)
+    assert outcome.code == 0
+    found = read_records(tmp_path / "runs")
+    # A B A B, so that heat and neighbours weigh on both alike.
+    assert [(record["algorithm"], record["seed"]) for record in found] == [
+        ("backprop", 0),
+        ("mono_forward", 0),
+        ("backprop", 1),
+        ("mono_forward", 1),
+    ]
+    for name in ("backprop", "mono_forward", "digits", "mode own"):
+        assert name in outcome.out
+    flops = [record["cost"]["update_flops"] for record in found]
+    assert flops[0] == flops[2]
+    assert flops[1] == flops[3]
+    assert f"{flops[1] / flops[0]:.2f}" in outcome.out  # the ratio to backprop, worked out here
+    assert outcome.out.splitlines()[-1] == "runs/report.html"
+    page = (tmp_path / "runs" / "report.html").read_text(encoding="utf-8")
+    assert "<html" in page
+    assert all(record["id"] in page for record in found)
+    with closing(sqlite3.connect(tmp_path / "runs" / "index.sqlite")) as base:
+        rows = base.execute("SELECT id, seed, test_accuracy FROM runs ORDER BY started").fetchall()
+    assert rows == [(record["id"], record["seed"], record["test"]["accuracy"]) for record in found]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+def test_a_failing_algorithm_does_not_end_the_comparison(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
+    outcome = cli("compare", *_TWO, 'compare.overrides={mono_forward:["optimizer=sgd","optimizer.lr=1e30"]}')
+    assert outcome.code == 1
+    found = read_records(tmp_path / "runs")
+    assert [record["status"] for record in found] == ["done", "failed", "done", "failed"]
+    assert "backprop" in outcome.out
+    assert outcome.out.splitlines()[-1] == "runs/report.html"
+    told = [line for line in outcome.err.splitlines() if line.startswith("locallearn: ")]
+    assert [line.partition(":")[2].partition(" failed")[0].strip() for line in told] == [
+        "mono_forward seed 0",
+        "mono_forward seed 1",
+    ]
+
+
+def test_overrides_are_for_one_algorithm(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
+    words = ['compare.overrides={backprop:["optimizer.lr=3e-4"]}', "compare.seeds=[0]"]
+    assert cli("compare", _TWO[0], *words).code == 0
+    rates = {record["algorithm"]: record["config"]["optimizer"]["lr"] for record in read_records(tmp_path / "runs")}
+    assert rates == {"backprop": 3e-4, "mono_forward": 1e-3}
+
+
+def test_matched_gives_every_algorithm_the_same_samples(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
+    # A rate of zero would end every run early, were patience not off in this mode.
+    outcome = cli(
+        "compare",
+        "compare.algorithms=[backprop,deep_supervision,mono_forward,forward_forward]",
+        "compare.seeds=[0]",
+        "compare.mode=matched",
+        "schedule.patience=1",
+        "trainer.max_epochs=3",
+        "optimizer.lr=0.0",
+    )
+    assert outcome.code == 0
+    found = read_records(tmp_path / "runs")
+    assert [record["cost"]["samples"] for record in found] == [3 * 1293] * 4
+    assert {record["mode"] for record in found} == {"matched"}
+    assert "mode matched" in outcome.out
+
+
+def test_target_reports_seconds_and_samples(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
+    words = ["compare.mode=target", "compare.target_accuracy=0.5", "trainer.max_epochs=20", "optimizer.lr=1e-2"]
+    assert cli("compare", _TWO[0], "compare.seeds=[0]", *words).code == 0
+    for record in read_records(tmp_path / "runs"):
+        assert record["mode"] == "target"
+        assert record["target"]["accuracy"] == 0.5
+        assert record["target"]["seconds"] > 0
+        assert record["target"]["samples"] == record["epochs"][0] * 1293
+
+
+def test_report_reads_several_folders(cli: Cli, tmp_path: Path) -> None:
+    ids = [cli("train", f"runs_dir={name}", f"algorithm={name}").record["id"] for name in ("backprop", "mono_forward")]
+    outcome = cli("report", "backprop", "mono_forward", "report.out=both.html", "report.title=two <b>folders</b>")
+    assert outcome.code == 0
+    assert outcome.out == "both.html\n"
+    page = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ids)
+    assert "two <b>folders</b>" not in page
+    assert cli("report", "backprop").out == "backprop/report.html\n"
+
+
+@pytest.mark.parametrize("algorithm", ["backprop", "deep_supervision", "mono_forward", "forward_forward"])
+def test_audit_confirms_every_claim(algorithm: str, cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("audit", f"algorithm={algorithm}", "net.hidden=[8,8]", "meter=none")
+    assert outcome.code == 0
+    assert "confirmed" in outcome.out
+    units = ("network",) if algorithm in ("backprop", "deep_supervision") else ("layer1", "layer2")
+    assert all(unit in outcome.out for unit in units)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Liar(MonoForward):
+    """Says layer-local, and lets the last block's loss reach every block."""
+
+    @property
+    def locality(self) -> Locality:
+        """A lie."""
+        return Locality.LAYER_LOCAL
+
+    def block_groups(self, index: int) -> list[ParamGroup]:
+        """As they should be."""
+        return super().block_groups(index)
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """Nothing is detached."""
+        output: Tensor = batch.inputs
+        for i, (name, block) in enumerate(zip(self.blocks.names, self.blocks, strict=True)):
+            output = block(output)
+            yield Update(name, self.local_loss(i, output, batch))
+
+
+def test_audit_refutes_a_liar(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("somebodys_rule")
+    module.Liar = Liar  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "somebodys_rule", module)
+    outcome = cli("audit", "algorithm._target_=somebodys_rule.Liar", "net.hidden=[8,8]", "meter=none")
+    assert outcome.code == 1
+    assert "REFUTED" in outcome.out
+    assert "layer1" in outcome.out.partition("claim:")[2]
+
+
+def test_data_says_what_is_here_and_where_the_rest_belongs(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "images" / "MNIST" / "raw").mkdir(parents=True)
+    for name in ("train-images", "t10k-images"):
+        (tmp_path / "images" / "MNIST" / "raw" / f"{name}-idx3-ubyte").touch()
+    for name in ("train-labels", "t10k-labels"):
+        (tmp_path / "images" / "MNIST" / "raw" / f"{name}-idx1-ubyte").touch()
+    outcome = cli("data", f"data_dir={tmp_path}")
+    assert outcome.code == 0
+    lines = {
+        line.split()[1]: line for line in outcome.out.splitlines() if line.startswith("│") and line.split()[1] != "│"
+    }
+    assert "yes" in lines["mnist"]
+    assert "yes" in lines["digits"]
+    assert " no " in lines["cifar10"]
+    assert "data_batch_1" in lines["cifar10"]

@@ -1,0 +1,171 @@
+"""``locallearn train``: the record it leaves, sweeps, failure, and runs side by side."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from locallearn.records import COST_COLUMNS, TEMPLATE
+from tests.cli.conftest import Cli
+
+ReadRecords = Callable[[Path], list[dict[str, Any]]]
+_CLAIMS = {
+    "backprop": "global",
+    "deep_supervision": "global",
+    "mono_forward": "layer-local",
+    "forward_forward": "layer-local",
+}
+
+
+@pytest.mark.parametrize("algorithm", list(_CLAIMS))
+def test_every_algorithm_leaves_a_complete_record(algorithm: str, cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("train", f"algorithm={algorithm}", "seed=3", "meter=all")
+    assert outcome.code == 0
+    assert outcome.folder.parent == Path("runs")
+    assert sorted(path.name for path in outcome.folder.iterdir()) == ["metrics.csv", "record.json"]
+    record = outcome.record
+    assert set(record) >= set(TEMPLATE)
+    assert "process" not in record
+    assert (record["algorithm"], record["dataset"], record["net"]) == (algorithm, "digits", "mlp")
+    assert (record["seed"], record["status"], record["mode"]) == (3, "done", "own")
+    assert record["locality"] == _CLAIMS[algorithm]
+    for part in ("validation", "test"):
+        assert 0 <= record[part]["accuracy"] <= 1
+    assert set(record["cost"]) == {*COST_COLUMNS, "energy_j"}
+    assert {reading["source"] for reading in record["energy"]} >= {"gpu", "cpu"} or record["energy"]
+    for reading in record["energy"]:
+        assert reading["quality"] in ("measured", "modelled")
+        assert reading["joules"] is not None or reading["reason"]
+    assert record["command"].startswith("locallearn train ")
+    assert f"algorithm={algorithm}" in record["command"]
+    assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert record["hardware"]["threads"] >= 1
+    assert record["config"]["seed"] == 3
+    assert record["config"]["dataset"]["seed"] == 3
+    assert not list(tmp_path.glob("runs/.*"))
+
+
+def test_metrics_hold_loss_and_probe_of_every_block(cli: Cli) -> None:
+    outcome = cli("train", "trainer.max_epochs=2")
+    rows = list(csv.DictReader((outcome.folder / "metrics.csv").open(encoding="utf-8")))
+    for name in ("layer1", "layer2"):
+        for figure in ("loss", "probe_accuracy"):
+            found = [row for row in rows if row["name"] == f"block/{name}/{figure}"]
+            assert [row["epoch"] for row in found] == ["0", "1"]
+            assert all(float(row["value"]) >= 0 for row in found)
+    steps = [int(row["step"]) for row in rows if row["name"] == "validation/accuracy"]
+    assert steps == [21, 42]  # ceil(1293 / 64) batches in an epoch
+
+
+def test_the_same_command_twice_gives_the_same_figures_in_two_folders(cli: Cli) -> None:
+    first, second = (cli("train", "algorithm=forward_forward", "algorithm.negatives=hard") for _ in range(2))
+    assert first.folder != second.folder
+    assert first.record["test"] == second.record["test"]
+    assert first.record["validation"] == second.record["validation"]
+    other = cli("train", "algorithm=forward_forward", "algorithm.negatives=hard", "seed=1")
+    assert other.record["test"] != first.record["test"]
+
+
+@pytest.mark.parametrize("algorithm", ["mono_forward", "forward_forward"])
+def test_sequential_with_and_without_a_cache(algorithm: str, cli: Cli) -> None:
+    words = [f"algorithm={algorithm}", "schedule=sequential", "schedule.patience=null"]
+    plain, cached = cli("train", *words), cli("train", *words, "schedule.cache=true")
+    assert plain.code == 0
+    assert plain.record["epochs"][:2] == [1, 1]
+    if algorithm == "mono_forward":
+        assert cached.record["test"] == plain.record["test"]
+    else:
+        assert cached.code == 2  # negatives are drawn anew: there is nothing to keep
+        assert "cache" in cached.err
+
+
+def test_settings_reach_the_run(cli: Cli) -> None:
+    record = cli("train", "net=cnn", "~net.channels", "+net.channels=[4]", "~net.hidden").err
+    assert "net.hidden" in record  # the small settings are an mlp's: a cnn has no such setting
+    record = cli("train", "net.hidden=[5,6,7]", "net.readout_bias=true", "trainer.precision=bf16-mixed").record
+    assert record["blocks"] == ["layer1", "layer2", "layer3"]
+    assert record["cost"]["params"] == 65 * 5 + 6 * 6 + 7 * 7 + 8 * 10
+    assert record["config"]["trainer"]["precision"] == "bf16-mixed"
+
+
+def test_divergence_is_told_and_recorded(cli: Cli) -> None:
+    outcome = cli("train", "optimizer=sgd", "optimizer.lr=1e30")
+    assert outcome.code == 1
+    assert outcome.err.count("\n") == 1
+    assert "unit 'layer" in outcome.err
+    assert " at step " in outcome.err
+    assert outcome.record["status"] == "failed"
+    assert outcome.record["error"] in outcome.err
+
+
+def test_a_sweep_runs_every_combination_and_leaves_nothing_but_records(
+    cli: Cli, tmp_path: Path, read_records: ReadRecords
+) -> None:
+    outcome = cli("train", "-m", "algorithm=backprop,mono_forward", "seed=0,1")
+    assert outcome.code == 0
+    found = read_records(tmp_path / "runs")
+    assert [(record["algorithm"], record["seed"]) for record in found] == [
+        ("backprop", 0),
+        ("backprop", 1),
+        ("mono_forward", 0),
+        ("mono_forward", 1),
+    ]
+    assert all(record["status"] == "done" for record in found)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert outcome.out.split() == [f"runs/{record['id']}" for record in found]
+
+
+def test_one_bad_combination_does_not_end_a_sweep(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
+    outcome = cli("train", "-m", "optimizer=sgd", "optimizer.lr=1e30,1e-2")
+    assert outcome.code == 1
+    assert [record["status"] for record in read_records(tmp_path / "runs")] == ["failed", "done"]
+
+
+def test_ctrl_c_ends_a_sweep(
+    cli: Cli, tmp_path: Path, read_records: ReadRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from locallearn.algorithms import MonoForward
+
+    updates = MonoForward.updates
+
+    def pressed(self: MonoForward, batch: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return updates(self, batch)
+
+    monkeypatch.setattr(MonoForward, "updates", pressed)
+    outcome = cli("train", "-m", "seed=0,1,2")
+    assert outcome.code == 130
+    assert [record["status"] for record in read_records(tmp_path / "runs")] == ["interrupted"]
+
+
+def test_logger_folder_stands_beside_the_records(cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("train", "logger=csv")
+    assert outcome.code == 0
+    written = list((tmp_path / "runs" / "csv").rglob("metrics.csv"))
+    assert len(written) == 1
+    assert "validation/accuracy" in written[0].read_text(encoding="utf-8")
+
+
+def test_parallel_runs_in_one_folder_do_not_collide(
+    tmp_path: Path, small: tuple[str, ...], read_records: ReadRecords
+) -> None:
+    command = [sys.executable, "-m", "locallearn.cli", "train", *small, "trainer.max_epochs=2"]
+    running = [
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    folders = [out.splitlines()[-1] for out, _ in outputs]
+    found = read_records(tmp_path / "runs")
+    assert len(set(folders)) == len(found) == 2
+    assert found[0]["test"] == found[1]["test"]
+    assert all("Traceback" not in err and "Warning" not in err for _, err in outputs)
