@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
 from locallearn.energy._meter import Reading
 from locallearn.energy._window import EnergyMonitor, Window
 

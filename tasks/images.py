@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
 from locallearn.tasks._batches import MEMORY_BUDGET_BYTES, Augment, BatchLoader
 from locallearn.tasks._image_files import (
     DATASETS,
@@ -21,7 +23,6 @@ from locallearn.tasks._image_files import (
     image_facts,
     load_images,
 )
-from torch import Tensor
 
 __all__ = [
     "DATASETS",

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from locallearn.tasks.classification import Classification
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,6 +18,7 @@ from locallearn.audit import audit
 from locallearn.batch import Batch
 from locallearn.nets import Blocks, mlp
 from locallearn.strategies import LocalStrategy
+from locallearn.tasks.classification import Classification
 
 WIDTH, CLASSES = 12, 3
 

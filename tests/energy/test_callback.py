@@ -7,9 +7,10 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from locallearn.energy import EnergyCallback, EnergyMonitor, ReplayMeter
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from locallearn.energy import EnergyCallback, EnergyMonitor, ReplayMeter
 
 TRAIN_S, VALIDATE_S, SAVE_S, BATCHES, POWER_W = 1.0, 10.0, 100.0, 3, 5.0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from locallearn.energy import CodeCarbonMeter, EnergyMonitor, Reading
 
 TEMPORARY = "locallearn.energy._codecarbon.tempfile.gettempdir"

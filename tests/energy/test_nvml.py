@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from locallearn.energy import EnergyMonitor, NvmlMeter, Reading, _nvml
 
 

@@ -3,6 +3,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from locallearn.energy import EnergyMonitor, RaplMeter, Reading
 from locallearn.energy import _rapl as rapl
 

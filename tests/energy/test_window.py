@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import locallearn.energy
 import pytest
+
+import locallearn.energy
 from locallearn.energy import EnergyMonitor, Reading, ReplayMeter
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from locallearn.tasks.classification import Classification
 
 from locallearn.batch import Batch
 from locallearn.nets import Blocks, mlp
+from locallearn.tasks.classification import Classification
 
 WIDTH, CLASSES, SAMPLES, BATCHES = 12, 3, 16, 4
 

@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from locallearn.tasks.classification import Classification
 from torch import Tensor, nn
 
 from locallearn.algorithms import Algorithm, Backprop, DeepSupervision, ForwardForward, MonoForward, Update
@@ -22,6 +21,7 @@ from locallearn.batch import Batch
 from locallearn.functional import mono_forward
 from locallearn.nets import Blocks
 from locallearn.strategies import Diverged, LocalStrategy
+from locallearn.tasks.classification import Classification
 from locallearn.testing import plain_loop
 
 # Most tests here train without validation, on the main process, and on a CPU where a GPU may be.

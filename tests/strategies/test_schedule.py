@@ -10,12 +10,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from locallearn.tasks.classification import Classification
 from torch import Tensor, nn
 
 from locallearn.algorithms import Algorithm, Backprop, ForwardForward, MonoForward
 from locallearn.nets import Blocks
 from locallearn.strategies import LocalStrategy, Schedule
+from locallearn.tasks.classification import Classification
 
 Maker = Callable[..., Any]
 adam = partial(torch.optim.Adam, lr=1e-2)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from locallearn.tasks.classification import Classification
-from locallearn.tasks.images import ImageData
 
 from locallearn.algorithms import Backprop, DeepSupervision, ForwardForward, MonoForward
 from locallearn.algorithms.base import Algorithm
 from locallearn.nets import mlp
 from locallearn.strategies import Schedule
 from locallearn.study.train import Plan
+from locallearn.tasks.classification import Classification
+from locallearn.tasks.images import ImageData
 
 MakePlan = Callable[..., Plan]
 

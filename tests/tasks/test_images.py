@@ -24,6 +24,12 @@ import pytest
 import torch
 import torchvision
 from lightning.pytorch import Callback, LightningModule, Trainer
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import functional as transforms
+
+from locallearn.batch import Batch
 from locallearn.tasks.images import (
     DATASETS,
     Augment,
@@ -35,12 +41,6 @@ from locallearn.tasks.images import (
     load_images,
     stratified_split,
 )
-from sklearn.datasets import load_digits
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
-from torchvision.transforms import functional as transforms
-
-from locallearn.batch import Batch
 
 # Lightning 2.6.6 asks torch 2.15 for it in its own loops.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
