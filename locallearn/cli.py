@@ -167,6 +167,8 @@ def _keys(cfg: Any, prefix: str = "") -> list[str]:
 
 def _explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
     """Exit code and one sentence for whatever went wrong."""
+    if isinstance(error, UsageError):
+        return 2, str(error)  # at once: what follows takes seconds to import
     from hydra.errors import HydraException, InstantiationException
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
@@ -188,7 +190,7 @@ def _explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
         return 2, _configuration(error, words)
     if isinstance(error, OSError) and error.filename is not None:
         return 2, f"{error.filename} cannot be used ({error.strerror}): choose another runs_dir or data_dir"
-    if isinstance(error, UsageError | ValueError | FileNotFoundError | MisconfigurationException):
+    if isinstance(error, ValueError | FileNotFoundError | MisconfigurationException):
         return 2, _one_line(text)
     where = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(where.filename).name}:{where.lineno}; --debug shows all"

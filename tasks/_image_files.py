@@ -23,7 +23,7 @@ from torch import Tensor
 _CONNECT_TIMEOUT_S = 5.0
 
 
-class DataMissing(FileNotFoundError):  # noqa: N818
+class DataMissing(FileNotFoundError):
     """Raw files of a data set are not there and could not be downloaded."""
 
 

@@ -35,7 +35,7 @@ CHECKPOINT = "resume.ckpt"
 """Where an interrupted run keeps what ``train resume=FOLDER`` goes on from."""
 
 
-class Interrupted(Exception):  # noqa: N818
+class Interrupted(Exception):
     """The user or the system asked the run to stop; it did so between two batches."""
 
 
@@ -109,8 +109,9 @@ def run(plan: Plan) -> Path:
     """
     resume = None if plan.resume is None else _checkpoint_of(plan.resume)
     energy = EnergyCallback(EnergyMonitor(plan.meters, idle_s=plan.idle_s))
-    recorder = _Recorder(plan, energy)
-    task, trainer = _prepared(plan, [energy, plan.schedule, recorder])
+    probes = _Probes(plan)
+    recorder = _Recorder(plan, energy, probes)
+    task, trainer = _prepared(plan, [probes, energy, recorder, plan.schedule, _Keeper(plan, recorder)])
     plan.data.prepare_data()
     plan.data.setup("fit")  # missing data is told before a folder is made
     folder = recorder.folder = RunFolder.create(plan.runs_dir, _start(plan))
@@ -236,36 +237,115 @@ def _figures(plan: Plan, trainer: pl.Trainer, recorder: _Recorder) -> dict[str, 
         },
         "energy": [reading.to_dict() for reading in energy.readings],
         "target": recorder.target,
-        "epochs": list(plan.schedule.epochs_by_stage),
+        # The last entry is that of a stage which a target ended.
+        "epochs": [*plan.schedule.epochs_by_stage, *([plan.schedule.epochs] if plan.schedule.epochs else [])],
     }
 
 
+class _Probes(pl.Callback):
+    """Linear probes on every block. Comes before the meters, which must not see the samples being fetched."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._batches: tuple[Batch, Batch] | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # From loaders of their own, and after Lightning has got its own: a checkpoint's place in the data is for that.
+        samples, device = self.plan.probe_samples, trainer.strategy.root_device
+        if samples:
+            loaders = self.plan.data.train_dataloader(), self.plan.data.val_dataloader()
+            self._batches = _first(loaders[0], samples, device), _first(loaders[1], samples, device)
+
+    def accuracies(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Accuracy of every block's probe, by the name of the metric; empty without probes."""
+        if self._batches is None:
+            return {}
+        with trainer.precision_plugin.val_step_context():
+            found = probe_blocks(self.plan.algorithm, *self._batches, self.plan.algorithm.outputs)
+        return {f"block/{name}/probe_accuracy": value for name, value in found.items() if math.isfinite(value)}
+
+
 class _Recorder(pl.Callback):
-    """Writes metrics after every epoch, keeps a checkpoint to resume from, and stops when it is told to."""
+    """Writes metrics after every epoch, and ends a run that has reached its target.
+
+    Comes before the schedule, so that all figures of an epoch are those of its own weights, not of restored ones.
+    """
 
     folder: RunFolder  # made once the settings have been found good
 
-    def __init__(self, plan: Plan, energy: EnergyCallback) -> None:
+    def __init__(self, plan: Plan, energy: EnergyCallback, probes: _Probes) -> None:
         self.plan = plan
         self.energy = energy
         self.samples = 0
+        self.probes = probes
         self.target: dict[str, Any] | None = None
-        self._stop = threading.Event()
-        self._saved_s = time.monotonic()
-        self._handlers: dict[int, Any] = {}
-        self._probe: tuple[Batch, Batch] | None = None
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         device = trainer.strategy.root_device
-        if self.plan.probe_samples:
-            # From loaders of their own, so that the training loader's place does not move.
-            self._probe = (
-                _first(self.plan.data.train_dataloader(), self.plan.probe_samples, device),
-                _first(self.plan.data.val_dataloader(), self.plan.probe_samples, device),
-            )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.samples += len(batch[0])
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        blocks = self.plan.algorithm.blocks.names
+        strategy = trainer.strategy
+        assert isinstance(strategy, LocalStrategy)
+        for unit, loss in strategy.mean_losses().items():
+            metrics[f"block/{unit}/loss" if unit in blocks else f"unit/{unit}/loss"] = loss
+        metrics |= self.probes.accuracies(trainer)
+        metrics["cost/train_s"] = self.energy.running_seconds()
+        metrics["cost/samples"] = self.samples
+        joules = self.energy.running_joules()
+        metrics |= {f"cost/energy_j/{source}": value for source, value in joules.items() if value is not None}
+        self.folder.log(trainer.current_epoch, trainer.global_step, metrics)
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(metrics, trainer.global_step)
+        self._check_target(trainer, metrics, joules)
+        if self.plan.progress is not None:
+            self.plan.progress(trainer.current_epoch + 1, trainer.max_epochs or 0, metrics)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples, "target": self.target}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.samples = state_dict["samples"]
+        self.target = state_dict["target"]
+
+    def _check_target(self, trainer: pl.Trainer, metrics: dict[str, float], joules: dict[str, float | None]) -> None:
+        wanted = self.plan.target_accuracy
+        if wanted is None or self.target is not None or metrics["validation/accuracy"] < wanted:
+            return
+        self.target = {
+            "accuracy": wanted,
+            "seconds": metrics["cost/train_s"],
+            "samples": self.samples / len(self.plan.schedule.stages(self.plan.algorithm)),
+            "joules": joules,
+        }
+        trainer.should_stop = True
+
+
+class _Keeper(pl.Callback):
+    """Keeps a checkpoint to resume from, and stops when it is told to. Comes last: what it saves must be complete."""
+
+    def __init__(self, plan: Plan, recorder: _Recorder) -> None:
+        self.plan = plan
+        self.recorder = recorder
+        self._stop = threading.Event()
+        self._saved_s = time.monotonic()
+        self._handlers: dict[int, Any] = {}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -278,32 +358,12 @@ class _Recorder(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.samples += len(batch[0])
         if not trainer.is_last_batch:  # else a resumed run would leave out the validation that is due now
             self._save_or_stop(trainer)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        blocks = self.plan.algorithm.blocks.names
-        strategy = trainer.strategy
-        assert isinstance(strategy, LocalStrategy)
-        for unit, loss in strategy.mean_losses().items():
-            metrics[f"block/{unit}/loss" if unit in blocks else f"unit/{unit}/loss"] = loss
-        metrics |= self._probes(trainer)
-        metrics["cost/train_s"] = self.energy.running_seconds()
-        metrics["cost/samples"] = self.samples
-        joules = self.energy.running_joules()
-        metrics |= {f"cost/energy_j/{source}": value for source, value in joules.items() if value is not None}
-        self.folder.log(trainer.current_epoch, trainer.global_step, metrics)
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(metrics, trainer.global_step)
-        self._check_target(trainer, metrics, joules)
-        if self.plan.progress is not None:
-            self.plan.progress(trainer.current_epoch + 1, trainer.max_epochs or 0, metrics)
-        if trainer.is_last_batch and not trainer.should_stop:
+        if trainer.state.fn == "fit" and trainer.is_last_batch and not trainer.should_stop:
             self._save_or_stop(trainer)
 
     @override
@@ -313,15 +373,6 @@ class _Recorder(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "target": self.target}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.samples = state_dict["samples"]
-        self.target = state_dict["target"]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Stop after this batch, so that the checkpoint is exact; a second signal stops at once."""
@@ -339,31 +390,11 @@ class _Recorder(pl.Callback):
         if not self._stop.is_set() and now - self._saved_s <= self.plan.checkpoint_s:
             return
         self._saved_s = now
-        aside = self.folder.path / f".{CHECKPOINT}"
+        aside = self.recorder.folder.path / f".{CHECKPOINT}"
         trainer.save_checkpoint(aside)
-        os.replace(aside, self.folder.path / CHECKPOINT)
+        os.replace(aside, self.recorder.folder.path / CHECKPOINT)
         if self._stop.is_set():
             raise Interrupted
-
-    def _probes(self, trainer: pl.Trainer) -> dict[str, float]:
-        if not self.plan.probe_samples:
-            return {}
-        assert self._probe is not None
-        with trainer.precision_plugin.val_step_context():
-            found = probe_blocks(self.plan.algorithm, *self._probe, self.plan.algorithm.outputs)
-        return {f"block/{name}/probe_accuracy": value for name, value in found.items() if math.isfinite(value)}
-
-    def _check_target(self, trainer: pl.Trainer, metrics: dict[str, float], joules: dict[str, float | None]) -> None:
-        wanted = self.plan.target_accuracy
-        if wanted is None or self.target is not None or metrics["validation/accuracy"] < wanted:
-            return
-        self.target = {
-            "accuracy": wanted,
-            "seconds": metrics["cost/train_s"],
-            "samples": self.samples / len(self.plan.schedule.stages(self.plan.algorithm)),
-            "joules": joules,
-        }
-        trainer.should_stop = True
 
 
 def _first(loader: Any, samples: int, device: torch.device) -> Batch:

@@ -108,7 +108,7 @@ def test_target_reports_seconds_and_samples(cli: Cli, tmp_path: Path, read_recor
 
 def test_report_reads_several_folders(cli: Cli, tmp_path: Path) -> None:
     ids = [cli("train", f"runs_dir={name}", f"algorithm={name}").record["id"] for name in ("backprop", "mono_forward")]
-    outcome = cli("report", "backprop", "mono_forward", "report.out=both.html", "report.title=two <b>folders</b>")
+    outcome = cli("report", "backprop", "mono_forward", "report.out=both.html", 'report.title="two <b>folders</b>"')
     assert outcome.code == 0
     assert outcome.out == "both.html\n"
     page = (tmp_path / "both.html").read_text(encoding="utf-8")

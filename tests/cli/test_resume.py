@@ -60,7 +60,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _curve(folder: Path) -> dict[tuple[str, str], str]:
-    rows = csv.DictReader((folder / "metrics.csv").open(encoding="utf-8"))
+    rows = csv.DictReader((folder / "metrics.csv").read_text(encoding="utf-8").splitlines())
     kept = ("block/", "validation/", "unit/")
     return {(row["epoch"], row["name"]): row["value"] for row in rows if row["name"].startswith(kept)}
 
@@ -79,6 +79,7 @@ def _check_resumed(resumed: Outcome, whole: Outcome, left: str) -> None:
     assert last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_leaves_a_checkpoint_to_go_on_from(
     name: str, stopped: dict[str, tuple[Path, int, str, str]], whole: Outcome, cli: Cli
@@ -107,6 +108,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(
     assert {path: path.read_bytes() for path in folder.iterdir()} == before  # what was left is left alone
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_recovered(stopped: dict[str, tuple[Path, int, str, str]], whole: Outcome, cli: Cli) -> None:
     place, code, out, _ = stopped["SIGKILL"]
     assert code == -signal.SIGKILL

@@ -40,7 +40,7 @@ def test_every_algorithm_leaves_a_complete_record(algorithm: str, cli: Cli, tmp_
     for part in ("validation", "test"):
         assert 0 <= record[part]["accuracy"] <= 1
     assert set(record["cost"]) == {*COST_COLUMNS, "energy_j"}
-    assert {reading["source"] for reading in record["energy"]} >= {"gpu", "cpu"} or record["energy"]
+    assert len(record["energy"]) >= 2  # counters and a model, readable or not
     for reading in record["energy"]:
         assert reading["quality"] in ("measured", "modelled")
         assert reading["joules"] is not None or reading["reason"]
@@ -55,7 +55,7 @@ def test_every_algorithm_leaves_a_complete_record(algorithm: str, cli: Cli, tmp_
 
 def test_metrics_hold_loss_and_probe_of_every_block(cli: Cli) -> None:
     outcome = cli("train", "trainer.max_epochs=2")
-    rows = list(csv.DictReader((outcome.folder / "metrics.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((outcome.folder / "metrics.csv").read_text(encoding="utf-8").splitlines()))
     for name in ("layer1", "layer2"):
         for figure in ("loss", "probe_accuracy"):
             found = [row for row in rows if row["name"] == f"block/{name}/{figure}"]
@@ -88,8 +88,6 @@ def test_sequential_with_and_without_a_cache(algorithm: str, cli: Cli) -> None:
 
 
 def test_settings_reach_the_run(cli: Cli) -> None:
-    record = cli("train", "net=cnn", "~net.channels", "+net.channels=[4]", "~net.hidden").err
-    assert "net.hidden" in record  # the small settings are an mlp's: a cnn has no such setting
     record = cli("train", "net.hidden=[5,6,7]", "net.readout_bias=true", "trainer.precision=bf16-mixed").record
     assert record["blocks"] == ["layer1", "layer2", "layer3"]
     assert record["cost"]["params"] == 65 * 5 + 6 * 6 + 7 * 7 + 8 * 10
@@ -154,6 +152,7 @@ def test_logger_folder_stands_beside_the_records(cli: Cli, tmp_path: Path) -> No
     assert "validation/accuracy" in written[0].read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_parallel_runs_in_one_folder_do_not_collide(
     tmp_path: Path, small: tuple[str, ...], read_records: ReadRecords
 ) -> None:

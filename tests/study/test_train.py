@@ -19,7 +19,7 @@ from torch import Tensor
 
 from locallearn.algorithms.base import Update
 from locallearn.batch import Batch
-from locallearn.records import COST_COLUMNS, load_record
+from locallearn.records import COST_COLUMNS, Metric, Record, load_record
 from locallearn.strategies import Diverged, Schedule
 from locallearn.study.compare import compare
 from locallearn.study.train import CHECKPOINT, Interrupted, Plan, check, run
@@ -323,6 +323,29 @@ def test_every_epoch_reports_loss_and_probe_of_every_block(make_plan: MakePlan) 
         assert losses[0] is not None
         assert losses[1] < losses[0]
         assert all(value is not None and 0 <= value <= 1 for value in probes)
+
+
+def test_probes_and_figures_of_an_epoch_are_of_the_same_weights(make_plan: MakePlan) -> None:
+    # Forward-Forward is best after its first epoch here, whose weights come back at the end.
+    kept, restored = (
+        load_record(
+            run(
+                make_plan(
+                    "forward_forward",
+                    max_epochs=3,
+                    probe_samples=100,
+                    schedule=Schedule(patience=None, restore_best=restore),
+                )
+            )
+        )
+        for restore in (False, True)
+    )
+    assert kept.part("test") != restored.part("test")
+
+    def curve(record: Record) -> list[Metric]:
+        return [metric for metric in record.metrics() if not metric.name.startswith("cost/")]
+
+    assert curve(kept) == curve(restored)
 
 
 def test_probes_change_no_number(make_plan: MakePlan) -> None:
