@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -733,6 +734,7 @@ class _progress:  # noqa: N801 - used like a function
 
         console = Console(stderr=True)
         self._plain = not console.is_terminal
+        self._last = ("", 0.0)
         self._bars: dict[str, Any] = {}
         self._progress = Progress(
             TextColumn("{task.description:<32}"),
@@ -752,6 +754,9 @@ class _progress:  # noqa: N801 - used like a function
     def _show(self, name: str, epoch: int, epochs: int, metrics: dict[str, float]) -> None:
         accuracy = f"validation {metrics.get('validation/accuracy', float('nan')):.4f}"
         if self._plain:
+            if name == self._last[0] and time.monotonic() - self._last[1] < 2:
+                return  # a log file wants signs of life, not every epoch of a quick run
+            self._last = (name, time.monotonic())
             print(f"{name}: epoch {epoch} of at most {epochs}, {accuracy}", file=sys.stderr, flush=True)
             return
         if name not in self._bars:

@@ -208,7 +208,7 @@ def _train(
             trainer.fit(task, datamodule=plan.data, ckpt_path=resume, weights_only=True)
             figures = _figures(plan, trainer, recorder)
             validation = trainer.validate(task, datamodule=plan.data, verbose=False)[0]
-            test = trainer.test(task, datamodule=plan.data, verbose=False)[0]
+            test = trainer.test(task, datamodule=plan.data, verbose=False)[0] if plan.evaluate_test else {}
         except SystemExit:  # what Lightning makes of Ctrl-C where there is no batch to finish
             raise Interrupted from None
     figures["validation"] = {name.split("/")[1]: value for name, value in validation.items()}
