@@ -96,10 +96,12 @@ def cnn(
         init: see :func:`initialise`.
 
     Raises:
-        ValueError: the input is not an image, or too small for that many poolings.
+        ValueError: the input is not an image, or too small for that many poolings; no channels.
     """
     if len(input_shape) != 3:
         raise ValueError(f"input_shape is {tuple(input_shape)}, expected (channels, height, width)")
+    if not channels or any(after < 1 for after in channels):
+        raise ValueError(f"channels is {list(channels)}, expected at least one positive number of channels")
     before, height, width = input_shape
     if min(height, width) < 2 ** len(channels):
         raise ValueError(

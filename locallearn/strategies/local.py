@@ -22,7 +22,8 @@ OptimizerFactory = Callable[[list[ParamGroup]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 # fp16 needs one scaler for all units (one update per batch, not per block) and would scale hand-written gradients.
-_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+"""Precisions of ``Trainer`` in which units can be stepped one by one."""
 
 
 class Diverged(RuntimeError):
@@ -127,10 +128,10 @@ class LocalStrategy(SingleDeviceStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         precision = self.precision_plugin.precision
-        if precision not in _PRECISIONS:
+        if precision not in PRECISIONS:
             raise ValueError(
                 f"precision is {precision!r}; units are stepped one by one, which a gradient scaler cannot follow: use "
-                f"one of {', '.join(_PRECISIONS)}"
+                f"one of {', '.join(PRECISIONS)}"
             )
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(

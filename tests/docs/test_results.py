@@ -1,0 +1,73 @@
+"""Every figure of docs/results.md comes from a record that lies beside it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from locallearn.records import Record, scan
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "results.md").read_text(encoding="utf-8")
+
+
+def _records(folder: str, algorithm: str) -> list[Record]:
+    found = scan([DOCS / "records" / folder])
+    assert not found.problems
+    return [record for record in found.records if record.algorithm == algorithm]
+
+
+def _test_accuracies(records: Sequence[Record]) -> list[float]:
+    seeds = [record.seed for record in records]
+    assert len(set(seeds)) == len(seeds)
+    assert all(record.status == "done" for record in records)
+    return [100 * float(record.data["test"]["accuracy"]) for record in records]
+
+
+def _cell(values: Sequence[float]) -> str:
+    return f"{values[0]:.2f}" if len(values) == 1 else f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+# folder of records, algorithm, number of seeds
+ACCURACIES = [
+    ("mono_forward_mnist", "mono_forward", 5),
+    ("mono_forward_mnist", "backprop", 5),
+    ("forward_forward_mnist", "forward_forward", 1),
+    ("mono_forward_cifar10", "mono_forward", 1),
+    ("digits", "backprop", 3),
+    ("digits", "deep_supervision", 3),
+    ("digits", "mono_forward", 3),
+    ("digits", "forward_forward", 3),
+]
+
+
+@pytest.mark.parametrize(("folder", "algorithm", "seeds"), ACCURACIES, ids=lambda value: str(value))
+def test_accuracies_are_those_of_the_records(folder: str, algorithm: str, seeds: int) -> None:
+    accuracies = _test_accuracies(_records(folder, algorithm))
+    assert len(accuracies) == seeds
+    row = next(line for line in PAGE.splitlines() if f"records/{folder})" in line and f"`{algorithm}`" in line)
+    assert _cell(accuracies) in row
+
+
+@pytest.mark.parametrize("what", ["step", "strategy", "data", "memory"])
+def test_benchmarks_are_printed_as_recorded(what: str) -> None:
+    records = [r for r in _records("bench", "bench") if r.part("bench")["what"] == what]
+    assert len(records) == 1
+    for row in records[0].part("bench")["rows"]:
+        assert any(all(str(cell) in line for cell in row) for line in PAGE.splitlines()), row
+
+
+def test_the_calibration_curve_is_that_of_the_record() -> None:
+    [record] = _records("forward_forward_mnist", "forward_forward")
+    errors = {m.epoch + 1: round(10_000 * (1 - m.value)) for m in record.metrics() if m.name == "validation/accuracy" and m.value}
+    row = next(line for line in PAGE.splitlines() if line.startswith("| ours"))
+    assert [int(cell) for cell in row.split("|")[2:-1]] == [errors[epoch] for epoch in (5, 10, 20, 50, 100)]
+
+
+def test_records_name_no_folder_of_the_machine_that_made_them() -> None:
+    for path in (DOCS / "records").rglob("record.json"):
+        assert "/home/" not in json.dumps(json.loads(path.read_text(encoding="utf-8"))), path
