@@ -53,8 +53,6 @@ _GROUPS = (
 
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-# Checked here too: on a CPU Lightning quietly makes bf16 of fp16, which LocalStrategy would not notice.
-_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
 
 class UsageError(Exception):
@@ -390,9 +388,12 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
     import lightning.pytorch as pl
     import torch
 
+    from locallearn.strategies.local import PRECISIONS
+
     accelerator, devices = trainer.get("accelerator"), trainer.get("devices")
     clip = trainer.get("gradient_clip_val")
-    for key, allowed in (("accelerator", _ACCELERATORS), ("precision", _PRECISIONS)):
+    # The precision is checked here too: on a CPU Lightning quietly makes bf16 of fp16, unseen by LocalStrategy.
+    for key, allowed in (("accelerator", _ACCELERATORS), ("precision", PRECISIONS)):
         if trainer.get(key) not in (None, *allowed):
             raise UsageError(f"trainer.{key} is {trainer[key]}, expected one of {', '.join(allowed)}")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -558,28 +559,33 @@ def _tune(words: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from locallearn.study.tune import Range, study_name, tune
+    from locallearn.study.train import check
+    from locallearn.study.tune import study_name, tune
 
     base, chosen = _compose(words)
-    algorithms = list(base.tune.algorithms)
+    algorithms = base.tune.algorithms
     _check_compare(algorithms, [0], {})
-    space = {str(key): Range(**value) for key, value in (base.tune.space or {}).items()}
-    space = space or {"optimizer.lr": Range(1e-4, 1e-2, log=True)}
+    if type(base.tune.trials) is not int or base.tune.trials < 1:
+        raise UsageError(f"tune.trials is {base.tune.trials}, expected a whole number of at least 1")
+    if base.resume is not None:
+        raise UsageError("resume goes with train; an interrupted search goes on when tune is called again")
+    space = _space(base.tune.space)
     fixed = [
         word for word in words if not word.startswith(("tune.trials=", "tune.algorithms=", "runs_dir=", "data_dir="))
     ]
-    runs_dir = Path(base.runs_dir)
+    runs_dir = _folder(base, "runs_dir")
 
     def make(algorithm: str, settings: Sequence[str]) -> Any:
+        cfg, choices = _compose([*words, f"algorithm={algorithm}", *settings])
         # Trials have a folder of their own: a report on runs_dir must not mix them with what they were searched for.
-        folder = f"runs_dir={runs_dir / 'tune'}"
-        cfg, choices = _compose([*words, folder, f"algorithm={algorithm}", *settings])
+        cfg.runs_dir = str(runs_dir / "tune")
         return _plan(cfg, choices, _command("tune", words))
 
-    make(algorithms[0], [])  # a mistake in the settings is told before anything is trained
+    for name in algorithms:  # a mistake in the settings is told before anything is trained
+        check(make(name, [f"{key}={wanted.low!r}" for key, wanted in space.items()]))
     with _progress() as show:
         found = tune(
-            algorithms,
+            list(algorithms),
             make,
             space,
             base.tune.trials,
@@ -596,6 +602,22 @@ def _tune(words: list[str]) -> int:
     kept = ",".join(best.algorithm + ":[" + ",".join(f'"{s}"' for s in best.settings) + "]" for best in found)
     print(f"to compare them: locallearn compare ... 'compare.overrides={{{kept}}}'")
     return 0
+
+
+def _space(given: Any) -> dict[str, Any]:
+    """Ranges to search, by setting."""
+    from collections.abc import Mapping
+
+    from locallearn.study.tune import Range
+
+    space = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}} if given is None else given
+    if not isinstance(space, Mapping) or not space:
+        raise UsageError(f"tune.space is {space}, expected ranges by setting: {{optimizer.lr:{{low:1e-4,high:1e-2}}}}")
+    for key, ends in space.items():
+        if not isinstance(ends, Mapping) or not {"low", "high"} <= set(ends) <= {"low", "high", "log"}:
+            raise UsageError(f"tune.space.{key} is {ends}, expected {{low:NUMBER,high:NUMBER,log:true}}")
+        _check_arguments(Range, dict(ends), f"tune.space.{key}")
+    return {str(key): Range(**ends) for key, ends in space.items()}
 
 
 def _check_compare(algorithms: Any, seeds: Any, overrides: Any) -> None:
@@ -690,15 +712,16 @@ def _bench(words: list[str]) -> int:
     from locallearn.study.bench import bench
 
     cfg, _ = _compose(words)
-    what = str(cfg.bench.what)
-    algorithms = list(cfg.bench.algorithms)
+    what, algorithms, depths = str(cfg.bench.what), cfg.bench.algorithms, cfg.bench.depths
     _check_compare(algorithms, [0], {})
+    if isinstance(depths, str) or not isinstance(depths, Sequence):
+        raise UsageError(f"bench.depths is {depths}, expected a list of numbers of blocks: [4,32]")
 
     def make(name: str, *more: str) -> Any:
         composed, choices = _compose([*words, f"algorithm={name}", "meter=none", *more])
         return _plan(composed, choices, _command("bench", words))
 
-    table, folder = bench(what, algorithms, make, cfg.bench.rounds, cfg.bench.steps, list(cfg.bench.depths))
+    table, folder = bench(what, list(algorithms), make, cfg.bench.rounds, cfg.bench.steps, list(depths))
     Console().print(table)
     print(folder)
     return 0

@@ -9,7 +9,6 @@ from torch import Tensor
 from locallearn.algorithms.base import Algorithm, selected
 from locallearn.batch import Batch
 
-
 # Penalties that are tried, as multiples of the mean eigenvalue of the features' covariance.
 _PENALTIES = torch.logspace(-4, 3, 15, dtype=torch.float64)
 
@@ -36,8 +35,8 @@ def ridge_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: 
     if not (torch.isfinite(fit).all() and torch.isfinite(judge).all()):
         return float("nan")
     mean, std = fit.mean(0), fit.std(0, correction=0)
-    scale = torch.where(std > 1e-6 * std.max().clamp_min(1e-12), std, torch.inf)  # constant features say nothing
-    fit, judge = (fit - mean) / scale, (judge - mean) / scale
+    varies = std > 1e-6 * std.max().clamp_min(1e-12)  # constant features say nothing
+    fit, judge = (((part - mean) / std)[:, varies] for part in (fit, judge))
     targets = F.one_hot(train_labels.cpu(), classes).double()
     centre = targets.mean(0)
     targets = targets - centre
@@ -46,10 +45,7 @@ def ridge_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: 
     values = values.clamp_min(0)
     parts = vectors * values.sqrt() if wide else fit @ vectors  # principal components of the samples
     shrunk = values[:, None] + _penalty(parts, values, targets)
-    if wide:
-        weight = fit.T @ (vectors @ ((vectors.T @ targets) / shrunk))
-    else:
-        weight = vectors @ ((parts.T @ targets) / shrunk)
+    weight = fit.T @ (vectors @ (vectors.T @ targets / shrunk)) if wide else vectors @ (parts.T @ targets / shrunk)
     scores = judge @ weight + centre
     return float((scores.argmax(1) == test_labels.cpu()).double().mean())
 

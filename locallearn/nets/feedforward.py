@@ -61,6 +61,9 @@ def mlp(
         hidden: width of every block.
         readout_bias: whether the readout has a bias.
         init: see :func:`initialise`.
+
+    Raises:
+        ValueError: no hidden width, or one below 1.
     """
     if not hidden or any(width < 1 for width in hidden):
         raise ValueError(f"hidden is {list(hidden)}, expected at least one positive width")
@@ -96,7 +99,8 @@ def cnn(
         init: see :func:`initialise`.
 
     Raises:
-        ValueError: the input is not an image, or too small for that many poolings; no channels.
+        ValueError: the input is not an image, or too small for that many poolings; no channels, or fewer than 1 in a
+            block.
     """
     if len(input_shape) != 3:
         raise ValueError(f"input_shape is {tuple(input_shape)}, expected (channels, height, width)")

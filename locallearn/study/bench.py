@@ -69,25 +69,28 @@ def bench(
         algorithms: names that ``make`` knows.
         make: makes the plan of an algorithm, with further settings.
         rounds: counted rounds after one that warms up; in each round every contender runs once, in turn.
-        steps: batches per round.
+        steps: batches per round; for ``strategy`` at most those of an epoch.
         depths: numbers of equal blocks for ``memory``, the first one is the baseline.
 
     Returns:
         A table for the terminal, and the record's folder.
 
     Raises:
-        ValueError: an unknown ``what``, no rounds, or no steps.
+        ValueError: an unknown ``what``, no rounds, no steps, no depths, no backprop to compare steps with, or for
+            ``memory`` a network that is not made of ``hidden`` widths.
     """
     if what not in KINDS:
         raise ValueError(f"bench.what is {what!r}, expected one of {', '.join(KINDS)}")
-    if rounds < 1 or steps < 1:
-        raise ValueError(f"bench.rounds is {rounds} and bench.steps is {steps}, expected at least 1 of each")
+    if any(type(count) is not int or count < 1 for count in (rounds, steps)):
+        raise ValueError(f"bench.rounds is {rounds} and bench.steps is {steps}, expected whole numbers of at least 1")
     plan = make(algorithms[0])
     if what == "memory":
         sheet, figures = _memory(algorithms, make, depths)
     elif what == "data":
         sheet, figures = _data(algorithms, make, rounds)
     else:
+        if what == "strategy":
+            steps = min(steps, len(_loader(plan)))
         contenders = _step(algorithms, make, steps) if what == "step" else _strategy(algorithms, make, steps)
         timings = _alternate(contenders, rounds)
         sheet = _timing_table(what, timings, steps)
@@ -175,14 +178,18 @@ def _prepare(plan: Plan) -> tuple[pl.LightningModule, Algorithm, dict[str, Optim
     return task, plan.algorithm, optimizers, device
 
 
-def _batches(plan: Plan, device: torch.device, count: int) -> list[Batch]:
+def _loader(plan: Plan) -> Any:
+    """The training data's loader."""
     plan.data.prepare_data()
     plan.data.setup("fit")
-    return [to_device(batch, device) for batch in itertools.islice(_endless(plan), count)]
+    return plan.data.train_dataloader()
 
 
-def _endless(plan: Plan) -> Iterator[Batch]:
-    loader = plan.data.train_dataloader()
+def _batches(plan: Plan, device: torch.device, count: int) -> list[Batch]:
+    return [to_device(batch, device) for batch in itertools.islice(_endless(_loader(plan)), count)]
+
+
+def _endless(loader: Any) -> Iterator[Batch]:
     while True:
         yield from loader
 
@@ -243,8 +250,7 @@ def _strategy(algorithms: Sequence[str], make: Make, steps: int) -> list[_Conten
     for name in algorithms:
         plan = make(name)
         _, algorithm, optimizers, device = _prepare(plan)
-        plan.data.setup("fit")
-        loader = plan.data.train_dataloader()
+        loader = _loader(plan)
 
         def plain(
             algorithm: Algorithm = algorithm,
@@ -308,8 +314,7 @@ def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[_Sheet, d
     for name in algorithms:
         plan = make(name)
         _, algorithm, optimizers, device = _prepare(plan)
-        plan.data.setup("fit")
-        loader = plan.data.train_dataloader()
+        loader = _loader(plan)
         epochs, shares = [], []
         for number in range(rounds + 1):
             waited, start = 0.0, _now(device)
@@ -338,20 +343,24 @@ def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[_Sheet, d
 
 def _memory(algorithms: Sequence[str], make: Make, depths: Sequence[int]) -> tuple[_Sheet, dict[str, Any]]:
     """Peak activation bytes of one update for networks of equal blocks."""
-    if not depths or min(depths) < 1:
-        raise ValueError(f"bench.depths is {list(depths)}, expected numbers of blocks of at least 1")
+    if not depths or any(type(depth) is not int or depth < 1 for depth in depths):
+        raise ValueError(f"bench.depths is {list(depths)}, expected whole numbers of blocks of at least 1")
+    hidden = make(algorithms[0]).config["net"].get("hidden")
+    if not hidden:
+        raise ValueError("bench.what=memory builds networks of equal blocks from the last net.hidden: use net=mlp")
+    width = list(hidden)[-1]
     lines = []
     rows = []
     for name in algorithms:
         peaks = []
         for depth in depths:
-            width = list(make(name).config["net"]["hidden"])[-1]
             plan = make(name, f"net.hidden={[width] * depth}")
             _, algorithm, _, device = _prepare(plan)
             [batch] = _batches(plan, device, 1)
             peaks.append(measure_update(algorithm, batch, plan.schedule.sequential).activation_peak_bytes)
-        rows.append({"name": name, "activation_peak_bytes": peaks, "ratio": peaks[-1] / peaks[0]})
-        lines.append([name, *(f"{peak:,}" for peak in peaks), f"{peaks[-1] / peaks[0]:.2f}"])
+        ratio = peaks[-1] / peaks[0] if peaks[0] else None  # a rule without autograd keeps nothing at all
+        rows.append({"name": name, "activation_peak_bytes": peaks, "ratio": ratio})
+        lines.append([name, *(f"{peak:,}" for peak in peaks), "" if ratio is None else f"{ratio:.2f}"])
     columns = ["algorithm", *(f"{depth} blocks" for depth in depths), f"{depths[-1]} over {depths[0]}"]
     sheet = _Sheet("bench memory: peak bytes kept alive for gradients in one update", columns, lines)
     return sheet, {"depths": list(depths), "contenders": rows}

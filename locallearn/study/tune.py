@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import optuna
 
 from locallearn.records import load_record
@@ -30,7 +30,7 @@ class Range:
         log: search on a logarithmic scale.
 
     Raises:
-        ValueError: an empty range, or a logarithmic one that does not stay above zero.
+        ValueError: an empty or endless range, or a logarithmic one that does not stay above zero.
     """
 
     low: float
@@ -38,10 +38,10 @@ class Range:
     log: bool = False
 
     def __post_init__(self) -> None:
-        if not self.low < self.high or (self.log and self.low <= 0):
+        if not -math.inf < self.low < self.high < math.inf or (self.log and self.low <= 0):
             raise ValueError(
-                f"a search range from {self.low} to {self.high}{' on a log scale' if self.log else ''} is empty: "
-                "expected low < high, and low above 0 for log"
+                f"a search range from {self.low} to {self.high}{' on a log scale' if self.log else ''} cannot be searched: "
+                "expected finite numbers with low < high, and low above 0 for log"
             )
 
 
@@ -53,7 +53,7 @@ class Best:
         algorithm: its name.
         settings: the best trial's, as ``KEY=VALUE``.
         accuracy: validation accuracy of that trial.
-        trials: number of trials that count, failed ones included.
+        trials: number of trials that count, diverged ones included.
     """
 
     algorithm: str
@@ -84,7 +84,8 @@ def tune(
         trials: of each algorithm in total, those of earlier calls included.
         storage: SQLite file that keeps the trials.
         name: of the study; settings that are not searched belong into it, so that different studies do not mix.
-        sampler_seed: of the sampler. Algorithms get different draws, since each answers differently.
+        sampler_seed: of the sampler. The first ten draws are random and the same for every algorithm; then draws follow
+            what each algorithm answered.
         show: told ``(name, trial, trials, metrics)`` after every trial.
 
     Raises:
@@ -94,31 +95,44 @@ def tune(
         raise ValueError(f"tune.trials is {trials} with {len(space)} ranges in tune.space, expected at least 1 of each")
     storage.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    studies = {
-        algorithm: optuna.create_study(
-            storage=optuna.storages.RDBStorage(f"sqlite:///{storage}"),
-            sampler=optuna.samplers.TPESampler(seed=sampler_seed),
-            study_name=f"{algorithm}-{name}",
-            direction="maximize",
-            load_if_exists=True,
-        )
-        for algorithm in algorithms
-    }
-    for number in range(trials):
-        for algorithm, study in studies.items():
-            # A trial whose process was killed stays RUNNING and does not count; it is simply tried again.
-            if sum(trial.state.is_finished() for trial in study.trials) > number:
-                continue
-            accuracy = _trial(study, algorithm, make, space)
-            if show is not None:
-                show(f"tune {algorithm}", number + 1, trials, {"validation/accuracy": accuracy})
-    return [_best(algorithm, study) for algorithm, study in studies.items()]
+    base = optuna.storages.RDBStorage(f"sqlite:///{storage}")
+    try:
+        studies = {
+            algorithm: optuna.create_study(
+                storage=base, study_name=f"{algorithm}-{name}", direction="maximize", load_if_exists=True
+            )
+            for algorithm in algorithms
+        }
+        for number in range(trials):
+            for algorithm, study in studies.items():
+                if len(_complete(study)) > number:
+                    continue
+                study.sampler = _sampler(sampler_seed, number)
+                accuracy = _trial(study, algorithm, make, space)
+                if show is not None:
+                    show(f"tune {algorithm}", number + 1, trials, {"validation/accuracy": accuracy})
+        return [_best(algorithm, _complete(study)[:trials]) for algorithm, study in studies.items()]
+    finally:
+        base.remove_session()
+        base.engine.dispose()
 
 
 def study_name(dataset: str, net: str, settings: Sequence[str]) -> str:
     """A name that tells studies with different fixed settings apart."""
     digest = hashlib.sha256(json.dumps(sorted(settings)).encode()).hexdigest()[:8]
     return f"{dataset}-{net}-{digest}"
+
+
+def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that count, oldest first: one whose process was killed stays RUNNING, and its place is tried again."""
+    return study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+
+
+def _sampler(seed: int, number: int) -> optuna.samplers.TPESampler:
+    """A sampler for one trial: a search that goes on later must draw what it would have drawn, not its start again."""
+    own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    # Nothing else runs beside a trial here, so one that is still RUNNING was killed and says nothing of its place.
+    return optuna.samplers.TPESampler(seed=own, constant_liar=False)
 
 
 def _trial(study: optuna.Study, algorithm: str, make: Make, space: Mapping[str, Range]) -> float:
@@ -138,7 +152,6 @@ def _trial(study: optuna.Study, algorithm: str, make: Make, space: Mapping[str, 
     return accuracy
 
 
-def _best(algorithm: str, study: optuna.Study) -> Best:
-    finished: list[Any] = [trial for trial in study.trials if trial.state.is_finished()]
-    best = study.best_trial
-    return Best(algorithm, [f"{k}={v!r}" for k, v in best.params.items()], float(best.value or 0.0), len(finished))
+def _best(algorithm: str, counted: Sequence[optuna.trial.FrozenTrial]) -> Best:
+    best = max(counted, key=lambda trial: trial.value or 0.0)
+    return Best(algorithm, [f"{k}={v!r}" for k, v in best.params.items()], best.value or 0.0, len(counted))

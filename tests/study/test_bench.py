@@ -1,0 +1,274 @@
+"""Benchmarks: what is counted, in which order, against what, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from locallearn.batch import Batch
+from locallearn.cli import main
+from locallearn.records import load_record, scan
+from locallearn.report import write_report
+from locallearn.study.bench import KINDS, _alternate, _Contender, bench
+from locallearn.study.train import Plan, run
+from tests.study.conftest import MakePlan
+
+SMALL = ("net.hidden=[8,8]", "trainer.accelerator=cpu", "bench.rounds=2", "bench.steps=2")
+TWO = "bench.algorithms=[mono_forward,backprop]"
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """``locallearn bench`` in an empty folder: its exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["locallearn"])
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(["bench", *SMALL, *words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def _benched(out: str) -> dict[str, Any]:
+    record = json.loads((Path(out.splitlines()[-1]) / "record.json").read_text(encoding="utf-8"))
+    assert record["task"] == "bench"
+    assert record["status"] == "done"
+    found: dict[str, Any] = record["bench"]
+    return found
+
+
+# -- rounds -----------------------------------------------------------------------------------------------------------
+
+
+def _fakes(seconds: dict[str, Iterator[float]], calls: list[str], baseline: str) -> list[_Contender]:
+    def one(name: str) -> Callable[[], float]:
+        def taken() -> float:
+            calls.append(name)
+            return next(seconds[name])
+
+        return taken
+
+    return [_Contender(name, baseline, one(name)) for name in seconds]
+
+
+def test_everyone_runs_once_a_round_in_turning_order_and_the_first_round_does_not_count() -> None:
+    calls: list[str] = []
+    # The machine gets slower by half with every round: ratios within a round do not see it.
+    seconds = {
+        "a": iter([1000.0, 2.0, 3.0, 4.5]),
+        "b": iter([1.0, 1.0, 1.5, 2.25]),
+        "c": iter([9.0, 4.0, 6.0, 9.0]),
+    }
+    timings = _alternate(_fakes(seconds, calls, "a"), rounds=3)
+    assert calls == ["a", "b", "c", "b", "c", "a", "c", "a", "b", "a", "b", "c"]
+    assert [timing.name for timing in timings] == ["a", "b", "c"]
+    assert timings[0].seconds == [2.0, 3.0, 4.5]
+    assert [timing.ratios for timing in timings] == [[1.0] * 3, [0.5] * 3, [2.0] * 3]
+    assert all(next(left, None) is None for left in seconds.values())
+
+
+def test_ratios_are_those_of_the_rounds_and_not_of_the_medians() -> None:
+    seconds = {"a": iter([0.0, 1.0, 10.0, 4.0]), "b": iter([0.0, 2.0, 30.0, 2.0])}
+    told = _alternate(_fakes(seconds, [], "a"), rounds=3)[1].to_dict()
+    assert told == {
+        "name": "b",
+        "baseline": "a",
+        "seconds": [2.0, 30.0, 2.0],
+        "ratio": 2.0,  # of 2, 3 and 1/2; the medians of seconds would give 1/2
+        "ratio_min": 0.5,
+        "ratio_max": 3.0,
+    }
+
+
+# -- what is timed ----------------------------------------------------------------------------------------------------
+
+
+def _watched(plan: Plan, calls: list[Plan], pause_s: float = 0.0) -> Plan:
+    """Note every update of the plan's algorithm, and make it take longer."""
+    updates = plan.algorithm.updates
+
+    def watched(batch: Batch) -> Iterator[Any]:
+        calls.append(plan)
+        time.sleep(pause_s)
+        return updates(batch)
+
+    plan.algorithm.updates = watched  # type: ignore[method-assign]
+    return plan
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = load_record(folder).data["bench"]
+    return found
+
+
+def test_step_times_as_many_updates_for_all(make_plan: MakePlan) -> None:
+    calls: list[Plan] = []
+    pauses = {"backprop": 0.005, "mono_forward": 0.02}
+
+    def make(name: str, *settings: str) -> Plan:
+        return _watched(make_plan(name), calls, pauses[name])
+
+    _, folder = bench("step", ["mono_forward", "backprop"], make, rounds=2, steps=3, depths=[])
+    names = [plan.names["algorithm"] for plan in calls]
+    block = {name: [name] * 3 for name in pauses}  # three batches a round, the order turning
+    first, second = block["mono_forward"] + block["backprop"], block["backprop"] + block["mono_forward"]
+    assert names == first + second + first
+    figures = {row["name"]: row for row in _figures(folder)["contenders"]}
+    assert all(len(row["seconds"]) == 2 for row in figures.values())
+    assert all(taken >= 3 * 0.02 for taken in figures["mono_forward"]["seconds"])
+    assert figures["backprop"]["ratio"] == 1.0
+    assert 1.0 < figures["mono_forward"]["ratio"] <= 4.0  # 20 ms to 5, and the update itself to both
+
+
+def test_strategy_runs_the_same_batches_in_the_loop_and_in_the_trainer(make_plan: MakePlan) -> None:
+    calls: list[Plan] = []
+    _, folder = bench(
+        "strategy", ["backprop"], lambda name, *more: _watched(make_plan(name), calls), rounds=2, steps=5, depths=[]
+    )
+    assert list(Counter(map(id, calls)).values()) == [
+        15,
+        5,
+        5,
+        5,
+    ]  # one plan for the loop, a new one for the Trainer in every round
+    loop, trainer = _figures(folder)["contenders"]
+    assert trainer["baseline"] == loop["baseline"] == loop["name"]
+    assert trainer["ratio"] == pytest.approx(
+        statistics.median(b / a for a, b in zip(loop["seconds"], trainer["seconds"], strict=True))
+    )
+
+
+def test_strategy_counts_no_more_batches_than_an_epoch_has(make_plan: MakePlan) -> None:
+    """Else milliseconds per batch would be those of batches that never ran."""
+    calls: list[Plan] = []
+    table, folder = bench(
+        "strategy", ["backprop"], lambda name, *more: _watched(make_plan(name), calls), rounds=1, steps=500, depths=[]
+    )
+    assert _figures(folder)["steps"] == 21  # 1293 samples, 64 in a batch
+    assert len(calls) == 2 * 2 * 21
+    assert "of 21 batches" in str(table.title)
+
+
+class _SlowLoader:
+    """Batches that take their time."""
+
+    def __init__(self, loader: Any, pause_s: float) -> None:
+        self._loader = loader
+        self._pause_s = pause_s
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, batch in enumerate(self._loader):
+            if number == 8:
+                return
+            time.sleep(self._pause_s)
+            yield batch
+
+
+@pytest.mark.parametrize(("loading_s", "update_s"), [(0.02, 0.0), (0.01, 0.03)])
+def test_data_is_the_share_of_time_spent_waiting(
+    loading_s: float, update_s: float, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(name: str, *settings: str) -> Plan:
+        plan = _watched(make_plan(name), [], update_s)
+        whole = plan.data.train_dataloader
+        monkeypatch.setattr(plan.data, "train_dataloader", lambda: _SlowLoader(whole(), loading_s))
+        return plan
+
+    _, folder = bench("data", ["backprop"], make, rounds=2, steps=1, depths=[])
+    [row] = _figures(folder)["contenders"]
+    assert len(row["share"]) == len(row["epoch_s"]) == 2
+    for share, epoch_s in zip(row["share"], row["epoch_s"], strict=True):
+        assert share * epoch_s >= 8 * loading_s
+        assert (1 - share) * epoch_s >= 8 * update_s
+        if update_s == 0.0:
+            assert share > 0.6
+        else:
+            assert share < 0.45
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_every_kind_prints_a_table_and_leaves_a_record_that_the_report_lists(
+    what: str, command: Any, tmp_path: Path
+) -> None:
+    code, out, err = command(f"bench.what={what}", TWO, "bench.depths=[1,2]")
+    assert (code, err) == (0, "")
+    figures = _benched(out)
+    assert figures["what"] == what
+    assert figures["title"] in " ".join(out.split())  # a long one is broken at the table's width
+    assert f"bench {what}" in figures["title"]
+    lines = out.splitlines()
+    for row in figures["rows"]:
+        assert any(all(cell in line for cell in row) for line in lines)
+    rules = [row[0].partition(",")[0] for row in figures["rows"]]
+    assert list(dict.fromkeys(rules)) == ["mono_forward", "backprop"]
+    found = scan([tmp_path / "runs"]).records
+    page = write_report(found, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"<h2>{figures['title']}</h2>" in page
+    assert all(f"<td>{cell}</td>" in page for row in figures["rows"] for cell in row)
+    assert "0 finished runs, 0 rules" in page or "No records were found" in page  # a benchmark is no run to compare
+
+
+def test_a_benchmark_does_not_show_among_the_compared_runs(command: Any, make_plan: MakePlan, tmp_path: Path) -> None:
+    run(make_plan("backprop", max_epochs=1))
+    assert command("bench.what=memory", TWO, "bench.depths=[1,2]")[0] == 0
+    page = write_report(scan([tmp_path / "runs"]).records, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1 finished run, 1 rule" in page
+
+
+def test_memory_of_a_layer_local_rule_does_not_grow_with_depth(command: Any) -> None:
+    code, out, _ = command("bench.what=memory", TWO, "bench.depths=[2,16]", "net.hidden=[8,64]")
+    assert code == 0
+    figures = _benched(out)
+    assert figures["depths"] == [2, 16]
+    ratios = {row["name"]: row["ratio"] for row in figures["contenders"]}
+    assert ratios["mono_forward"] == 1.0
+    assert ratios["backprop"] > 3
+    peaks = figures["contenders"][1]["activation_peak_bytes"]
+    # 14 more blocks of 64 units: for each of 64 samples a float32 output, which is also the next block's input.
+    assert peaks[1] - peaks[0] == 14 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["bench.what=nothing"], ("'nothing'", *KINDS)),
+        (["bench.rounds=0"], ("bench.rounds is 0",)),
+        (["bench.steps=0"], ("bench.steps is 0",)),
+        (["bench.rounds=abc"], ("bench.rounds is abc", "whole numbers")),
+        (["bench.algorithms=[mono_forward]"], ("['mono_forward']", "ratios are to backprop")),
+        (["bench.algorithms=[]"], ("bench", "list")),
+        (["bench.algorithms=[nope]"], ("'nope'", "mono_forward")),
+        (["bench.what=memory", "bench.depths=[]"], ("bench.depths is []",)),
+        (["bench.what=memory", "bench.depths=[0,2]"], ("bench.depths is [0, 2]", "at least 1")),
+        (["bench.what=memory", "bench.depths=[a]"], ("bench.depths is ['a']", "whole numbers")),
+        (["bench.what=memory", "bench.depths=4"], ("bench.depths is 4", "[4,32]")),
+    ],
+)
+def test_a_mistake_gets_one_sentence(words: list[str], wanted: tuple[str, ...], command: Any, tmp_path: Path) -> None:
+    code, out, err = command(*words)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("locallearn: ")
+    assert err.count("\n") == 1
+    assert all(word in err for word in wanted if word != "bench")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_needs_a_network_of_equal_blocks(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "bench.what=memory", "net=cnn", "net.channels=[4,4]"]) == 2
+    assert "use net=mlp" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
