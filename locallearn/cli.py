@@ -338,23 +338,24 @@ def _plan(cfg: Any, choices: dict[str, str], command: str) -> Any:
     for key in ("scheduler", "logger"):
         if config[key] and not isinstance(config[key], dict):
             raise UsageError(f"{key} is {config[key]!r}, expected a mapping with a _target_, or null")
-    data = instantiate(cfg.dataset)
+    make = partial(instantiate, _convert_="all")  # library classes get lists and dicts, never OmegaConf's
+    data = make(cfg.dataset)
     return Plan(
         names={group: choices[group] for group in ("algorithm", "dataset", "net", "task")},
         seed=cfg.seed,
         data=data,
-        make_net=partial(instantiate, cfg.net, input_shape=data.shape, outputs=data.classes),
-        make_task=lambda net: instantiate(cfg.task, net=net, example=data.example(), classes=data.classes),
-        algorithm=instantiate(cfg.algorithm),
-        optimizer=instantiate(cfg.optimizer),
-        scheduler=instantiate(cfg.scheduler),
-        schedule=instantiate(cfg.schedule),
-        meters=list(instantiate(cfg.meter.sources).values()),
+        make_net=partial(make, cfg.net, input_shape=data.shape, outputs=data.classes),
+        make_task=lambda net: make(cfg.task, net=net, example=data.example(), classes=data.classes),
+        algorithm=make(cfg.algorithm),
+        optimizer=make(cfg.optimizer),
+        scheduler=make(cfg.scheduler),
+        schedule=make(cfg.schedule),
+        meters=list(make(cfg.meter.sources).values()),
         idle_s=cfg.meter.idle_s,
         runs_dir=_folder(cfg, "runs_dir"),
         max_epochs=max_epochs,
         trainer={str(k): v for k, v in trainer.items()},
-        logger=instantiate(cfg.logger) if cfg.logger else None,
+        logger=make(cfg.logger) if cfg.logger else None,
         config={str(k): v for k, v in config.items()},
         command=command,
         mode=cfg.compare.mode,

@@ -63,7 +63,11 @@ def test_benchmarks_are_printed_as_recorded(what: str) -> None:
 
 def test_the_calibration_curve_is_that_of_the_record() -> None:
     [record] = _records("forward_forward_mnist", "forward_forward")
-    errors = {m.epoch + 1: round(10_000 * (1 - m.value)) for m in record.metrics() if m.name == "validation/accuracy" and m.value}
+    errors = {
+        m.epoch + 1: round(10_000 * (1 - m.value))
+        for m in record.metrics()
+        if m.name == "validation/accuracy" and m.value
+    }
     row = next(line for line in PAGE.splitlines() if line.startswith("| ours"))
     assert [int(cell) for cell in row.split("|")[2:-1]] == [errors[epoch] for epoch in (5, 10, 20, 50, 100)]
 
