@@ -560,7 +560,7 @@ def _tune(words: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from locallearn.study.train import check
+    from locallearn.study.train import Interrupted, check
     from locallearn.study.tune import study_name, tune
 
     base, chosen = _compose(words)
@@ -584,16 +584,20 @@ def _tune(words: list[str]) -> int:
 
     for name in algorithms:  # a mistake in the settings is told before anything is trained
         check(make(name, [f"{key}={wanted.low!r}" for key, wanted in space.items()]))
-    with _progress() as show:
-        found = tune(
-            list(algorithms),
-            make,
-            space,
-            base.tune.trials,
-            runs_dir / "tune.sqlite",
-            study_name(chosen["dataset"], chosen["net"], fixed),
-            show=show,
-        )
+    try:
+        with _progress() as show:
+            found = tune(
+                list(algorithms),
+                make,
+                space,
+                base.tune.trials,
+                runs_dir / "tune.sqlite",
+                study_name(chosen["dataset"], chosen["net"], fixed),
+                show=show,
+            )
+    except Interrupted:
+        print("locallearn: interrupted; the same command goes on where the search stopped", file=sys.stderr)
+        return 130
     table = Table(title=f"best of {base.tune.trials} trials each, by validation accuracy", title_justify="left")
     for heading in ("algorithm", "trials", "validation accuracy", "settings"):
         table.add_column(heading, overflow="fold")

@@ -228,7 +228,7 @@ def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list
     """Groups finished runs by data set, network, mode, rule and variant, and compares each group with the baseline.
 
     Of several runs with the same group and seed the newest is taken, and a note says so; they are never pooled. Runs
-    that did not end with ``done`` are left out. The baseline is the group of the same data set, network and mode whose
+    that did not end with ``done``, and benchmarks, are left out. The baseline is the group of the same data set, network and mode whose
     rule is ``baseline``: the one of the same variant, else the one without a variant.
 
     Returns:
@@ -236,7 +236,7 @@ def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list
     """
     groups: dict[tuple[str, str, str, str, str], list[Record]] = {}
     for record in records:
-        if record.status == "done":
+        if record.status == "done" and not record.part("bench"):
             net, mode, variant = (record.text(name) or "" for name in ("net", "mode", "variant"))
             key = (record.dataset, net, mode, record.algorithm, variant)
             groups.setdefault(key, []).append(record)

@@ -268,3 +268,9 @@ def test_losses_of_both_halves_agree_with_the_whole() -> None:
     assert blocks.readout is not None
     parts = torch.autograd.grad(F.cross_entropy(blocks.readout(last), labels), list(module.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("channels", [[], [0], [8, -1]])
+def test_cnn_refuses_channels_that_are_none(channels: list[int]) -> None:
+    with pytest.raises(ValueError, match="channels is"):
+        cnn((1, 8, 8), 10, channels)
