@@ -228,8 +228,8 @@ def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list
     """Groups finished runs by data set, network, mode, rule and variant, and compares each group with the baseline.
 
     Of several runs with the same group and seed the newest is taken, and a note says so; they are never pooled. Runs
-    that did not end with ``done``, and benchmarks, are left out. The baseline is the group of the same data set, network and mode whose
-    rule is ``baseline``: the one of the same variant, else the one without a variant.
+    that did not end with ``done``, and benchmarks, are left out. The baseline is the group of the same data set, network
+    and mode whose rule is ``baseline``: the one of the same variant, else the one without a variant.
 
     Returns:
         Rows ordered by data set, network, mode; the baseline first, then by rule and variant.
