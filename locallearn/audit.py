@@ -199,8 +199,10 @@ def _perturb(twin: Algorithm, unit: str, size: float) -> None:
     for tensor in {id(t): t for t in tensors}.values():
         if tensor.is_floating_point() and id(tensor) not in spared:
             noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+            # A matrix of zeros gets the size of a drawn one: what it is about to say must be loud enough to be heard.
+            asleep = tensor.ndim > 1 and not bool(tensor.any())
             with torch.no_grad():
-                tensor.add_(noise, alpha=size)
+                tensor.add_(noise, alpha=max(size, tensor[0].numel() ** -0.5) if asleep else size)
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

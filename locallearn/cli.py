@@ -689,9 +689,18 @@ def _audit(words: list[str]) -> int:
     task = plan.make_task(plan.make_net())
     task.use(plan.algorithm)
     generator = torch.Generator().manual_seed(plan.seed)
-    inputs = torch.rand(16, *plan.data.shape, generator=generator)
-    labels = torch.randint(plan.data.classes, (16,), generator=generator)
-    result = audit(plan.algorithm, Batch(inputs, labels))
+    inputs = torch.rand(64, *plan.data.shape, generator=generator)
+    labels = torch.randint(plan.data.classes, (64,), generator=generator)
+    batch = Batch(inputs, labels)
+    # A fresh network may be where a loss is so sure that its gradient underflows, which would hide what it depends on.
+    optimizers = {unit: plan.optimizer(groups) for unit, groups in plan.algorithm.units().items()}
+    for _ in range(50):
+        for update in plan.algorithm.updates(batch):  # graphs are kept, since a rule that lies walks them twice
+            update.backward(partial(torch.autograd.backward, retain_graph=True))
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+    result = audit(plan.algorithm, batch)
     table = Table(title=f"{choices['algorithm']} on {choices['net']}", title_justify="left")
     for heading in ("unit", "weights", "gradient reaches", "changes with later", "backward calls"):
         table.add_column(heading, justify="right" if heading in ("weights", "backward calls") else "left")

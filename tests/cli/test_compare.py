@@ -172,3 +172,11 @@ def test_data_says_what_is_here_and_where_the_rest_belongs(cli: Cli, tmp_path: P
     assert "yes" in lines["digits"]
     assert " no " in lines["cifar10"]
     assert "data_batch_1" in lines["cifar10"]
+
+
+def test_audit_shows_what_hard_negatives_couple(cli: Cli) -> None:
+    run = cli("audit", "algorithm=forward_forward", "algorithm.negatives=hard")
+    assert run.code == 0
+    lines = run.out.splitlines()
+    assert "layer2, readout" in next(line for line in lines if "layer1" in line)
+    assert "readout" in next(line for line in lines if line.startswith("│ layer2"))
