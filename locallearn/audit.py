@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from locallearn.algorithms.base import Algorithm, Locality
 from locallearn.batch import Batch
@@ -61,25 +62,37 @@ class Audit:
 _Gradients = dict[str, dict[str, Tensor]]
 
 
-def audit(algorithm: Algorithm, batch: Batch, batches: int = 2) -> Audit:
+def audit(
+    algorithm: Algorithm,
+    batch: Batch,
+    batches: int = 2,
+    warmup: int = 50,
+    optimizers: Callable[[Algorithm], dict[str, Optimizer]] | None = None,
+) -> Audit:
     """Check an algorithm's claim of locality on its network.
 
-    Three things are looked at, on copies, so that the algorithm is left as it was: the autograd graph of every unit's
-    loss is walked to the parameters it reaches; calls of the autograd engine are counted; and everything that belongs
-    to one unit is perturbed, after which the gradients of units before it must be bit-equal.
+    All is done on copies, so that the algorithm is left as it was. After some steps of training, four things are looked
+    at: the autograd graph of every unit's loss is walked to the parameters it reaches; calls of the autograd engine are
+    counted; everything that belongs to one unit is perturbed, after which the gradients of units before it must be
+    bit-equal; and of a unit that holds several blocks, all of the network's matrices are changed between the forward and
+    the backward pass: gradients that stay bit-equal show that the error does not travel back through them.
 
     Args:
         algorithm: attached to a network.
         batch: one training batch on the algorithm's device.
         batches: how many batches the perturbed copies see; two, so that a rule that carries later weights over in a
             moving average is caught.
+        warmup: steps of training before anything is looked at, because a fresh network may be where a loss is so sure
+            that its gradient underflows, which would hide what it depends on.
+        optimizers: makes the optimizer of every unit for these steps; ``None``: SGD with a rate of 0.01.
 
     Returns:
         The verdict with what was seen of every unit.
 
-    Limits: a rule that claims ``feedback`` is not checked for how its error travels, and a backward pass written by hand
-    without autograd passes for forward-only; what is broadcast and the dependence on later units are printed for both.
+    Limits: a backward pass written by hand without autograd passes for forward-only; what is broadcast and the
+    dependence on later units are printed.
     """
+    algorithm = _trained(algorithm, batch, warmup, optimizers)
     seen, reaches, calls = _observe(algorithm, batch, batches)
     names = list(algorithm.units())
     depends: dict[str, list[str]] = {name: [] for name in names}
@@ -100,7 +113,13 @@ def audit(algorithm: Algorithm, batch: Batch, batches: int = 2) -> Audit:
         )
         for name in names
     )
-    verdict, reason = _judge(algorithm, units)
+    transported = False
+    if any(_spans_blocks(algorithm, unit.unit) for unit in units):
+        swapped, _, _ = _observe(algorithm, batch, 1, between=True)
+        transported = any(
+            not torch.equal(seen[unit][name], gradient) for unit in names for name, gradient in swapped[unit].items()
+        )
+    verdict, reason = _judge(algorithm, units, transported)
     confirmed, against = _holds(algorithm, verdict, units)
     return Audit(
         type(algorithm).__name__,
@@ -114,10 +133,42 @@ def audit(algorithm: Algorithm, batch: Batch, batches: int = 2) -> Audit:
 
 
 @torch.random.fork_rng()
+def _trained(
+    algorithm: Algorithm, batch: Batch, steps: int, make: Callable[[Algorithm], dict[str, Optimizer]] | None
+) -> Algorithm:
+    """A copy that has begun to learn; weights that are not finite any more leave it where it was."""
+    torch.manual_seed(0)  # of dropout inside a block
+    twin = copy.deepcopy(algorithm)
+    own = (
+        {unit: torch.optim.SGD(groups, lr=0.01) for unit, groups in twin.units().items()}
+        if make is None
+        else make(twin)
+    )
+    twin.train()
+    for _ in range(steps):
+        for update in twin.updates(batch):
+            # A rule that forgot to detach walks this graph again with its next unit; that shall be told, not crash.
+            update.backward(_keeping)
+        for optimizer in own.values():
+            optimizer.step()
+            optimizer.zero_grad()
+    if all(bool(p.isfinite().all()) for p in twin.parameters()):
+        return twin
+    return copy.deepcopy(algorithm)
+
+
+def _keeping(loss: Tensor) -> None:
+    torch.autograd.backward(loss, retain_graph=True)
+
+
+@torch.random.fork_rng()
 def _observe(
-    algorithm: Algorithm, batch: Batch, batches: int, perturbed: str | None = None
+    algorithm: Algorithm, batch: Batch, batches: int, perturbed: str | None = None, between: bool = False
 ) -> tuple[_Gradients, dict[str, set[str]], dict[str, int]]:
-    """Gradients of every unit by batch and parameter, units that its graph reaches, engine calls; on a copy."""
+    """Gradients of every unit by batch and parameter, units that its graph reaches, engine calls; on a copy.
+
+    ``between``: change the network's matrices between a unit's forward and its backward pass.
+    """
     torch.manual_seed(0)  # dropout inside a block draws from the global generator, and must draw the same each time
     twin = copy.deepcopy(algorithm)
     for unit in twin.units():
@@ -141,8 +192,13 @@ def _observe(
                 if update.loss is not None and update.gradients is None:
                     reaches[update.unit] |= {owner.get(i, "?") for i in _reached(update.loss)} - {update.unit}
                 given = update.gradients
-                # A rule that forgot to detach walks this graph again with its next unit; that shall be told, not crash.
-                update.backward(lambda loss: torch.autograd.backward(loss, retain_graph=True))
+                matrices = [p for p in twin.blocks.parameters() if p.ndim > 1] if between else []
+                kept = [p.detach().clone() for p in matrices]
+                for matrix in matrices:
+                    matrix.data.mul_(-2.0)  # past autograd's watch: what a graph has saved of it changes, too
+                update.backward(_keeping)
+                for matrix, value in zip(matrices, kept, strict=True):
+                    matrix.data.copy_(value)
             if number == 0:
                 calls[update.unit] += engine["calls"]
             own = twin.parameters() if given is None else given.keys()
@@ -209,14 +265,16 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def _judge(algorithm: Algorithm, units: tuple[UnitAudit, ...]) -> tuple[Locality, str]:
+def _judge(algorithm: Algorithm, units: tuple[UnitAudit, ...], transported: bool) -> tuple[Locality, str]:
     coupled = next((unit for unit in units if unit.depends_on_later), None)
     coupling = "" if coupled is None else f"that of {coupled.unit!r} changes with {', '.join(coupled.depends_on_later)}"
     if not any(unit.backward_calls for unit in units):
         return Locality.FORWARD_ONLY, f"autograd never ran{f'; of the gradients, {coupling}' if coupling else ''}"
     spanning = next((unit for unit in units if _spans_blocks(algorithm, unit.unit)), None)
-    if spanning is not None:
+    if spanning is not None and transported:
         return Locality.GLOBAL, f"unit {spanning.unit!r} holds several blocks, differentiated as one"
+    if spanning is not None:
+        return Locality.FEEDBACK, f"the backward pass of unit {spanning.unit!r} reads none of the network's matrices"
     crossing = next((unit for unit in units if unit.reaches), None)
     if crossing is not None:
         return Locality.GLOBAL, f"the gradient of {crossing.unit!r} reaches {', '.join(crossing.reaches)}"
@@ -233,9 +291,9 @@ def _spans_blocks(algorithm: Algorithm, unit: str) -> bool:
 # How strict a claim is; a verdict confirms every claim that is not stricter than itself.
 _STRICTNESS = {
     Locality.GLOBAL: 0,
-    Locality.FEEDBACK: 0,
-    Locality.COUPLED: 1,
-    Locality.LAYER_LOCAL: 2,
+    Locality.FEEDBACK: 1,
+    Locality.COUPLED: 2,
+    Locality.LAYER_LOCAL: 3,
 }
 
 

@@ -16,7 +16,8 @@ class Batch(NamedTuple):
         context: further positional arguments that every block receives after its input, e.g. the edge index of a
             graph. Empty for plain networks.
         rows: which rows of an output carry targets, as an index or mask of length N; ``None`` means all of them.
-            A graph passes its training nodes here; ``targets`` then still has one entry per row of ``inputs``.
+            A graph passes its training nodes here; ``targets`` then still has one entry per row of ``inputs``. An index
+            of shape ``(2, M)`` means pairs of rows (the ends of edges), with one target for each pair, ``(M,)``.
         index: position of every sample in the training set, shape ``(N,)``, int64; ``None`` where samples have no
             stable position. A cache of frozen activations is looked up by it.
     """

@@ -37,6 +37,7 @@ __all__ = [
     "SCHEMA",
     "TEMPLATE",
     "Metric",
+    "Quality",
     "Record",
     "RunFolder",
     "Scan",
@@ -73,6 +74,7 @@ TEMPLATE: Final[Mapping[str, Any]] = {
     "dataset": None,
     "net": None,
     "task": None,
+    "metric": None,
     "seed": None,
     "status": None,
     "error": None,
@@ -93,7 +95,10 @@ TEMPLATE: Final[Mapping[str, Any]] = {
     "resumed_from": None,
     "notes": [],
 }
-"""Every top-level key of ``record.json`` with its value when nothing is known."""
+"""Every top-level key of ``record.json`` with its value when nothing is known.
+
+``metric`` names the figure by which the run is judged: ``{"name": "mse", "maximise": false}``; ``null`` means accuracy.
+"""
 
 _ENDINGS = ("done", "failed", "interrupted")
 _PACKAGES = (
@@ -119,6 +124,13 @@ class Metric(NamedTuple):
     step: int
     name: str
     value: float | None
+
+
+class Quality(NamedTuple):
+    """The figure by which runs are judged: ``validation/<name>`` and ``test/<name>``, and whether more of it is better."""
+
+    name: str = "accuracy"
+    maximise: bool = True
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -378,6 +390,13 @@ class Record:
         """``done``, ``failed`` or ``interrupted``."""
         return str(self.data["status"])
 
+    @property
+    def metric(self) -> Quality:
+        """The figure by which the run is judged; accuracy where the record names none."""
+        part = self.part("metric")
+        name = part.get("name")
+        return Quality(name, part.get("maximise") is not False) if isinstance(name, str) and name else Quality()
+
     def text(self, key: str) -> str | None:
         """A top-level entry that should be text; ``None`` where it is missing or something else."""
         value = self.data.get(key)
@@ -397,7 +416,7 @@ class Record:
         """Every figure of the run under one flat name; ``None`` is unknown.
 
         ``validation/<metric>``, ``test/<metric>``, the names of :data:`COST_COLUMNS`, ``energy_j/<source>`` and
-        ``energy_net_j/<source>`` in joules, and ``target/accuracy``, ``target/seconds``, ``target/joules``,
+        ``energy_net_j/<source>`` in joules, and ``target/<metric>``, ``target/seconds``, ``target/joules``,
         ``target/samples``.
         """
         flat: dict[str, float | None] = {}

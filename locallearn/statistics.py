@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from locallearn.records import Record
+from locallearn.records import Quality, Record
 
 __all__ = [
     "Figure",
@@ -85,6 +85,7 @@ class Row:
     Attributes:
         dataset: data set.
         net: network, empty when the records do not say.
+        task: task, empty when the records do not say.
         algorithm: learning rule.
         variant: what else sets the group apart (the records' ``variant``), ``None`` for nothing.
         mode: protocol mode (``own``, ``matched``, ``target``), ``None`` when the records do not say.
@@ -95,6 +96,7 @@ class Row:
 
     dataset: str
     net: str
+    task: str
     algorithm: str
     variant: str | None
     mode: str | None
@@ -106,6 +108,17 @@ class Row:
     def label(self) -> str:
         """The rule, with its variant where there is one."""
         return self.algorithm if self.variant is None else f"{self.algorithm} · {self.variant}"
+
+    @property
+    def place(self) -> str:
+        """Data set and network, and the task where it is not the usual one."""
+        task = "" if self.task == "classification" else self.task
+        return " · ".join(filter(None, (self.dataset, self.net, task)))
+
+    @property
+    def metric(self) -> Quality:
+        """The figure by which its runs are judged."""
+        return self.records[-1].metric
 
 
 def bootstrap_interval(
@@ -225,28 +238,29 @@ def paired(a: Mapping[int, float | None], b: Mapping[int, float | None]) -> Pair
 
 
 def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list[Row]:
-    """Groups finished runs by data set, network, mode, rule and variant, and compares each group with the baseline.
+    """Groups finished runs by data set, network, task, mode, rule and variant; compares each group with the baseline.
 
     Of several runs with the same group and seed the newest is taken, and a note says so; they are never pooled. Runs
-    that did not end with ``done``, and benchmarks, are left out. The baseline is the group of the same data set, network
-    and mode whose rule is ``baseline``: the one of the same variant, else the one without a variant.
+    that did not end with ``done``, and benchmarks, are left out. The baseline is the group of the same data set, network,
+    task and mode whose rule is ``baseline``: the one of the same variant, else the one without a variant.
 
     Returns:
-        Rows ordered by data set, network, mode; the baseline first, then by rule and variant.
+        Rows ordered by data set, network, task, mode; the baseline first, then by rule and variant.
     """
-    groups: dict[tuple[str, str, str, str, str], list[Record]] = {}
+    groups: dict[tuple[str, str, str, str, str, str], list[Record]] = {}
     for record in records:
         if record.status == "done" and not record.part("bench"):
-            net, mode, variant = (record.text(name) or "" for name in ("net", "mode", "variant"))
-            key = (record.dataset, net, mode, record.algorithm, variant)
+            net, task, mode, variant = (record.text(name) or "" for name in ("net", "task", "mode", "variant"))
+            key = (record.dataset, net, task, mode, record.algorithm, variant)
             groups.setdefault(key, []).append(record)
     newest = {key: _newest(group) for key, group in groups.items()}
     rows = []
-    for key in sorted(newest, key=lambda key: (*key[:3], key[3] != baseline, *key[3:])):
+    for key in sorted(newest, key=lambda key: (*key[:4], key[4] != baseline, *key[4:])):
         kept, notes = newest[key]
-        reference = newest.get((*key[:3], baseline, key[4])) or newest.get((*key[:3], baseline, ""))
-        figures = _figures(kept, reference[0] if reference and key[3] != baseline else None)
-        rows.append(Row(key[0], key[1], key[3], key[4] or None, key[2] or None, kept, figures, notes))
+        *_, mode, algorithm, variant = key
+        reference = newest.get((*key[:4], baseline, variant)) or newest.get((*key[:4], baseline, ""))
+        figures = _figures(kept, reference[0] if reference and algorithm != baseline else None)
+        rows.append(Row(*key[:3], algorithm, variant or None, mode or None, kept, figures, notes))
     return rows
 
 

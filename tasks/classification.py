@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,53 +12,62 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from locallearn.algorithms.base import Algorithm, TaskInfo, selected
+from locallearn.algorithms.base import TaskInfo, selected
 from locallearn.batch import Batch
 from locallearn.nets.blocks import Blocks
+from locallearn.tasks._task import Task
 
 
-class Classification(pl.LightningModule):
-    """Assign one of ``classes`` labels. ``training_step`` is plain backpropagation.
-
-    Under ``Trainer(strategy="auto")`` this module is the backpropagation baseline; under a
-    :class:`~locallearn.strategies.LocalStrategy` the algorithm trains the same blocks and predicts in its own way.
+class Classification(Task):
+    """Assign one of ``classes`` labels: cross entropy and accuracy, over the rows that carry labels.
 
     Args:
         net: the network; its output is ``(N, classes)``.
-        example: two inputs with the shape and dtype of the real ones, ``(2, ...)``.
+        example: two inputs with the shape and dtype of the real ones, ``(2, ...)``; or a whole batch, which a graph needs:
+            with its labels, its context and its rows.
         classes: number of labels.
         optimizer: makes the optimizer of the backpropagation baseline from parameters; unused under ``LocalStrategy``,
             which brings its own.
         scheduler: makes its learning rate scheduler, advanced every epoch.
         context: what every block gets after its input (see :class:`~locallearn.batch.Batch`).
+
+    Attributes:
+        metric: what is judged by; ``validation/<metric>`` and ``test/<metric>`` are logged.
+        maximise: whether more of it is better.
+
+    Raises:
+        ValueError: fewer than two classes, or a context beside that of an example batch.
     """
+
+    metric = "accuracy"
+    maximise = True
 
     def __init__(
         self,
         net: Blocks,
-        example: Tensor,
+        example: Tensor | Batch,
         classes: int,
         optimizer: Callable[[Any], Optimizer] = torch.optim.Adam,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         context: tuple[Any, ...] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(net, optimizer, scheduler)
         if classes < 2:
             raise ValueError(f"classes is {classes}, expected at least 2")
-        self.net = net
-        self.algorithm: Algorithm | None = None
+        if isinstance(example, Batch) and context:
+            raise ValueError("the example batch has a context of its own: leave context out")
+        if not isinstance(example, Batch):
+            example = Batch(example, torch.arange(len(example)) % classes, context)
         self._example = example
         self._classes = classes
-        self._optimizer = optimizer
-        self._scheduler = scheduler
-        self._context = context
-        self._counts: Tensor | None = None
+        self._context = example.context
 
+    @override
     def info(self) -> TaskInfo:
         """Shapes and loss, for an algorithm."""
-        labels = torch.arange(len(self._example)) % self._classes
-        return TaskInfo(Batch(self._example, labels, self._context), self._classes, F.cross_entropy)
+        return TaskInfo(self._example, self._classes, F.cross_entropy)
 
+    @override
     def to_batch(self, raw: Any) -> Batch:
         """A :class:`Batch` as it is; ``(inputs, labels)`` of an ordinary data loader is wrapped."""
         if isinstance(raw, Batch):
@@ -67,66 +75,80 @@ class Classification(pl.LightningModule):
         inputs, labels = raw
         return Batch(inputs, labels, self._context)
 
-    def use(self, algorithm: Algorithm) -> None:
-        """Attach the algorithm to the network and predict with it from now on."""
-        algorithm.attach(self.net, self.info())
-        self.algorithm = algorithm
-
     @override
-    def forward(self, inputs: Tensor, *context: Any) -> Tensor:
-        """Class scores ``(N, classes)``: the algorithm's own inference, or the network's forward pass."""
-        scores: Tensor = (self.net if self.algorithm is None else self.algorithm.predict)(inputs, *context)
-        return scores
-
-    @override
-    def training_step(self, raw: Any, batch_idx: int) -> Tensor:
-        batch = self.to_batch(raw)
-        return F.cross_entropy(*selected(batch, self.net(batch.inputs, *batch.context)))
-
-    @override
-    def configure_optimizers(self) -> Any:
-        optimizer = self._optimizer(self.net.parameters())
-        return optimizer if self._scheduler is None else ([optimizer], [self._scheduler(optimizer)])
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._counts = None
-
-    @override
-    def validation_step(self, raw: Any, batch_idx: int) -> None:
-        self._count(self.to_batch(raw))
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_counts("validation")
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._counts = None
-
-    @override
-    def test_step(self, raw: Any, batch_idx: int) -> None:
-        self._count(self.to_batch(raw))
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_counts("test")
-
-    def _count(self, batch: Batch) -> None:
-        """Add one batch to (samples, hits, summed loss), kept on the device: one read per epoch, not per batch."""
+    def judge(self, batch: Batch) -> Tensor:
+        """Samples, hits and summed cross entropy."""
         scores, labels = selected(batch, self(batch.inputs, *batch.context))
         scores = scores.float()
-        counts = torch.stack(
+        return torch.stack(
             (
                 scores.new_tensor(float(len(labels))),
                 (scores.argmax(1) == labels).sum(dtype=torch.float32),
                 F.cross_entropy(scores, labels, reduction="sum"),
             )
         )
-        self._counts = counts if self._counts is None else self._counts + counts
 
-    def _log_counts(self, name: str) -> None:
-        if self._counts is None:
+    @override
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        """Accuracy and cross entropy."""
+        samples, hits, loss = sums
+        return {"accuracy": hits / samples, "loss": loss / samples}
+
+
+class NodeClassification(Classification):
+    """Assign a class to every node of a graph, learning from those whose classes are known.
+
+    Before validation and test the algorithm is told which labels its inference may use
+    (:meth:`~locallearn.algorithms.Algorithm.reveal`): in validation those of the training nodes, in the test the same
+    ones, or also those of the validation nodes. They come from ``known("train")`` and ``known("train+validation")`` of the
+    Trainer's data module (:class:`~locallearn.tasks.graphs.GraphData`), else from the example batch.
+
+    Args:
+        net: the network; its output is ``(N, classes)``.
+        example: the whole graph with the labels of its training nodes in ``rows``.
+        classes: number of labels.
+        optimizer: see :class:`Classification`.
+        scheduler: see :class:`Classification`.
+        reveal_validation: whether the labels of the validation nodes may be used in the test. ForwardGNN's Forward-Forward
+            variants were published so; rules that use no labels at inference then know less.
+
+    Raises:
+        ValueError: fewer than two classes; or, at the test, a data module that cannot say what to reveal.
+    """
+
+    def __init__(
+        self,
+        net: Blocks,
+        example: Batch,
+        classes: int,
+        optimizer: Callable[[Any], Optimizer] = torch.optim.Adam,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        reveal_validation: bool = False,
+    ) -> None:
+        super().__init__(net, example, classes, optimizer, scheduler)
+        self._reveal_validation = reveal_validation
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._reveal("train")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        super().on_test_epoch_start()
+        self._reveal("train+validation" if self._reveal_validation else "train")
+
+    def _reveal(self, part: str) -> None:
+        if self.algorithm is None:
             return
-        samples, hits, loss = self._counts.tolist()
-        self.log_dict({f"{name}/accuracy": hits / samples, f"{name}/loss": loss / samples})
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "known"):
+            targets, rows = data.known(part)
+        elif part == "train" and self._example.rows is not None:
+            targets, rows = self._example.targets.to(self.device), self._example.rows.to(self.device)
+        else:
+            raise ValueError(
+                f"the labels of {part} nodes are to be revealed, and the Trainer has no data module that knows them: train with"
+                " GraphData, or set task.reveal_validation=false"
+            )
+        self.algorithm.reveal(targets, rows)

@@ -14,9 +14,12 @@ from locallearn.algorithms import (
     Algorithm,
     Backprop,
     DeepSupervision,
+    FeedbackAlignment,
     ForwardForward,
     Locality,
     MonoForward,
+    Pepita,
+    ProductFeedbackAlignment,
     TaskInfo,
     Update,
 )
@@ -47,6 +50,10 @@ def _attached(algorithm: Algorithm) -> Algorithm:
         (ForwardForward, Locality.LAYER_LOCAL),
         (partial(ForwardForward, inference="softmax", peer=0.03), Locality.LAYER_LOCAL),
         (partial(ForwardForward, negatives="hard"), Locality.COUPLED),
+        (FeedbackAlignment, Locality.FEEDBACK),
+        (partial(FeedbackAlignment, mode="usf"), Locality.FEEDBACK),
+        (ProductFeedbackAlignment, Locality.FEEDBACK),
+        (Pepita, Locality.FORWARD_ONLY),
     ],
 )
 def test_honest_rules_are_confirmed(make: Callable[[], Algorithm], verdict: Locality) -> None:
@@ -207,3 +214,36 @@ class _OneUnitUnderABlocksName(Backprop):
 def test_a_unit_of_several_blocks_is_not_local() -> None:
     result = audit(_attached(_OneUnitUnderABlocksName()), BATCH)
     assert (result.confirmed, result.verdict) == (False, Locality.GLOBAL)
+
+
+class _SaysFeedback(Backprop):
+    @property
+    def locality(self) -> Locality:
+        return Locality.FEEDBACK
+
+
+def test_an_error_that_travels_through_the_forward_weights_is_no_feedback() -> None:
+    result = audit(_attached(_SaysFeedback()), BATCH)
+    assert (result.confirmed, result.verdict) == (False, Locality.GLOBAL)
+    assert "claims feedback, but is global" in result.reason
+
+
+def test_the_audit_looks_at_a_network_that_has_begun_to_learn() -> None:
+    """What a rule does only after some steps is seen, too."""
+
+    class SleepsAtFirst(_ReadsTheBlockAbove):
+        def build(self, task: TaskInfo) -> None:
+            super().build(task)
+            self.register_buffer("steps", torch.zeros(()))
+
+        def updates(self, batch: Batch) -> Iterator[Update]:
+            self.steps += 1
+            return super().updates(batch) if self.steps > 10 else MonoForward.updates(self, batch)
+
+        def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:
+            if self.steps > 10:
+                return super().local_loss(index, output, batch)
+            return MonoForward.local_loss(self, index, output, batch)
+
+    assert audit(_attached(SleepsAtFirst()), BATCH).verdict is Locality.COUPLED
+    assert audit(_attached(SleepsAtFirst()), BATCH, warmup=0).verdict is Locality.LAYER_LOCAL

@@ -2,19 +2,29 @@
 
 from locallearn.algorithms.backprop import Backprop, DeepSupervision
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
+from locallearn.algorithms.counter_current import CounterCurrent
+from locallearn.algorithms.feedback_alignment import FeedbackAlignment
 from locallearn.algorithms.forward_forward import ForwardForward
+from locallearn.algorithms.forward_gnn import ForwardGNN
 from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.algorithms.mono_forward import MonoForward
+from locallearn.algorithms.pepita import Pepita
+from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlignment
 
 __all__ = [
     "Algorithm",
     "Backprop",
+    "CounterCurrent",
     "DeepSupervision",
+    "FeedbackAlignment",
     "ForwardForward",
+    "ForwardGNN",
     "LayerLocal",
     "Locality",
     "MonoForward",
     "ParamGroup",
+    "Pepita",
+    "ProductFeedbackAlignment",
     "TaskInfo",
     "Update",
     "selected",

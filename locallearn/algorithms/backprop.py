@@ -9,6 +9,7 @@ from torch import Tensor
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
 from locallearn.algorithms.heads import BlockHeads
+from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 
 
@@ -36,6 +37,7 @@ class Backprop(Algorithm):
                 "backpropagation needs a network that ends in an output layer, and this one has no readout: name one "
                 "in Blocks.cut(..., readout=...)"
             )
+        feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
         self._loss = task.loss
 
     def units(self) -> dict[str, list[ParamGroup]]:

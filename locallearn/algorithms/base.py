@@ -38,7 +38,7 @@ class TaskInfo:
     """What an algorithm may know of the task it is attached to.
 
     Attributes:
-        example: a batch of two samples with the shapes and dtypes of the real ones, on the CPU.
+        example: a batch of two samples with the shapes and dtypes of the real ones, on the CPU; of a graph, all of it.
         outputs: number of classes, or width of the network's output.
         loss: the task's loss as a mean over samples, ``loss(outputs, targets) -> scalar``.
         classes: whether targets are class ids ``0 .. outputs-1`` (rules that need labels refuse anything else).
@@ -129,6 +129,24 @@ class Algorithm(nn.Module, ABC):
         """
         return ()
 
+    @property
+    def variant(self) -> str | None:
+        """Which of the rule's variants this is, as the record names it; ``None`` where there is only one."""
+        return None
+
+    @property
+    def net_settings(self) -> dict[str, Any]:
+        """What the maker of the network has to be told for this rule, by the name of its argument. Default: nothing."""
+        return {}
+
+    @property
+    def linear_optimizer(self) -> str | None:
+        """Why this rule needs an optimizer that is linear in its gradients (SGD, with or without momentum), else ``None``.
+
+        A strategy refuses any other one and quotes the reason.
+        """
+        return None
+
     def attach(self, blocks: Blocks, task: TaskInfo) -> None:
         """Build what the rule adds to each block. Called once, before devices, dtypes and checkpoints are dealt with.
 
@@ -173,6 +191,20 @@ class Algorithm(nn.Module, ABC):
     def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
         """Output of every block at inference, in order; what probes read."""
         return self.blocks.features(inputs, *context)
+
+    def reveal(self, targets: Tensor, rows: Tensor) -> None:
+        """Tell which labels may be used at inference from now on, on a graph whose nodes are all known.
+
+        Args:
+            targets: class ids ``(N,)`` of all nodes; those outside of ``rows`` must not be looked at.
+            rows: index or mask of the nodes whose labels are known.
+
+        Default: nothing is kept, inference uses no labels.
+        """
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """Figures of the rule's own by layer and name, e.g. ``{"layer1": {"weight_angle": 71.3}}``; logged every epoch."""
+        return {}
 
     # -- schedules ---------------------------------------------------------------------------------------------------
     @property
@@ -235,7 +267,9 @@ class Algorithm(nn.Module, ABC):
 
 
 def selected(batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of ``outputs`` that carry targets, with their targets."""
+    """Rows of ``outputs`` that carry targets, with their targets; for pairs of rows, the pairs' dot products ``(M,)``."""
     if batch.rows is None:
         return outputs, batch.targets
+    if batch.rows.ndim == 2:
+        return (outputs[batch.rows[0]] * outputs[batch.rows[1]]).sum(1), batch.targets
     return outputs[batch.rows], batch.targets[batch.rows]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +35,11 @@ class LayerLocal(Algorithm):
     @abstractmethod
     def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:
         """Loss of block ``index`` from its own output; ``batch`` is what :meth:`prepare` returned."""
+
+    def run(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
+        """Run block ``index``; ``batch`` is what :meth:`prepare` returned. Default: one plain pass with the context."""
+        output: Tensor = self.blocks[index](inputs, *batch.context)
+        return output
 
     def emit(self, index: int, output: Tensor) -> Tensor:
         """What the next block sees of this block's output. Must be detached."""
@@ -77,13 +81,12 @@ class LayerLocal(Algorithm):
         first = next((i for i, name in enumerate(names) if self.trains(name)), len(names))
         x = self._frozen_prefix(first, batch, prepared)
         for i in range(first, self.depth):
-            block = self.blocks[i]
             if self.trains(names[i]):
-                output = block(x, *prepared.context)
+                output = self.run(i, x, prepared)
                 yield Update(names[i], self.local_loss(i, output, prepared))
             else:
                 with torch.no_grad():
-                    output = block(x, *prepared.context)
+                    output = self.run(i, x, prepared)
             x = self.emit(i, output)
             del output  # the block's graph ends here
         yield from self.extra_updates(batch, prepared)
@@ -94,7 +97,7 @@ class LayerLocal(Algorithm):
             return prepared.inputs
         cache = self._cache
         if cache is None:
-            return self._run_frozen(prepared.inputs, 0, first, prepared.context)
+            return self._run_frozen(prepared.inputs, 0, first, prepared)
         if batch.index is None:
             raise ValueError(
                 "schedule.cache looks frozen activations up by Batch.index, and these batches carry none (an augmented "
@@ -103,14 +106,14 @@ class LayerLocal(Algorithm):
         known = cache.get(first, batch.index)
         if known is None:
             start, x = cache.nearest(first, batch.index, prepared.inputs)
-            known = self._run_frozen(x, start, first, prepared.context)
+            known = self._run_frozen(x, start, first, prepared)
             cache.put(first, batch.index, known)
         return known
 
-    def _run_frozen(self, x: Tensor, start: int, stop: int, context: tuple[Any, ...]) -> Tensor:
+    def _run_frozen(self, x: Tensor, start: int, stop: int, prepared: Batch) -> Tensor:
         with torch.no_grad():
             for i in range(start, stop):
-                x = self.emit(i, self.blocks[i](x, *context))
+                x = self.emit(i, self.run(i, x, prepared))
         return x
 
     def train_only(self, units: frozenset[str] | None) -> None:

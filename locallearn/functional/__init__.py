@@ -1,5 +1,12 @@
 """The equations of the learning rules as pure functions, one module per rule, named as in the papers."""
 
-from locallearn.functional import forward_forward, mono_forward
+from locallearn.functional import (
+    counter_current,
+    feedback_alignment,
+    forward_forward,
+    forward_gnn,
+    mono_forward,
+    pepita,
+)
 
-__all__ = ["forward_forward", "mono_forward"]
+__all__ = ["counter_current", "feedback_alignment", "forward_forward", "forward_gnn", "mono_forward", "pepita"]

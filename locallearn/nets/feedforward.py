@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
 from locallearn.nets.blocks import Blocks
 
-Init = Literal["kaiming_uniform", "lecun_normal"]
+_T = TypeVar("_T")
+Init = Literal["kaiming_uniform", "he_uniform", "xavier_uniform", "lecun_normal", "orthogonal"]
+Activation = Literal["relu", "elu", "tanh"]
+Pool = Literal["avg", "max"]
 
 
 def _kaiming_uniform(weight: Tensor) -> None:
@@ -22,35 +26,67 @@ def _lecun_normal(weight: Tensor) -> None:
     nn.init.normal_(weight, std=fan_in**-0.5)
 
 
-_INITS: dict[str, Callable[[Tensor], None]] = {"kaiming_uniform": _kaiming_uniform, "lecun_normal": _lecun_normal}
+_INITS: dict[str, Callable[[Tensor], Any]] = {
+    "kaiming_uniform": _kaiming_uniform,
+    "he_uniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "lecun_normal": _lecun_normal,
+    "orthogonal": nn.init.orthogonal_,
+}
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh}
+_POOLS: dict[str, Callable[[int], nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
 
 
 def initialise(module: nn.Module, init: Init) -> None:
     """Draw every linear and convolutional weight of ``module`` afresh, and set its biases to zero.
 
     ``kaiming_uniform``: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's own choice for weights.
+    ``he_uniform``: U(-sqrt(6/fan_in), sqrt(6/fan_in)) (He et al. 2015).
+    ``xavier_uniform``: U(-sqrt(6/(fan_in+fan_out)), ...) (Glorot and Bengio 2010).
     ``lecun_normal``: N(0, 1/fan_in), the choice of Hinton's Forward-Forward code.
+    ``orthogonal``: rows or columns orthonormal (Saxe et al. 2014).
 
     Raises:
         ValueError: an unknown name.
     """
-    if init not in _INITS:
-        raise ValueError(f"init is {init!r}, expected one of {', '.join(_INITS)}")
+    draw = choice("init", init, _INITS)
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            _INITS[init](layer.weight)
+            draw(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def choice(what: str, name: str, known: Mapping[str, _T]) -> _T:
+    """What goes by this name.
+
+    Raises:
+        ValueError: an unknown name, with the known ones.
+    """
+    if name not in known:
+        raise ValueError(f"{what} is {name!r}, expected one of {', '.join(known)}")
+    return known[name]
+
+
+def activation_layer(name: Activation) -> nn.Module:
+    """A new activation of this name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return choice("activation", name, _ACTIVATIONS)()
 
 
 def mlp(
     input_shape: Sequence[int],
     outputs: int,
     hidden: Sequence[int] = (1000, 1000),
+    activation: Activation = "relu",
+    bias: bool = True,
     readout_bias: bool = False,
     init: Init = "kaiming_uniform",
 ) -> Blocks:
-    """Blocks of ``Linear -> ReLU``, inputs flattened, and a linear readout.
+    """Blocks of ``Linear -> activation``, inputs flattened, and a linear readout.
 
     The readout has no bias unless asked for, so that it is the same map as Mono-Forward's projection of the last
     block and both rules train the same number of weights.
@@ -59,18 +95,20 @@ def mlp(
         input_shape: shape of one sample, e.g. ``(1, 28, 28)``.
         outputs: number of classes.
         hidden: width of every block.
+        activation: ``relu``, ``elu`` or ``tanh``.
+        bias: whether the blocks have biases.
         readout_bias: whether the readout has a bias.
         init: see :func:`initialise`.
 
     Raises:
-        ValueError: no hidden width, or one below 1.
+        ValueError: no hidden width, or one below 1; an unknown activation or init.
     """
     if not hidden or any(width < 1 for width in hidden):
         raise ValueError(f"hidden is {list(hidden)}, expected at least one positive width")
     width = prod(input_shape)
     blocks: dict[str, nn.Module] = {}
     for i, units in enumerate(hidden):
-        layers: list[nn.Module] = [nn.Linear(width, units), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Linear(width, units, bias=bias), activation_layer(activation)]
         if i == 0 and len(input_shape) > 1:
             layers.insert(0, nn.Flatten())
         blocks[f"layer{i + 1}"] = nn.Sequential(*layers)
@@ -84,41 +122,55 @@ def cnn(
     input_shape: Sequence[int],
     outputs: int,
     channels: Sequence[int] = (64, 128, 256, 512),
+    kernel_size: int = 3,
+    padding: int = 1,
+    activation: Activation = "relu",
+    pool: Pool = "avg",
     batch_norm: bool = False,
+    bias: bool = True,
     readout_bias: bool = False,
     init: Init = "kaiming_uniform",
 ) -> Blocks:
-    """Blocks of ``Conv 3x3 (pad 1) -> ReLU -> average pool 2``, and a linear readout of the flattened map.
+    """Blocks of ``Conv -> activation -> pool 2``, and a linear readout of the flattened map.
 
     Args:
         input_shape: ``(C, H, W)`` of one sample.
         outputs: number of classes.
-        channels: output channels of every block; each halves height and width.
-        batch_norm: put a BatchNorm before the ReLU.
+        channels: output channels of every block; each pooling halves height and width.
+        kernel_size: of every convolution.
+        padding: zeros around every convolution's input; with 1 and kernels of 3 only poolings shrink the map.
+        activation: ``relu``, ``elu`` or ``tanh``.
+        pool: ``avg`` or ``max``, over 2x2.
+        batch_norm: put a BatchNorm before the activation.
+        bias: whether the convolutions have biases.
         readout_bias: whether the readout has a bias.
         init: see :func:`initialise`.
 
     Raises:
         ValueError: the input is not an image, or too small for that many poolings; no channels, or fewer than 1 in a
-            block.
+            block; an unknown activation, pool or init.
     """
     if len(input_shape) != 3:
         raise ValueError(f"input_shape is {tuple(input_shape)}, expected (channels, height, width)")
     if not channels or any(after < 1 for after in channels):
         raise ValueError(f"channels is {list(channels)}, expected at least one positive number of channels")
     before, height, width = input_shape
-    if min(height, width) < 2 ** len(channels):
-        raise ValueError(
-            f"{len(channels)} blocks halve a {height}x{width} image {len(channels)} times, which leaves nothing: "
-            f"use at most {min(height, width).bit_length() - 1} blocks"
-        )
     blocks: dict[str, nn.Module] = {}
     for i, after in enumerate(channels):
+        height, width = ((side + 2 * padding - kernel_size + 1) // 2 for side in (height, width))
+        if min(height, width) < 1:
+            raise ValueError(
+                f"nothing is left of a {input_shape[1]}x{input_shape[2]} image in block {i + 1} of {len(channels)}, after "
+                f"convolutions of {kernel_size} with padding {padding} and poolings of 2: use at most {i} blocks"
+            )
         norm: list[nn.Module] = [nn.BatchNorm2d(after)] if batch_norm else []
         blocks[f"conv{i + 1}"] = nn.Sequential(
-            nn.Conv2d(before, after, 3, padding=1), *norm, nn.ReLU(), nn.AvgPool2d(2)
+            nn.Conv2d(before, after, kernel_size, padding=padding, bias=bias),
+            *norm,
+            activation_layer(activation),
+            choice("pool", pool, _POOLS)(2),
         )
-        before, height, width = after, height // 2, width // 2
+        before = after
     net = Blocks(blocks, nn.Sequential(nn.Flatten(), nn.Linear(before * height * width, outputs, bias=readout_bias)))
     initialise(net, init)
     return net

@@ -39,6 +39,7 @@ padding:2px 10px;margin-left:8px;vertical-align:middle;white-space:nowrap}
 .grid>figure:only-child{max-width:820px}
 figure{margin:0;min-width:0}
 .chart{width:100%}
+.picture{display:block;width:100%;max-width:820px;height:auto;image-rendering:pixelated}
 .chart .modebar-container{opacity:0;transition:opacity .15s}.chart:hover .modebar-container{opacity:1}
 details{margin:6px 0}
 summary{cursor:pointer;color:var(--muted);font-size:.86rem;width:fit-content}

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
-from locallearn.report._columns import UNKNOWN, Column, best_energy, headline_metric, ratio_text, significant
+from locallearn.report._columns import (
+    UNKNOWN,
+    Column,
+    best_energy,
+    headline_metric,
+    metric_column,
+    ratio_text,
+    significant,
+)
 from locallearn.statistics import Row
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; the baseline is grey, and every rule has its own
@@ -57,7 +65,7 @@ def styles(rows: Sequence[Row], baseline: str) -> dict[str, tuple[str, str]]:
 
 def cost_charts(rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str, tuple[str, str]]) -> list[Chart]:
     """The headline metric against energy and against time, with the Pareto front."""
-    metric = headline_metric(shown)
+    metric = headline_metric(shown, rows[0].metric)
     time = next((column for column in shown if column.key == "train_s"), None)
     if metric is None:
         return []
@@ -118,22 +126,23 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Mappin
 
 def _front(rows: Sequence[Row], cost: Column, metric: Column) -> Figure:
     """The means that no other rule beats in both cost and quality."""
+    sign = 1 if metric.lower else -1
     points = sorted(
-        (x, -y)
+        (x, sign * y)
         for row in rows
         if (x := _scaled(row.figures[cost.key].summary.mean, cost)) is not None
         and (y := _scaled(row.figures[metric.key].summary.mean, metric)) is not None
     )
     front: list[tuple[float, float]] = []
-    for x, minus_y in points:
-        if not front or -minus_y > front[-1][1]:
-            front.append((x, -minus_y))
+    for x, badness in points:
+        if not front or badness < front[-1][1]:
+            front.append((x, badness))
     return {
         "type": "scatter",
         "mode": "lines",
         "name": "Pareto front",
         "x": [x for x, _ in front],
-        "y": [y for _, y in front],
+        "y": [sign * badness for _, badness in front],
         "line": {"color": "#808080", "width": 1.5, "dash": "dot", "shape": "hv"},
         "hoverinfo": "skip",
     }
@@ -146,7 +155,7 @@ def paired_charts(
     rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str, tuple[str, str]], baseline: str
 ) -> list[Chart]:
     """The difference in the headline metric and the ratios in cost, paired by seed, with their intervals."""
-    metric, energy = headline_metric(shown), best_energy(shown, rows)
+    metric, energy = headline_metric(shown, rows[0].metric), best_energy(shown, rows)
     costs = ("train_s", energy.key if energy else "", "update_flops", "activation_peak_bytes")
     charts = [_difference_chart(rows, metric, style, baseline)] if metric else []
     by_key = {column.key: column for column in shown}
@@ -166,9 +175,10 @@ def _difference_chart(
             interval = None if pair.lo is None or pair.hi is None else (pair.lo / metric.scale, pair.hi / metric.scale)
             points.append((row.label, pair.n, figure.paired.mean / metric.scale, interval))
     axis = f"difference to {baseline}" + (f" ({unit})" if unit else "")
-    return _interval_chart(
+    chart = _interval_chart(
         f"{metric.title}: {axis}", axis, points, style, 0.0, lambda value: f"{value:+.{metric.digits}f}"
     )
+    return replace(chart, note=f"Lower is better: left of the line a rule beats {baseline}.") if metric.lower else chart
 
 
 def _ratio_chart(rows: Sequence[Row], cost: Column, style: Mapping[str, tuple[str, str]], baseline: str) -> Chart:
@@ -258,35 +268,41 @@ def _bar_chart(rows: Sequence[Row], column: Column, style: Mapping[str, tuple[st
 # ------------------------------------------------------------------------------------------- curves over epochs
 
 
-def accuracy_chart(
+def metric_chart(
     rows: Sequence[Row], curves: Sequence[Curves], style: Mapping[str, tuple[str, str]], points: int
 ) -> Chart | None:
-    """Validation accuracy over epochs: the mean over seeds, and the range of the seeds behind it."""
-    name = "validation/accuracy"
+    """The validation metric over epochs: the mean over seeds, and the range of the seeds behind it."""
+    name = f"validation/{rows[0].metric.name}"
+    metric = metric_column(name, rows)
     data: list[Figure] = []
     series: dict[str, Mapping[int, Sequence[float]]] = {}
     for row, known in zip(rows, curves, strict=True):
         if name not in known:
             continue
         series[row.label] = known[name]
-        data += _band(row.label, known[name], style[row.label][0], points)
+        data += _band(row.label, known[name], metric, style[row.label][0], points)
     if not series:
         return None
-    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": "validation accuracy (%)"}}}
-    header, table = _curve_table(series, points, lambda values: f"{100 * _mean(values):.2f}")
+    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": escape(_lower(metric.heading))}}}
+    header, table = _curve_table(
+        series,
+        points,
+        lambda values: f"{100 * _mean(values):.2f}" if metric.unit == "%" else significant(_mean(values)),
+    )
     note = "Mean over the seeds that reached the epoch; the band spans them."
-    return Chart("Validation accuracy over epochs", note, _figure(data, layout), header, table, 360 + 7 * len(series))
+    return Chart(f"{metric.title} over epochs", note, _figure(data, layout), header, table, 360 + 7 * len(series))
 
 
-def _band(label: str, values: Mapping[int, Sequence[float]], colour: str, points: int) -> list[Figure]:
+def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, colour: str, points: int) -> list[Figure]:
     epochs = thin(sorted(values), points)
+    factor = 1 / metric.scale
     line = {"type": "scatter", "mode": "lines", "x": epochs, "legendgroup": escape(label)}
     edge = {**line, "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
     band = [
-        {**edge, "y": [_round(100 * max(values[epoch])) for epoch in epochs]},
+        {**edge, "y": [_round(factor * max(values[epoch])) for epoch in epochs]},
         {
             **edge,
-            "y": [_round(100 * min(values[epoch])) for epoch in epochs],
+            "y": [_round(factor * min(values[epoch])) for epoch in epochs],
             "fill": "tonexty",
             "fillcolor": f"{colour}2e",
         },
@@ -294,9 +310,11 @@ def _band(label: str, values: Mapping[int, Sequence[float]], colour: str, points
     mean = {
         **line,
         "name": escape(label),
-        "y": [_round(100 * _mean(values[epoch])) for epoch in epochs],
+        "y": [_round(factor * _mean(values[epoch])) for epoch in epochs],
         "line": {"color": colour, "width": 2},
-        "hovertemplate": "%{fullData.name}<br>epoch %{x}: %{y:.2f} %<extra></extra>",
+        "hovertemplate": "%{fullData.name}<br>epoch %{x}: "
+        + ("%{y:.2f} %" if metric.unit == "%" else "%{y:.4g}")
+        + "<extra></extra>",
     }
     spread = any(len(values[epoch]) > 1 for epoch in epochs)
     return [*(band if spread else []), _dotted_when_single(mean, epochs)]
@@ -317,8 +335,32 @@ def block_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
     return charts
 
 
+def layer_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
+    """The rule's own figures of every layer over epochs, mean over seeds: one chart per figure, latest values below."""
+    figures: dict[str, dict[str, Mapping[int, Sequence[float]]]] = {}
+    for name, values in curves.items():
+        layer, _, figure = name.removeprefix("layer/").rpartition("/")
+        if name.startswith("layer/") and layer:
+            figures.setdefault(figure, {})[layer] = values
+    charts = []
+    for figure, series in figures.items():
+        words = figure.replace("_", " ")
+        axis = f"{words} (degrees)" if words.endswith("angle") else words
+        chart = _block_chart(f"{row.label}: {words} per layer", axis, series, 1.0, points, "layer")
+        latest = [
+            (layer, str(max(values)), significant(_mean(values[max(values)]))) for layer, values in series.items()
+        ]
+        charts.append(replace(chart, header=("Layer", "Epoch", axis[:1].upper() + axis[1:]), table=latest))
+    return charts
+
+
 def _block_chart(
-    title: str, axis: str, series: Mapping[str, Mapping[int, Sequence[float]]], factor: float, points: int
+    title: str,
+    axis: str,
+    series: Mapping[str, Mapping[int, Sequence[float]]],
+    factor: float,
+    points: int,
+    what: str = "block",
 ) -> Chart:
     data = []
     for i, (block, values) in enumerate(series.items()):
@@ -330,10 +372,10 @@ def _block_chart(
             "x": epochs,
             "y": [_round(factor * _mean(values[epoch])) for epoch in epochs],
             "line": {"color": _ramp(i, len(series)), "width": 2, "dash": ("solid", "dash", "dot", "dashdot")[i % 4]},
-            "hovertemplate": "block %{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
+            "hovertemplate": what + " %{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
         }
         data.append(_dotted_when_single(trace, epochs))
-    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": axis}}}
+    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": escape(axis)}}}
     header, table = _curve_table(series, points, lambda values: significant(factor * _mean(values)))
     return Chart(title, "", _figure(data, layout), header, table, 330 + 5 * len(series))
 

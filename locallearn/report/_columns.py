@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from locallearn.records import Quality
 from locallearn.statistics import Figure, Row
 
 UNKNOWN = "\N{EN DASH}"
@@ -19,6 +20,8 @@ _SECONDS = ((1.0, "s"), (3600.0, "h"))
 _BYTES = ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"))
 _PREFIXES = ((1e-3, "m"), (1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P"))
 _COUNTS = ((1.0, ""), (1e3, "thousand"), (1e6, "million"), (1e9, "billion"))
+_PERCENTAGES = ("accuracy", "auc")
+_ABBREVIATIONS = {"auc": "AUC", "mse": "MSE"}
 
 
 def _si(unit: str) -> tuple[tuple[float, str], ...]:
@@ -55,6 +58,7 @@ class Column:
         unit: unit of the shown numbers, empty for none.
         scale: shown number = value / scale.
         digits: decimals shown.
+        lower: whether this is a metric of which less is better.
     """
 
     key: str
@@ -62,11 +66,17 @@ class Column:
     unit: str
     scale: float
     digits: int
+    lower: bool = False
+
+    @property
+    def qualifier(self) -> str:
+        """Unit and direction; empty for neither."""
+        return ", ".join(filter(None, (self.unit, "lower is better" if self.lower else "")))
 
     @property
     def heading(self) -> str:
-        """Title and unit in one line."""
-        return f"{self.title} ({self.unit})" if self.unit else self.title
+        """Title and qualifier in one line."""
+        return f"{self.title} ({self.qualifier})" if self.qualifier else self.title
 
     def number(self, value: float | None) -> str:
         """``value`` in this column's unit; a dash for unknown."""
@@ -91,27 +101,43 @@ class Column:
 def columns(rows: Sequence[Row]) -> list[Column]:
     """The columns for which at least one row has a figure, in reading order."""
     keys = {key for row in rows for key in row.figures}
-    metrics = [_metric(key, rows) for part in ("test/", "validation/") for key in _ordered(keys, part)]
+    judges = {row.metric.name for row in rows}
+    metrics = [metric_column(key, rows) for part in ("test/", "validation/") for key in _ordered(keys, part, judges)]
     costs: list[Column] = []
     for name, (title, units) in _COSTS.items():
         if name == "energy":
-            costs += [_energy(key, title, units, rows) for key in _ordered(keys, "energy_j/")]
-            costs += [_energy(key, "Energy net of idle", units, rows) for key in _ordered(keys, "energy_net_j/")]
+            costs += [_energy(key, title, units, rows) for key in _ordered(keys, "energy_j/", set())]
+            costs += [_energy(key, "Energy net of idle", units, rows) for key in _ordered(keys, "energy_net_j/", set())]
         elif name in keys:
             costs.append(_column(name, title, units, rows))
-    targets = [_metric(key, rows) for key in keys if key == "target/accuracy"]
+    targets = [metric_column(key, rows) for name in sorted(judges) if (key := f"target/{name}") in keys]
     targets += [_column(key, title, units, rows) for key, (title, units) in _TARGETS.items() if key in keys]
-    losses = [column for column in metrics if column.key.endswith("/loss")]
+    losses = [column for column in metrics if column.key.endswith("/loss") and "loss" not in judges]
     return [column for column in metrics if column not in losses] + costs + targets + losses
 
 
-def headline_metric(shown: Sequence[Column]) -> Column | None:
-    """The quality figure that the charts show: test before validation, accuracy before anything else."""
+def headline_metric(shown: Sequence[Column], quality: Quality) -> Column | None:
+    """The figure that the charts show: test before validation, the one that runs are judged by before anything else."""
     for part in ("test/", "validation/"):
         found = [column for column in shown if column.key.startswith(part)]
         if found:
-            return min(found, key=lambda column: not column.key.endswith("/accuracy"))
+            return min(found, key=lambda column: column.key != f"{part}{quality.name}")
     return None
+
+
+def metric_title(name: str) -> str:
+    """A metric's name as people write it."""
+    return _ABBREVIATIONS.get(name, name.replace("_", " ").lower())
+
+
+def metric_column(key: str, rows: Sequence[Row]) -> Column:
+    """A figure such as ``test/mse``: shares of one in percent, anything else with four significant digits."""
+    part, _, name = key.partition("/")
+    title = f"{part.capitalize()} {metric_title(name)}"
+    lower = Quality(name, maximise=False) in [row.metric for row in rows]
+    if name in _PERCENTAGES:
+        return Column(key, title, "%", 0.01, 2, lower)
+    return Column(key, title, "", 1.0, _digits(_means(key, rows), 4, 9), lower)
 
 
 def best_energy(shown: Sequence[Column], rows: Sequence[Row]) -> Column | None:
@@ -151,19 +177,9 @@ def significant(value: float | None, digits: int = 4) -> str:
     return UNKNOWN if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
 
 
-def _ordered(keys: set[str], prefix: str) -> list[str]:
+def _ordered(keys: set[str], prefix: str, first: set[str]) -> list[str]:
     found = [key for key in keys if key.startswith(prefix)]
-    return sorted(found, key=lambda key: (not key.endswith("/accuracy"), key))
-
-
-def _metric(key: str, rows: Sequence[Row]) -> Column:
-    part, _, name = key.partition("/")
-    title = f"{part} {name.replace('_', ' ')}".capitalize()
-    return (
-        Column(key, title, "%", 0.01, 2)
-        if name == "accuracy"
-        else Column(key, title, "", 1.0, _digits(_means(key, rows), 4))
-    )
+    return sorted(found, key=lambda key: (key.removeprefix(prefix) not in first, key))
 
 
 def _energy(key: str, title: str, units: Sequence[tuple[float, str]], rows: Sequence[Row]) -> Column:
@@ -186,9 +202,9 @@ def _means(key: str, rows: Sequence[Row]) -> list[float]:
     return [mean for mean in means if mean > 0]
 
 
-def _digits(means: Sequence[float], wanted: int) -> int:
+def _digits(means: Sequence[float], wanted: int, most: int = 6) -> int:
     """Decimals that give the middle value ``wanted`` significant digits."""
-    return max(0, min(6, wanted - 1 - _magnitude(median(means)))) if means else 0
+    return max(0, min(most, wanted - 1 - _magnitude(median(means)))) if means else 0
 
 
 def _magnitude(value: float) -> int:

@@ -21,27 +21,34 @@ from locallearn.report._assets import SCRIPT, STYLE
 from locallearn.report._charts import (
     Chart,
     Curves,
-    accuracy_chart,
     block_charts,
     cost_charts,
+    layer_charts,
     memory_charts,
+    metric_chart,
     paired_charts,
     styles,
 )
-from locallearn.report._columns import LEGEND, UNKNOWN, Column, columns
+from locallearn.report._columns import LEGEND, UNKNOWN, Column, columns, metric_title
 from locallearn.statistics import Row, compare_table
 
 _BASELINE = "backprop"
 _MODES = {
     "own": "Every rule trains until its own validation metric stops improving, under one patience and one cap.",
     "matched": "The same number of samples passes through every unit.",
-    "target": "Cost until validation accuracy first reaches the stated target.",
+    "target": "Cost until validation {metric} first reaches the stated target.",
 }
 # What keeps a page of hundreds of runs below about 8 MB: numbers and lines drawn in curves, configurations shown.
 _CURVE_POINTS = 40_000
 _BLOCK_LINES = 1_000
 _CONFIGS = 100
 _CONFIG_CHARACTERS = 20_000
+_PICTURE_BYTES = 1_500_000
+_PICTURE = "reconstructions.png"
+_PICTURE_NOTE = "Test images above, what the network made of them below; of every rule its newest run."
+# Curves of parts of a network, which a very large page leaves out.
+_DETAILS = ("block/", "layer/")
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write_report(
@@ -80,19 +87,23 @@ def _render(records: Sequence[Record], title: str, problems: Sequence[str]) -> s
     rows = compare_table(records, _BASELINE)
     curves, damaged = _read_curves(rows)
     damaged += _limit_blocks(rows, curves)
+    pictures, unseen = _read_pictures(rows)
     style = styles(rows, _BASELINE)
     points = max(12, min(200, _CURVE_POINTS // max(1, sum(map(len, curves)))))
     figures: list[Mapping[str, Any]] = []
     sections, links = [], []
-    order = groupby(zip(rows, curves, strict=True), key=lambda pair: (pair[0].dataset, pair[0].net, pair[0].mode))
-    for number, (key, pairs) in enumerate(order):
-        members, known = zip(*pairs, strict=True)
-        name = " · ".join(filter(None, key[:2]))
-        links.append(f'<li><a href="#s{number}">{escape(name)}{f" ({escape(key[2])})" if key[2] else ""}</a></li>')
-        sections.append(_section(f"s{number}", name, key[2], members, known, style, points, figures))
+    order = groupby(
+        zip(rows, curves, pictures, strict=True),
+        key=lambda item: (item[0].dataset, item[0].net, item[0].task, item[0].mode),
+    )
+    for number, (_, items) in enumerate(order):
+        members, known, seen = zip(*items, strict=True)
+        name, mode = members[0].place, members[0].mode
+        links.append(f'<li><a href="#s{number}">{escape(name)}{f" ({escape(mode)})" if mode else ""}</a></li>')
+        sections.append(_section(f"s{number}", name, mode, members, known, seen, style, points, figures))
     body = "".join([*sections, *map(_bench, benches)]) or "<p>There is no finished run to show yet.</p>"
     nav = f'<nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>' if len(links) > 1 else ""
-    unfinished = _unfinished(records, [*problems, *damaged])
+    unfinished = _unfinished(records, [*problems, *damaged, *unseen])
     return _document(title, f"{_lead(records, rows)}{nav}", body + unfinished + _provenance(records, rows), figures)
 
 
@@ -177,25 +188,31 @@ def _section(
     mode: str | None,
     rows: Sequence[Row],
     curves: Sequence[Curves],
+    pictures: Sequence[str],
     style: Mapping[str, tuple[str, str]],
     points: int,
     figures: list[Mapping[str, Any]],
 ) -> str:
     shown = columns(rows)
+    metric = metric_title(rows[0].metric.name)
     badge = f'<span class="badge">mode: {escape(mode or "not stated")}</span>'
-    accuracy = accuracy_chart(rows, curves, style, points)
+    learning = metric_chart(rows, curves, style, points)
     groups = [
-        ("Accuracy against cost", cost_charts(rows, shown, style)),
+        (f"{metric[:1].upper()}{metric[1:]} against cost", cost_charts(rows, shown, style)),
         (f"Against {_BASELINE}, paired by seed", paired_charts(rows, shown, style, _BASELINE)),
         ("Memory", memory_charts(rows, shown, style)),
-        ("Learning", [accuracy] if accuracy else []),
-        (
-            "Blocks",
-            [chart for row, known in zip(rows, curves, strict=True) for chart in block_charts(row, known, points)],
+        ("Learning", [learning] if learning else []),
+        *(
+            (heading, [chart for row, known in zip(rows, curves, strict=True) for chart in draw(row, known, points)])
+            for heading, draw in (("Blocks", block_charts), ("Alignment", layer_charts))
         ),
     ]
     charts = "".join(f"<h3>{escape(heading)}</h3>{_grid(group, figures)}" for heading, group in groups if group)
-    about = f'<p class="note">{_MODES[mode]}</p>' if mode in _MODES else ""
+    about = f'<p class="note">{escape(_MODES[mode].format(metric=metric))}</p>' if mode in _MODES else ""
+    if any(pictures):
+        charts += (
+            f'<h3>Reconstructions</h3><p class="note">{_PICTURE_NOTE}</p><div class="grid">{"".join(pictures)}</div>'
+        )
     return (
         f'<section id="{anchor}"><h2>{escape(name)} {badge}</h2>{about}'
         f"{_headline(rows, shown, style)}{_notes(rows, shown)}{charts}</section>"
@@ -219,8 +236,8 @@ def _headline(rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str, 
 
 
 def _heading(column: Column) -> str:
-    unit = f"<small>{escape(column.unit)}</small>" if column.unit else ""
-    return f"{escape(column.title)}{unit}"
+    below = f"<small>{escape(column.qualifier)}</small>" if column.qualifier else ""
+    return f"{escape(column.title)}{below}"
 
 
 def _cell(row: Row, column: Column) -> str:
@@ -309,25 +326,58 @@ def _read_curves(rows: Sequence[Row]) -> tuple[list[Curves], list[str]]:
             # Several lines of one epoch: the last one counts.
             last = {(m.name, m.epoch): m.value for m in metrics if m.value is not None and math.isfinite(m.value)}
             for (name, epoch), value in last.items():
-                if name == "validation/accuracy" or name.startswith("block/"):
+                if name == f"validation/{row.metric.name}" or name.startswith(_DETAILS):
                     curves.setdefault(name, {}).setdefault(epoch, []).append(value)
         result.append(curves)
     return result, problems
 
 
 def _limit_blocks(rows: Sequence[Row], curves: list[Curves]) -> list[str]:
-    """Drops the per-block curves of the last rows of a very large page, and says so."""
+    """Drops the curves per block and layer of the last rows of a very large page, and says so."""
     lines, dropped = 0, 0
     for i, known in enumerate(curves):
         lines += len(known)
         if lines > _BLOCK_LINES:
-            curves[i] = {name: values for name, values in known.items() if not name.startswith("block/")}
+            curves[i] = {name: values for name, values in known.items() if not name.startswith(_DETAILS)}
             dropped += 1
     if not dropped:
         return []
     return [
         f"The curves per block of {dropped} of {len(rows)} rules, to keep the page small; report fewer runs at once."
     ]
+
+
+def _read_pictures(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """For every row the reconstructions of its newest run that kept some, as a figure; and what could not be shown."""
+    figures: list[str] = []
+    problems: list[str] = []
+    used, dropped = 0, 0
+    for row in rows:
+        figures.append("")
+        kept = [record for record in row.records if (record.path / _PICTURE).is_file()]
+        if not kept:
+            continue
+        newest = max(kept, key=lambda record: (record.text("finished") or "", record.id))
+        path = newest.path / _PICTURE
+        size = path.stat().st_size
+        if used + size > _PICTURE_BYTES:
+            dropped += 1
+            continue
+        content = path.read_bytes()
+        if not content.startswith(_PNG):
+            problems.append(f"{path} is not a PNG picture.")
+            continue
+        used += size
+        name = f"{row.label}, seed {newest.seed}"
+        figures[-1] = (
+            f'<figure><h4>{escape(name)}</h4><img class="picture" alt="Reconstructions by {escape(name)}: test images above, '
+            f'what the network made of them below" src="data:image/png;base64,{base64.b64encode(content).decode()}"></figure>'
+        )
+    if dropped:
+        problems.append(
+            f"The reconstructions of {dropped} of {len(rows)} rules, to keep the page small; report fewer runs at once."
+        )
+    return figures, problems
 
 
 # ------------------------------------------------------------------------------------------- the rest of the page
@@ -405,7 +455,7 @@ def _config(row: Row) -> str:
     text = json.dumps(row.records[0].part("config"), indent=2, ensure_ascii=False)
     if len(text) > _CONFIG_CHARACTERS:
         text = text[:_CONFIG_CHARACTERS] + "\n… cut here; the whole is in the run's folder"
-    place = " · ".join(filter(None, (row.dataset, row.net, row.mode, row.label)))
+    place = " · ".join(filter(None, (row.place, row.mode, row.label)))
     return (
         f"<details><summary>Configuration: {escape(place)}, seed {row.records[0].seed}</summary>"
         f'<pre tabindex="0"><code>{escape(text)}</code></pre></details>'

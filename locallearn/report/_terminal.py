@@ -23,7 +23,7 @@ def terminal_table(records: Sequence[Record]) -> Table:
     Each cell holds the mean ± standard deviation over seeds and below it the ratio to backprop, paired by seed.
     """
     rows = compare_table(records, _BASELINE)
-    shown = _selection(columns(rows))
+    shown = _selection(columns(rows), rows)
     note = LEGEND.format(baseline=_BASELINE)
     table = Table(
         caption=Text(note), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
@@ -40,7 +40,7 @@ def terminal_table(records: Sequence[Record]) -> Table:
             table.title = Text(name)
         else:
             table.add_section()
-            table.add_row(Text(name, style="italic"))
+            table.add_row(Text(name, style="italic", no_wrap=False, overflow="fold"))
         for row in members:
             table.add_row(Text(row.label), str(len(row.records)), *(_cell(row, column) for column in shown))
     return table
@@ -51,16 +51,16 @@ def _heading(column: Column) -> str:
     title = _SHORT.get(column.key, column.title.lower().replace(",", "").removeprefix("energy "))
     for separator in ":/":
         title = title.replace(separator, f"{separator} ")
-    return f"{title} ({column.unit})" if column.unit else title
+    return f"{title} ({column.qualifier})" if column.qualifier else title
 
 
 def _place(row: Row) -> str:
-    return " · ".join(filter(None, (row.dataset, row.net, f"mode {row.mode or 'not stated'}")))
+    return f"{row.place} · mode {row.mode or 'not stated'}"
 
 
-def _selection(every: Sequence[Column]) -> list[Column]:
-    metric = headline_metric(every)
-    wanted = {"train_s", "update_flops", "activation_peak_bytes", metric.key if metric else ""}
+def _selection(every: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    metrics = [headline_metric(every, quality) for quality in {row.metric for row in rows}]
+    wanted = {"train_s", "update_flops", "activation_peak_bytes", *(metric.key for metric in metrics if metric)}
     prefixes = ("energy_j/", "target/")
     return [column for column in every if column.key in wanted or column.key.startswith(prefixes)]
 

@@ -1,7 +1,7 @@
 """Running an algorithm inside Lightning's Trainer."""
 
 from locallearn.strategies.local import Diverged, LocalStrategy, LocalTask
-from locallearn.strategies.rates import constant_then_linear
+from locallearn.strategies.rates import constant_then_linear, multistep_with_first_decay
 from locallearn.strategies.schedule import Schedule
 
-__all__ = ["Diverged", "LocalStrategy", "LocalTask", "Schedule", "constant_then_linear"]
+__all__ = ["Diverged", "LocalStrategy", "LocalTask", "Schedule", "constant_then_linear", "multistep_with_first_decay"]

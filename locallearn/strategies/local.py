@@ -30,11 +30,30 @@ class Diverged(RuntimeError):
     """A unit's loss is not finite any more."""
 
 
+def make_optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optimizer]:
+    """One optimizer per unit.
+
+    Raises:
+        ValueError: the rule needs an optimizer that is linear in its gradients, and this one is not.
+    """
+    optimizers = {unit: make(groups) for unit, groups in algorithm.units().items()}
+    reason = algorithm.linear_optimizer
+    for optimizer in optimizers.values():
+        if reason is not None and not isinstance(optimizer, torch.optim.SGD):
+            raise ValueError(
+                f"the optimizer is {type(optimizer).__name__}, but {type(algorithm).__name__} needs SGD, with or without "
+                f"momentum: {reason}"
+            )
+    return optimizers
+
+
 class LocalTask(Protocol):
     """What the strategy asks of a LightningModule; ``locallearn.tasks`` has the ones that come along."""
 
     net: Blocks
     algorithm: Algorithm | None
+    metric: str
+    maximise: bool
 
     def info(self) -> TaskInfo:
         """Shapes and loss of the task."""
@@ -62,7 +81,8 @@ class LocalStrategy(SingleDeviceStrategy):
 
     Raises:
         ValueError: on connection, where the module has no blocks, the algorithm cannot train them, the precision is
-            fp16, gradients are to be accumulated, or several devices are asked for.
+            fp16, gradients are to be accumulated, several devices are asked for, or the rule needs a linear optimizer
+            and got another one.
         Diverged: a unit's loss is not finite; names the unit and the step.
     """
 
@@ -142,7 +162,7 @@ class LocalStrategy(SingleDeviceStrategy):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        self._unit_optimizers = {unit: self._make_optimizer(groups) for unit, groups in self.algorithm.units().items()}
+        self._unit_optimizers = make_optimizers(self.algorithm, self._make_optimizer)
         # Lightning's loop wants one optimizer; a rule that solves in closed form has no unit to step.
         nothing = torch.optim.SGD([torch.zeros(0, requires_grad=True)], lr=0.0)
         self.optimizers = list(self._unit_optimizers.values()) or [nothing]

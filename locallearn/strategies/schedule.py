@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -11,8 +11,6 @@ from typing_extensions import override
 from locallearn.algorithms.base import Algorithm
 from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.strategies.local import LocalTask
-
-Monitor = Literal["validation/accuracy", "validation/loss"]
 
 
 class Schedule(pl.Callback):
@@ -26,8 +24,9 @@ class Schedule(pl.Callback):
 
     Args:
         sequential: one stage per unit instead of one stage.
-        patience: epochs without improvement before the stage ends; ``None``: run all epochs.
-        monitor: ``"validation/accuracy"`` (larger is better) or ``"validation/loss"`` (smaller is better).
+        patience: validations without improvement before the stage ends (one after every epoch, unless the Trainer's
+            ``check_val_every_n_epoch`` says otherwise); ``None``: run all epochs.
+        monitor: ``"validation/loss"`` (smaller is better), or ``None``: the task's own metric, e.g. accuracy.
         min_delta: what counts as an improvement.
         restore_best: give every stage the weights of its best epoch back; else it keeps the last ones.
         cache: keep the outputs of frozen blocks for the whole training set (sequential only). The weights are the same,
@@ -41,15 +40,17 @@ class Schedule(pl.Callback):
         self,
         sequential: bool = False,
         patience: int | None = None,
-        monitor: Monitor = "validation/accuracy",
+        monitor: Literal["validation/loss"] | None = None,
         min_delta: float = 0.0,
         restore_best: bool = True,
         cache: bool = False,
     ) -> None:
         if patience is not None and patience < 1:
             raise ValueError(f"schedule.patience is {patience}, expected a positive number of epochs or null")
-        if monitor not in get_args(Monitor):
-            raise ValueError(f"schedule.monitor is {monitor!r}, expected one of {', '.join(get_args(Monitor))}")
+        if monitor not in (None, "validation/loss"):
+            raise ValueError(
+                f"schedule.monitor is {monitor!r}, expected validation/loss, or null for the task's metric"
+            )
         if min_delta < 0:
             raise ValueError(f"schedule.min_delta is {min_delta}, expected zero or more")
         if cache and not sequential:
@@ -114,16 +115,18 @@ class Schedule(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.monitor not in trainer.callback_metrics:
+        task = cast(LocalTask, pl_module)
+        monitor = self.monitor or f"validation/{task.metric}"
+        if monitor not in trainer.callback_metrics:
             raise ValueError(
-                f"the task logs no {self.monitor!r}, which schedule.monitor wants; it logs {sorted(trainer.callback_metrics)}"
+                f"the task logs no {monitor!r}, which the schedule watches; it logs {sorted(trainer.callback_metrics)}"
             )
-        value = float(trainer.callback_metrics[self.monitor])
-        algorithm = cast(LocalTask, pl_module).algorithm
+        value = float(trainer.callback_metrics[monitor])
+        algorithm = task.algorithm
         stages = [["network"]] if algorithm is None else self.stages(algorithm)
         # Not a count of validations: Lightning skips one when it resumes from the last step of an epoch.
         self.epochs = trainer.current_epoch + 1 - sum(self.epochs_by_stage)
-        if self._improves(value):
+        if self._improves(value, maximise=self.monitor is None and task.maximise):
             self.best, self.bad_epochs = value, 0
             if self.restore_best:
                 self._best_weights = self._weights(pl_module, algorithm, stages)
@@ -159,10 +162,10 @@ class Schedule(pl.Callback):
         self._best_weights = state_dict["best_weights"]
         self.epochs_by_stage = list(state_dict["epochs_by_stage"])
 
-    def _improves(self, value: float) -> bool:
+    def _improves(self, value: float, maximise: bool) -> bool:
         if self.best is None:
             return True
-        if self.monitor == "validation/accuracy":
+        if maximise:
             return value > self.best + self.min_delta
         return value < self.best - self.min_delta
 

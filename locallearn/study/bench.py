@@ -20,11 +20,11 @@ from locallearn.algorithms.base import Algorithm
 from locallearn.batch import Batch
 from locallearn.cost import measure_update, to_device
 from locallearn.records import RunFolder, hardware, versions
-from locallearn.strategies.local import LocalStrategy
-from locallearn.study.train import Plan, quiet
+from locallearn.strategies.local import LocalStrategy, make_optimizers
+from locallearn.study.train import Plan, attached_task, quiet
 
 Make = Callable[..., Plan]
-"""Makes a plan: ``make(algorithm, *settings)``."""
+"""Makes a plan: ``make(contender, *settings)``; a contender is an algorithm, perhaps with settings of its own."""
 
 KINDS = ("step", "strategy", "data", "memory")
 
@@ -63,9 +63,10 @@ def bench(
     """Measure, and leave a record.
 
     Args:
-        what: ``step``: seconds of an update of every algorithm against backprop; ``strategy``: a Trainer with
-            LocalStrategy against the plain loop over the same generator; ``data``: share of an epoch that passes
-            outside the update; ``memory``: peak activation bytes by depth.
+        what: ``step``: seconds of an update of every algorithm against backprop (under a sequential schedule those of
+            one update per stage); ``strategy``: a Trainer with LocalStrategy against the plain loop over the same
+            generator; ``data``: share of an epoch that passes outside the update; ``memory``: peak activation bytes by
+            depth.
         algorithms: names that ``make`` knows.
         make: makes the plan of an algorithm, with further settings.
         rounds: counted rounds after one that warms up; in each round every contender runs once, in turn.
@@ -167,15 +168,12 @@ def _alternate(contenders: Sequence[_Contender], rounds: int) -> list[Timing]:
     ]
 
 
-def _prepare(plan: Plan) -> tuple[pl.LightningModule, Algorithm, dict[str, Optimizer], torch.device]:
+def _prepare(plan: Plan) -> tuple[Any, Algorithm, dict[str, Optimizer], torch.device]:
     """Network, attached algorithm and optimizers on the device, as the plain loop wants them."""
-    torch.manual_seed(plan.seed)
-    task = plan.make_task(plan.make_net())
-    task.use(plan.algorithm)  # type: ignore[operator]
+    task = attached_task(plan)
     device = _device(plan)
     task.to(device).train()
-    optimizers = {unit: plan.optimizer(groups) for unit, groups in plan.algorithm.units().items()}
-    return task, plan.algorithm, optimizers, device
+    return task, plan.algorithm, make_optimizers(plan.algorithm, plan.optimizer), device
 
 
 def _loader(plan: Plan) -> Any:
@@ -185,8 +183,11 @@ def _loader(plan: Plan) -> Any:
     return plan.data.train_dataloader()
 
 
-def _batches(plan: Plan, device: torch.device, count: int) -> list[Batch]:
-    return [to_device(batch, device) for batch in itertools.islice(_endless(_loader(plan)), count)]
+def _batches(plan: Plan, task: Any, device: torch.device, count: int) -> list[Batch]:
+    """The first batches, each moved to the device once: what a graph's rule keeps is looked up by the very tensors."""
+    moved: dict[int, Batch] = {}
+    given = list(itertools.islice(_endless(_loader(plan)), count))
+    return [moved.setdefault(id(raw), to_device(task.to_batch(raw), device)) for raw in given]
 
 
 def _endless(loader: Any) -> Iterator[Batch]:
@@ -213,18 +214,24 @@ def _step(algorithms: Sequence[str], make: Make, steps: int) -> list[_Contender]
     contenders = []
     for name in algorithms:
         plan = make(name)
-        _, algorithm, optimizers, device = _prepare(plan)
-        batches = _batches(plan, device, min(steps, 16))
+        task, algorithm, optimizers, device = _prepare(plan)
+        batches = _batches(plan, task, device, min(steps, 16))
+        stages: list[frozenset[str] | None] = [None]
+        if plan.schedule.sequential:
+            stages = [frozenset(stage) for stage in plan.schedule.stages(algorithm)]
 
         def one_round(
             algorithm: Algorithm = algorithm,
             optimizers: dict[str, Optimizer] = optimizers,
             batches: list[Batch] = batches,
             device: torch.device = device,
+            stages: list[frozenset[str] | None] = stages,
         ) -> float:
             start = _now(device)
-            for number in range(steps):
-                _loop(algorithm, optimizers, batches[number % len(batches)])
+            for stage in stages:  # of a sequential schedule so many steps each, what it keeps of frozen blocks included
+                algorithm.train_only(stage)
+                for number in range(steps):
+                    _loop(algorithm, optimizers, batches[number % len(batches)])
             return _now(device) - start
 
         contenders.append(_Contender(name, "backprop", one_round))
@@ -249,10 +256,11 @@ def _strategy(algorithms: Sequence[str], make: Make, steps: int) -> list[_Conten
     contenders = []
     for name in algorithms:
         plan = make(name)
-        _, algorithm, optimizers, device = _prepare(plan)
+        task, algorithm, optimizers, device = _prepare(plan)
         loader = _loader(plan)
 
         def plain(
+            task: Any = task,
             algorithm: Algorithm = algorithm,
             optimizers: dict[str, Optimizer] = optimizers,
             loader: Any = loader,
@@ -260,13 +268,12 @@ def _strategy(algorithms: Sequence[str], make: Make, steps: int) -> list[_Conten
         ) -> float:
             start = _now(device)
             for batch in itertools.islice(loader, steps):
-                _loop(algorithm, optimizers, batch)
+                _loop(algorithm, optimizers, task.to_batch(batch))
             return _now(device) - start
 
         def trained(name: str = name, loader: Any = loader) -> float:
             plan = make(name)
-            torch.manual_seed(plan.seed)
-            task = plan.make_task(plan.make_net())
+            task = attached_task(plan)
             clock = _EpochClock()
             with quiet():
                 trainer = pl.Trainer(
@@ -313,7 +320,7 @@ def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[_Sheet, d
     rows = []
     for name in algorithms:
         plan = make(name)
-        _, algorithm, optimizers, device = _prepare(plan)
+        task, algorithm, optimizers, device = _prepare(plan)
         loader = _loader(plan)
         epochs, shares = [], []
         for number in range(rounds + 1):
@@ -321,7 +328,7 @@ def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[_Sheet, d
             batches, before = iter(loader), start
             for batch in batches:
                 waited += _now(device) - before
-                _loop(algorithm, optimizers, batch)
+                _loop(algorithm, optimizers, task.to_batch(batch))
                 before = _now(device)
             taken = _now(device) - start
             if number > 0:
@@ -347,7 +354,9 @@ def _memory(algorithms: Sequence[str], make: Make, depths: Sequence[int]) -> tup
         raise ValueError(f"bench.depths is {list(depths)}, expected whole numbers of blocks of at least 1")
     hidden = make(algorithms[0]).config["net"].get("hidden")
     if not hidden:
-        raise ValueError("bench.what=memory builds networks of equal blocks from the last net.hidden: use net=mlp")
+        raise ValueError(
+            "bench.what=memory builds networks of equal blocks from the last net.hidden: use net=mlp, or net=gcn for graphs"
+        )
     width = list(hidden)[-1]
     lines = []
     rows = []
@@ -355,8 +364,8 @@ def _memory(algorithms: Sequence[str], make: Make, depths: Sequence[int]) -> tup
         peaks = []
         for depth in depths:
             plan = make(name, f"net.hidden={[width] * depth}")
-            _, algorithm, _, device = _prepare(plan)
-            [batch] = _batches(plan, device, 1)
+            task, algorithm, _, device = _prepare(plan)
+            [batch] = _batches(plan, task, device, 1)
             peaks.append(measure_update(algorithm, batch, plan.schedule.sequential).activation_peak_bytes)
         ratio = peaks[-1] / peaks[0] if peaks[0] else None  # a rule without autograd keeps nothing at all
         rows.append({"name": name, "activation_peak_bytes": peaks, "ratio": ratio})

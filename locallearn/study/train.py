@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -28,11 +28,13 @@ from locallearn.energy import EnergyCallback, EnergyMonitor, Meter
 from locallearn.nets.blocks import Blocks
 from locallearn.probe import probe_blocks
 from locallearn.records import RunFolder, hardware, versions
-from locallearn.strategies.local import LocalStrategy, OptimizerFactory, SchedulerFactory
+from locallearn.strategies.local import LocalStrategy, LocalTask, OptimizerFactory, SchedulerFactory, make_optimizers
 from locallearn.strategies.schedule import Schedule
 
 CHECKPOINT = "resume.ckpt"
 """Where an interrupted run keeps what ``train resume=FOLDER`` goes on from."""
+SAMPLES = "reconstructions.png"
+"""Where a run keeps what its task made of some test samples."""
 
 
 class Interrupted(Exception):
@@ -59,10 +61,11 @@ class Plan:
         max_epochs: cap of every stage.
         trainer: further arguments of ``lightning.pytorch.Trainer``.
         logger: a Lightning logger to copy the metrics to.
+        variant: what sets this run apart from others of the same algorithm, for the record.
         config: the resolved configuration, for the record.
         command: what was typed, for the record.
         mode: ``own``, ``matched`` or ``target`` (protocol.md).
-        target_accuracy: in mode ``target``: stop when validation accuracy reaches it, and report what it cost.
+        target: in mode ``target``: stop when the task's validation metric reaches it, and report what it cost.
         probe_samples: training samples that linear probes are fitted on after every epoch; 0 for no probes.
         checkpoint_s: seconds between two checkpoints to resume from.
         evaluate_test: read the test set at the end; a tuning trial must not.
@@ -85,10 +88,11 @@ class Plan:
     max_epochs: int
     trainer: dict[str, Any] = field(default_factory=dict)
     logger: Logger | None = None
+    variant: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     mode: str = "own"
-    target_accuracy: float | None = None
+    target: float | None = None
     probe_samples: int = 1000
     checkpoint_s: float = 300.0
     evaluate_test: bool = True
@@ -114,7 +118,7 @@ def run(plan: Plan) -> Path:
     task, trainer = _prepared(plan, [probes, energy, recorder, plan.schedule, _Keeper(plan, recorder)])
     plan.data.prepare_data()
     plan.data.setup("fit")  # missing data is told before a folder is made
-    folder = recorder.folder = RunFolder.create(plan.runs_dir, _start(plan))
+    folder = recorder.folder = RunFolder.create(plan.runs_dir, _start(plan, cast(LocalTask, task)))
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         folder.update(_train(plan, task, trainer, recorder, resume))
@@ -139,14 +143,19 @@ def check(plan: Plan) -> None:
     _prepared(plan, [])
 
 
-def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningModule, pl.Trainer]:
-    """Everything that can refuse the settings, built; optimizers too, which the strategy makes anew."""
+def attached_task(plan: Plan) -> Any:
+    """The plan's task with its network and the algorithm attached, the network's weights drawn from the plan's seed."""
     torch.manual_seed(plan.seed)
     task = plan.make_task(plan.make_net())
-    task.use(plan.algorithm)  # type: ignore[operator]
+    cast(LocalTask, task).use(plan.algorithm)
+    return task
+
+
+def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningModule, pl.Trainer]:
+    """Everything that can refuse the settings, built; optimizers too, which the strategy makes anew."""
+    task = attached_task(plan)
     plan.schedule.stages(plan.algorithm)
-    for groups in plan.algorithm.units().values():
-        optimizer = plan.optimizer(groups)
+    for optimizer in make_optimizers(plan.algorithm, plan.optimizer).values():
         if plan.scheduler is not None:
             plan.scheduler(optimizer)
     with quiet():
@@ -179,7 +188,7 @@ def _sentence(error: BaseException) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def _start(plan: Plan) -> dict[str, Any]:
+def _start(plan: Plan, task: LocalTask) -> dict[str, Any]:
     """What is known of a run before it starts."""
     algorithm = plan.algorithm
     params = sum(p.numel() for p in algorithm.blocks.parameters())
@@ -187,7 +196,8 @@ def _start(plan: Plan) -> dict[str, Any]:
     return {
         **plan.names,
         "seed": plan.seed,
-        "variant": "sequential" if plan.schedule.sequential else None,
+        "variant": plan.variant,
+        "metric": {"name": task.metric, "maximise": task.maximise},
         "locality": str(algorithm.locality),
         "mode": plan.mode,
         "blocks": algorithm.blocks.names,
@@ -206,22 +216,25 @@ def _train(
     with quiet():
         try:
             trainer.fit(task, datamodule=plan.data, ckpt_path=resume, weights_only=True)
-            figures = _figures(plan, trainer, recorder)
+            figures = _figures(plan, cast(LocalTask, task), trainer, recorder)
             validation = trainer.validate(task, datamodule=plan.data, verbose=False)[0]
             test = trainer.test(task, datamodule=plan.data, verbose=False)[0] if plan.evaluate_test else {}
         except SystemExit:  # what Lightning makes of Ctrl-C where there is no batch to finish
             raise Interrupted from None
+    write_samples = getattr(task, "write_samples", None)  # pictures, where a task makes them
+    if plan.evaluate_test and write_samples is not None:
+        write_samples(recorder.folder.path / SAMPLES)
     figures["validation"] = {name.split("/")[1]: value for name, value in validation.items()}
     figures["test"] = {name.split("/")[1]: value for name, value in test.items()}
     return figures
 
 
-def _figures(plan: Plan, trainer: pl.Trainer, recorder: _Recorder) -> dict[str, Any]:
+def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Recorder) -> dict[str, Any]:
     """Cost of the training that has just ended; measuring an update happens after it, on a copy."""
     energy = recorder.energy
     device = trainer.strategy.root_device
     allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    batch = to_device(next(iter(plan.data.train_dataloader())), device)
+    batch = to_device(task.to_batch(next(iter(plan.data.train_dataloader()))), device)
     with trainer.precision_plugin.train_step_context():
         update = measure_update(plan.algorithm, batch, plan.schedule.sequential)
     return {
@@ -253,9 +266,13 @@ class _Probes(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # From loaders of their own, and after Lightning has got its own: a checkpoint's place in the data is for that.
         samples, device = self.plan.probe_samples, trainer.strategy.root_device
-        if samples:
-            loaders = self.plan.data.train_dataloader(), self.plan.data.val_dataloader()
-            self._batches = _first(loaders[0], samples, device), _first(loaders[1], samples, device)
+        if samples and cast(LocalTask, pl_module).info().classes:  # probes tell classes apart
+            example = cast(LocalTask, pl_module).info().example
+            judged = _first(self.plan.data.val_dataloader(), samples, device)
+            if example.context:  # a graph: its batches may be parts of it, on which not every rule can infer
+                self._batches = to_device(example, device), judged
+            else:
+                self._batches = _first(self.plan.data.train_dataloader(), samples, device), judged
 
     def accuracies(self, trainer: pl.Trainer) -> dict[str, float]:
         """Accuracy of every block's probe, by the name of the metric; empty without probes."""
@@ -304,6 +321,8 @@ class _Recorder(pl.Callback):
         for unit, loss in strategy.mean_losses().items():
             metrics[f"block/{unit}/loss" if unit in blocks else f"unit/{unit}/loss"] = loss
         metrics |= self.probes.accuracies(trainer)
+        for layer, figures in self.plan.algorithm.diagnostics().items():
+            metrics |= {f"layer/{layer}/{name}": value for name, value in figures.items()}
         metrics["cost/train_s"] = self.energy.running_seconds()
         metrics["cost/samples"] = self.samples
         joules = self.energy.running_joules()
@@ -311,7 +330,7 @@ class _Recorder(pl.Callback):
         self.folder.log(trainer.current_epoch, trainer.global_step, metrics)
         if trainer.logger is not None:
             trainer.logger.log_metrics(metrics, trainer.global_step)
-        self._check_target(trainer, metrics, joules)
+        self._check_target(trainer, cast(LocalTask, pl_module), metrics, joules)
         if self.plan.progress is not None:
             self.plan.progress(trainer.current_epoch + 1, trainer.max_epochs or 0, metrics)
 
@@ -324,12 +343,14 @@ class _Recorder(pl.Callback):
         self.samples = state_dict["samples"]
         self.target = state_dict["target"]
 
-    def _check_target(self, trainer: pl.Trainer, metrics: dict[str, float], joules: dict[str, float | None]) -> None:
-        wanted = self.plan.target_accuracy
-        if wanted is None or self.target is not None or metrics["validation/accuracy"] < wanted:
+    def _check_target(
+        self, trainer: pl.Trainer, task: LocalTask, metrics: dict[str, float], joules: dict[str, float | None]
+    ) -> None:
+        wanted, value = self.plan.target, metrics[f"validation/{task.metric}"]
+        if wanted is None or self.target is not None or (value < wanted if task.maximise else value > wanted):
             return
         self.target = {
-            "accuracy": wanted,
+            task.metric: wanted,
             "seconds": metrics["cost/train_s"],
             "samples": self.samples / len(self.plan.schedule.stages(self.plan.algorithm)),
             "joules": joules,

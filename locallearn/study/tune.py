@@ -52,13 +52,15 @@ class Best:
     Attributes:
         algorithm: its name.
         settings: the best trial's, as ``KEY=VALUE``.
-        accuracy: validation accuracy of that trial.
+        metric: name of the task's metric.
+        value: of that metric on the validation data in that trial.
         trials: number of trials that count, diverged ones included.
     """
 
     algorithm: str
     settings: list[str]
-    accuracy: float
+    metric: str
+    value: float
     trials: int
 
 
@@ -75,7 +77,8 @@ def tune(
     """Search every algorithm's settings with Optuna's TPE; an interrupted search goes on where it stopped.
 
     Trials alternate between the algorithms, so that nobody has a quieter machine. The objective is the best epoch's
-    validation accuracy; the test set is never read. A trial that diverges counts with accuracy 0.
+    value of the task's metric on validation data; the test set is never read. A trial that diverges counts with the worst
+    value there is (an accuracy of 0).
 
     Args:
         algorithms: names that ``make`` knows.
@@ -108,9 +111,9 @@ def tune(
                 if len(_complete(study)) > number:
                     continue
                 study.sampler = _sampler(sampler_seed, number)
-                accuracy = _trial(study, algorithm, make, space)
+                metric, value = _trial(study, algorithm, make, space)
                 if show is not None:
-                    show(f"tune {algorithm}", number + 1, trials, {"validation/accuracy": accuracy})
+                    show(f"tune {algorithm}", number + 1, trials, {f"validation/{metric}": value})
         return [_best(algorithm, _complete(study)[:trials]) for algorithm, study in studies.items()]
     finally:
         base.remove_session()
@@ -135,23 +138,28 @@ def _sampler(seed: int, number: int) -> optuna.samplers.TPESampler:
     return optuna.samplers.TPESampler(seed=own, constant_liar=False)
 
 
-def _trial(study: optuna.Study, algorithm: str, make: Make, space: Mapping[str, Range]) -> float:
+def _trial(study: optuna.Study, algorithm: str, make: Make, space: Mapping[str, Range]) -> tuple[str, float]:
+    """Name and value of the metric that the trial reached; the study maximises it, or its negative."""
     trial = study.ask()
     settings = [f"{key}={trial.suggest_float(key, r.low, r.high, log=r.log)!r}" for key, r in space.items()]
     plan = make(algorithm, settings)
     plan.evaluate_test = False
     try:
         record = load_record(run(plan))
-        accuracy = float(record.data["validation"]["accuracy"])
-        trial.set_user_attr("record", record.path.name)
-    except Diverged:
-        accuracy = 0.0
-    if not math.isfinite(accuracy):
-        accuracy = 0.0
-    study.tell(trial, accuracy)
-    return accuracy
+    except Diverged as error:
+        record = load_record(error.run_folder)  # type: ignore[attr-defined]  # set by run()
+    metric, maximise = record.data["metric"]["name"], record.data["metric"]["maximise"]
+    value = record.data["validation"].get(metric)
+    if value is None or not math.isfinite(value):
+        value = 0.0 if maximise else math.inf
+    trial.set_user_attr("record", record.path.name)
+    trial.set_user_attr("metric", metric)
+    trial.set_user_attr("reached", float(value))
+    study.tell(trial, float(value) if maximise else -float(value))
+    return metric, float(value)
 
 
 def _best(algorithm: str, counted: Sequence[optuna.trial.FrozenTrial]) -> Best:
-    best = max(counted, key=lambda trial: trial.value or 0.0)
-    return Best(algorithm, [f"{k}={v!r}" for k, v in best.params.items()], best.value or 0.0, len(counted))
+    best = max(counted, key=lambda trial: -math.inf if trial.value is None else trial.value)
+    settings = [f"{k}={v!r}" for k, v in best.params.items()]
+    return Best(algorithm, settings, best.user_attrs["metric"], best.user_attrs["reached"], len(counted))

@@ -262,14 +262,14 @@ class AlgorithmConformance:
     def test_predict_gives_finite_scores_and_changes_nothing(
         self, attached: Callable[..., Algorithm], batches: list[Batch], task: TaskInfo
     ) -> None:
-        """Outputs ``(N, outputs)``; weights, buffers, gradients and modes are as before."""
+        """Outputs ``(N, outputs)``, or of that many entries; weights, buffers, gradients and modes are as before."""
         algorithm = attached()
         plain_loop(algorithm, batches[:2], _sgd)
         algorithm.eval()
         before = _state(algorithm)
         with torch.no_grad():
             scores = algorithm.predict(batches[0].inputs, *batches[0].context)
-        assert scores.shape == (len(batches[0].inputs), task.outputs)
+        assert scores.flatten(1).shape == (len(batches[0].inputs), task.outputs)
         assert bool(scores.isfinite().all())
         after = _state(algorithm)
         assert all(torch.equal(before[name], after[name]) for name in before)

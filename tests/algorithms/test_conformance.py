@@ -6,8 +6,25 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from locallearn.algorithms import Algorithm, Backprop, DeepSupervision, ForwardForward, MonoForward
+from locallearn.algorithms import (
+    Algorithm,
+    Backprop,
+    CounterCurrent,
+    DeepSupervision,
+    FeedbackAlignment,
+    ForwardForward,
+    ForwardGNN,
+    MonoForward,
+    Pepita,
+    ProductFeedbackAlignment,
+    TaskInfo,
+)
+from locallearn.batch import Batch
+from locallearn.nets import Blocks, gnn
 from locallearn.testing import AlgorithmConformance
 
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
@@ -20,6 +37,21 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "forward_forward-softmax": partial(ForwardForward, inference="softmax"),
     "forward_forward-peer": partial(ForwardForward, peer=0.03),
     "forward_forward-minimise": partial(ForwardForward, minimise=True),
+    "counter_current": CounterCurrent,
+    "counter_current-clip": partial(CounterCurrent, clip=1.0, centralise=True, warmup_steps=4),
+    "counter_current-frozen": partial(CounterCurrent, feedback_lr=0.0),
+    "counter_current-cnn": partial(CounterCurrent, loss="cnn"),
+    "counter_current-flooding": partial(CounterCurrent, flooding=0.9, target="identity"),
+    "pepita": Pepita,
+    "pepita-hebbian": partial(Pepita, variant="hebbian", normalise=True),
+    "pepita-time_local": partial(Pepita, variant="time_local"),
+    "pepita-mirror": partial(Pepita, mirror_steps=2, mirror_every=2),
+    **{
+        f"feedback_alignment-{mode}": partial(FeedbackAlignment, mode=mode)
+        for mode in ("fa", "dfa", "usf", "brsf", "frsf", "weight_mirror", "kolen_pollack")
+    },
+    "product_feedback_alignment": partial(ProductFeedbackAlignment, expansion=3),
+    "product_feedback_alignment-orthogonal": partial(ProductFeedbackAlignment, orthogonal=True),
 }
 
 
@@ -27,3 +59,93 @@ class TestConformance(AlgorithmConformance):
     @pytest.fixture(params=ALGORITHMS)
     def make_algorithm(self, request: pytest.FixtureRequest) -> Callable[[], Algorithm]:
         return ALGORITHMS[request.param]
+
+
+NODES, WIDTH, CLASSES = 40, 32, 4
+# Of every rule that runs on graphs: how it is made, and the convolution it is tried with.
+ON_GRAPHS: dict[str, tuple[Callable[[], Algorithm], str]] = {
+    "mono_forward": (MonoForward, "SAGEConv"),
+    "deep_supervision": (DeepSupervision, "GCNConv"),
+    **{
+        f"forward_gnn-{variant}-{conv}": (partial(ForwardGNN, variant=variant), conv)
+        for variant, conv in [
+            ("sf", "GCNConv"),
+            ("sf", "GATConv"),
+            ("sf", "GINConv"),
+            ("ff_la", "GCNConv"),
+            ("ff_vn", "SAGEConv"),
+            ("sf_top_to_loss", "GCNConv"),
+            ("sf_top_to_input", "SAGEConv"),
+            ("ce", "GCNConv"),
+            ("ff", "SAGEConv"),
+            ("ce_top_to_input", "GCNConv"),
+        ]
+    },
+}
+
+
+class TestConformanceOnGraphs(AlgorithmConformance):
+    @pytest.fixture(params=ON_GRAPHS)
+    def chosen(self, request: pytest.FixtureRequest) -> tuple[Callable[[], Algorithm], str]:
+        return ON_GRAPHS[request.param]
+
+    @pytest.fixture
+    def make_algorithm(self, chosen: tuple[Callable[[], Algorithm], str]) -> Callable[[], Algorithm]:
+        return chosen[0]
+
+    @pytest.fixture
+    def links(self, make_algorithm: Callable[[], Algorithm]) -> bool:
+        return make_algorithm().variant in ("ce", "ff", "ce_top_to_input")
+
+    @pytest.fixture
+    def make_net(self, chosen: tuple[Callable[[], Algorithm], str]) -> Callable[[int], Blocks]:
+        make, conv = chosen
+        readout = None if isinstance(make(), ForwardGNN) else "conv"
+        return lambda depth: gnn((WIDTH,), CLASSES, conv, (WIDTH,) * depth, readout=readout, **make().net_settings)
+
+    @pytest.fixture
+    def batches(self, links: bool) -> list[Batch]:
+        draw = torch.Generator().manual_seed(0)
+        ends = torch.randint(NODES, (2, 90), generator=draw)
+        ends = ends[:, ends[0] != ends[1]]
+        edges = torch.cat((ends, ends.flip(0)), 1)
+        labels = torch.arange(NODES) % CLASSES
+        inputs = torch.randn(CLASSES, WIDTH, generator=draw)[labels] + 0.5 * torch.randn(NODES, WIDTH, generator=draw)
+        if not links:
+            return [Batch(inputs, labels, (edges,), rows=torch.arange(NODES) < 24)] * 6
+        pairs = torch.cat((edges[:, :40], torch.randint(NODES, (2, 40), generator=draw)), 1)
+        return [Batch(inputs, (torch.arange(80) < 40).float(), (edges,), rows=pairs)] * 6
+
+    @pytest.fixture
+    def task(self, batches: list[Batch], links: bool) -> TaskInfo:
+        if links:  # inference gives the outputs of all three blocks side by side
+            return TaskInfo(batches[0], 3 * WIDTH, F.binary_cross_entropy_with_logits, classes=False)
+        return TaskInfo(batches[0], CLASSES, F.cross_entropy)
+
+
+class TestConformanceOfAnAutoencoder(AlgorithmConformance):
+    @pytest.fixture
+    def make_algorithm(self) -> Callable[[], Algorithm]:
+        return CounterCurrent
+
+    @pytest.fixture
+    def make_net(self) -> Callable[[int], Blocks]:
+        def make(depth: int) -> Blocks:
+            blocks = {f"block{i}": nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ELU()) for i in range(depth)}
+            return Blocks(blocks, nn.Conv2d(4, 4, 3, padding=1))
+
+        return make
+
+    @pytest.fixture
+    def batches(self) -> list[Batch]:
+        draw = torch.Generator().manual_seed(0)
+        images = [torch.rand(24, 4, 4, 4, generator=draw) for _ in range(6)]
+        return [Batch(x, x, index=torch.arange(24) + 24 * i) for i, x in enumerate(images)]
+
+    @pytest.fixture
+    def task(self, batches: list[Batch]) -> TaskInfo:
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            return F.mse_loss(output, target)
+
+        two = batches[0].inputs[:2]
+        return TaskInfo(Batch(two, two), 64, loss, classes=False)

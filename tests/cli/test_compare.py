@@ -97,7 +97,7 @@ def test_matched_gives_every_algorithm_the_same_samples(cli: Cli, tmp_path: Path
 
 
 def test_target_reports_seconds_and_samples(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
-    words = ["compare.mode=target", "compare.target_accuracy=0.5", "trainer.max_epochs=20", "optimizer.lr=1e-2"]
+    words = ["compare.mode=target", "compare.target=0.5", "trainer.max_epochs=20", "optimizer.lr=1e-2"]
     assert cli("compare", _TWO[0], "compare.seeds=[0]", *words).code == 0
     for record in read_records(tmp_path / "runs"):
         assert record["mode"] == "target"

@@ -86,7 +86,8 @@ _TRAIN: list[tuple[list[str], tuple[str, ...]]] = [
     (["algorithm=backprop", "schedule=sequential"], ("Backprop", "schedule=joint")),
     (["algorithm=deep_supervision", "schedule=sequential"], ("DeepSupervision", "schedule=joint")),
     (["compare.mode=foo"], ("'foo'", "own", "matched", "target")),
-    (["compare.mode=target"], ("compare.target_accuracy",)),
+    (["compare.mode=target"], ("compare.target",)),
+    (["task=link_prediction"], ("dataset.split", "do not go together")),
     # devices
     (["trainer.accelerator=foo"], ("foo", "cpu", "auto")),
     (["trainer.devices=2"], ("trainer.devices is 2", "1")),
@@ -112,7 +113,8 @@ _COMPARE: list[tuple[list[str], tuple[str, ...]]] = [
     (["compare.algorithms=[]"], ("[]", "list")),
     (["compare.algorithms=backprop"], ("backprop", "list")),
     (["compare.mode=foo"], ("'foo'", "matched")),
-    (["compare.mode=target"], ("compare.target_accuracy",)),
+    (["compare.mode=target"], ("compare.target",)),
+    (["task=link_prediction"], ("dataset.split", "do not go together")),
     (["compare.overrides={nope:[seed=1]}"], ()),
     (['compare.overrides={nope:["optimizer.lr=1"]}'], ("'nope'", "compare.algorithms")),
     (['compare.overrides={mono_forward:["optimizer.lrr=1"]}'], ("'optimizer.lrr'",)),
@@ -236,3 +238,9 @@ def test_debug_shows_the_traceback(cli: Cli) -> None:
 
     with pytest.raises(UsageError, match="seed is -1"):
         cli("train", "--debug", "seed=-1")
+
+
+def test_a_network_that_cannot_take_a_graph_is_refused_before_training(cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("train", "dataset=karate_club", "net=mlp", "algorithm=backprop", f"runs_dir={tmp_path / 'runs'}")
+    _is_one_sentence(outcome, "block 'layer1'", "cannot take")
+    assert not (tmp_path / "runs").exists()

@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from locallearn import cli
+from locallearn.algorithms import Locality
+from locallearn.cli.plans import make_plan
+from locallearn.cli.settings import Arm, compose_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
@@ -88,14 +91,40 @@ def _architecture(names: dict[str, Any]) -> bool:
 
 
 # What a page's snippets must have shown in the end.
+def _learns_at_the_stated_cost(names: dict[str, Any]) -> bool:
+    """It tells classes apart, its updates cost what the page's formula says, and its claim holds."""
+    learned, as_stated = names["accuracy"] > 0.8, names["flops"] == names["expected_flops"]
+    return bool(learned and as_stated and names["result"].confirmed)
+
+
 SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "README.md": lambda names: bool(names["accuracy"] > 0.9),
     "docs/add-an-algorithm.md": _add_an_algorithm,
     "docs/algorithms/backprop.md": _control,
+    "docs/algorithms/counter_current.md": lambda names: (
+        _learns_at_the_stated_cost(names)
+        and names["coupled"].confirmed
+        and names["coupled"].verdict is Locality.COUPLED
+    ),
     "docs/algorithms/deep_supervision.md": _control,
+    "docs/algorithms/feedback_alignment.md": lambda names: (
+        _learns_at_the_stated_cost(names) and bool(names["after"] < names["before"] - 20)
+    ),
     "docs/algorithms/forward_forward.md": _forward_forward,
+    "docs/algorithms/forward_gnn.md": lambda names: (
+        _learns_at_the_stated_cost(names)
+        and names["coupled"].confirmed
+        and names["coupled"].verdict is Locality.COUPLED
+    ),
     "docs/algorithms/mono_forward.md": _mono_forward,
+    "docs/algorithms/pepita.md": lambda names: (
+        _learns_at_the_stated_cost(names) and bool(names["after"] < names["before"])
+    ),
+    "docs/algorithms/product_feedback_alignment.md": lambda names: (
+        _learns_at_the_stated_cost(names) and bool(names["angle"] < 30)
+    ),
     "docs/architecture.md": _architecture,
+    "docs/graphs.md": lambda names: bool(names["accuracy"] > 0.5 and names["auc"] > 0.7),
     "docs/own-network.md": _own_network,
 }
 
@@ -149,12 +178,14 @@ def _sweep(words: list[str]) -> Iterator[list[str]]:
 def _check_command(command: str, words: list[str], extra: list[str]) -> None:
     assert command in COMMANDS
     for run in _sweep(words):
-        cfg, choices = cli._compose([*run, *extra, "meter=none"])
-        names = set(cfg.compare.algorithms) if command == "compare" else {choices["algorithm"]}
+        cfg, choices = compose_settings([*run, *extra, "meter=none"])
+        several = {"compare": cfg.compare, "tune": cfg.tune, "bench": cfg.bench}.get(command)
+        names = set(several.algorithms) if several is not None else {choices["algorithm"]}
         for name in names:
-            of_its_own, chosen = cli._compose([*run, *extra, "meter=none", f"algorithm={name}"])
-            if not extra:  # a rule of the page's own has no class here
-                cli._plan(of_its_own, chosen, "")
+            if extra:  # a rule of the page's own has no class here
+                compose_settings([*run, *extra, "meter=none", f"algorithm={name}"])
+                continue
+            make_plan(*compose_settings([*run, "meter=none", *Arm(name).overrides]), "")
 
 
 def _write_settings(page: str, folder: Path) -> list[str]:

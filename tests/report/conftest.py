@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,20 @@ _COSTS = {
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Makes a finished run on disk; keyword arguments replace top-level entries of its record."""
+    """Makes a finished run on disk; keyword arguments replace top-level entries of its record.
+
+    ``curves`` replaces the logged figures: values by epoch and name. ``picture`` becomes its reconstructions.
+    """
 
     def run(
-        algorithm: str = "mono_forward", seed: int = 0, *, epochs: int = 3, status: str = "done", **values: Any
+        algorithm: str = "mono_forward",
+        seed: int = 0,
+        *,
+        epochs: int = 3,
+        status: str = "done",
+        curves: Mapping[str, Sequence[float]] | None = None,
+        picture: bytes | None = None,
+        **values: Any,
     ) -> Record:
         seconds, joules, flops, peak = _COSTS.get(algorithm, _COSTS["mono_forward"])
         factor = 1 + seed / 50
@@ -33,7 +43,10 @@ def make(tmp_path: Path) -> Make:
             "blocks": ["a", "b"],
         }
         folder = RunFolder.create(tmp_path / "runs", start | values)
-        for epoch in range(epochs):
+        for name, line in (curves or {}).items():
+            for epoch, value in enumerate(line):
+                folder.log(epoch, epoch * 10, {name: value})
+        for epoch in range(epochs if curves is None else 0):
             accuracy = 1 - math.exp(-epoch - 1)
             logged = {"validation/accuracy": accuracy}
             for block in values.get("blocks", ("a", "b")):
@@ -50,6 +63,8 @@ def make(tmp_path: Path) -> Make:
             {"source": "nvml", "quality": "measured", "joules": joules * factor, "reason": None},
             {"source": "model", "quality": "modelled", "joules": joules, "reason": None},
         ]
+        if picture is not None:
+            (folder.path / "reconstructions.png").write_bytes(picture)
         figures = {"test": {"accuracy": 0.98 + seed / 1000}, "cost": cost, "energy": energy}
         folder.update(figures | values)
         return load_record(

@@ -1,4 +1,6 @@
+import base64
 import json
+import re
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 
 from locallearn.records import Record
 from locallearn.report import write_report
-from locallearn.statistics import bootstrap_interval
+from locallearn.statistics import bootstrap_interval, compare_table
 
 Make = Callable[..., Record]
 X = "\N{MULTIPLICATION SIGN}"
@@ -253,3 +255,189 @@ def test_the_same_records_give_the_same_page_and_an_older_one_is_replaced_whole(
     assert {path.name for path in tmp_path.iterdir()} == {"r.html", "again.html", "runs"}
     with pytest.raises(ValueError, match="is a folder"):
         write_report(records, tmp_path)
+
+
+# -- figures other than accuracy --------------------------------------------------------------------------------------
+MSE = {"task": "reconstruction", "net": "autoencoder", "metric": {"name": "mse", "maximise": False}}
+AUC = {"task": "link_prediction", "metric": {"name": "auc", "maximise": True}}
+
+
+def _mse(make: Make, algorithm: str, seed: int, error: float, **values: Any) -> Record:
+    curves = {"validation/mse": [4 * error, 2 * error, error], "validation/loss": [4 * error, 2 * error, error]}
+    return make(algorithm, seed, curves=curves, test={"mse": error, "loss": error}, **(MSE | values))
+
+
+def test_a_metric_that_should_be_small_is_the_headline_with_four_digits(make: Make, show: Callable[..., Page]) -> None:
+    page = show([_mse(make, a, s, e + s / 1000) for a, e in (("backprop", 0.01), ("x", 0.02)) for s in (0, 1)])
+    assert page.tables[0][0][2] == "Test MSE | lower is better"
+    assert page.tables[0][0][-1] == "Test loss"
+    assert page.line(0, "x")["Test MSE | lower is better"] == f"0.02050 ± 0.00071 | 1.955{X}"  # (2 + 21/11) / 2
+    assert "ccuracy" not in page.text
+    assert "digits · autoencoder · reconstruction" in page.text
+    assert "MSE against cost" in page.text
+    assert "Validation MSE over epochs" in page.text
+    assert "Test MSE: difference to backprop" in page.text
+    assert "Lower is better: left of the line a rule beats backprop." in page.text
+    cost, difference = page.charts[0], page.charts[2]
+    assert cost["layout"]["yaxis"]["title"]["text"] == "Test MSE (lower is better)"
+    assert difference["data"][0]["x"] == pytest.approx([0.01])
+    (line,) = [c for c in page.charts if c["layout"]["yaxis"].get("title", {}).get("text", "").startswith("validation")]
+    assert line["layout"]["yaxis"]["title"]["text"] == "validation MSE (lower is better)"
+    (mean,) = [trace for trace in line["data"] if trace.get("name") == "x"]
+    assert mean["y"] == pytest.approx([0.082, 0.041, 0.0205])
+    (table,) = [table for table in page.tables if table[0] == ["Epoch", "backprop", "x"]]
+    assert table[1:] == [["0", "0.042", "0.082"], ["1", "0.021", "0.041"], ["2", "0.0105", "0.0205"]]
+
+
+def test_the_front_follows_the_direction_of_the_metric(make: Make, show: Callable[..., Page]) -> None:
+    """Training takes 1, 2, 3, 4 s. Of errors the front has those that fall, of shares those that rise."""
+
+    def front(make_one: Callable[[str, float, float], Record]) -> Any:
+        values = ((1.0, 0.3), (2.0, 0.4), (3.0, 0.2), (4.0, 0.6))
+        page = show([make_one(f"rule{i}", seconds, value) for i, (seconds, value) in enumerate(values)])
+        (time,) = [c for c in page.charts if "Training time" in c["layout"]["xaxis"].get("title", {}).get("text", "")]
+        (line,) = [trace for trace in time["data"] if trace["name"] == "Pareto front"]
+        return line["x"], line["y"]
+
+    def small(name: str, seconds: float, value: float) -> Record:
+        return _mse(make, name, 0, value, cost={"train_s": seconds}, energy=[])
+
+    def large(name: str, seconds: float, value: float) -> Record:
+        return make(name, 0, test={"auc": value}, cost={"train_s": seconds}, energy=[], **AUC)
+
+    assert front(small) == ([1.0, 3.0], pytest.approx([0.3, 0.2]))
+    assert front(large) == ([1.0, 2.0, 4.0], pytest.approx([30.0, 40.0, 60.0]))
+
+
+def test_an_area_under_a_curve_is_a_percentage(make: Make, show: Callable[..., Page]) -> None:
+    def run(algorithm: str, seed: int, area: float) -> Record:
+        return make(algorithm, seed, test={"auc": area, "accuracy": 0.5}, curves={"validation/auc": [0.5, area]}, **AUC)
+
+    page = show([run(a, s, e + s / 100) for a, e in (("backprop", 0.9), ("x", 0.93)) for s in (0, 1)])
+    assert page.tables[0][0][2:4] == ["Test AUC | %", "Test accuracy | %"]
+    assert page.line(0, "x")["Test AUC | %"].startswith("93.50 ± 0.71")
+    assert "Test AUC: difference to backprop (percentage points)" in page.text
+    assert "Lower is better" not in page.text
+    (line,) = [c for c in page.charts if c["layout"]["yaxis"].get("title", {}).get("text") == "validation AUC (%)"]
+    assert [trace["y"] for trace in line["data"] if trace.get("name") == "x"] == [pytest.approx([50.0, 93.5])]
+
+
+def test_the_target_is_named_after_the_metric(make: Make, show: Callable[..., Page]) -> None:
+    page = show([_mse(make, "x", 0, 0.01, mode="target", target={"mse": 0.02, "seconds": 3.0})])
+    assert page.line(0, "x")["Target MSE | lower is better"] == "0.02000"
+    assert "Cost until validation MSE first reaches the stated target." in page.text
+
+
+def test_records_without_a_metric_are_judged_by_accuracy(make: Make, show: Callable[..., Page]) -> None:
+    old = [make("x", 0), make("backprop", 0)]
+    new = [Record(r.path, {**r.data, "metric": {"name": "accuracy", "maximise": True}}) for r in old]
+    assert show(old).charts == show(new).charts
+    for odd in ("mse", {}, {"name": ""}, {"name": 3}, [1], None):
+        assert Record(old[0].path, {**old[0].data, "metric": odd}).metric == ("accuracy", True)
+    assert Record(old[0].path, {**old[0].data, "metric": {"name": "f1"}}).metric == ("f1", True)
+
+
+def test_tasks_on_the_same_data_and_network_do_not_mix(make: Make, show: Callable[..., Page]) -> None:
+    same = {"net": "gcn"}
+    records = [make("x", s, task="classification", **same) for s in (0, 1)]
+    records += [_mse(make, "x", s, 0.02, **same) for s in (0, 1)]
+    records += [_mse(make, "backprop", s, 0.01, **same) for s in (0, 1)]
+    rows = compare_table(records)
+    assert [(row.task, row.algorithm, len(row.records), row.notes) for row in rows] == [
+        ("classification", "x", 2, ()),
+        ("reconstruction", "backprop", 2, ()),
+        ("reconstruction", "x", 2, ()),
+    ]
+    assert all(figure.paired is None for figure in rows[0].figures.values())  # no baseline of its own task
+    assert rows[2].figures["test/mse"].paired is not None
+    page = show(records)
+    assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == ["s0", "s1"]
+    first, second = (table for table in page.tables if table[0][:2] == ["Rule", "Seeds"] and "Parameters" in str(table))
+    assert (first[0][2], second[0][2]) == ("Test accuracy | %", "Test MSE | lower is better")
+    assert not any("MSE" in cell for cell in first[0])
+
+
+# -- figures of every layer -------------------------------------------------------------------------------------------
+def test_figures_of_layers_have_a_chart_each_with_the_latest_values_below(
+    make: Make, show: Callable[..., Page]
+) -> None:
+    def run(seed: int) -> Record:
+        angles = {f"layer/{name}/weight_angle": [90.0 - seed, 60.0 + i - seed] for i, name in enumerate(("b.0", "a"))}
+        return make("x", seed, curves={"validation/accuracy": [0.5, 0.6], **angles, "layer/a/norm_ratio": [0.5]})
+
+    page = show([run(0), run(2)])
+    angle, ratio = page.charts[-2:]
+    assert "Alignment" in page.text
+    assert "x: weight angle per layer" in page.text
+    assert angle["layout"]["yaxis"]["title"]["text"] == "weight angle (degrees)"
+    assert [(t["name"], t["x"], t["y"]) for t in angle["data"]] == [
+        ("b.0", [0, 1], [89.0, 59.0]),
+        ("a", [0, 1], [89.0, 60.0]),
+    ]
+    assert ratio["layout"]["yaxis"]["title"]["text"] == "norm ratio"
+    tables = [table for table in page.tables if table[0][0] == "Layer"]
+    assert tables[0] == [["Layer", "Epoch", "Weight angle (degrees)"], ["b.0", "1", "59"], ["a", "1", "60"]]
+    assert tables[1] == [["Layer", "Epoch", "Norm ratio"], ["a", "0", "0.5"]]
+    assert "Alignment" not in show([make()]).text
+
+
+def test_layers_and_metrics_with_markup_in_their_names_stay_text(make: Make, show: Callable[..., Page]) -> None:
+    nasty = NASTY.replace("/", "|")
+    record = make(
+        "x",
+        curves={f"layer/{nasty}/{nasty}": [1.0], f"validation/{nasty}": [1.0]},
+        test={nasty: 1.0},
+        metric={"name": nasty, "maximise": False},
+        mode="target",
+        picture=PNG,
+        task=nasty,
+    )
+    page = show([record])
+    assert len(page.scripts) == 3
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
+    assert "<" not in page.scripts[0]
+    assert "<img" not in json.dumps(page.charts)
+    assert "&lt;img" in json.dumps(page.charts)
+
+
+def test_layers_are_left_out_of_a_very_large_page_with_the_blocks(make: Make, show: Callable[..., Page]) -> None:
+    curves = {f"layer/{i}/weight_angle": [45.0] for i in range(600)}
+    page = show([make(f"rule{i}", curves=curves) for i in range(3)])
+    assert "The curves per block of 2 of 3 rules" in page.text
+    assert sum(len(chart["data"]) == 600 for chart in page.charts) == 1
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def _images(page: Page) -> list[dict[str, str | None]]:
+    return [attrs for tag, attrs in page.tags if tag == "img"]
+
+
+def test_the_newest_run_of_every_rule_shows_its_reconstructions(make: Make, show: Callable[..., Page]) -> None:
+    records = [_mse(make, "x", seed, 0.01, picture=PNG + bytes([seed])) for seed in (2, 0, 1)]  # the last one is newest
+    records += [_mse(make, "x", 5, 0.01), _mse(make, "backprop", 0, 0.01, picture=PNG), _mse(make, "y", 0, 0.02)]
+    page = show(records)
+    assert "Reconstructions" in page.text
+    first, second = _images(page)
+    for image, label, content in ((first, "backprop, seed 0", PNG), (second, "x, seed 1", PNG + b"\1")):
+        assert str(image["alt"]).startswith(f"Reconstructions by {label}: ")
+        assert label in page.text
+        head, _, data = str(image["src"]).partition(",")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(data) == content
+    assert not _images(show([make()]))
+
+
+def test_a_picture_that_is_none_or_too_large_is_left_out_by_name(make: Make, show: Callable[..., Page]) -> None:
+    big = PNG + bytes(900_000)
+    records = [_mse(make, "a", 0, 0.01, picture=b"<svg/>"), _mse(make, "b", 0, 0.01, picture=big)]
+    records += [_mse(make, "c", 0, 0.01, picture=big), _mse(make, "d", 0, 0.01, picture=PNG)]
+    page = show(records)
+    alts = [str(image["alt"]) for image in _images(page)]
+    assert [re.findall("by (.), seed 0", alt) for alt in alts] == [["b"], ["d"]]
+    assert "reconstructions.png is not a PNG picture." in page.text
+    assert "The reconstructions of 1 of 4 rules, to keep the page small" in page.text

@@ -59,3 +59,19 @@ def test_a_terminal_of_eighty_columns_loses_no_figure(make: Make) -> None:
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
     for figure in ("deep_supervision", "98.10", "±0.10", "45.9", "2.35", "5.60", "4.67", "0.345"):
         assert figure in text
+
+
+def test_every_metric_has_a_column_of_its_own(make: Make) -> None:
+    error = {"task": "reconstruction", "net": "autoencoder", "metric": {"name": "mse", "maximise": False}}
+    records = [make("x", 0)]
+    records += [make(a, 0, test={"mse": e, "loss": e}, **error) for a, e in (("y", 0.00086), ("backprop", 0.00043))]
+    text = printed(records, 300)
+    place = [line[:32].strip() for line in text.splitlines()]
+    assert "digits · autoencoder · reconstruction · mode own" in " ".join(place)
+    assert "test mse (lower is better)" in text
+    assert "test accuracy (%)" in text
+    assert "loss" not in text
+    assert cells(text, "x")[0][:3] == ["1", "98.00", "\N{EN DASH}"]
+    line, below = cells(text, "y")
+    assert line[:3] == ["1", "\N{EN DASH}", "0.0008600"]
+    assert below[0] == "2.000\N{MULTIPLICATION SIGN}"

@@ -294,7 +294,7 @@ def test_the_best_weights_are_kept(make_plan: MakePlan) -> None:
 
 def test_target_stops_and_says_what_it_cost(make_plan: MakePlan) -> None:
     plan = make_plan(
-        "mono_forward", max_epochs=30, target_accuracy=0.5, mode="target", optimizer=partial(torch.optim.Adam, lr=1e-2)
+        "mono_forward", max_epochs=30, target=0.5, mode="target", optimizer=partial(torch.optim.Adam, lr=1e-2)
     )
     folder = run(plan)
     record = _record(folder)
@@ -308,7 +308,7 @@ def test_target_stops_and_says_what_it_cost(make_plan: MakePlan) -> None:
 
 
 def test_a_target_that_is_not_reached_is_unknown(make_plan: MakePlan) -> None:
-    record = _record(run(make_plan("mono_forward", target_accuracy=1.0, mode="target")))
+    record = _record(run(make_plan("mono_forward", target=1.0, mode="target")))
     assert record["target"] is None
 
 

@@ -16,7 +16,8 @@ import optuna
 import pytest
 import torch
 
-from locallearn.cli import _compose, main
+from locallearn.cli import main
+from locallearn.cli.settings import compose_settings
 from locallearn.records import load_record
 from locallearn.strategies import Diverged
 from locallearn.study import tune as module
@@ -61,8 +62,12 @@ class FakeRuns:
 
 
 class _FakeRecord:
-    def __init__(self, accuracy: float) -> None:
-        self.data = {"validation": {"accuracy": accuracy}}
+    """``accuracy`` is what the fake run returned: a value of the metric, or the folder ``None`` of one that diverged."""
+
+    maximise = True
+
+    def __init__(self, accuracy: float | None) -> None:
+        self.data = {"validation": {"accuracy": accuracy}, "metric": {"name": "accuracy", "maximise": self.maximise}}
         self.path = Path("a-run")
 
 
@@ -101,7 +106,7 @@ def test_the_best_trial_is_the_one_with_the_highest_accuracy(runs: FakeRuns, tmp
         [(key, rate)] = [(k, float(v)) for k, _, v in (s.partition("=") for s in best.settings)]
         assert key == "optimizer.lr"
         assert rate == min(rates, key=lambda lr: abs(math.log10(lr) - optimum[best.algorithm]))  # to the last digit
-        assert best.accuracy == pytest.approx(runs.answer(best.algorithm, {"optimizer.lr": rate}))
+        assert best.value == pytest.approx(runs.answer(best.algorithm, {"optimizer.lr": rate}))
 
 
 def test_suggestions_stay_in_the_space_and_spread_on_its_scale(runs: FakeRuns, tmp_path: Path) -> None:
@@ -180,7 +185,7 @@ def test_a_smaller_budget_later_is_still_equal(runs: FakeRuns, tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         _tune(runs, tmp_path, 3)
     found = _tune(runs, tmp_path, 2)
-    assert [(best.accuracy, best.trials) for best in found] == [(0.2, 2), (0.4, 2)]
+    assert [(best.value, best.trials) for best in found] == [(0.2, 2), (0.4, 2)]
 
 
 def test_studies_with_other_settings_do_not_mix() -> None:
@@ -192,12 +197,25 @@ def test_studies_with_other_settings_do_not_mix() -> None:
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_best_trial_of_an_error_is_the_smallest(
+    runs: FakeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_FakeRecord, "maximise", False)
+    answers = iter([0.3, 0.2, math.nan])
+    runs.answer = lambda algorithm, settings: next(answers)
+    [best] = _tune(runs, tmp_path, 3, algorithms=["a"])
+    assert best.value == 0.2
+    assert best.settings == [f"optimizer.lr={runs.values()[1]!r}"]
+
+
 @pytest.mark.parametrize("how", ["diverged", "nan"])
 def test_a_diverged_trial_counts_with_accuracy_0(how: str, runs: FakeRuns, tmp_path: Path) -> None:
     def answer(algorithm: str, settings: dict[str, float]) -> float:
         if algorithm == "a" and len(runs.asked) < 4:
             if how == "diverged":
-                raise Diverged("unit 'layer1' diverged")
+                error = Diverged("unit 'layer1' diverged")
+                error.run_folder = None  # type: ignore[attr-defined]
+                raise error
             return math.nan
         return 0.3
 
@@ -205,7 +223,7 @@ def test_a_diverged_trial_counts_with_accuracy_0(how: str, runs: FakeRuns, tmp_p
     seen: list[float] = []
     found = _tune(runs, tmp_path, 3, show=lambda n, i, of, metrics: seen.append(metrics["validation/accuracy"]))
     assert seen == [0.0, 0.3, 0.0, 0.3, 0.3, 0.3]
-    assert [(best.accuracy, best.trials) for best in found] == [(0.3, 3), (0.3, 3)]
+    assert [(best.value, best.trials) for best in found] == [(0.3, 3), (0.3, 3)]
     assert found[0].settings == [f"optimizer.lr={runs.asked[4].settings['optimizer.lr']!r}"]
 
 
@@ -261,15 +279,13 @@ def test_trials_judge_validation_data_and_never_read_the_test_set(
     assert [record.status for record in records] == ["done", "failed", "done"]
     done = {record.id: record.data["validation"]["accuracy"] for record in records if record.status == "done"}
     assert all(record.data["test"] == {} for record in records if record.status == "done")
-    assert best.accuracy == max(done.values())
+    assert best.value == max(done.values())
     assert best.trials == 3
     study = optuna.load_study(study_name="backprop-study", storage=f"sqlite:///{storage}")
     assert [trial.values for trial in study.trials] == [
         [done[record.id]] if record.status == "done" else [0.0] for record in records
     ]
-    assert [trial.user_attrs.get("record") for trial in study.trials] == [
-        record.id if record.status == "done" else None for record in records
-    ]
+    assert [trial.user_attrs["record"] for trial in study.trials] == [record.id for record in records]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -297,14 +313,14 @@ def test_the_command_prints_what_compare_accepts(here: Path, capsys: pytest.Capt
     assert sorted(path.name for path in (here / "runs").iterdir()) == ["tune", "tune.sqlite"]
     *_, command, overrides = shlex.split(out.splitlines()[-1].partition(": ")[2])
     assert command == "..."
-    cfg, _ = _compose(["compare.algorithms=[mono_forward,backprop]", overrides])
+    cfg, _ = compose_settings(["compare.algorithms=[mono_forward,backprop]", overrides])
     for name in ("mono_forward", "backprop"):
         best = max((r for r in found if r["algorithm"] == name), key=lambda r: float(r["validation"]["accuracy"]))
         assert f"{best['validation']['accuracy']:.4f}" in out
         own = best["config"]["optimizer"]
         words = list(cfg.compare.overrides[name])
         assert sorted(words) == [f"optimizer.lr={own['lr']!r}", f"optimizer.weight_decay={own['weight_decay']!r}"]
-        tuned, _ = _compose(words)  # as compare does for every run
+        tuned, _ = compose_settings(words)  # as compare does for every run
         assert (tuned.optimizer.lr, tuned.optimizer.weight_decay) == (own["lr"], own["weight_decay"])
 
 

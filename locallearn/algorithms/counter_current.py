@@ -1,0 +1,507 @@
+"""Counter-current learning: a second network runs from the labels towards the data, and every layer meets its partner."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
+from locallearn.batch import Batch
+from locallearn.functional import counter_current as ccl
+from locallearn.losses.counter_current import CounterCurrentLoss
+from locallearn.nets.feedforward import initialise
+
+Target = Literal["class", "identity"]
+Loss = Literal["auto", "mlp", "cnn", "autoencoder"]
+
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
+_WEIGHTS = (nn.Linear, nn.Conv2d)
+_KNOWN = (*_ACTIVATIONS, *_NORMS, *_POOLS, *_WEIGHTS, nn.Flatten, nn.Upsample)
+
+
+class CounterCurrent(Algorithm):
+    """Counter-current learning (Kao and Hariharan, arXiv 2409.19841, with the losses and settings of their code).
+
+    The forward network runs ``a_l = f_l(detach(a_{l-1}))`` from the input to the output, a feedback network of its own
+    weights runs ``b_{l-1} = g_l(detach(b_l))`` from the labels to a reconstruction of the input. ``g_l`` is made here as
+    the mirror of block l: its layer with inputs and outputs swapped, poolings and strides as nearest upsampling, and the
+    normalisation and activation of the block before, so that ``b_l`` has the shape of ``a_l``. Every pair
+    ``(a_l, b_l)`` has a loss that trains the two layers that made it and nothing else; the output layer learns from the
+    task's loss, and the pair (input, ``b_0``) trains the last feedback layer.
+
+    With class labels the feedback network runs once for every class, K rows whatever the batch. Without classes, where
+    targets are images, it runs from the target images (the autoencoder of the paper).
+
+    Scale and shift of normalisations do not learn (``requires_grad`` is taken from those of the network), as in the
+    code: a pair of maps could agree by shrinking to nothing.
+
+    Deviations: every feedback layer runs a second time inside its own update, so that one pair's graph at a time is
+    alive. Normalisations of the feedback network keep no running statistics, because it is not used at inference.
+    Flooding judges samples by a pass in eval mode.
+
+    Args:
+        target: what the loss of a pair compares with: ``"class"``: every sample with every class, 1 for its own (the
+            code); ``"identity"``: every sample with the signals of the batch's samples, 1 for itself and 0 for others of
+            its class, too (the paper's text). Of tasks with classes.
+        loss: ``"mlp"``: inner products divided by the width; ``"cnn"``: of rows of length 1, with Gram terms;
+            ``"autoencoder"``: maps against maps; ``"auto"``: the last without classes, ``"cnn"`` where a block holds a
+            convolution, else ``"mlp"``.
+        c: factor of the pair's term; ``None``: the code's, 0.5 for ``mlp``, else 1.
+        gram: factor of the Gram terms; ``None``: the code's, 0.5 for ``cnn``, else 0. Of tasks with classes.
+        flooding: leave samples whose true class has a probability above this out of the pairs' losses, 0.9 in the
+            code's CIFAR-10 run; ``None``: none. It costs one more forward pass.
+        centralise: take the mean over inputs out of every weight's gradient.
+        warmup_steps: the losses of that many first batches are scaled up linearly; 0: none.
+        clip: largest norm of the gradient of each of the two networks; ``None``: none. The gradients of all layers are
+            then held until the last of them is there. (``trainer.gradient_clip_val`` clips each unit by itself.)
+        feedback_lr: learning rate of the feedback network; ``None``: that of the forward one; 0: its weights stay as
+            they are drawn.
+        seed: of the feedback network's weights.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        target: Target = "class",
+        loss: Loss = "auto",
+        c: float | None = None,
+        gram: float | None = None,
+        flooding: float | None = None,
+        centralise: bool = False,
+        warmup_steps: int = 0,
+        clip: float | None = None,
+        feedback_lr: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(seed)
+        if target not in get_args(Target):
+            raise ValueError(f"target is {target!r}, expected 'class' or 'identity'")
+        if loss not in get_args(Loss):
+            raise ValueError(f"loss is {loss!r}, expected 'auto', 'mlp', 'cnn' or 'autoencoder'")
+        if c is not None and c <= 0:
+            raise ValueError(f"c is {c}, expected a factor above 0, or null for the default of the loss")
+        if gram is not None and gram < 0:
+            raise ValueError(
+                f"gram is {gram}, expected 0 (no Gram terms) or above, or null for the default of the loss"
+            )
+        if flooding is not None and not 0 < flooding < 1:
+            raise ValueError(f"flooding is {flooding}, expected a probability between 0 and 1, or null for none")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {warmup_steps}, expected 0 (none) or a number of batches")
+        if clip is not None and clip <= 0:
+            raise ValueError(f"clip is {clip}, expected a norm above 0, or null for none")
+        if feedback_lr is not None and feedback_lr < 0:
+            raise ValueError(
+                f"feedback_lr is {feedback_lr}, expected 0 (frozen) or above, or null for that of the blocks"
+            )
+        self.target = target
+        self.loss = loss
+        self.c = c
+        self.gram = gram
+        self.flooding = flooding
+        self.centralise = centralise
+        self.warmup_steps = warmup_steps
+        self.clip = clip
+        self.feedback_lr = feedback_lr
+        self.kind: str = loss  # build() says what "auto" is
+        if warmup_steps > 0:
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def locality(self) -> Locality:
+        """Layer-local; a norm over a whole network, or the network's own output, couples what layers learn."""
+        coupled = self.clip is not None or self.flooding is not None
+        return Locality.COUPLED if coupled else Locality.LAYER_LOCAL
+
+    @property
+    def broadcast(self) -> str:
+        """Labels, on the way through the feedback network; and what couples layers, where something does."""
+        told = "labels, through a feedback network that sees nothing else"
+        if self.clip is not None:
+            told += "; the norm of each network's gradient"
+        if self.flooding is not None:
+            told += "; which samples are learned already"
+        return told
+
+    @property
+    def label_path(self) -> list[nn.Module]:
+        """The feedback network."""
+        return [self.feedback]
+
+    @property
+    def variant(self) -> str | None:
+        """``identity``, ``frozen``, or both, where chosen."""
+        chosen = [name for name, used in (("identity", self.target == "identity"), ("frozen", self.frozen)) if used]
+        return ", ".join(chosen) or None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the feedback network keeps the weights it was drawn with."""
+        return self.feedback_lr == 0
+
+    def build(self, task: TaskInfo) -> None:
+        """Make the mirror of every block and of the readout."""
+        self._check(task)
+        readout = self.blocks.readout
+        assert readout is not None
+        stages = [*zip(self.blocks.names, self.blocks, strict=True), ("readout", readout)]
+        parameter = next(self.blocks.parameters())
+        x = task.example.inputs[:2].to(parameter.device, parameter.dtype)
+        shapes, traced = [x.shape[1:]], []
+        for name, stage in stages:
+            layers, x = _trace(name, stage, x)
+            traced.append(layers)
+            shapes.append(x.shape[1:])
+        convolutional = any(isinstance(layer.module, nn.Conv2d) for layers in traced for layer in layers)
+        self.kind = _kind(self.loss, task, convolutional)
+        if self.kind == "autoencoder":
+            self._check_images(task, stages, shapes)
+        else:
+            self.local = CounterCurrentLoss(self.kind == "cnn", self.c, self.gram)
+        self._loss = task.loss
+        before: list[_Layer] = []
+        self.feedback = nn.ModuleList()
+        for (name, _), layers in zip(stages, traced, strict=True):
+            self.feedback.append(_mirror(name, layers, before))
+            before = layers
+        for module in self.blocks.modules():
+            if isinstance(module, _NORMS):
+                module.requires_grad_(False)
+        self.feedback.to(parameter.device, parameter.dtype)
+        self._initialise()
+        self.feedback.requires_grad_(not self.frozen)
+        self._check_mirror(stages, shapes, task)
+
+    def units(self) -> dict[str, list[ParamGroup]]:
+        """A block with the feedback layer that makes its partner, the readout, and the last feedback layer ("input")."""
+        readout = self.blocks.readout
+        assert readout is not None
+        units: dict[str, list[ParamGroup]] = {}
+        for i, (name, block) in enumerate(zip(self.blocks.names, self.blocks, strict=True)):
+            units[name] = [{"params": _learned(block)}]
+            if self.feedback_lr is None:
+                units[name][0]["params"] += _learned(self.feedback[i + 1])
+            elif not self.frozen:
+                units[name].append(self._feedback_group(i + 1))
+        units["readout"] = [{"params": _learned(readout)}]
+        if not self.frozen:
+            units["input"] = [self._feedback_group(0)]
+        return units
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """One pair after another, each on detached inputs; with ``clip``, all gradients before the first step."""
+        pairs = self._pairs(batch)
+        if self.clip is None:
+            yield from (map(self._differentiated, pairs) if self.centralise else pairs)
+            return
+        held = [self._differentiated(update) for update in pairs]
+        backward = {id(p) for p in self.feedback.parameters()}
+        factors = {}
+        for own in (False, True):
+            gradients = [g for u in held for p, g in (u.gradients or {}).items() if (id(p) in backward) is own]
+            if gradients:
+                factors[own] = ccl.clip_factor(gradients, self.clip)
+        while held:
+            update = held.pop(0)
+            clipped = {p: g * factors[id(p) in backward] for p, g in (update.gradients or {}).items()}
+            yield Update(update.unit, update.loss, clipped)
+
+    def _pairs(self, batch: Batch) -> Iterator[Update]:
+        readout = self.blocks.readout
+        assert readout is not None
+        scale: Tensor | float = 1.0
+        if self.warmup_steps > 0:
+            self.steps += 1
+            scale = (self.steps / self.warmup_steps).clamp(max=1.0)
+        signals = self._signals(batch.targets)
+        keep = self._keep(batch)
+        torch.clear_autocast_cache()  # older PyTorch gives casts made without gradients back (pytorch/pytorch#158232)
+        x = batch.inputs
+        for i, (name, block) in enumerate(zip(self.blocks.names, self.blocks, strict=True)):
+            output = block(x)
+            yield Update(name, scale * self._pair_loss(output, self._partner(i + 1, signals), batch.targets, keep))
+            x = output.detach()
+            del output  # the block's graph ends here
+        yield Update("readout", scale * self._output_loss(readout(x), batch.targets))
+        if not self.frozen:
+            loss = self._end_loss if self.kind == "autoencoder" else self._pair_loss
+            yield Update("input", scale * loss(batch.inputs, self._partner(0, signals), batch.targets, keep))
+
+    # -- losses ------------------------------------------------------------------------------------------------------
+    def _pair_loss(self, output: Tensor, signal: Tensor, targets: Tensor, keep: Tensor | None) -> Tensor:
+        if self.kind == "autoencoder":
+            return ccl.centred_map_loss(output, signal, self._map_factor)
+        if keep is not None:
+            output = ccl.drop_rows(output, keep)
+        if self.target == "class":
+            matches = ccl.class_matches(targets, self.outputs)
+        else:
+            signal, matches = signal[targets], torch.eye(len(targets), device=targets.device)
+        loss: Tensor = self.local(output, signal, matches)
+        return loss
+
+    def _end_loss(self, inputs: Tensor, signal: Tensor, targets: Tensor, keep: Tensor | None) -> Tensor:
+        return ccl.map_loss(inputs, signal, self._map_factor)
+
+    def _output_loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        loss = self._loss(output, targets)
+        return self._map_factor * output.shape[2] * loss if self.kind == "autoencoder" else loss
+
+    @property
+    def _map_factor(self) -> float:
+        return 1.0 if self.c is None else self.c
+
+    def _differentiated(self, update: Update) -> Update:
+        """The same update with gradients in place of a graph."""
+        assert update.loss is not None
+        groups = self.units()[update.unit]
+        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        gradients = torch.autograd.grad(update.loss, parameters)
+        if self.centralise:
+            gradients = tuple(map(ccl.centralise, gradients))
+        return Update(update.unit, update.loss.detach(), dict(zip(parameters, gradients, strict=True)))
+
+    # -- the feedback network ----------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _signals(self, targets: Tensor) -> dict[int, Tensor]:
+        """What the labels send in and ``b_l`` of the hidden layers, by l, without graphs; ``b_0`` is left to its pair."""
+        dtype, last = next(self.feedback.parameters()).dtype, len(self.feedback)
+        if self.kind == "autoencoder":
+            signals = {last: targets.to(dtype)}
+        else:
+            signals = {last: torch.eye(self.outputs, device=targets.device, dtype=dtype)}
+        for i in reversed(range(1, last)):
+            signals[i] = self.feedback[i](signals[i + 1])
+        return signals
+
+    def _partner(self, index: int, signals: dict[int, Tensor]) -> Tensor:
+        """``b_index`` with a graph of its own layer alone."""
+        if self.frozen:
+            return signals[index]
+        signal: Tensor = self.feedback[index](signals[index + 1])
+        return signal
+
+    @torch.no_grad()
+    def _keep(self, batch: Batch) -> Tensor | None:
+        """Which samples the pairs learn from; ``None``: all."""
+        if self.flooding is None:
+            return None
+        modes = [(module, module.training) for module in self.blocks.modules()]
+        self.blocks.eval()  # the pass must not move normalisation statistics a second time
+        try:
+            return ccl.unlearned(self.blocks(batch.inputs), batch.targets, self.flooding)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _feedback_group(self, index: int) -> ParamGroup:
+        group: ParamGroup = {"params": _learned(self.feedback[index])}
+        return group if self.feedback_lr is None else {**group, "lr": self.feedback_lr}
+
+    def _initialise(self) -> None:
+        """PyTorch's own range, or the code's for autoencoders: orthogonal, quiet where maps grow, zero at the image."""
+        initialise(self.feedback, "orthogonal" if self.kind == "autoencoder" else "kaiming_uniform")
+        if self.kind != "autoencoder":
+            return
+        with torch.no_grad():
+            for i, layer in enumerate(self.feedback):
+                modules = list(layer.modules())
+                if any(isinstance(module, nn.Upsample) for module in modules):
+                    for module in modules:
+                        if isinstance(module, nn.Conv2d):
+                            module.weight.mul_(1e-3 if i > 0 else 0.0)
+
+    # -- refusals ----------------------------------------------------------------------------------------------------
+    def _check(self, task: TaskInfo) -> None:
+        if self.blocks.readout is None:
+            raise ValueError(
+                "counter-current learning trains a readout with the task's loss, and this network has none"
+            )
+        taken = {"readout", "input"} & set(self.blocks.names)
+        if taken:
+            raise ValueError(
+                f"a block is named {min(taken)!r}, which is the name of a unit of the rule: rename the block"
+            )
+        if task.example.context or task.example.rows is not None:
+            raise ValueError(
+                "counter-current learning mirrors plain layers, and this task has a context or selected rows (a graph?): "
+                "use another algorithm"
+            )
+        if not task.classes:
+            for name, given in (("gram", self.gram), ("flooding", self.flooding)):
+                if given is not None:
+                    raise ValueError(
+                        f"{name} is {given}, but it needs class labels and this task has none: set it to null"
+                    )
+            if self.target == "identity":
+                raise ValueError("target is 'identity', but this task has no class labels: set it to class")
+
+    def _check_images(self, task: TaskInfo, stages: list[tuple[str, nn.Module]], shapes: list[torch.Size]) -> None:
+        for name, shape in zip([name for name, _ in stages], shapes[1:], strict=True):
+            if len(shape) != 3:
+                raise ValueError(
+                    f"{name!r} gives {tuple(shape)} per sample, but without class labels every layer must give a map "
+                    "(channels, height, width): use a convolutional autoencoder"
+                )
+        if task.example.targets.shape[1:] != shapes[-1]:
+            raise ValueError(
+                f"targets are {tuple(task.example.targets.shape[1:])} per sample and the network gives "
+                f"{tuple(shapes[-1])}: without class labels, targets must be images of the output's shape"
+            )
+
+    def _check_mirror(self, stages: list[tuple[str, nn.Module]], shapes: list[torch.Size], task: TaskInfo) -> None:
+        signal = task.example.targets if self.kind == "autoencoder" else torch.eye(self.outputs)
+        parameter = next(self.feedback.parameters())
+        signal = signal.to(parameter.device, parameter.dtype)
+        for i in reversed(range(len(stages))):
+            name = stages[i][0]
+            try:
+                with torch.no_grad():
+                    signal = self.feedback[i](signal)
+            except Exception as error:
+                raise ValueError(f"the mirror of {name!r} cannot take {tuple(signal.shape)}: {error}") from error
+            if signal.shape[1:] != shapes[i]:
+                raise ValueError(
+                    f"the mirror of {name!r} gives {tuple(signal.shape[1:])} per row, but {name!r} reads {tuple(shapes[i])}: "
+                    "its layers cannot be mirrored"
+                )
+
+
+class _Layer(NamedTuple):
+    """One layer of a block with the shapes around it, samples left out."""
+
+    module: nn.Module
+    before: torch.Size
+    after: torch.Size
+
+
+def _kind(loss: Loss, task: TaskInfo, convolutional: bool) -> str:
+    if (loss == "autoencoder") is task.classes and loss != "auto":
+        wanted = "'mlp' or 'cnn'" if task.classes else "'autoencoder'"
+        raise ValueError(f"loss is {loss!r}, but this task {'has' if task.classes else 'has no'} classes: use {wanted}")
+    if loss != "auto":
+        return loss
+    if not task.classes:
+        return "autoencoder"
+    return "cnn" if convolutional else "mlp"
+
+
+def _learned(part: nn.Module) -> list[nn.Parameter]:
+    return [p for module in part.modules() if isinstance(module, _WEIGHTS) for p in module.parameters()]
+
+
+def _trace(name: str, stage: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor]:
+    """The layers of a block in order, with shapes from a dry run; refuses what has no mirror."""
+    layers = []
+    for module in _flat(stage):
+        if not isinstance(module, _KNOWN):
+            raise ValueError(
+                f"{name!r} contains {type(module).__name__}, which counter-current learning cannot mirror: blocks of one "
+                "linear or convolutional layer with BatchNorm, activation, pooling, flattening and upsampling can be"
+            )
+        try:
+            with torch.no_grad():
+                y = module(x)
+        except Exception as error:
+            raise ValueError(
+                f"{name!r}: {type(module).__name__} cannot take shape {tuple(x.shape)}: {error}"
+            ) from error
+        layers.append(_Layer(module, x.shape[1:], y.shape[1:]))
+        x = y
+    count = sum(isinstance(layer.module, _WEIGHTS) for layer in layers)
+    if count != 1:
+        raise ValueError(
+            f"{name!r} holds {count} linear or convolutional layers, and counter-current learning pairs one layer with one: "
+            "cut the network so that every block has exactly one"
+        )
+    _refuse_order(name, layers)
+    return layers, x
+
+
+def _flat(module: nn.Module) -> Iterator[nn.Module]:
+    if type(module).forward is nn.Sequential.forward:
+        for child in module.children():
+            yield from _flat(child)
+    else:
+        yield module
+
+
+def _refuse_order(name: str, layers: list[_Layer]) -> None:
+    at = next(i for i, layer in enumerate(layers) if isinstance(layer.module, _WEIGHTS))
+    for i, layer in enumerate(layers):
+        if i < at and isinstance(layer.module, (*_ACTIVATIONS, *_NORMS)):
+            raise ValueError(
+                f"{name!r} has {type(layer.module).__name__} in front of its weights, where the mirror has no place for it: "
+                "put it at the end of the block before"
+            )
+        if isinstance(layer.module, nn.Upsample) and i != at - 1:
+            raise ValueError(f"{name!r} has nn.Upsample elsewhere than right in front of its convolution: put it there")
+
+
+def _mirror(name: str, layers: list[_Layer], before: list[_Layer]) -> nn.Sequential:
+    """The way back through a block, ending with the normalisation and activation of the block before it."""
+    finish = [_finish(layer.module) for layer in before if isinstance(layer.module, (*_NORMS, *_ACTIVATIONS))]
+    normed = any(isinstance(module, _NORMS) for module in finish)  # takes every bias out again
+    return nn.Sequential(*_reversed(name, layers, bias=not normed), *finish)
+
+
+def _reversed(name: str, layers: list[_Layer], bias: bool) -> Iterator[nn.Module]:
+    """The block's layers from the end to the beginning, without activations and normalisations."""
+    for i, (module, before, after) in reversed(list(enumerate(layers))):
+        if isinstance(module, nn.Flatten) and before != after:
+            if (module.start_dim, module.end_dim) != (1, -1):
+                raise ValueError(f"{name!r} flattens some dimensions only, which has no mirror here: use nn.Flatten()")
+            yield nn.Unflatten(1, tuple(before))
+        elif isinstance(module, nn.Linear):
+            yield nn.Linear(module.out_features, module.in_features, bias=bias and module.bias is not None)
+        elif isinstance(module, _POOLS):
+            yield nn.Upsample(size=tuple(before[1:]))
+        elif isinstance(module, nn.Conv2d):
+            grown = layers[i - 1] if i > 0 and isinstance(layers[i - 1].module, nn.Upsample) else None
+            if grown is None and before[1:] != after[1:]:
+                yield nn.Upsample(size=tuple(before[1:]))
+            strides = (1, 1) if grown is None else _strides(name, grown)
+            yield _reversed_convolution(name, module, strides, bias and module.bias is not None)
+
+
+def _reversed_convolution(name: str, layer: nn.Conv2d, stride: tuple[int, int], bias: bool) -> nn.Conv2d:
+    if layer.groups != 1 or any(side % 2 == 0 for side in layer.kernel_size):
+        raise ValueError(
+            f"{name!r} has a convolution of {layer.groups} groups and kernel {tuple(layer.kernel_size)}, and only those of "
+            "one group and odd kernels can be mirrored"
+        )
+    reach = [d * (side // 2) for d, side in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return nn.Conv2d(
+        layer.out_channels,
+        layer.in_channels,
+        layer.kernel_size,  # type: ignore[arg-type]
+        stride=stride,
+        padding=(reach[0], reach[1]),
+        dilation=layer.dilation,  # type: ignore[arg-type]
+        bias=bias,
+        padding_mode=layer.padding_mode,
+    )
+
+
+def _strides(name: str, grown: _Layer) -> tuple[int, int]:
+    small, large = grown.before[1:], grown.after[1:]
+    if any(b % a for a, b in zip(small, large, strict=True)):
+        raise ValueError(f"{name!r} upsamples {tuple(small)} to {tuple(large)}, and only whole factors can be mirrored")
+    return large[0] // small[0], large[1] // small[1]
+
+
+def _finish(module: nn.Module) -> nn.Module:
+    """The same activation; the same normalisation without weights and without running statistics."""
+    if isinstance(module, _NORMS):
+        return type(module)(module.num_features, module.eps, affine=False, track_running_stats=False)
+    return copy.deepcopy(module)

@@ -1,0 +1,486 @@
+"""PEPITA: a second forward pass on an input that the error has changed tells every layer what to learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.layer_local import feature_sizes
+from locallearn.batch import Batch
+from locallearn.functional import pepita
+
+Variant = Literal["standard", "hebbian", "time_local"]
+Sign = Literal["minus", "plus"]
+OutputError = Literal["first", "second"]
+Presynaptic = Literal["modulated", "original"]
+
+_ELEMENTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Hardtanh,
+)
+_POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
+_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+
+
+class Pepita(Algorithm):
+    """PEPITA (Dellaferrera and Kreiman, arXiv 2201.11665; Srinivasan et al., arXiv 2302.05440). No backward pass.
+
+    The first pass gives h_l and the error e = softmax(scores) − y. The second pass, on x̃ = x − e Fᵀ with a fixed random F,
+    gives h̃_l. A hidden layer steps along −(h_l − h̃_l)ᵀ h̃_{l−1} / N, the output layer along −eᵀ h̃_{L−1} / N.
+
+    Everything runs without autograd and outside of autocast: h_l − h̃_l is small, and bf16 products would drown it.
+
+    Deviations: biases, which the papers' networks do not have, learn as weights of an input that is always 1. The
+    time-local variant shares its dropout masks between the passes, as the others do; the authors' code draws new ones.
+    Normalisation layers and residual connections are refused.
+
+    Args:
+        variant: ``"standard"``; ``"hebbian"``: h_lᵀ h_{l−1} − h̃_lᵀ h̃_{l−1}, for the output layer h_Lᵀ h_{L−1} − yᵀ h̃_{L−1};
+            ``"time_local"``: the same in two steps, one after each layer of each pass, so that nothing of the first pass
+            is remembered but the masks.
+        sign: ``"minus"``: x − e Fᵀ; ``"plus"``: x + e Fᵀ, as in the first paper's fully connected networks. The same
+            in law, but F then turns away from the product of the weights instead of towards it.
+        output_error: the pass whose error trains the output layer; ``"second"`` as in the first paper's fully connected
+            networks. Standard variant only.
+        presynaptic: which input a layer's step is multiplied with, ``"modulated"`` h̃_{l−1} or ``"original"`` h_{l−1}.
+            Standard variant only.
+        sign_of_error: modulate with the sign of e, and with F ten times smaller.
+        dropout: share of every hidden layer's entries that is set to zero in training, by one mask for both passes.
+        feedback_scale: F is drawn from U(−b, b), b = feedback_scale·√(6/d_0).
+        normalise: divide every hidden activity by the Frobenius norm of the whole batch, in training and prediction.
+        reduction: over the positions of a convolution's map, ``"sum"`` or ``"mean"``.
+        mirror_steps: steps of weight mirroring before the first update. Any mirroring makes F a product of one matrix
+            per layer; it needs a network of linear layers only, and ``sign="minus"``.
+        mirror_every: batches from one step of weight mirroring to the next; ``None``: none during training.
+        mirror_lr: its learning rate.
+        mirror_decay: its weight decay.
+        seed: of F and of the masks and the noise.
+
+    Raises:
+        ValueError: a setting that is none of these, or two that exclude each other.
+    """
+
+    feedback: Tensor
+
+    def __init__(
+        self,
+        variant: Variant = "standard",
+        sign: Sign = "minus",
+        output_error: OutputError = "first",
+        presynaptic: Presynaptic = "modulated",
+        sign_of_error: bool = False,
+        dropout: float = 0.1,
+        feedback_scale: float = 0.05,
+        normalise: bool = False,
+        reduction: pepita.Reduction = "sum",
+        mirror_steps: int = 0,
+        mirror_every: int | None = None,
+        mirror_lr: float = 0.1,
+        mirror_decay: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(seed)
+        for what, value, known in (
+            ("variant", variant, Variant),
+            ("sign", sign, Sign),
+            ("output_error", output_error, OutputError),
+            ("presynaptic", presynaptic, Presynaptic),
+            ("reduction", reduction, pepita.Reduction),
+        ):
+            if value not in get_args(known):
+                raise ValueError(f"{what} is {value!r}, expected one of {', '.join(get_args(known))}")
+        if variant != "standard" and (output_error, presynaptic) != ("first", "modulated"):
+            raise ValueError(
+                f"output_error is {output_error!r} and presynaptic {presynaptic!r}, but the {variant} variant leaves no "
+                "choice of them: use 'first' and 'modulated', or variant=standard"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}, expected a share from 0 up to, but not including, 1")
+        if feedback_scale <= 0.0:
+            raise ValueError(f"feedback_scale is {feedback_scale}, expected a number above 0")
+        if mirror_steps < 0 or (mirror_every is not None and mirror_every < 1):
+            raise ValueError(
+                f"mirror_steps is {mirror_steps} and mirror_every {mirror_every}, expected a number of steps from 0 on, "
+                "and a number of batches from 1 on or null"
+            )
+        if mirror_lr <= 0.0 or mirror_decay < 0.0:
+            raise ValueError(
+                f"mirror_lr is {mirror_lr} and mirror_decay {mirror_decay}, expected one above 0 and one from 0 on"
+            )
+        self._mirrored = mirror_steps > 0 or mirror_every is not None
+        if self._mirrored and sign == "plus":
+            raise ValueError(
+                "weight mirroring turns F towards the product of the weights, and under sign=plus that would raise the "
+                "loss: use sign=minus"
+            )
+        self._variant = variant
+        self.sign = sign
+        self.output_error = output_error
+        self.presynaptic = presynaptic
+        self.sign_of_error = sign_of_error
+        self.dropout = dropout
+        self.feedback_scale = feedback_scale
+        self.normalise = normalise
+        self.reduction = reduction
+        self.mirror_steps = mirror_steps
+        self.mirror_every = mirror_every
+        self.mirror_lr = mirror_lr
+        self.mirror_decay = mirror_decay
+        self._batches = 0
+
+    @property
+    def locality(self) -> Locality:
+        """Autograd never runs."""
+        return Locality.FORWARD_ONLY
+
+    @property
+    def broadcast(self) -> str:
+        """What comes back: the error, once, to the input."""
+        error = "the sign of the output error" if self.sign_of_error else "the output error"
+        how = "matrices that mirror the weights" if self._mirrored else "a fixed random matrix"
+        return f"{error}, sent to the input through {how}"
+
+    @property
+    def variant(self) -> str:
+        """``standard``, ``hebbian`` or ``time_local``."""
+        return self._variant
+
+    @property
+    def linear_optimizer(self) -> str | None:
+        """The time-local variant learns from the sum of two steps."""
+        if self._variant != "time_local":
+            return None
+        return "the time-local variant steps twice per batch, and only the sum of the two steps means anything"
+
+    # -- what it is made of -------------------------------------------------------------------------------------------
+    def build(self, task: TaskInfo) -> None:
+        """Take the blocks apart and draw F."""
+        example = task.example
+        if not task.classes:
+            raise ValueError(
+                "PEPITA sends the error of a softmax over classes to the input, and this task has no classes"
+            )
+        if example.context or example.rows is not None:
+            raise ValueError(
+                "PEPITA changes every input by the error of its own output, which a task with a context or with rows that "
+                "carry no targets (a graph?) does not have: use another algorithm"
+            )
+        if not example.inputs.is_floating_point():
+            raise ValueError(
+                f"PEPITA adds an error to the inputs, and these are {example.inputs.dtype}: make them floats"
+            )
+        if self.blocks.readout is None:
+            raise ValueError(
+                "PEPITA needs a network that ends in an output layer, and this one has no readout: name one in "
+                "Blocks.cut(..., readout=...)"
+            )
+        self._hidden = [_taken_apart(name, block) for name, block in zip(self.blocks.names, self.blocks, strict=True)]
+        self._readout = _taken_apart("readout", self.blocks.readout)
+        if not isinstance(self._readout.weights, nn.Linear) or self._readout.activation or self._readout.after:
+            raise ValueError("the readout must be an nn.Linear, or nn.Flatten and nn.Linear, and nothing after it")
+        if self._readout.weights.out_features != task.outputs:
+            raise ValueError(
+                f"the readout has {self._readout.weights.out_features} outputs for {task.outputs} classes: make it as wide"
+            )
+        feature_sizes(self.blocks, example)  # refuses blocks that do not fit one another
+        self._shapes = self._dry_run(example)
+        width, weight = example.inputs[0].numel(), self._hidden[0].weights.weight
+        scale = self.feedback_scale * (0.1 if self.sign_of_error else 1.0)
+        if self._mirrored:
+            if not self._linear:
+                raise ValueError(
+                    "weight mirroring needs a network of linear layers, and this one has convolutions: set mirror_steps=0 "
+                    "and mirror_every=null"
+                )
+            self._deviation = scale * math.sqrt(2.0 / width)
+            mirrors = pepita.mirror_matrices([width, *(shape[0] for shape in self._shapes), task.outputs], scale)
+            for i, mirror in enumerate(mirrors):
+                self.register_buffer(f"mirror{i + 1}", mirror.to(weight))
+            feedback = torch.linalg.multi_dot(mirrors)
+        else:
+            feedback = pepita.feedback_matrix(width, task.outputs, scale)
+        self.register_buffer("feedback", feedback.to(weight))
+
+    @torch.no_grad()
+    def _dry_run(self, example: Batch) -> list[torch.Size]:
+        """Shape of one sample's activity in every block, before pooling."""
+        weight, shapes = self._hidden[0].weights.weight, []
+        x = example.inputs.to(weight.device, weight.dtype)
+        for layer in (*self._hidden, self._readout):
+            x = _through(layer.before, x)
+            if isinstance(layer.weights, nn.Linear) and (x.ndim != 2 or x.shape[1] != layer.weights.in_features):
+                raise ValueError(
+                    f"the nn.Linear in {layer.name!r} reads {layer.weights.in_features} numbers per sample and is given "
+                    f"inputs of shape {tuple(x.shape)}: put an nn.Flatten in front of it, or make it as wide"
+                )
+            post = _through(layer.activation, layer.weights(x))
+            shapes.append(post.shape[1:])
+            x = _through(layer.after, post)
+        return shapes[:-1]
+
+    @property
+    def _linear(self) -> bool:
+        return all(isinstance(layer.weights, nn.Linear) for layer in self._hidden)
+
+    def units(self) -> dict[str, list[ParamGroup]]:
+        """One unit per block, and the readout."""
+        return {layer.name: [{"params": list(layer.weights.parameters())}] for layer in (*self._hidden, self._readout)}
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """Two passes; every layer's update comes as soon as its activity in the second pass is there.
+
+        The cross entropy of the first pass is reported with the readout. The time-local variant updates every unit
+        twice.
+        """
+        updates = self._updates(batch)
+        while True:
+            # Around each piece, not around the loop: the context must not stay entered where the driver steps.
+            with torch.autocast(batch.inputs.device.type, enabled=False):
+                update = next(updates, None)
+            if update is None:
+                return
+            yield update
+
+    def _updates(self, batch: Batch) -> Iterator[Update]:
+        self._mirror_where_due(batch.inputs)
+        masks = self._masks(batch.inputs)
+        two_steps = self._variant == "time_local"
+        keeps_inputs = self._variant == "hebbian" or self.presynaptic == "original"
+        kept: list[tuple[Tensor | None, Tensor]] = []  # what every layer read and answered, until its own update
+        x = batch.inputs
+        for layer, mask in zip(self._hidden, masks, strict=True):
+            pre, post, x = self._run(layer, x, mask)
+            if two_steps:
+                yield Update(layer.name, gradients=self._gradients(layer, post, pre))
+            else:
+                kept.append((pre if keeps_inputs else None, post))
+        pre = _through(self._readout.before, x)
+        scores = self._readout.weights(pre)
+        loss = F.cross_entropy(scores, batch.targets)
+        outputs = scores.softmax(1)
+        wanted = F.one_hot(batch.targets, self.outputs).to(outputs.dtype)
+        error = outputs - wanted
+        if two_steps:
+            yield Update("readout", gradients=self._gradients(self._readout, outputs, pre))
+        else:
+            kept.append((pre if keeps_inputs else None, outputs))
+
+        sent = error.sign() if self.sign_of_error else error
+        x = pepita.modulate(batch.inputs, sent, self.feedback, -1.0 if self.sign == "minus" else 1.0)
+        for layer, mask in zip(self._hidden, masks, strict=True):
+            pre, post, x = self._run(layer, x, mask)
+            yield Update(layer.name, gradients=self._step(layer, kept, pre, post))
+        pre = _through(self._readout.before, x)
+        if self.output_error == "second":
+            kept[0] = (kept[0][0], self._readout.weights(pre).softmax(1))
+        yield Update("readout", loss, self._step(self._readout, kept, pre, wanted))
+
+    def _run(self, layer: _Layer, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the weights of a hidden layer read, what it answers, and what the next layer is given."""
+        pre = _through(layer.before, x)
+        post = _through(layer.activation, layer.weights(pre))
+        if self.normalise:
+            post = pepita.normalise(post)
+        if mask is not None:
+            post.mul_(mask)
+        return pre, post, _through(layer.after, post)
+
+    def _step(
+        self, layer: _Layer, kept: list[tuple[Tensor | None, Tensor]], pre: Tensor, post: Tensor
+    ) -> dict[nn.Parameter, Tensor]:
+        """Gradients of a layer from what it reads and answers in the second pass; of the readout, what it should answer."""
+        if self._variant == "time_local":
+            return self._gradients(layer, -post, pre)
+        pre_first, post_first = kept.pop(0)
+        if self._variant == "standard":
+            return self._gradients(layer, post_first - post, pre if pre_first is None else pre_first)
+        assert pre_first is not None
+        gradients = self._gradients(layer, post_first, pre_first)
+        for parameter, gradient in self._gradients(layer, post, pre).items():
+            gradients[parameter].sub_(gradient)
+        return gradients
+
+    def _gradients(self, layer: _Layer, post: Tensor, pre: Tensor) -> dict[nn.Parameter, Tensor]:
+        module = layer.weights
+        weight, *bias = module.parameters()
+        gradients = {bias[0]: pepita.bias_correlation(post, self.reduction)} if bias else {}
+        if isinstance(module, nn.Linear):
+            gradients[weight] = pepita.correlation(post, pre)
+        else:
+            assert not isinstance(module.padding, str)  # refused where it was taken apart
+            gradients[weight] = pepita.conv_correlation(
+                post,
+                pre,
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                module.dilation,
+                module.groups,
+                self.reduction,
+            )
+        return gradients
+
+    def _masks(self, inputs: Tensor) -> list[Tensor | None]:
+        """One mask per hidden layer; what is kept is scaled up so that the mean stays."""
+        if self.dropout == 0.0:
+            return [None] * len(self._hidden)
+        generator, samples = self.rng(inputs.device), len(inputs)
+        return [pepita.dropout_mask((samples, *shape), self.dropout, generator, inputs.dtype) for shape in self._shapes]
+
+    # -- weight mirroring ---------------------------------------------------------------------------------------------
+    def _mirror_where_due(self, inputs: Tensor) -> None:
+        if not self._mirrored:
+            return
+        steps = self.mirror_steps if self._batches == 0 else 0
+        if self.mirror_every is not None and self._batches > 0 and self._batches % self.mirror_every == 0:
+            steps = 1
+        for _ in range(steps):
+            self._mirror(inputs)
+        self._batches += 1
+
+    def _mirror(self, inputs: Tensor) -> None:
+        """One step of weight mirroring, with as much noise as the batch has samples."""
+        mirrors = []
+        for i, layer in enumerate((*self._hidden, self._readout)):
+            shape = (len(inputs), layer.weights.weight.shape[1])
+            noise = 0.1 * torch.randn(
+                shape, generator=self.rng(inputs.device), device=inputs.device, dtype=inputs.dtype
+            )
+            noise -= noise.mean()
+            answer = layer.weights(noise)
+            answer = answer.softmax(1) if layer is self._readout else _through(layer.activation, answer)
+            old = self.get_buffer(f"mirror{i + 1}")
+            mirrors.append(pepita.mirror_step(old, noise, answer, self.mirror_lr, self.mirror_decay))
+        feedback, factor = pepita.compose(mirrors, self._deviation)
+        for i, mirror in enumerate(mirrors):
+            self.get_buffer(f"mirror{i + 1}").copy_(factor * mirror)
+        self.feedback.copy_(feedback)
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """State of the generators, and how many batches there were, which tells when mirroring is due."""
+        return {**super().get_extra_state(), "batches": torch.tensor(self._batches)}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Restore them."""
+        self._batches = int(state["batches"])
+        super().set_extra_state({device: value for device, value in state.items() if device != "batches"})
+
+    # -- inference ----------------------------------------------------------------------------------------------------
+    def predict(self, inputs: Tensor, *context: Any) -> Tensor:
+        """Class scores ``(N, K)`` of the first pass without dropout; with ``normalise`` they depend on the whole batch."""
+        if not self.normalise:
+            return super().predict(inputs)
+        *_, last = self.activations(inputs)
+        scores: Tensor = self._readout.weights(_through(self._readout.before, last))
+        return scores
+
+    def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
+        """Output of every block at inference, normalised where the rule normalises."""
+        if not self.normalise:
+            yield from super().activations(inputs)
+            return
+        for layer in self._hidden:
+            _, _, inputs = self._run(layer, inputs, None)
+            yield inputs
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """Angles in degrees, of networks of linear layers: F to (W_L … W_1)ᵀ, and every mirror to its W_lᵀ."""
+        if not self._linear:
+            return {}
+        weights = [layer.weights.weight for layer in (*self._hidden, self._readout)]
+        product = weights[-1]
+        for weight in reversed(weights[:-1]):
+            product = product @ weight
+        angles = {"input": {"feedback_angle": pepita.angle(self.feedback, product.T)}}
+        if self._mirrored:
+            for i, (name, weight) in enumerate(zip(self.units(), weights, strict=True)):
+                angles[name] = {"mirror_angle": pepita.angle(self.get_buffer(f"mirror{i + 1}"), weight.T)}
+        return angles
+
+
+class _Layer(NamedTuple):
+    """A block taken apart: one layer of weights, and what stands around it."""
+
+    name: str
+    before: tuple[nn.Module, ...]
+    weights: nn.Linear | nn.Conv2d
+    activation: tuple[nn.Module, ...]
+    after: tuple[nn.Module, ...]
+
+
+def _through(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def _members(block: nn.Module) -> Iterator[nn.Module]:
+    if type(block) is nn.Sequential:
+        for child in block:
+            yield from _members(child)
+    elif not isinstance(block, nn.Identity):
+        yield block
+
+
+def _taken_apart(name: str, block: nn.Module) -> _Layer:
+    """Split a block at its weights.
+
+    Raises:
+        ValueError: the block is not one linear or convolutional layer with what may stand around it; names the block.
+    """
+    before: list[nn.Module] = []
+    activation: list[nn.Module] = []
+    after: list[nn.Module] = []
+    weights: nn.Linear | nn.Conv2d | None = None
+    for module in _members(block):
+        if type(module) in (nn.Linear, nn.Conv2d):
+            if weights is not None:
+                raise ValueError(
+                    f"block {name!r} has two layers of weights, and PEPITA trains one per block: make it two"
+                )
+            weights = module  # type: ignore[assignment]
+        elif isinstance(module, nn.Flatten) and weights is None:
+            before.append(module)
+        elif isinstance(module, _ELEMENTWISE) and weights is not None and not after:
+            activation.append(module)
+        elif isinstance(module, (*_POOLINGS, nn.Flatten)) and weights is not None:
+            after.append(module)
+        elif isinstance(module, _DROPOUTS):
+            raise ValueError(
+                f"block {name!r} has an nn.{type(module).__name__}, and PEPITA draws masks of its own, the same for both "
+                "passes: take it out and set algorithm.dropout"
+            )
+        else:
+            raise ValueError(
+                f"block {name!r} has a {type(module).__name__} where PEPITA has no rule for it: a block is nn.Flatten or "
+                "nothing, one nn.Linear or nn.Conv2d, elementwise activations without weights, then pooling"
+            )
+    if weights is None:
+        raise ValueError(f"block {name!r} has no nn.Linear or nn.Conv2d: put its layers into the block before it")
+    if isinstance(weights, nn.Conv2d) and (isinstance(weights.padding, str) or weights.padding_mode != "zeros"):
+        raise ValueError(
+            f"block {name!r} has a convolution with padding={weights.padding!r}, padding_mode={weights.padding_mode!r}: "
+            "PEPITA's step is written for numbers of zeros"
+        )
+    return _Layer(name, tuple(before), weights, tuple(activation), tuple(after))

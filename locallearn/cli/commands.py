@@ -1,0 +1,366 @@
+"""The commands: each composes its settings, hands plans to the library, and prints what came of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from locallearn.cli.mistakes import explain
+from locallearn.cli.plans import command_line, folder_setting, make_plan
+from locallearn.cli.settings import GROUPS, Arm, UsageError, check_arguments, check_words, compose_settings
+from locallearn.cli.terminal import Progress
+
+
+def train(words: list[str]) -> int:
+    """Train one algorithm once; with ``-m`` once per combination."""
+    if "-m" in words or "--multirun" in words:
+        return _sweep([word for word in words if word not in ("-m", "--multirun")])
+    cfg, choices = _resumed(words) or compose_settings(words)
+    return _train_once(cfg, choices, words)
+
+
+def _resumed(words: list[str]) -> tuple[Any, dict[str, str]] | None:
+    """Configuration of the run to go on with: its own, so that nothing has to be said twice."""
+    from omegaconf import OmegaConf
+
+    from locallearn.records import load_record, recover
+
+    named = [word.partition("=")[2] for word in words if word.startswith("resume=")]
+    if not named or named[-1] in ("", "null"):
+        return None
+    folder = Path(named[-1])
+    recover(folder.parent)
+    record = load_record(folder)
+    if record.status not in ("interrupted", "failed"):
+        raise UsageError(f"{folder} is {record.status}: only an interrupted or failed run can be resumed")
+    cfg = OmegaConf.create(dict(record.data["config"]))
+    allowed = (
+        "resume=",
+        "runs_dir=",
+        "data_dir=",
+        "trainer.max_epochs=",
+        "trainer.accelerator=",
+        "trainer.checkpoint_s=",
+    )
+    for word in words:
+        if not word.startswith(allowed):
+            raise UsageError(
+                f"{word!r} cannot be changed on resume: the run goes on with its own settings; only "
+                f"{', '.join(a.rstrip('=') for a in allowed)} can be given"
+            )
+        cfg.merge_with_dotlist([word])
+    return cfg, {group: str(record.data.get(group)) for group in GROUPS}
+
+
+def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from locallearn.records import load_record
+    from locallearn.study.train import run
+
+    plan = make_plan(cfg, choices, command_line("train", words))
+    with Progress() as show:
+        plan.progress = partial(show, f"{choices['algorithm']} seed {cfg.seed}")
+        folder = run(plan)
+    record = load_record(folder)
+    metric = record.data["metric"]["name"]
+    Console(stderr=True).print(
+        f"{choices['algorithm']} on {choices['dataset']}: test {metric} {record.data['test'][metric]:.4f}, "
+        f"{record.data['cost']['train_s']:.1f} s of training"
+    )
+    print(folder)
+    return 0
+
+
+def _sweep(words: list[str]) -> int:
+    """``train -m``: Hydra's own sweeper and launcher call one run per combination."""
+    import tempfile
+
+    import hydra
+    from omegaconf import OmegaConf
+
+    from locallearn.study.train import Interrupted
+
+    check_words(words)
+    codes: list[int] = []
+
+    @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
+    def job(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        runtime = HydraConfig.get()
+        choices = {group: str(name) for group, name in runtime.runtime.choices.items() if group in GROUPS}
+        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+        try:
+            codes.append(_train_once(cfg, choices, list(runtime.overrides.task)))
+        except Interrupted as error:
+            raise KeyboardInterrupt from error  # anything less Hydra keeps to itself until the sweep is over
+        except Exception as error:  # one bad combination must not end the sweep
+            code, sentence = explain(error, runtime.overrides.task)
+            print(f"locallearn: {sentence}", file=sys.stderr)
+            codes.append(code)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    with tempfile.TemporaryDirectory() as aside:  # for a file that the sweeper leaves where it runs
+        sys.argv = ["locallearn", "--multirun", f"hydra.sweep.dir={aside}", *words]
+        try:
+            job()
+        except KeyboardInterrupt as stop:
+            raise stop.__cause__ or stop from None
+    return max(codes, default=0)
+
+
+def compare(words: list[str]) -> int:
+    """Train several algorithms with several seeds, print a table, write a report."""
+    from rich.console import Console
+
+    from locallearn.records import load_record, rebuild_index, recover
+    from locallearn.report import terminal_table, write_report
+    from locallearn.study.compare import compare as run_all
+    from locallearn.study.train import check
+
+    base, _ = compose_settings(words)
+    seeds, overrides = base.compare.seeds, base.compare.overrides or {}
+    arms = _arms(base.compare.algorithms)
+    _check_compare(arms, seeds, overrides)
+    if base.resume is not None:
+        raise UsageError("resume goes with train: locallearn train resume=FOLDER")
+    runs_dir = folder_setting(base, "runs_dir")
+    recover(runs_dir)
+    plans = []
+    for seed in seeds:  # A B A B: heat and neighbours weigh on all algorithms alike
+        for arm in arms:
+            own = list(overrides.get(arm.text, []))
+            matched = ["schedule.patience=null"] if base.compare.mode == "matched" else []
+            cfg, choices = compose_settings([*words, *arm.overrides, f"seed={seed}", *matched, *own])
+            make = partial(make_plan, cfg, choices, command_line("compare", words), arm)
+            plans.append((f"{arm.text} seed {seed}", make))
+    for _, make in plans[: len(arms)]:
+        check(make())  # a mistake in the settings is told before anything is trained
+    with Progress() as show:
+        folders, problems = run_all(plans, show)
+    records = [load_record(folder) for folder in folders]
+    rebuild_index(runs_dir)
+    Console().print(terminal_table(records))
+    report = Path(base.compare.report or runs_dir / "report.html")
+    write_report(records, report, title="locallearn compare")
+    for problem in problems:
+        print(f"locallearn: {problem}", file=sys.stderr)
+    print(report)
+    return 1 if problems else 0
+
+
+def tune(words: list[str]) -> int:
+    """Search settings on equal budgets, on validation data only."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from locallearn.study.train import Interrupted, check
+    from locallearn.study.tune import study_name
+    from locallearn.study.tune import tune as search
+
+    base, chosen = compose_settings(words)
+    arms = {arm.text: arm for arm in _arms(base.tune.algorithms)}
+    if type(base.tune.trials) is not int or base.tune.trials < 1:
+        raise UsageError(f"tune.trials is {base.tune.trials}, expected a whole number of at least 1")
+    if base.resume is not None:
+        raise UsageError("resume goes with train; an interrupted search goes on when tune is called again")
+    space = _space(base.tune.space)
+    fixed = [
+        word for word in words if not word.startswith(("tune.trials=", "tune.algorithms=", "runs_dir=", "data_dir="))
+    ]
+    runs_dir = folder_setting(base, "runs_dir")
+
+    def make(algorithm: str, settings: Sequence[str]) -> Any:
+        cfg, choices = compose_settings([*words, *arms[algorithm].overrides, *settings])
+        # Trials have a folder of their own: a report on runs_dir must not mix them with what they were searched for.
+        cfg.runs_dir = str(runs_dir / "tune")
+        return make_plan(cfg, choices, command_line("tune", words), arms[algorithm])
+
+    for name in arms:  # a mistake in the settings is told before anything is trained
+        check(make(name, [f"{key}={wanted.low!r}" for key, wanted in space.items()]))
+    try:
+        with Progress() as show:
+            found = search(
+                list(arms),
+                make,
+                space,
+                base.tune.trials,
+                runs_dir / "tune.sqlite",
+                study_name(chosen["dataset"], chosen["net"], fixed),
+                show=show,
+            )
+    except Interrupted:
+        print("locallearn: interrupted; the same command goes on where the search stopped", file=sys.stderr)
+        return 130
+    metric = found[0].metric
+    table = Table(title=f"best of {base.tune.trials} trials each, by validation {metric}", title_justify="left")
+    for heading in ("algorithm", "trials", f"validation {metric}", "settings"):
+        table.add_column(heading, overflow="fold")
+    for best in found:
+        table.add_row(best.algorithm, str(best.trials), f"{best.value:.4f}", " ".join(best.settings))
+    Console().print(table)
+    named = [best for best in found if "(" not in best.algorithm]  # Hydra's dictionaries take plain words as keys
+    kept = ",".join(best.algorithm + ":[" + ",".join(f'"{s}"' for s in best.settings) + "]" for best in named)
+    own = ",".join(f'"{best.algorithm[:-1]},{",".join(best.settings)})"' for best in found if best not in named)
+    print(
+        "to compare them: locallearn compare ..."
+        + (f" 'compare.overrides={{{kept}}}'" if named else "")
+        + (f" and in compare.algorithms: '{own}'" if own else "")
+    )
+    return 0
+
+
+def _space(given: Any) -> dict[str, Any]:
+    """Ranges to search, by setting."""
+    from collections.abc import Mapping
+
+    from locallearn.study.tune import Range
+
+    space = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}} if given is None else given
+    if not isinstance(space, Mapping) or not space:
+        raise UsageError(f"tune.space is {space}, expected ranges by setting: {{optimizer.lr:{{low:1e-4,high:1e-2}}}}")
+    for key, ends in space.items():
+        if not isinstance(ends, Mapping) or not {"low", "high"} <= set(ends) <= {"low", "high", "log"}:
+            raise UsageError(f"tune.space.{key} is {ends}, expected {{low:NUMBER,high:NUMBER,log:true}}")
+        check_arguments(Range, dict(ends), f"tune.space.{key}")
+    return {str(key): Range(**ends) for key, ends in space.items()}
+
+
+def _arms(algorithms: Any) -> list[Arm]:
+    if not _distinct(algorithms, str):
+        raise UsageError(
+            f"the algorithms to compare are {algorithms}, expected a list with every one once: [backprop,...]"
+        )
+    return [Arm(text) for text in algorithms]
+
+
+def _check_compare(arms: Sequence[Arm], seeds: Any, overrides: Any) -> None:
+    from collections.abc import Mapping
+
+    if not _distinct(seeds, int):
+        raise UsageError(f"compare.seeds is {seeds}, expected different whole numbers: a repeated seed is no spread")
+    if not isinstance(overrides, Mapping) or any(isinstance(own, str) for own in overrides.values()):
+        raise UsageError(
+            f'compare.overrides is {overrides}, expected lists by algorithm: {{backprop: ["optimizer.lr=1e-3"]}}'
+        )
+    for name in overrides:
+        if name not in [arm.text for arm in arms]:
+            raise UsageError(f"compare.overrides names {name!r}, which is not in compare.algorithms")
+
+
+def _distinct(values: Any, kind: type) -> bool:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        return False
+    return len(values) == len(set(values)) > 0 and all(type(value) is kind for value in values)
+
+
+def report(words: list[str]) -> int:
+    """Write one page from records."""
+    from locallearn.records import rebuild_index, recover, scan
+    from locallearn.report import write_report
+
+    folders = [word for word in words if "=" not in word and not word.startswith("-")]
+    cfg, _ = compose_settings([word for word in words if word not in folders])
+    roots = [Path(str(f)) for f in folders or cfg.report.records or [folder_setting(cfg, "runs_dir")]]
+    for root in roots:
+        if not root.is_dir():
+            raise UsageError(f"there is no folder {root} to read records from")
+        if os.access(root, os.W_OK):
+            recover(root)
+    found = scan(roots)
+    if not found.records:
+        raise UsageError("; ".join([f"there are no records in {', '.join(map(str, roots))}", *found.problems[:1]]))
+    if os.access(roots[0], os.W_OK) and not folders and not cfg.report.records:
+        rebuild_index(roots[0])
+    out = Path(cfg.report.out or roots[0] / "report.html")
+    print(write_report(found.records, out, title=cfg.report.title, problems=found.problems))
+    return 0
+
+
+def audit(words: list[str]) -> int:
+    """Print what was seen of every unit, and whether the claim holds."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from locallearn.audit import audit as audited
+    from locallearn.strategies.local import make_optimizers
+    from locallearn.study.train import attached_task
+
+    cfg, choices = compose_settings(words)
+    plan = make_plan(cfg, choices, command_line("audit", words))
+    task = attached_task(plan)
+    batch = task.info().example
+    if not batch.context:  # a graph is there as a whole; of anything else the shape is enough
+        generator = torch.Generator().manual_seed(plan.seed)
+        labels = torch.randint(plan.data.classes, (64,), generator=generator)
+        batch = task.to_batch((torch.rand(64, *plan.data.shape, generator=generator), labels))
+    result = audited(plan.algorithm, batch, optimizers=partial(make_optimizers, make=plan.optimizer))
+    table = Table(title=f"{choices['algorithm']} on {choices['net']}", title_justify="left")
+    for heading in ("unit", "weights", "gradient reaches", "changes with later", "backward calls"):
+        table.add_column(heading, justify="right" if heading in ("weights", "backward calls") else "left")
+    for unit in result.units:
+        table.add_row(
+            unit.unit,
+            f"{unit.parameters:,}",
+            ", ".join(unit.reaches) or "itself only",
+            ", ".join(unit.depends_on_later) or "nothing",
+            str(unit.backward_calls),
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"broadcast to all blocks: {result.broadcast}", highlight=False)
+    word = "confirmed" if result.confirmed else "REFUTED"
+    console.print(f"claim: {result.claim}: {word}; {result.reason}", highlight=False)
+    return 0 if result.confirmed else 1
+
+
+def bench(words: list[str]) -> int:
+    """Measure speed or memory, alternated."""
+    from rich.console import Console
+
+    from locallearn.study.bench import bench as measure
+
+    cfg, _ = compose_settings(words)
+    what, depths = str(cfg.bench.what), cfg.bench.depths
+    arms = {arm.text: arm for arm in _arms(cfg.bench.algorithms)}
+    if isinstance(depths, str) or not isinstance(depths, Sequence):
+        raise UsageError(f"bench.depths is {depths}, expected a list of numbers of blocks: [4,32]")
+
+    def make(name: str, *more: str) -> Any:
+        composed, choices = compose_settings([*words, *arms[name].overrides, "meter=none", *more])
+        return make_plan(composed, choices, command_line("bench", words), arms[name])
+
+    table, folder = measure(what, list(arms), make, cfg.bench.rounds, cfg.bench.steps, list(depths))
+    Console().print(table)
+    print(folder)
+    return 0
+
+
+def data(words: list[str]) -> int:
+    """List the data sets and where their files lie."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from locallearn.tasks.graphs import graph_status
+    from locallearn.tasks.images import data_status, default_data_dir
+
+    cfg, _ = compose_settings(words)
+    folder = default_data_dir() if cfg.data_dir is None else folder_setting(cfg, "data_dir").expanduser()
+    table = Table(title=f"data sets in {folder}", title_justify="left")
+    for heading in ("dataset", "here", "files", "in"):
+        table.add_column(heading, overflow="fold")
+    for row in (*data_status(folder), *graph_status(folder)):
+        place = "" if row.path is None else str(row.path.relative_to(folder))
+        table.add_row(row.name, "yes" if row.present else "no", ", ".join(row.files) or "come with a package", place)
+    Console().print(table)
+    return 0
+
+
+COMMANDS = (train, compare, tune, report, audit, bench, data)
+"""What the command line knows, in the order of the help."""

@@ -1,0 +1,92 @@
+"""What went wrong, in one sentence for the user and with an exit code."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from locallearn.cli.settings import GROUPS, UsageError, compose_settings, options, setting_names
+
+
+def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
+    """Exit code and one sentence for whatever went wrong."""
+    if isinstance(error, UsageError):
+        return 2, str(error)  # at once: what follows takes seconds to import
+    from hydra.errors import HydraException, InstantiationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from locallearn.strategies.local import Diverged
+    from locallearn.study.train import CHECKPOINT, Interrupted
+
+    text = str(error).strip()
+    if isinstance(error, Interrupted):
+        folder = getattr(error, "run_folder", None)
+        if folder is None or not (folder / CHECKPOINT).is_file():
+            return 130, "interrupted before there was anything to go on from"
+        return 130, f"interrupted; go on with: locallearn train resume={folder}"
+    if isinstance(error, Diverged):
+        return 1, text
+    if isinstance(error, InstantiationException):
+        return 2, _instantiation(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return 2, _configuration(error, words)
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, f"{error.filename} cannot be used ({error.strerror}): choose another runs_dir or data_dir"
+    if isinstance(error, ValueError | FileNotFoundError | MisconfigurationException):
+        return 2, _one_line(text)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(where.filename).name}:{where.lineno}; --debug shows all"
+    return 1, f"{type(error).__name__}: {_one_line(text) or 'no message'} ({place})"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _instantiation(error: Exception) -> str:
+    cause = error.__cause__
+    key = re.search(r"full_key: (\S+)", str(error))
+    at = f"{key.group(1)}: " if key else ""
+    missing = re.search(r"No module named '([^']+)'|Requirement '([\w-]+)", str(cause))
+    if missing and at == "logger: ":
+        name = missing.group(1) or missing.group(2)
+        return f"{at}{name} is not installed; loggers are extras: pip install 'locallearn[tensorboard,wandb,mlflow]'"
+    unknown = re.search(r"unexpected keyword argument '([^']+)'", str(cause))
+    if unknown:
+        return f"{at}there is no setting {unknown.group(1)!r} here"
+    return f"{at}{_one_line(str(cause or error))}"
+
+
+def _configuration(error: Exception, words: Sequence[str]) -> str:
+    """Hydra's own message as one sentence that lists the right names."""
+    text = str(error)
+    missing = re.search(r"Could not find '([^/']+)/([^']*)'", text)
+    if missing and missing.group(1) in GROUPS:
+        group, name = missing.groups()
+        return f"there is no {group} {name!r}; {group} is one of {', '.join(options(group))}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        return _unknown_key(unknown.group(1), words)
+    absent = re.search(r"Interpolation key '([^']+)' not found", text)
+    if absent:
+        return f"a setting is taken from {absent.group(1)!r}, which is not there: these choices do not go together"
+    unread = getattr(error, "override", None)  # what Hydra's parser of overrides stumbled on
+    if unread is not None:
+        return f"{unread!r} cannot be read as KEY=VALUE: close brackets, and put text with signs in it into quotes"
+    return _one_line(text.partition("full_key")[0])
+
+
+def _unknown_key(key: str, words: Sequence[str]) -> str:
+    """What stands beside a key that does not exist, in the groups that were chosen."""
+    chosen = [word.partition(",")[0] for word in words if word.partition("=")[0] in GROUPS]
+    keys = [k for k in setting_names(compose_settings(chosen)[0]) if not k.rpartition(".")[2].startswith("_")]
+    parent, dot, last = key.rpartition(".")
+    siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
+    near = get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=2, cutoff=0.7)
+    if near:
+        return f"there is no setting {key!r}; did you mean {' or '.join(f'{parent}{dot}{name}' for name in near)}?"
+    return f"there is no setting {key!r}; there are {', '.join(siblings)}"

@@ -1,0 +1,136 @@
+"""From settings to the typed objects of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from locallearn.cli.settings import Arm, UsageError, accepted, check_arguments, check_types
+
+_ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+
+
+def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None = None) -> Any:
+    """Typed objects for one run; ``arm`` is what it stands for in a comparison."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from locallearn.study.train import Plan
+
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    trainer = dict(config["trainer"])
+    max_epochs, probe_samples, checkpoint_s = (trainer.pop(k) for k in ("max_epochs", "probe_samples", "checkpoint_s"))
+    _check_numbers(cfg, max_epochs, probe_samples, checkpoint_s)
+    check_types(config)
+    _check_trainer(trainer)
+    for key in ("scheduler", "logger"):
+        if config[key] and not isinstance(config[key], dict):
+            raise UsageError(f"{key} is {config[key]!r}, expected a mapping with a _target_, or null")
+    make = partial(instantiate, _convert_="all")  # library classes get lists and dicts, never OmegaConf's
+    data, algorithm = make(cfg.dataset), make(cfg.algorithm)
+    shapes = {"input_shape": data.shape, "outputs": config["task"].get("outputs", data.classes)}
+    net_settings = algorithm.net_settings
+    if net_settings.keys() - accepted(cfg.net._target_, net_settings).keys():
+        raise UsageError(
+            f"algorithm={choices['algorithm']} needs a network made with {', '.join(net_settings)}, which net={choices['net']} "
+            "does not know"
+        )
+
+    def make_task(net: Any) -> Any:
+        given = {"example": data.example(), "classes": data.classes}
+        return make(cfg.task, net=net, **accepted(cfg.task._target_, given))
+
+    return Plan(
+        names={group: choices[group] for group in ("algorithm", "dataset", "net", "task")},
+        seed=cfg.seed,
+        data=data,
+        make_net=partial(make, cfg.net, **accepted(cfg.net._target_, shapes), **net_settings),
+        make_task=make_task,
+        algorithm=algorithm,
+        variant=", ".join(
+            part
+            for part in (
+                algorithm.variant,
+                *(arm.beyond(algorithm.variant) if arm is not None else ()),
+                "sequential" if cfg.schedule.sequential else None,
+            )
+            if part
+        )
+        or None,
+        optimizer=make(cfg.optimizer),
+        scheduler=make(cfg.scheduler),
+        schedule=make(cfg.schedule),
+        meters=list(make(cfg.meter.sources).values()),
+        idle_s=cfg.meter.idle_s,
+        runs_dir=folder_setting(cfg, "runs_dir"),
+        max_epochs=max_epochs,
+        trainer={str(k): v for k, v in trainer.items()},
+        logger=make(cfg.logger) if cfg.logger else None,
+        config={str(k): v for k, v in config.items()},
+        command=command,
+        mode=cfg.compare.mode,
+        target=cfg.compare.target if cfg.compare.mode == "target" else None,
+        probe_samples=probe_samples,
+        checkpoint_s=checkpoint_s,
+        resume=None if cfg.resume is None else folder_setting(cfg, "resume"),
+    )
+
+
+def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: Any) -> None:
+    if type(max_epochs) is not int or max_epochs < 1:
+        raise UsageError(f"trainer.max_epochs is {max_epochs}, expected a whole number of at least 1")
+    if type(probe_samples) is not int or probe_samples < 0:
+        raise UsageError(f"trainer.probe_samples is {probe_samples}, expected a whole number, 0 for no probes")
+    if type(checkpoint_s) not in (int, float) or checkpoint_s <= 0:
+        raise UsageError(f"trainer.checkpoint_s is {checkpoint_s}, expected seconds above 0")
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**31:
+        raise UsageError(f"seed is {cfg.seed}, expected a whole number from 0 to 2147483647")
+    if type(cfg.meter.idle_s) not in (int, float) or cfg.meter.idle_s < 0:
+        raise UsageError(f"meter.idle_s is {cfg.meter.idle_s}, expected seconds, 0 for no idle measurement")
+    mode, target = cfg.compare.mode, cfg.compare.target
+    if mode not in ("own", "matched", "target"):
+        raise UsageError(f"compare.mode is {mode!r}, expected own, matched or target")
+    if mode == "target" and not (type(target) in (int, float) and target > 0):
+        raise UsageError(
+            f"compare.mode=target needs compare.target, the value of the task's metric to reach (an accuracy of 0.97, say); "
+            f"it is {target}"
+        )
+
+
+def _check_trainer(trainer: dict[str, Any]) -> None:
+    """What Lightning would take, or would take for something else, but one device stepped unit by unit cannot."""
+    import lightning.pytorch as pl
+    import torch
+
+    from locallearn.strategies.local import PRECISIONS
+
+    accelerator, devices = trainer.get("accelerator"), trainer.get("devices")
+    clip = trainer.get("gradient_clip_val")
+    # The precision is checked here too: on a CPU Lightning quietly makes bf16 of fp16, unseen by LocalStrategy.
+    for key, allowed in (("accelerator", _ACCELERATORS), ("precision", PRECISIONS)):
+        if trainer.get(key) not in (None, *allowed):
+            raise UsageError(f"trainer.{key} is {trainer[key]}, expected one of {', '.join(allowed)}")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UsageError(f"trainer.accelerator={accelerator}, but PyTorch sees no CUDA device here: use cpu or auto")
+    if devices not in (None, 1, "auto") and not (isinstance(devices, list) and len(devices) == 1):
+        raise UsageError(f"trainer.devices is {devices}, expected 1, or [0] for the first of several GPUs")
+    if isinstance(clip, int | float) and clip <= 0:
+        raise UsageError(f"trainer.gradient_clip_val is {clip}, expected a number above 0, or null for no clipping")
+    check_arguments(pl.Trainer, trainer, "trainer")
+
+
+def folder_setting(cfg: Any, key: str) -> Path:
+    """A folder from the settings."""
+    if cfg[key] is None or not str(cfg[key]):
+        raise UsageError(f"{key} is {cfg[key]!r}, expected a folder")
+    return Path(str(cfg[key]))  # a name like 2026 arrives as a number
+
+
+def command_line(name: str, words: Sequence[str]) -> str:
+    """What was typed, for the record."""
+    import shlex
+
+    return shlex.join(["locallearn", name, *words])

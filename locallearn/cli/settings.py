@@ -1,0 +1,201 @@
+"""Settings: composed by Hydra, and checked against the signatures of what they make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+GROUPS = (
+    "algorithm",
+    "dataset",
+    "net",
+    "task",
+    "optimizer",
+    "schedule",
+    "trainer",
+    "meter",
+    "logger",
+    "experiment",
+)
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be done; the message is one sentence."""
+
+
+def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
+    """The composed configuration, and the name chosen in every group."""
+    from hydra import compose, initialize_config_module
+    from omegaconf import open_dict
+
+    check_words(overrides)
+    with initialize_config_module("locallearn.conf", version_base="1.3"):
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+    choices = {group: str(name) for group, name in cfg.hydra.runtime.choices.items() if group in GROUPS}
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
+
+
+def check_words(overrides: Sequence[str]) -> None:
+    """Refuse words that are no settings."""
+    for word in overrides:
+        if word.startswith("-"):
+            raise UsageError(f"there is no option {word}; see locallearn --help")
+        key, equals, value = word.partition("=")
+        if not key or not (equals or word.startswith("~")):
+            raise UsageError(f"{word!r} is not a setting: write KEY=VALUE, see locallearn --help")
+        if key in GROUPS and value in ("?", "", "null"):
+            raise UsageError(f"{key} is one of {', '.join(options(key))}")
+
+
+def options(group: str) -> list[str]:
+    """Names of a group's choices."""
+    from importlib.resources import files
+
+    folder = files("locallearn.conf").joinpath(group)
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def setting_names(cfg: Any, prefix: str = "") -> list[str]:
+    """Every key below ``cfg``, dotted."""
+    found: list[str] = []
+    for key in cfg:
+        found.append(f"{prefix}{key}")
+        value = cfg._get_node(key)
+        if hasattr(value, "keys") and not value._is_none():
+            found += setting_names(value, f"{prefix}{key}.")
+    return found
+
+
+def check_types(node: Any, prefix: str = "") -> None:
+    """Every value below ``node`` against the signature of what its ``_target_`` makes."""
+    from hydra.utils import get_object
+
+    for key in node:
+        child = node[key]
+        if not isinstance(child, dict):
+            continue
+        where = f"{prefix}{key}"
+        target = child.get("_target_")
+        if isinstance(target, str):
+            try:
+                made = get_object(target)
+            except (ImportError, ValueError):
+                continue  # making it says what is wrong with the name
+            check_arguments(made, {k: v for k, v in child.items() if not k.startswith("_")}, where)
+        check_types(child, f"{where}.")
+
+
+def accepted(target: str, offered: dict[str, Any]) -> dict[str, Any]:
+    """Those of the offered arguments that the signature behind a ``_target_`` has."""
+    import inspect
+
+    from hydra.utils import get_object
+
+    try:
+        parameters = inspect.signature(get_object(target)).parameters
+    except (ImportError, ValueError, TypeError):
+        return offered  # making it says what is wrong with the name
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return offered
+    return {key: value for key, value in offered.items() if key in parameters}
+
+
+class Arm:
+    """One of the algorithms that are compared: ``NAME``, or ``NAME(KEY=VALUE,...)`` with settings of its own.
+
+    A key without a dot is one of the algorithm's.
+
+    Raises:
+        UsageError: it cannot be read, or there is no such algorithm.
+    """
+
+    def __init__(self, text: str) -> None:
+        found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text.strip())
+        if found is None:
+            raise UsageError(f"{text!r} is no algorithm to compare: write NAME or NAME(KEY=VALUE,...)")
+        self.text = text
+        self.algorithm: str = found[1]
+        known = options("algorithm")
+        if self.algorithm not in known:
+            raise UsageError(f"there is no algorithm {self.algorithm!r}; algorithm is one of {', '.join(known)}")
+        parts = re.split(r",(?![^\[{(]*[\]})])", found[2]) if found[2] else []  # commas outside of brackets
+        check_words(parts)
+        keys = [part.partition("=")[0].strip() for part in parts]
+        self.settings = [
+            part.strip() if "." in key or key in GROUPS else f"algorithm.{part.strip()}"
+            for part, key in zip(parts, keys, strict=True)
+        ]
+
+    @property
+    def overrides(self) -> list[str]:
+        """Words for Hydra."""
+        return [f"algorithm={self.algorithm}", *self.settings]
+
+    def beyond(self, variant: str | None) -> list[str]:
+        """Settings that a rule's name of its variant does not tell already."""
+        pairs = [setting.removeprefix("algorithm.") for setting in self.settings]
+        return [pair for pair in pairs if variant not in pair.split("=")]
+
+
+def check_arguments(made: Any, values: dict[str, Any], where: str) -> None:
+    """Values against the signature of what they are handed to."""
+    import inspect
+    from typing import get_type_hints
+
+    try:
+        parameters = inspect.signature(made).parameters
+        hints = get_type_hints(vars(made).get("__init__", made) if isinstance(made, type) else made)
+    except (NameError, TypeError, ValueError):
+        return  # somebody else's signature that cannot be read
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in values.items():
+        if key not in parameters and not open_ended:
+            names = [name for name in parameters if name not in ("self", "params", "optimizer")]
+            raise UsageError(f"there is no setting '{where}.{key}'; {where} has {', '.join(names)}")
+        if key in hints and not isinstance(value, dict) and not _fits(value, hints[key]):
+            raise UsageError(f"{where}.{key} is {value!r}, expected {_spoken(hints[key]) or hints[key]}")
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML can be what a signature asks for; true where that cannot be told."""
+    from collections.abc import Iterable
+    from types import UnionType
+    from typing import Literal, Union, get_args, get_origin
+
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in arguments)
+    if origin is Literal:
+        return value in arguments
+    if isinstance(origin, type) and issubclass(origin, Iterable) and not issubclass(origin, dict):
+        return isinstance(value, list) and all(_fits(part, arguments[0]) for part in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint is Any:
+        return True
+    if hint in _WORDS:
+        return type(value) is hint
+    if hint is Path:
+        return isinstance(value, str)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _spoken(hint: Any) -> str:
+    from typing import Literal, get_args, get_origin
+
+    if hint in _WORDS:
+        return _WORDS[hint]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(repr(part) for part in arguments)
+    parts = [spoken for spoken in map(_spoken, arguments) if spoken]
+    if isinstance(origin, type) and parts and issubclass(origin, Sequence):
+        return f"a list, each entry {parts[0]}"
+    return " or ".join(dict.fromkeys(parts))

@@ -1,0 +1,459 @@
+"""The feedback alignment family on whole networks: the properties of its spec, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from locallearn.algorithms.backprop import Backprop
+from locallearn.algorithms.base import Algorithm, TaskInfo
+from locallearn.algorithms.feedback_alignment import FeedbackAlignment, Mode
+from locallearn.audit import audit
+from locallearn.batch import Batch
+from locallearn.cost import measure_update
+from locallearn.functional import feedback_alignment as fa
+from locallearn.nets import Blocks, cnn, mlp, resnet
+from locallearn.testing import plain_loop
+
+CLASSES = 3
+DRAW = torch.Generator().manual_seed(0)
+IMAGES = Batch(
+    torch.randn(6, 4, 8, 8, generator=DRAW, dtype=torch.float64), torch.randint(CLASSES, (6,), generator=DRAW)
+)
+ROWS = IMAGES._replace(inputs=IMAGES.inputs.flatten(1)[:, :12].contiguous())
+MODES = get_args(Mode)
+CHAINS = [mode for mode in MODES if mode != "dfa"]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel"
+)  # torch's own, of the plain layer
+
+
+class Called(nn.Module):
+    """A layer that is run by its weight alone, with names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(weight=self.inner.weight, bias=self.inner.bias, input=x)
+
+
+def _odd() -> Blocks:
+    """Whatever a convolution can do, and activations that overwrite what the layers give."""
+    return Blocks(
+        {
+            "stem": nn.Sequential(nn.Conv2d(4, 8, 3, padding="same"), nn.ReLU(inplace=True)),
+            "even": nn.Sequential(nn.Conv2d(8, 8, (2, 4), padding="same", dilation=(1, 2)), nn.ReLU(inplace=True)),
+            "mirrored": nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.GroupNorm(2, 8)),
+            "grouped": nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=4, bias=False), nn.Tanh()),
+            "dilated": nn.Sequential(nn.Conv2d(12, 8, 3, padding=(2, 1), dilation=2), nn.BatchNorm2d(8), nn.ReLU()),
+            "flat": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Called(), nn.ReLU()),
+        },
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, CLASSES)),
+    )
+
+
+NETS: dict[str, Any] = {
+    "mlp": lambda: mlp((12,), CLASSES, (10, 9), readout_bias=True),
+    "cnn": lambda: cnn((4, 8, 8), CLASSES, (5, 6), batch_norm=True),
+    "resnet": lambda: resnet((4, 8, 8), CLASSES, units=1, widths=(4, 8)),
+    "odd": _odd,
+}
+
+
+def _batch(net: str) -> Batch:
+    return ROWS if net == "mlp" else IMAGES
+
+
+def _attached(net: str | Blocks, algorithm: Algorithm) -> Any:
+    """Attached in double precision, to a network that is the same every time."""
+    torch.manual_seed(0)
+    blocks = NETS[net]() if isinstance(net, str) else net
+    batch = _batch(net) if isinstance(net, str) else ROWS
+    few = Batch(batch.inputs[:2], batch.targets[:2])
+    algorithm.attach(blocks.double(), TaskInfo(few, CLASSES, F.cross_entropy))
+    return algorithm.train()
+
+
+def _gradients(algorithm: Algorithm, batch: Batch) -> dict[str, Tensor]:
+    """Gradients of the network's own parameters."""
+    for update in algorithm.updates(batch):
+        update.backward()
+    gradients = {name: p.grad.clone() for name, p in algorithm.blocks.named_parameters() if p.grad is not None}
+    algorithm.zero_grad()
+    return gradients
+
+
+def _tie(algorithm: FeedbackAlignment) -> None:
+    """Make every B equal to its W; where B is made of W's signs, make W such that it is."""
+    generator = torch.Generator().manual_seed(algorithm.seed)
+    for name, layer in algorithm.layers.items():
+        weight, held = algorithm.blocks.get_parameter(layer.parameter).data, algorithm.weights(name)
+        if algorithm.mode == "usf":
+            weight.copy_(fa.sign_symmetric(weight))
+        elif algorithm.mode == "brsf":
+            weight.copy_(fa.sign_magnitude(weight, fa.xavier_uniform(weight, generator)))
+        else:
+            (held.learned if algorithm.mode == "kolen_pollack" else held.fixed).data.copy_(weight)
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.allclose(one[n], other[n], rtol=0, atol=1e-12) for n in one)
+
+
+# -- the chain --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", CHAINS)
+@pytest.mark.parametrize("net", NETS)
+def test_feedback_equal_to_the_weights_is_backpropagation(net: str, mode: Mode) -> None:
+    """Property 1, for every parameter, in every mode that has a chain."""
+    algorithm = _attached(net, FeedbackAlignment(mode, mirror_every=2))
+    if mode == "weight_mirror":
+        algorithm._updates_seen = 1  # no mirror step before the one that is looked at
+    untied = _gradients(copy.deepcopy(algorithm), _batch(net))
+    _tie(algorithm)
+    plain = _attached(copy.deepcopy(algorithm.blocks), Backprop())
+    wanted = _gradients(plain, _batch(net))
+    assert _same(_gradients(algorithm, _batch(net)), wanted)
+    assert not _same(untied, wanted)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("net", NETS)
+def test_the_output_layer_learns_as_in_backpropagation(net: str, mode: Mode) -> None:
+    """Property 2, whatever B is; a hidden layer does not."""
+    wanted = _gradients(_attached(net, Backprop()), _batch(net))
+    got = _gradients(_attached(net, FeedbackAlignment(mode)), _batch(net))
+    last = [name for name in got if name.startswith("readout.") and not name.startswith("readout.0")]
+    assert last
+    assert _same({name: got[name] for name in last}, {name: wanted[name] for name in last})
+    first = next(iter(got))
+    assert not torch.allclose(got[first], wanted[first], rtol=1e-2)
+
+
+def test_with_one_hidden_layer_direct_feedback_is_feedback_alignment() -> None:
+    gradients = []
+    for mode in ("fa", "dfa"):
+        torch.manual_seed(1)
+        algorithm = _attached(mlp((12,), CLASSES, (10,)), FeedbackAlignment(mode))
+        algorithm.weights("readout").fixed.copy_(torch.linspace(-1, 1, 30).reshape(3, 10))
+        gradients.append(_gradients(algorithm, ROWS))
+    assert _same(*gradients)
+    assert gradients[0]["members.layer1.0.weight"].abs().max() > 1e-3
+
+
+def test_direct_feedback_is_the_slow_loop() -> None:
+    """Two hidden layers by hand: δ_l = (δ_L B) ⊙ relu'."""
+    algorithm = _attached("mlp", FeedbackAlignment("dfa"))
+    got = _gradients(algorithm, ROWS)
+    values = {name: p.detach() for name, p in algorithm.blocks.named_parameters()}
+    x = [ROWS.inputs]
+    for layer in ("members.layer1.0", "members.layer2.0"):
+        x.append(F.relu(x[-1] @ values[f"{layer}.weight"].T + values[f"{layer}.bias"]))
+    scores = x[2] @ values["readout.weight"].T + values["readout.bias"]
+    error = (scores.softmax(1) - F.one_hot(ROWS.targets, CLASSES)) / len(scores)
+    first = (error @ algorithm.weights("layer2.0").fixed) * (x[1] > 0)
+    second = (error @ algorithm.weights("readout").fixed) * (x[2] > 0)
+    wanted = {
+        "members.layer1.0.weight": first.T @ x[0],
+        "members.layer1.0.bias": first.sum(0),
+        "members.layer2.0.weight": second.T @ x[1],
+        "members.layer2.0.bias": second.sum(0),
+        "readout.weight": error.T @ x[2],
+        "readout.bias": error.sum(0),
+    }
+    assert _same(got, wanted)
+
+
+def test_feedback_alignment_is_the_slow_loop() -> None:
+    algorithm = _attached("mlp", FeedbackAlignment("fa"))
+    got = _gradients(algorithm, ROWS)
+    values = {name: p.detach() for name, p in algorithm.blocks.named_parameters()}
+    x1 = F.relu(ROWS.inputs @ values["members.layer1.0.weight"].T + values["members.layer1.0.bias"])
+    x2 = F.relu(x1 @ values["members.layer2.0.weight"].T + values["members.layer2.0.bias"])
+    scores = x2 @ values["readout.weight"].T + values["readout.bias"]
+    error = (scores.softmax(1) - F.one_hot(ROWS.targets, CLASSES)) / len(scores)
+    second = (error @ algorithm.weights("readout").fixed) * (x2 > 0)
+    first = (second @ algorithm.weights("layer2.0").fixed) * (x1 > 0)
+    torch.testing.assert_close(got["members.layer1.0.weight"], first.T @ ROWS.inputs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got["members.layer2.0.weight"], second.T @ x1, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_change_after_the_forward_pass_change_no_gradient(mode: Mode) -> None:
+    gradients = []
+    for spoil in (False, True):
+        algorithm = _attached("odd", FeedbackAlignment(mode))
+        (update,) = algorithm.updates(IMAGES)
+        for p in algorithm.blocks.parameters():
+            if spoil and p.ndim > 1:
+                p.data.normal_()
+        update.backward()
+        gradients.append([p.grad for p in algorithm.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "brsf"])
+def test_a_layer_that_runs_twice_gets_the_sum(mode: Mode) -> None:
+    """One weight in two places has one B (but for brsf, which draws every time); direct feedback refuses it."""
+    shared = nn.Linear(10, 10)
+    net = Blocks(
+        {"in": nn.Linear(12, 10), "twice": nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh())}, nn.Linear(10, CLASSES)
+    )
+    algorithm = FeedbackAlignment(mode, mirror_every=2)
+    if mode == "dfa":
+        with pytest.raises(ValueError, match=r"layer 'twice.0' runs 2 times"):
+            _attached(net, algorithm)
+        return
+    _attached(net, algorithm)
+    algorithm._updates_seen = 1
+    _tie(algorithm)
+    wanted = _gradients(_attached(copy.deepcopy(algorithm.blocks), Backprop()), ROWS)
+    assert _same(_gradients(algorithm, ROWS), wanted)
+    if mode == "kolen_pollack":
+        (update,) = algorithm.updates(ROWS)
+        update.backward()
+        assert torch.equal(algorithm.weights("twice.0").learned.grad, shared.weight.grad)
+
+
+def test_frozen_layers_stay_and_pass_the_error_on() -> None:
+    algorithm = _attached("mlp", FeedbackAlignment("fa"))
+    whole = _gradients(algorithm, ROWS)
+    for p in algorithm.blocks[1].parameters():
+        p.requires_grad_(False)
+    part = _gradients(algorithm, ROWS)
+    assert whole.keys() - part.keys() == {"members.layer2.0.weight", "members.layer2.0.bias"}
+    assert all(torch.equal(part[name], whole[name]) for name in part)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_keeps_halves_and_gives_gradients_of_full_precision(mode: Mode) -> None:
+    batch = IMAGES._replace(inputs=IMAGES.inputs.float())
+    torch.manual_seed(0)
+    algorithm = FeedbackAlignment(mode)
+    info = TaskInfo(Batch(batch.inputs[:2], batch.targets[:2]), CLASSES, F.cross_entropy)
+    algorithm.attach(cnn((4, 8, 8), CLASSES, (5, 6)), info)
+    full = _gradients(copy.deepcopy(algorithm), batch)
+    kept: list[torch.dtype] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.dtype)
+        return tensor
+
+    updates = algorithm.updates(batch)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        update = next(updates)
+    update.backward()
+    assert torch.bfloat16 in kept
+    for name, p in algorithm.blocks.named_parameters():
+        assert p.grad is not None
+        assert p.grad.dtype is torch.float32
+        assert (p.grad - full[name]).norm() < 0.1 * full[name].norm(), name
+
+
+def test_autocast_takes_what_comes_back_in_full_precision() -> None:
+    class Widen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float()
+
+    net = Blocks({"one": nn.Sequential(nn.Linear(12, 8), Widen())}, nn.Linear(8, CLASSES))
+    batch = ROWS._replace(inputs=ROWS.inputs.float())
+    algorithm = FeedbackAlignment()
+    algorithm.attach(net, TaskInfo(batch, CLASSES, F.cross_entropy))
+    with torch.autocast("cpu", torch.bfloat16):
+        update = next(algorithm.updates(batch))
+    update.backward()
+    assert all(p.grad.dtype is torch.float32 and p.grad.any() for p in net.parameters())
+
+
+# -- learned feedback -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("net", ["mlp", "resnet", "odd"])
+def test_kolen_pollack_wears_the_difference_away(net: str) -> None:
+    """Property 4: W - B = λᵗ (W₀ - B₀), λ = 1 - η · decay."""
+    algorithm = _attached(net, FeedbackAlignment("kolen_pollack"))
+
+    def gaps() -> list[Tensor]:
+        return [(algorithm._weight(name) - algorithm.path(name)).detach().clone() for name in algorithm.layers]
+
+    before = gaps()
+    plain_loop(algorithm, [_batch(net)] * 7, partial(torch.optim.SGD, lr=0.1, weight_decay=0.5))
+    assert before
+    for now, start in zip(gaps(), before, strict=True):
+        torch.testing.assert_close(now, (1 - 0.1 * 0.5) ** 7 * start, rtol=0, atol=1e-13)
+    assert not torch.allclose(algorithm.path("readout" if net == "mlp" else "readout.2"), before[-1])
+
+
+@pytest.mark.parametrize("net", ["mlp", "cnn"])
+def test_the_mirror_comes_to_show_the_weights(net: str) -> None:
+    algorithm = _attached(net, FeedbackAlignment("weight_mirror", mirror_lr=0.05))
+    many = Batch(_batch(net).inputs.repeat(20, *[1] * (_batch(net).inputs.ndim - 1)), _batch(net).targets.repeat(20))
+    plain_loop(algorithm, [many] * 100, partial(torch.optim.SGD, lr=0.0))
+    for name, figures in algorithm.diagnostics().items():
+        assert figures["weight_angle"] < 15, name
+        assert figures["norm_ratio"] == pytest.approx(1.0, abs=0.1), name
+
+
+def test_the_mirror_looks_when_it_is_due_and_goes_on_where_it_was() -> None:
+    algorithm = _attached("mlp", FeedbackAlignment("weight_mirror", mirror_every=3))
+    still = partial(torch.optim.SGD, lr=0.0)
+    seen = []
+    for _ in range(7):
+        before = algorithm.path("readout").clone()
+        plain_loop(algorithm, [ROWS], still)
+        seen.append(not torch.equal(algorithm.path("readout"), before))
+        resumed = _attached("mlp", FeedbackAlignment("weight_mirror", mirror_every=3))
+        resumed.load_state_dict(algorithm.state_dict())
+        algorithm = resumed
+    assert seen == [True, False, False, True, False, False, True]
+
+
+def test_batchwise_magnitudes_are_drawn_for_every_batch_and_signs_follow() -> None:
+    for mode, moves in (("brsf", True), ("frsf", False), ("usf", False)):
+        algorithm = _attached("mlp", FeedbackAlignment(mode))
+        first, second = (_gradients(algorithm, ROWS)["members.layer1.0.weight"] for _ in range(2))
+        assert torch.equal(first, second) is not moves
+        weight = algorithm._weight("layer2.0")
+        assert torch.equal(algorithm.path("layer2.0").sign(), weight.sign())
+        weight.data.neg_()
+        assert torch.equal(algorithm.path("layer2.0").sign(), weight.sign())
+
+
+# -- what is reported -------------------------------------------------------------------------------------------------
+def test_figures_name_every_layer_but_the_first() -> None:
+    algorithm = _attached("resnet", FeedbackAlignment("fa"))
+    figures = algorithm.diagnostics()
+    assert list(figures) == [
+        "stage1_1.conv1",
+        "stage1_1.conv2",
+        "stage2_1.conv1",
+        "stage2_1.conv2",
+        "stage2_1.shortcut.0",
+        "readout.2",
+    ]
+    assert all(set(values) == {"weight_angle", "norm_ratio"} for values in figures.values())
+    weight, held = algorithm._weight("readout.2"), algorithm.weights("readout.2").fixed
+    cosine = F.cosine_similarity(weight.flatten(), held.flatten(), dim=0).item()
+    assert figures["readout.2"]["weight_angle"] == pytest.approx(torch.rad2deg(torch.tensor(cosine).acos()).item())
+    assert figures["readout.2"]["norm_ratio"] == pytest.approx((held.norm() / weight.norm()).item())
+    assert _attached("resnet", FeedbackAlignment("dfa")).diagnostics() == {}
+
+
+def test_looking_at_the_figures_changes_nothing() -> None:
+    algorithm = _attached("mlp", FeedbackAlignment("brsf"))
+    plain_loop(algorithm, [ROWS], partial(torch.optim.SGD, lr=0.1))
+    twin = copy.deepcopy(algorithm)
+    algorithm.diagnostics()
+    assert _same(_gradients(algorithm, ROWS), _gradients(twin, ROWS))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_rule_says_of_itself(mode: Mode) -> None:
+    algorithm = FeedbackAlignment(mode)
+    assert algorithm.variant == mode
+    assert (algorithm.linear_optimizer is not None) is (mode == "kolen_pollack")
+    assert "error" in algorithm.broadcast
+    assert len({FeedbackAlignment(other).broadcast for other in MODES}) == len(MODES)
+    result = audit(_attached("mlp", algorithm), ROWS)
+    assert result.confirmed, result.reason
+
+
+def test_costs_are_what_the_counter_sees() -> None:
+    widths = (12, 10, 9, CLASSES)
+    for mode, wanted in (
+        ("fa", fa.update_flops(widths)),
+        ("usf", fa.update_flops(widths)),
+        ("kolen_pollack", fa.update_flops(widths)),
+        ("dfa", fa.update_flops(widths, direct=True)),
+        ("weight_mirror", fa.update_flops(widths, mirror_every=1)),
+    ):
+        assert measure_update(_attached("mlp", FeedbackAlignment(mode)), ROWS).flops == wanted
+    for net in ("resnet", "odd"):
+        plain = measure_update(_attached(net, Backprop()), IMAGES)
+        chain = measure_update(_attached(net, FeedbackAlignment("fa")), IMAGES)
+        assert chain.flops == plain.flops
+        assert chain.activation_peak_bytes <= plain.activation_peak_bytes
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", MODES)
+def test_digits_are_learned(mode: Mode) -> None:
+    data = load_digits()
+    images, labels = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1440].split(48), order[1440:]
+    torch.manual_seed(0)
+    algorithm = FeedbackAlignment(mode)
+    info = TaskInfo(Batch(images[:2], labels[:2]), 10, F.cross_entropy)
+    algorithm.attach(mlp((64,), 10, (60, 40)), info)
+    sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    plain_loop(algorithm, [Batch(images[rows], labels[rows]) for rows in train] * 12, sgd)
+    with torch.no_grad():
+        accuracy = (algorithm.eval().predict(images[test]).argmax(1) == labels[test]).float().mean().item()
+    assert accuracy > 0.85
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+def _around(layer: nn.Module) -> Blocks:
+    return Blocks({"one": nn.Linear(12, 12), "odd": layer}, nn.Linear(12, CLASSES))
+
+
+class Taken(nn.Module):
+    """The first output of a module that gives several."""
+
+    def __init__(self, inner: nn.Module, copies: int = 1) -> None:
+        super().__init__()
+        self.inner = inner
+        self.copies = copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(*[x[:, None]] * self.copies)[0][:, 0]
+        return result
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (
+            Taken(nn.MultiheadAttention(12, 2, batch_first=True), 3),
+            r"'odd.inner.in_proj_weight' \(MultiheadAttention\)",
+        ),
+        (Taken(nn.LSTM(12, 12, batch_first=True)), r"'odd.inner.weight_ih_l0' \(LSTM\)"),
+        (
+            nn.Sequential(nn.Unflatten(1, (12, 1, 1)), nn.ConvTranspose2d(12, 12, 1), nn.Flatten()),
+            r"'odd.1' \(ConvTranspose2d\)",
+        ),
+        (nn.Sequential(nn.Unflatten(1, (12, 1)), nn.Conv1d(12, 12, 1), nn.Flatten()), r"'odd.1' \(Conv1d\)"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(12, 12)), r"'odd.parametrizations.weight.original0'"),
+    ],
+    ids=["attention", "lstm", "transposed", "1-d", "weight norm"],
+)
+def test_what_the_error_would_pass_as_in_backpropagation_is_refused_by_name(layer: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _attached(_around(layer), FeedbackAlignment())
+
+
+def test_other_misfits_are_named() -> None:
+    with pytest.raises(ValueError, match="mode is 'dfb', expected one of fa, dfa"):
+        FeedbackAlignment("dfb")  # type: ignore[arg-type]
+    for rate in (0.0, 1.5):
+        with pytest.raises(ValueError, match="mirror_lr is"):
+            FeedbackAlignment(mirror_lr=rate)
+    with pytest.raises(ValueError, match="mirror_every is 0"):
+        FeedbackAlignment(mirror_every=0)
+    with pytest.raises(ValueError, match="this network has no readout"):
+        _attached(Blocks({"only": nn.Linear(12, CLASSES)}), FeedbackAlignment())
+    with pytest.raises(ValueError, match="layer 'odd' is lazy"):
+        FeedbackAlignment().attach(_around(nn.LazyLinear(12)), TaskInfo(ROWS, CLASSES, F.cross_entropy))
+    words = nn.Sequential(nn.Embedding(5, 12), nn.Flatten())
+    with pytest.raises(ValueError, match=r"'odd.0' \(Embedding\)"):
+        FeedbackAlignment().attach(
+            Blocks({"odd": words}, nn.Linear(12, CLASSES)),
+            TaskInfo(Batch(torch.zeros(2, 1, dtype=torch.int64), ROWS.targets[:2]), CLASSES, F.cross_entropy),
+        )
