@@ -74,7 +74,8 @@ class LinkPrediction(Task):
         self._outputs = outputs
         # Buffers, so that they follow the module to its device; not in checkpoints, because the split makes them again.
         for part, (edges, pairs, labels) in _split(example.context[0], len(example.inputs), split).items():
-            self.register_buffer(f"{part}_edges", edges, persistent=False)
+            if part != "validation":  # there messages pass along the training edges
+                self.register_buffer(f"{part}_edges", edges, persistent=False)
             self.register_buffer(f"{part}_pairs", pairs, persistent=False)
             self.register_buffer(f"{part}_labels", labels, persistent=False)
 
@@ -116,7 +117,9 @@ class LinkPrediction(Task):
                 f"link prediction got features of shape {tuple(inputs.shape)} of a graph of {tuple(self._inputs.shape)}: it"
                 " trains on the whole graph, so leave dataset.batch_size and dataset.fanouts out"
             )
-        edges, pairs, labels = (self.get_buffer(f"{part}_{what}") for what in ("edges", "pairs", "labels"))
+        pairs, labels = self.get_buffer(f"{part}_pairs"), self.get_buffer(f"{part}_labels")
+        # In validation the very tensor of training: what a rule keeps for a graph is looked up by it.
+        edges = self.get_buffer("test_edges" if part == "test" else "train_edges")
         return Batch(inputs, labels, (edges,), rows=pairs)
 
     @override

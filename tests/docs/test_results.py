@@ -34,6 +34,9 @@ def _cell(values: Sequence[float]) -> str:
 
 # folder of records, algorithm, number of seeds
 ACCURACIES = [
+    ("product_feedback_alignment_mnist", "product_feedback_alignment", 3),
+    ("pepita_mnist", "pepita", 1),
+    ("counter_current_mnist", "counter_current", 1),
     ("mono_forward_mnist", "mono_forward", 5),
     ("mono_forward_mnist", "backprop", 5),
     ("forward_forward_mnist", "forward_forward", 1),
@@ -53,11 +56,31 @@ def test_accuracies_are_those_of_the_records(folder: str, algorithm: str, seeds:
     assert _cell(accuracies) in row
 
 
-@pytest.mark.parametrize("what", ["step", "strategy", "data", "memory"])
-def test_benchmarks_are_printed_as_recorded(what: str) -> None:
-    records = [r for r in _records("bench", "bench") if r.part("bench")["what"] == what]
-    assert len(records) == 1
-    for row in records[0].part("bench")["rows"]:
+def test_figures_on_graphs_are_those_of_the_records() -> None:
+    """One row per task, data set, network, rule and variant; every group of records has its row, and every row its group."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in scan([DOCS / "records" / "graphs"]).records:
+        assert record.status == "done"
+        names = [record.text(key) or "" for key in ("task", "dataset", "net", "algorithm", "variant")]
+        groups.setdefault(tuple(names), []).append(record)
+    after = PAGE.partition("| task | `dataset=` |")[2].partition("\n\n")[0]
+    rows = {tuple(c.strip().strip("`") for c in line.split("|")[1:6]): line for line in after.splitlines()[2:]}
+    assert rows.keys() == groups.keys()
+    for names, records in groups.items():
+        values = [100 * float(record.data["test"][record.metric.name]) for record in records]
+        splits = sorted(record.seed for record in records)
+        assert splits == list(range(splits[0], splits[0] + len(splits)))
+        cells = [cell.strip() for cell in rows[names].split("|")]
+        assert cells[-3].strip("*") == _cell(values), names
+        assert cells[-2] == str(len(values)), names
+
+
+BENCHES = [record for record in scan([DOCS / "records" / "bench"]).records]
+
+
+@pytest.mark.parametrize("record", BENCHES, ids=lambda record: record.id)
+def test_benchmarks_are_printed_as_recorded(record: Record) -> None:
+    for row in record.part("bench")["rows"]:
         assert any(all(str(cell) in line for cell in row) for line in PAGE.splitlines()), row
 
 

@@ -60,7 +60,9 @@ def _task(data: GraphData, **settings: Any) -> LinkPrediction:
 
 def _parts(task: LinkPrediction) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Edges, pairs and labels as the task keeps them."""
-    return {part: tuple(task.get_buffer(f"{part}_{what}") for what in ("edges", "pairs", "labels")) for part in PARTS}  # type: ignore[misc]
+    edges = {"train": "train_edges", "validation": "train_edges", "test": "test_edges"}
+    names = {part: (edges[part], f"{part}_pairs", f"{part}_labels") for part in PARTS}
+    return {part: tuple(task.get_buffer(name) for name in names[part]) for part in PARTS}  # type: ignore[misc]
 
 
 def _trainer(tmp_path: Path, **settings: Any) -> pl.Trainer:
