@@ -499,7 +499,8 @@ class ForwardGNN(LayerLocal):
         return sums if more is None else sums + block.combine(block.aggregate(more, edges), x.shape[-1])
 
     def _class_logits(self, h: Tensor, rows: Tensor) -> Tensor:
-        return fg.virtual_logits(h[rows], h[-self.outputs :], self.temperature)
+        # Not h[rows], whose backward pass sorts the rows for the case that one comes twice.
+        return fg.virtual_logits(h.index_select(0, rows), h[-self.outputs :], self.temperature)
 
     def _edge_logits(self, h: Tensor, pairs: Tensor) -> Tensor:
         products = fg.edge_products(h, pairs)

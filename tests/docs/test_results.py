@@ -75,7 +75,7 @@ def test_figures_on_graphs_are_those_of_the_records() -> None:
         assert cells[-2] == str(len(values)), names
 
 
-BENCHES = [record for record in scan([DOCS / "records" / "bench"]).records]
+BENCHES = scan([DOCS / "records" / "bench"]).records
 
 
 @pytest.mark.parametrize("record", BENCHES, ids=lambda record: record.id)
