@@ -136,7 +136,7 @@ def audit(
 def _trained(
     algorithm: Algorithm, batch: Batch, steps: int, make: Callable[[Algorithm], dict[str, Optimizer]] | None
 ) -> Algorithm:
-    """A copy that has begun to learn; weights that are not finite any more leave it where it was."""
+    """A copy that has begun to learn; the algorithm itself, where the copy's weights are not finite any more."""
     torch.manual_seed(0)  # of dropout inside a block
     twin = copy.deepcopy(algorithm)
     own = (
@@ -154,7 +154,7 @@ def _trained(
             optimizer.zero_grad()
     if all(bool(p.isfinite().all()) for p in twin.parameters()):
         return twin
-    return copy.deepcopy(algorithm)
+    return algorithm  # whoever looks at it makes copies
 
 
 def _keeping(loss: Tensor) -> None:

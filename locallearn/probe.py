@@ -8,6 +8,7 @@ from torch import Tensor
 
 from locallearn.algorithms.base import Algorithm, selected
 from locallearn.batch import Batch
+from locallearn.nets.blocks import evaluating
 
 # Penalties that are tried, as multiples of the mean eigenvalue of the features' covariance.
 _PENALTIES = torch.logspace(-4, 3, 15, dtype=torch.float64)
@@ -79,14 +80,9 @@ def probe_blocks(algorithm: Algorithm, train: Batch, test: Batch, classes: int) 
         test: samples to judge on, from the validation part.
         classes: number of classes.
     """
-    modes = [(module, module.training) for module in algorithm.modules()]
-    algorithm.eval()
-    try:
+    with evaluating(algorithm):
         fit = list(algorithm.activations(train.inputs, *train.context))
         judge = list(algorithm.activations(test.inputs, *test.context))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     result = {}
     for name, a, b in zip(algorithm.blocks.names, fit, judge, strict=True):
         fit_rows, fit_labels = selected(train, a)

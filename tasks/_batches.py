@@ -215,13 +215,13 @@ class BatchLoader:
             images, labels = self._images.index_select(0, chosen), self._labels.index_select(0, chosen)
             index = None if self._positions is None else chosen
         if self._augment is not None:
-            images = self._augment(images, _generator(self._seed, epoch, number + 1))
+            images = self._augment(images, stream_generator(self._seed, epoch, number + 1))
         return Batch(images if self._ready else self._scaled(images), labels, index=index)
 
     def _order(self, epoch: int) -> Tensor | None:
         if not self._shuffle:
             return None
-        return torch.randperm(self.samples, generator=_generator(self._seed, epoch, 0)).to(self.device)
+        return torch.randperm(self.samples, generator=stream_generator(self._seed, epoch, 0)).to(self.device)
 
     def _scaled(self, images: Tensor) -> Tensor:
         inputs = images.to(torch.float32)
@@ -236,7 +236,7 @@ class BatchLoader:
         return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, *[1] * (images.dim() - 2))
 
 
-def _generator(seed: int, epoch: int, stream: int) -> torch.Generator:
+def stream_generator(seed: int, epoch: int, stream: int) -> torch.Generator:
     """A generator of its own for one use; stream 0 is the order, ``1 + b`` the augmentation of batch ``b``."""
     # Hashed, because torch's CPU generator keeps 32 bits of its seed and sums of small numbers would collide. On the
     # CPU, so that a run on another device sees the same data.

@@ -15,9 +15,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from locallearn.tasks._image_files import DataMissing, DataStatus, _move_in, _reason, default_data_dir
-
-_CONNECT_TIMEOUT_S = 5.0
+from locallearn.tasks._image_files import (
+    CONNECT_TIMEOUT_S,
+    DataMissing,
+    DataStatus,
+    default_data_dir,
+    move_in,
+    reason,
+)
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ def _read(name: str, facts: GraphFacts, folder: Path) -> Any:
             found = (data.num_nodes, data.num_node_features, int(data.y.max()) + 1)
         except Exception as error:  # whatever a reader of somebody else's makes of damaged files
             raise ValueError(
-                f"The files in {folder} cannot be read as {name} ({_reason(error)}); delete them so that they are"
+                f"The files in {folder} cannot be read as {name} ({reason(error)}); delete them so that they are"
                 " downloaded again, or put sound copies there."
             ) from error
     if found != (facts.nodes, facts.features, facts.classes):
@@ -196,10 +201,10 @@ def _ensure_files(name: str, facts: GraphFacts, folder: Path) -> None:
                 _download(f"{facts.url}/{file}", Path(scratch) / file)
             folder.mkdir(parents=True, exist_ok=True)
             for file in missing:
-                _move_in(Path(scratch) / file, folder / file)
+                move_in(Path(scratch) / file, folder / file)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise DataMissing(
-            f"The files of {name} are not in {folder} and could not be fetched ({_reason(error)}): put"
+            f"The files of {name} are not in {folder} and could not be fetched ({reason(error)}): put"
             f" {', '.join(facts.files)} there, or point LOCALLEARN_DATA or data_dir at a folder that holds"
             f" graphs/{facts.root}/{facts.folder} with them."
         ) from error
@@ -207,5 +212,5 @@ def _ensure_files(name: str, facts: GraphFacts, folder: Path) -> None:
 
 def _download(url: str, target: Path) -> None:
     # Not torch_geometric's own download: it has no timeout, takes any certificate, and may leave half a file behind.
-    with urllib.request.urlopen(url, timeout=_CONNECT_TIMEOUT_S) as answer, target.open("wb") as file:
+    with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S) as answer, target.open("wb") as file:
         shutil.copyfileobj(answer, file)

@@ -20,7 +20,7 @@ import platformdirs
 import torch
 from torch import Tensor
 
-_CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 class DataMissing(FileNotFoundError):
@@ -227,7 +227,7 @@ def _read(name: str, facts: ImageFacts, reader: str, root: Path) -> ImageSet:
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, KeyError, pickle.UnpicklingError) as error:
         folder = root / str(facts.folder)
         raise ValueError(
-            f"The files in {folder} cannot be read as {name} ({_reason(error)}); delete them so that they are"
+            f"The files in {folder} cannot be read as {name} ({reason(error)}); delete them so that they are"
             " downloaded again, or put sound copies there."
         ) from error
     return ImageSet(name, facts.classes, *train, *test)
@@ -254,10 +254,10 @@ def _ensure_files(name: str, facts: ImageFacts, reader: str, folder: Path) -> No
             _download(reader, scratch)
             folder.mkdir(parents=True, exist_ok=True)
             for file in missing:
-                _move_in(Path(scratch) / str(facts.folder) / file, folder / file)
+                move_in(Path(scratch) / str(facts.folder) / file, folder / file)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise DataMissing(
-            f"The files of {name} are not in {folder} and could not be fetched ({_reason(error)}): put"
+            f"The files of {name} are not in {folder} and could not be fetched ({reason(error)}): put"
             f" {', '.join(facts.files)} there, or point LOCALLEARN_DATA or data_dir at a folder that holds"
             f" images/{facts.folder} with them."
         ) from error
@@ -274,14 +274,14 @@ def _download(reader: str, root: str) -> None:
 def _short_timeout() -> Iterator[None]:
     """Let connections fail after seconds; torchvision has no setting for it."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_CONNECT_TIMEOUT_S)
+    socket.setdefaulttimeout(CONNECT_TIMEOUT_S)
     try:
         yield
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _move_in(source: Path, target: Path) -> None:
+def move_in(source: Path, target: Path) -> None:
     # The process id keeps parallel runs apart; the last one to finish wins with the same content.
     part = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -291,7 +291,7 @@ def _move_in(source: Path, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The last line of an error: torchvision lists one mirror after another, each in lines of its own."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

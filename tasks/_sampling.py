@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from locallearn.batch import Batch
-from locallearn.tasks._batches import BatchLoader, _generator
+from locallearn.tasks._batches import BatchLoader, stream_generator
 
 
 class WholeGraph:
@@ -150,7 +150,7 @@ class NeighbourLoader:
         """Go through the next epoch, or through the rest of the one that ``load_state_dict`` has led into."""
         for chosen in self._order:
             seeds, place = chosen.targets, self._order.state_dict()
-            nodes, edges = self._sampler(seeds, _generator(self._seed, place["epoch"], place["batch"]))
+            nodes, edges = self._sampler(seeds, stream_generator(self._seed, place["epoch"], place["batch"]))
             device = self._x.device
             nodes, rows = nodes.to(device), torch.arange(len(seeds), device=device)
             labels = self._y.new_full((len(nodes),), -1)

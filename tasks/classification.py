@@ -60,7 +60,6 @@ class Classification(Task):
             example = Batch(example, torch.arange(len(example)) % classes, context)
         self._example = example
         self._classes = classes
-        self._context = example.context
 
     @override
     def info(self) -> TaskInfo:
@@ -73,7 +72,7 @@ class Classification(Task):
         if isinstance(raw, Batch):
             return raw
         inputs, labels = raw
-        return Batch(inputs, labels, self._context)
+        return Batch(inputs, labels, self._example.context)
 
     @override
     def judge(self, batch: Batch) -> Tensor:

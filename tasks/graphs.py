@@ -9,11 +9,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from locallearn.batch import Batch
+from locallearn.tasks._data import MemoryData
 from locallearn.tasks._graph_files import GRAPHS, GraphFacts, graph_facts, graph_status, load_graph, quiet_geometric
 from locallearn.tasks._image_files import DataMissing
 from locallearn.tasks._sampling import NeighbourLoader, NeighbourSampler, WholeGraph
@@ -142,7 +141,7 @@ class _Graph(NamedTuple):
     parts: dict[str, Tensor]
 
 
-class GraphData(LightningDataModule):
+class GraphData(MemoryData):
     """One graph with training, validation and test nodes, for a Lightning ``Trainer`` or a plain loop.
 
     A batch is the whole graph, ``Batch(x, y, (edge_index,), rows)``, once per epoch and always of the same tensors, which
@@ -228,8 +227,6 @@ class GraphData(LightningDataModule):
         self._tensors: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._batches: dict[tuple[str, torch.device], Batch] = {}
         self._sampler: NeighbourSampler | None = None
-        self._train_loader: NeighbourLoader | None = None
-        self._place: dict[str, int] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -266,13 +263,7 @@ class GraphData(LightningDataModule):
         loader = NeighbourLoader(
             batch.inputs, batch.targets, batch.rows, self._sampler, self._batch_size, self._seed, limit
         )
-        if self._place is not None:
-            loader.load_state_dict(self._place)
-            self._place = None
-        # Lightning asks first; whoever asks during a run must not move the place that the checkpoints hold.
-        if self._train_loader is None:
-            self._train_loader = loader
-        return loader
+        return self._placed(loader)
 
     def val_dataloader(self) -> WholeGraph:
         """The graph with the labels of its validation nodes."""
@@ -304,16 +295,6 @@ class GraphData(LightningDataModule):
         batch = self._batch(part)
         assert batch.rows is not None
         return batch.targets, batch.rows
-
-    # Lightning keeps the loader's state too, but does not give it back from checkpoints made at the end of an epoch.
-    def state_dict(self) -> dict[str, int]:
-        """The place in the training data, for the checkpoint; a whole graph has none."""
-        return {} if self._train_loader is None else self._train_loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next training loader go on where the checkpoint was made; testing a checkpoint moves nothing."""
-        if state_dict and (self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING):
-            self._place = state_dict
 
     def _known_before_reading(self) -> GraphFacts | GeneratedGraph | None:
         return self._given if isinstance(self._given, GeneratedGraph) else self._facts
@@ -386,28 +367,6 @@ class GraphData(LightningDataModule):
                 x, self._labels(part).to(device), (edges,), rows=self._rows(part).to(device)
             )
         return self._batches[part, device]
-
-    def _epoch_batches(self, seeds: int, batch_size: int) -> int | None:
-        if self.trainer is None:
-            return None
-        # The Trainer is given this attribute from outside its class, where mypy does not see it.
-        if self.trainer.reload_dataloaders_every_n_epochs > 0:  # type: ignore[attr-defined]
-            raise ValueError(
-                "A reloaded GraphData would start its order and its draws again; leave reload_dataloaders_every_n_epochs"
-                " at 0."
-            )
-        limit = self.trainer.limit_train_batches
-        return int(limit * -(-seeds // batch_size)) if isinstance(limit, float) else limit
-
-    def _device(self) -> torch.device:
-        if self.trainer is None:
-            return torch.device("cpu")
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                f"GraphData feeds one process but the Trainer runs {self.trainer.world_size}, which would all train on the"
-                " same graph; use one device."
-            )
-        return self.trainer.strategy.root_device
 
 
 def _load_file(path: Path) -> Any:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from locallearn.tasks._batches import MEMORY_BUDGET_BYTES, Augment, BatchLoader
+from locallearn.tasks._data import MemoryData
 from locallearn.tasks._image_files import (
     DATASETS,
     DataMissing,
@@ -69,7 +67,7 @@ def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Ten
     return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
 
 
-class ImageData(LightningDataModule):
+class ImageData(MemoryData):
     """An image set with a validation part, for a Lightning ``Trainer`` or a plain loop.
 
     Args:
@@ -137,8 +135,6 @@ class ImageData(LightningDataModule):
         self._augment, self._flatten = augment, flatten
         self._limit_train, self._memory_budget = limit_train, memory_budget
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
-        self._train_loader: BatchLoader | None = None
-        self._place: dict[str, int] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split the data once, for all stages.
@@ -163,14 +159,7 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """Shuffled, augmented batches; ``Batch.index`` counts the samples that are left for training."""
-        loader = self._loader("train", self._batch_size, training=True)
-        if self._place is not None:
-            loader.load_state_dict(self._place)
-            self._place = None
-        # Lightning asks first; whoever asks during a run must not move the place that the checkpoints hold.
-        if self._train_loader is None:
-            self._train_loader = loader
-        return loader
+        return self._placed(self._loader("train", self._batch_size, training=True))
 
     def val_dataloader(self) -> BatchLoader:
         """The validation part in a fixed order."""
@@ -183,16 +172,6 @@ class ImageData(LightningDataModule):
     def example(self) -> Tensor:
         """Two inputs of zeros, ``(2, *shape)``, float32 on the CPU; needs no data."""
         return torch.zeros(2, *self.shape)
-
-    # Lightning keeps the loader's state too, but does not give it back from checkpoints made at the end of an epoch.
-    def state_dict(self) -> dict[str, int]:
-        """The place in the training data, for the checkpoint."""
-        return {} if self._train_loader is None else self._train_loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next training loader go on where the checkpoint was made; testing a checkpoint moves nothing."""
-        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
-            self._place = state_dict
 
     def _loader(self, part: str, batch_size: int, *, training: bool) -> BatchLoader:
         self.setup()
@@ -209,31 +188,9 @@ class ImageData(LightningDataModule):
             device=self._device(),
             # An augmented sample is a new one every time, so its place in the training set says nothing about its values.
             indexed=training and self._augment is None,
-            epoch_batches=self._epoch_batches(len(images)) if training else None,
+            epoch_batches=self._epoch_batches(len(images), self._batch_size) if training else None,
             memory_budget=self._memory_budget,
         )
-
-    def _epoch_batches(self, samples: int) -> int | None:
-        if self.trainer is None:
-            return None
-        limit = self.trainer.limit_train_batches
-        return int(limit * math.ceil(samples / self._batch_size)) if isinstance(limit, float) else limit
-
-    def _device(self) -> torch.device:
-        if self.trainer is None:
-            return torch.device("cpu")
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                f"ImageData feeds one process but the Trainer runs {self.trainer.world_size}, which would all train on"
-                " the same batches; use one device."
-            )
-        # The Trainer is given this attribute from outside its class, where mypy does not see it.
-        if self.trainer.reload_dataloaders_every_n_epochs > 0:  # type: ignore[attr-defined]
-            raise ValueError(
-                "A reloaded ImageData would start its order and augmentation again; leave"
-                " reload_dataloaders_every_n_epochs at 0."
-            )
-        return self.trainer.strategy.root_device
 
 
 def _validation_count(validation: int | float, samples: int) -> int:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from locallearn.algorithms.base import TaskInfo
 from locallearn.batch import Batch
-from locallearn.nets.blocks import Blocks
+from locallearn.nets.blocks import Blocks, evaluating
 from locallearn.tasks._task import Task
 
 _SAMPLES = 8
@@ -132,14 +132,8 @@ def _errors(outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def _check_shape(net: Blocks, images: Tensor) -> None:
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()  # the dry run must not move normalisation statistics
-    try:
-        with torch.no_grad():
-            outputs = net(images)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(net), torch.no_grad():
+        outputs = net(images)
     if outputs.shape != images.shape:
         raise ValueError(
             f"the network makes {tuple(outputs.shape)} of images {tuple(images.shape)}, but a reconstruction has its "

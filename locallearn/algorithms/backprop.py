@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
 from locallearn.algorithms.heads import BlockHeads
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
@@ -32,11 +32,7 @@ class Backprop(Algorithm):
 
     def build(self, task: TaskInfo) -> None:
         """Add nothing."""
-        if self.blocks.readout is None:
-            raise ValueError(
-                "backpropagation needs a network that ends in an output layer, and this one has no readout: name one "
-                "in Blocks.cut(..., readout=...)"
-            )
+        output_layer(self.blocks, "backpropagation")
         feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
         self._loss = task.loss
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.batch import Batch
-from locallearn.nets.blocks import Blocks
+from locallearn.nets.blocks import Blocks, evaluating
 
 ParamGroup = dict[str, Any]
 """What a torch optimizer takes: ``{"params": [...]}`` and, where a unit wants its own, options such as ``lr``."""
@@ -108,6 +108,7 @@ class Algorithm(nn.Module, ABC):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed
+        self.batches_seen = 0  # for rules in which something is due every so often; kept in the checkpoint
         self._generators: dict[str, torch.Generator] = {}
         self._active: frozenset[str] | None = None
 
@@ -157,15 +158,9 @@ class Algorithm(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__} is attached to a network already: make a new one for another")
         self.blocks = blocks
         self.outputs = task.outputs
-        modes = [(module, module.training) for module in blocks.modules()]
-        blocks.eval()  # the dry runs of build() must not move normalisation statistics
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reseed the GPUs, too
-                self.build(task)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(blocks), torch.random.fork_rng(devices=[]):  # the first for the dry runs of build()
+            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reseed the GPUs, too
+            self.build(task)
 
     @abstractmethod
     def build(self, task: TaskInfo) -> None:
@@ -241,13 +236,17 @@ class Algorithm(nn.Module, ABC):
         return self._generators[key]
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """State of the generators, by device, for the checkpoint."""
-        return {device: generator.get_state() for device, generator in self._generators.items()}
+        """State of the generators, by device, and the batches that a rule has counted, for the checkpoint."""
+        state = {device: generator.get_state() for device, generator in self._generators.items()}
+        return {**state, "batches_seen": torch.tensor(self.batches_seen)} if self.batches_seen else state
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Restore the generators whose device exists here."""
+        """Restore the count, and the generators whose device exists here."""
         self._generators = {}
+        self.batches_seen = int(state.get("batches_seen", 0))
         for device, value in state.items():
+            if device == "batches_seen":
+                continue
             if torch.device(device).type == "cpu" or torch.cuda.is_available():
                 self.rng(device).set_state(value.cpu())
 
@@ -264,6 +263,20 @@ class Algorithm(nn.Module, ABC):
         """Number of weights that the rule trains or keeps beside the network's own."""
         own = {id(p) for p in self.blocks.parameters()}
         return sum(p.numel() for p in self.parameters() if id(p) not in own)
+
+
+def output_layer(blocks: Blocks, owner: str) -> nn.Module:
+    """The network's readout.
+
+    Raises:
+        ValueError: it has none; ``owner`` is who asks.
+    """
+    if blocks.readout is None:
+        raise ValueError(
+            f"{owner} needs a network that ends in an output layer, and this network has no readout: name one in "
+            "Blocks.cut(..., readout=...)"
+        )
+    return blocks.readout
 
 
 def selected(batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo
 from locallearn.batch import Batch
 from locallearn.functional import counter_current as ccl
 from locallearn.losses.counter_current import CounterCurrentLoss
+from locallearn.nets.blocks import evaluating
 from locallearn.nets.feedforward import initialise
 
 Target = Literal["class", "identity"]
@@ -201,10 +202,18 @@ class CounterCurrent(Algorithm):
     def updates(self, batch: Batch) -> Iterator[Update]:
         """One pair after another, each on detached inputs; with ``clip``, all gradients before the first step."""
         pairs = self._pairs(batch)
-        if self.clip is None:
-            yield from (map(self._differentiated, pairs) if self.centralise else pairs)
+        if self.clip is None and not self.centralise:
+            yield from pairs
             return
-        held = [self._differentiated(update) for update in pairs]
+        learned = {
+            unit: [p for group in groups for p in group["params"] if p.requires_grad]
+            for unit, groups in self.units().items()
+        }
+        updates = (self._differentiated(update, learned[update.unit]) for update in pairs)
+        if self.clip is None:
+            yield from updates
+            return
+        held = list(updates)
         backward = {id(p) for p in self.feedback.parameters()}
         factors = {}
         for own in (False, True):
@@ -261,11 +270,9 @@ class CounterCurrent(Algorithm):
     def _map_factor(self) -> float:
         return 1.0 if self.c is None else self.c
 
-    def _differentiated(self, update: Update) -> Update:
-        """The same update with gradients in place of a graph."""
+    def _differentiated(self, update: Update, parameters: list[nn.Parameter]) -> Update:
+        """The same update with gradients of these parameters in place of a graph."""
         assert update.loss is not None
-        groups = self.units()[update.unit]
-        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         gradients = torch.autograd.grad(update.loss, parameters)
         if self.centralise:
             gradients = tuple(map(ccl.centralise, gradients))
@@ -296,13 +303,8 @@ class CounterCurrent(Algorithm):
         """Which samples the pairs learn from; ``None``: all."""
         if self.flooding is None:
             return None
-        modes = [(module, module.training) for module in self.blocks.modules()]
-        self.blocks.eval()  # the pass must not move normalisation statistics a second time
-        try:
+        with evaluating(self.blocks):  # the pass must not move normalisation statistics a second time
             return ccl.unlearned(self.blocks(batch.inputs), batch.targets, self.flooding)
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     def _feedback_group(self, index: int) -> ParamGroup:
         group: ParamGroup = {"params": _learned(self.feedback[index])}

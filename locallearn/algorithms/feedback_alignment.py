@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import feedback_alignment as fa
@@ -124,11 +124,7 @@ class FeedbackChain(Algorithm):
 
     def build(self, task: TaskInfo) -> None:
         """Find the layers by a dry run, and draw their feedback weights."""
-        if self.blocks.readout is None:
-            raise ValueError(
-                f"{type(self).__name__} sends back the error of the network's output, and this network has no readout: name "
-                "one in Blocks.cut(..., readout=...)"
-            )
+        output_layer(self.blocks, type(self).__name__)
         self._loss = task.loss
         self.layers = self._find_layers(task.example)
         self.feedback = nn.ModuleDict()
@@ -157,13 +153,11 @@ class FeedbackChain(Algorithm):
     @torch.no_grad()
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Angle in degrees between what carries the error and W, and the ratio of their norms, by layer."""
-        return {
-            name: {
-                self.angle_name: fa.angle(self.path(name), self._weight(name)),
-                "norm_ratio": fa.norm_ratio(self.path(name), self._weight(name)),
-            }
-            for name in self.layers
-        }
+        figures = {}
+        for name in self.layers:
+            path, weight = self.path(name), self._weight(name)
+            figures[name] = {self.angle_name: fa.angle(path, weight), "norm_ratio": fa.norm_ratio(path, weight)}
+        return figures
 
     def _weight(self, name: str) -> nn.Parameter:
         return self.blocks.get_parameter(self.layers[name].parameter)
@@ -243,7 +237,6 @@ class FeedbackAlignment(FeedbackChain):
         self.mode: Mode = mode
         self.mirror_lr = mirror_lr
         self.mirror_every = mirror_every
-        self._updates_seen = 0
 
     @property
     def variant(self) -> str:
@@ -299,19 +292,10 @@ class FeedbackAlignment(FeedbackChain):
     def updates(self, batch: Batch) -> Iterator[Update]:
         """Let the mirror look where it is time to, then the task's loss on the network's output."""
         if self.mode == "weight_mirror":
-            if self._updates_seen % self.mirror_every == 0:
+            if self.batches_seen % self.mirror_every == 0:
                 self._mirror(len(batch.inputs))
-            self._updates_seen += 1
+            self.batches_seen += 1
         yield from super().updates(batch)
-
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """State of the generators, and how many updates there were, which tells when the mirror is due."""
-        return {**super().get_extra_state(), "updates_seen": torch.tensor(self._updates_seen)}
-
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Restore the generators and the count."""
-        self._updates_seen = int(state["updates_seen"])
-        super().set_extra_state({key: value for key, value in state.items() if key != "updates_seen"})
 
     @property
     def _last(self) -> Layer:

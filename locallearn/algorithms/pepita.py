@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import pepita
@@ -144,7 +144,6 @@ class Pepita(Algorithm):
         self.mirror_every = mirror_every
         self.mirror_lr = mirror_lr
         self.mirror_decay = mirror_decay
-        self._batches = 0
 
     @property
     def locality(self) -> Locality:
@@ -187,13 +186,9 @@ class Pepita(Algorithm):
             raise ValueError(
                 f"PEPITA adds an error to the inputs, and these are {example.inputs.dtype}: make them floats"
             )
-        if self.blocks.readout is None:
-            raise ValueError(
-                "PEPITA needs a network that ends in an output layer, and this one has no readout: name one in "
-                "Blocks.cut(..., readout=...)"
-            )
+        readout = output_layer(self.blocks, "PEPITA")
         self._hidden = [_taken_apart(name, block) for name, block in zip(self.blocks.names, self.blocks, strict=True)]
-        self._readout = _taken_apart("readout", self.blocks.readout)
+        self._readout = _taken_apart("readout", readout)
         if not isinstance(self._readout.weights, nn.Linear) or self._readout.activation or self._readout.after:
             raise ValueError("the readout must be an nn.Linear, or nn.Flatten and nn.Linear, and nothing after it")
         if self._readout.weights.out_features != task.outputs:
@@ -351,12 +346,12 @@ class Pepita(Algorithm):
     def _mirror_where_due(self, inputs: Tensor) -> None:
         if not self._mirrored:
             return
-        steps = self.mirror_steps if self._batches == 0 else 0
-        if self.mirror_every is not None and self._batches > 0 and self._batches % self.mirror_every == 0:
+        steps = self.mirror_steps if self.batches_seen == 0 else 0
+        if self.mirror_every is not None and self.batches_seen > 0 and self.batches_seen % self.mirror_every == 0:
             steps = 1
         for _ in range(steps):
             self._mirror(inputs)
-        self._batches += 1
+        self.batches_seen += 1
 
     def _mirror(self, inputs: Tensor) -> None:
         """One step of weight mirroring, with as much noise as the batch has samples."""
@@ -375,15 +370,6 @@ class Pepita(Algorithm):
         for i, mirror in enumerate(mirrors):
             self.get_buffer(f"mirror{i + 1}").copy_(factor * mirror)
         self.feedback.copy_(feedback)
-
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """State of the generators, and how many batches there were, which tells when mirroring is due."""
-        return {**super().get_extra_state(), "batches": torch.tensor(self._batches)}
-
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Restore them."""
-        self._batches = int(state["batches"])
-        super().set_extra_state({device: value for device, value in state.items() if device != "batches"})
 
     # -- inference ----------------------------------------------------------------------------------------------------
     def predict(self, inputs: Tensor, *context: Any) -> Tensor:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from locallearn.functional._angles import angle as angle
 from locallearn.functional._widths import weight_count
 
 
@@ -238,13 +239,6 @@ def mirror(noise: Tensor, weight: Tensor, geometry: Geometry | None = None) -> T
     response = forward(noise, weight, None, geometry)
     estimate, _ = parameter_gradients(response, noise, weight.shape, geometry)
     return estimate * (weight.shape[0] / response.numel())
-
-
-def angle(one: Tensor, other: Tensor) -> float:
-    """Angle between two tensors of the same shape in degrees; 90 where one of them is zero."""
-    a, b = one.detach().flatten().double(), other.detach().flatten().double()
-    norms = float(a.norm() * b.norm())
-    return math.degrees(math.acos(max(-1.0, min(1.0, float(a @ b) / norms)))) if norms > 0 else 90.0
 
 
 def norm_ratio(feedback: Tensor, weight: Tensor) -> float:

@@ -19,6 +19,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import grad
 
+from locallearn.functional._angles import angle as angle
 from locallearn.functional._widths import weight_count
 
 Reduction = Literal["sum", "mean"]
@@ -206,13 +207,6 @@ def compose(mirrors: Sequence[Tensor], deviation: float) -> tuple[Tensor, float]
         product = mirror @ product
     factor = deviation / float(product.float().std())
     return factor * product, factor ** (1.0 / len(mirrors))
-
-
-def angle(one: Tensor, other: Tensor) -> float:
-    """Angle between two tensors of one shape, read as vectors, in degrees."""
-    a, b = one.flatten().double(), other.flatten().double()
-    cosine = a @ b / (a.norm() * b.norm())
-    return math.degrees(math.acos(float(cosine.clamp(-1.0, 1.0))))
 
 
 def update_flops(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -130,6 +131,18 @@ class Blocks(nn.Module):
         return result
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode and every part back into its own mode afterwards: a dry run must move no statistics."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 def _children(module: nn.Module) -> str:
     return ", ".join(name for name, _ in module.named_children()) or "no submodules"
 
@@ -196,26 +209,20 @@ def _refuse_leftovers(module: nn.Module, blocks: Blocks) -> None:
 
 def _check_chain(module: nn.Module, blocks: Blocks, example: Tensor) -> None:
     """Run the blocks in a chain in eval mode and compare with the module's own forward."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            want = module(example)
-            x, at = example, "the input"
-            for name, block in [*blocks.members.items(), ("readout", blocks.readout)]:
-                if block is None:
-                    continue
-                try:
-                    x = block(x)
-                except Exception as error:
-                    raise ValueError(
-                        f"{type(module).__name__} cannot be cut before {name!r}: what comes from {at} "
-                        f"does not fit it ({error}); its forward does something in between, so put that into a module"
-                    ) from error
-                at = name
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    with evaluating(module), torch.no_grad():
+        want = module(example)
+        x, at = example, "the input"
+        for name, block in [*blocks.members.items(), ("readout", blocks.readout)]:
+            if block is None:
+                continue
+            try:
+                x = block(x)
+            except Exception as error:
+                raise ValueError(
+                    f"{type(module).__name__} cannot be cut before {name!r}: what comes from {at} "
+                    f"does not fit it ({error}); its forward does something in between, so put that into a module"
+                ) from error
+            at = name
     if not isinstance(want, Tensor) or x.shape != want.shape or not torch.allclose(x, want, rtol=1e-4, atol=1e-5):
         raise ValueError(
             f"{type(module).__name__} cannot be cut here: its blocks run one after another do not give what its own "

@@ -266,11 +266,11 @@ class _Probes(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # From loaders of their own, and after Lightning has got its own: a checkpoint's place in the data is for that.
         samples, device = self.plan.probe_samples, trainer.strategy.root_device
-        if samples and cast(LocalTask, pl_module).info().classes:  # probes tell classes apart
-            example = cast(LocalTask, pl_module).info().example
+        info = cast(LocalTask, pl_module).info()
+        if samples and info.classes:  # probes tell classes apart
             judged = _first(self.plan.data.val_dataloader(), samples, device)
-            if example.context:  # a graph: its batches may be parts of it, on which not every rule can infer
-                self._batches = to_device(example, device), judged
+            if info.example.context:  # a graph: its batches may be parts of it, on which not every rule can infer
+                self._batches = to_device(info.example, device), judged
             else:
                 self._batches = _first(self.plan.data.train_dataloader(), samples, device), judged
 

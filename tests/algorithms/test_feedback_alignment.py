@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -13,21 +13,16 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from locallearn.algorithms.backprop import Backprop
-from locallearn.algorithms.base import Algorithm, TaskInfo
+from locallearn.algorithms.base import TaskInfo
 from locallearn.algorithms.feedback_alignment import FeedbackAlignment, Mode
 from locallearn.audit import audit
 from locallearn.batch import Batch
 from locallearn.cost import measure_update
 from locallearn.functional import feedback_alignment as fa
-from locallearn.nets import Blocks, cnn, mlp, resnet
+from locallearn.nets import Blocks, cnn, mlp
 from locallearn.testing import plain_loop
+from tests.algorithms.chains import CLASSES, IMAGES, ROWS, attached, batch_of, gradients_of
 
-CLASSES = 3
-DRAW = torch.Generator().manual_seed(0)
-IMAGES = Batch(
-    torch.randn(6, 4, 8, 8, generator=DRAW, dtype=torch.float64), torch.randint(CLASSES, (6,), generator=DRAW)
-)
-ROWS = IMAGES._replace(inputs=IMAGES.inputs.flatten(1)[:, :12].contiguous())
 MODES = get_args(Mode)
 CHAINS = [mode for mode in MODES if mode != "dfa"]
 pytestmark = pytest.mark.filterwarnings(
@@ -35,62 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # torch's own, of the plain layer
 
 
-class Called(nn.Module):
-    """A layer that is run by its weight alone, with names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(weight=self.inner.weight, bias=self.inner.bias, input=x)
-
-
-def _odd() -> Blocks:
-    """Whatever a convolution can do, and activations that overwrite what the layers give."""
-    return Blocks(
-        {
-            "stem": nn.Sequential(nn.Conv2d(4, 8, 3, padding="same"), nn.ReLU(inplace=True)),
-            "even": nn.Sequential(nn.Conv2d(8, 8, (2, 4), padding="same", dilation=(1, 2)), nn.ReLU(inplace=True)),
-            "mirrored": nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.GroupNorm(2, 8)),
-            "grouped": nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=4, bias=False), nn.Tanh()),
-            "dilated": nn.Sequential(nn.Conv2d(12, 8, 3, padding=(2, 1), dilation=2), nn.BatchNorm2d(8), nn.ReLU()),
-            "flat": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Called(), nn.ReLU()),
-        },
-        nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, CLASSES)),
-    )
-
-
-NETS: dict[str, Any] = {
-    "mlp": lambda: mlp((12,), CLASSES, (10, 9), readout_bias=True),
-    "cnn": lambda: cnn((4, 8, 8), CLASSES, (5, 6), batch_norm=True),
-    "resnet": lambda: resnet((4, 8, 8), CLASSES, units=1, widths=(4, 8)),
-    "odd": _odd,
-}
-
-
-def _batch(net: str) -> Batch:
-    return ROWS if net == "mlp" else IMAGES
-
-
-def _attached(net: str | Blocks, algorithm: Algorithm, batch: Batch | None = None) -> Any:
-    """Attached in double precision, to a network that is the same every time."""
-    torch.manual_seed(0)
-    blocks = NETS[net]() if isinstance(net, str) else net
-    if batch is None:
-        batch = _batch(net) if isinstance(net, str) else ROWS
-    few = Batch(batch.inputs[:2], batch.targets[:2])
-    algorithm.attach(blocks.double(), TaskInfo(few, CLASSES, F.cross_entropy))
-    return algorithm.train()
-
-
-def _gradients(algorithm: Algorithm, batch: Batch) -> dict[str, Tensor]:
-    """Gradients of the network's own parameters."""
-    for update in algorithm.updates(batch):
-        update.backward()
-    gradients = {name: p.grad.clone() for name, p in algorithm.blocks.named_parameters() if p.grad is not None}
-    algorithm.zero_grad()
-    return gradients
+NETS = ("mlp", "cnn", "resnet", "odd")
 
 
 def _tie(algorithm: FeedbackAlignment) -> None:
@@ -115,14 +55,14 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("net", NETS)
 def test_feedback_equal_to_the_weights_is_backpropagation(net: str, mode: Mode) -> None:
     """Property 1, for every parameter, in every mode that has a chain."""
-    algorithm = _attached(net, FeedbackAlignment(mode, mirror_every=2))
+    algorithm = attached(net, FeedbackAlignment(mode, mirror_every=2))
     if mode == "weight_mirror":
-        algorithm._updates_seen = 1  # no mirror step before the one that is looked at
-    untied = _gradients(copy.deepcopy(algorithm), _batch(net))
+        algorithm.batches_seen = 1  # no mirror step before the one that is looked at
+    untied = gradients_of(copy.deepcopy(algorithm), batch_of(net))
     _tie(algorithm)
-    plain = _attached(copy.deepcopy(algorithm.blocks), Backprop(), _batch(net))
-    wanted = _gradients(plain, _batch(net))
-    assert _same(_gradients(algorithm, _batch(net)), wanted)
+    plain = attached(copy.deepcopy(algorithm.blocks), Backprop(), batch_of(net))
+    wanted = gradients_of(plain, batch_of(net))
+    assert _same(gradients_of(algorithm, batch_of(net)), wanted)
     assert not _same(untied, wanted)
 
 
@@ -130,8 +70,8 @@ def test_feedback_equal_to_the_weights_is_backpropagation(net: str, mode: Mode) 
 @pytest.mark.parametrize("net", NETS)
 def test_the_output_layer_learns_as_in_backpropagation(net: str, mode: Mode) -> None:
     """Property 2, whatever B is; a hidden layer does not."""
-    wanted = _gradients(_attached(net, Backprop()), _batch(net))
-    got = _gradients(_attached(net, FeedbackAlignment(mode)), _batch(net))
+    wanted = gradients_of(attached(net, Backprop()), batch_of(net))
+    got = gradients_of(attached(net, FeedbackAlignment(mode)), batch_of(net))
     last = [name for name in got if name.startswith("readout.") and not name.startswith("readout.0")]
     assert last
     assert _same({name: got[name] for name in last}, {name: wanted[name] for name in last})
@@ -143,17 +83,17 @@ def test_with_one_hidden_layer_direct_feedback_is_feedback_alignment() -> None:
     gradients = []
     for mode in ("fa", "dfa"):
         torch.manual_seed(1)
-        algorithm = _attached(mlp((12,), CLASSES, (10,)), FeedbackAlignment(mode))
+        algorithm = attached(mlp((12,), CLASSES, (10,)), FeedbackAlignment(mode))
         algorithm.weights("readout").fixed.copy_(torch.linspace(-1, 1, 30).reshape(3, 10))
-        gradients.append(_gradients(algorithm, ROWS))
+        gradients.append(gradients_of(algorithm, ROWS))
     assert _same(*gradients)
     assert gradients[0]["members.layer1.0.weight"].abs().max() > 1e-3
 
 
 def test_direct_feedback_is_the_slow_loop() -> None:
     """Two hidden layers by hand: δ_l = (δ_L B) ⊙ relu'."""
-    algorithm = _attached("mlp", FeedbackAlignment("dfa"))
-    got = _gradients(algorithm, ROWS)
+    algorithm = attached("mlp", FeedbackAlignment("dfa"))
+    got = gradients_of(algorithm, ROWS)
     values = {name: p.detach() for name, p in algorithm.blocks.named_parameters()}
     x = [ROWS.inputs]
     for layer in ("members.layer1.0", "members.layer2.0"):
@@ -174,8 +114,8 @@ def test_direct_feedback_is_the_slow_loop() -> None:
 
 
 def test_feedback_alignment_is_the_slow_loop() -> None:
-    algorithm = _attached("mlp", FeedbackAlignment("fa"))
-    got = _gradients(algorithm, ROWS)
+    algorithm = attached("mlp", FeedbackAlignment("fa"))
+    got = gradients_of(algorithm, ROWS)
     values = {name: p.detach() for name, p in algorithm.blocks.named_parameters()}
     x1 = F.relu(ROWS.inputs @ values["members.layer1.0.weight"].T + values["members.layer1.0.bias"])
     x2 = F.relu(x1 @ values["members.layer2.0.weight"].T + values["members.layer2.0.bias"])
@@ -191,7 +131,7 @@ def test_feedback_alignment_is_the_slow_loop() -> None:
 def test_weights_that_change_after_the_forward_pass_change_no_gradient(mode: Mode) -> None:
     gradients = []
     for spoil in (False, True):
-        algorithm = _attached("odd", FeedbackAlignment(mode))
+        algorithm = attached("odd", FeedbackAlignment(mode))
         (update,) = algorithm.updates(IMAGES)
         for p in algorithm.blocks.parameters():
             if spoil and p.ndim > 1:
@@ -211,13 +151,13 @@ def test_a_layer_that_runs_twice_gets_the_sum(mode: Mode) -> None:
     algorithm = FeedbackAlignment(mode, mirror_every=2)
     if mode == "dfa":
         with pytest.raises(ValueError, match=r"layer 'twice.0' runs 2 times"):
-            _attached(net, algorithm)
+            attached(net, algorithm)
         return
-    _attached(net, algorithm)
-    algorithm._updates_seen = 1
+    attached(net, algorithm)
+    algorithm.batches_seen = 1
     _tie(algorithm)
-    wanted = _gradients(_attached(copy.deepcopy(algorithm.blocks), Backprop()), ROWS)
-    assert _same(_gradients(algorithm, ROWS), wanted)
+    wanted = gradients_of(attached(copy.deepcopy(algorithm.blocks), Backprop()), ROWS)
+    assert _same(gradients_of(algorithm, ROWS), wanted)
     if mode == "kolen_pollack":
         (update,) = algorithm.updates(ROWS)
         update.backward()
@@ -225,11 +165,11 @@ def test_a_layer_that_runs_twice_gets_the_sum(mode: Mode) -> None:
 
 
 def test_frozen_layers_stay_and_pass_the_error_on() -> None:
-    algorithm = _attached("mlp", FeedbackAlignment("fa"))
-    whole = _gradients(algorithm, ROWS)
+    algorithm = attached("mlp", FeedbackAlignment("fa"))
+    whole = gradients_of(algorithm, ROWS)
     for p in algorithm.blocks[1].parameters():
         p.requires_grad_(False)
-    part = _gradients(algorithm, ROWS)
+    part = gradients_of(algorithm, ROWS)
     assert whole.keys() - part.keys() == {"members.layer2.0.weight", "members.layer2.0.bias"}
     assert all(torch.equal(part[name], whole[name]) for name in part)
 
@@ -241,7 +181,7 @@ def test_autocast_keeps_halves_and_gives_gradients_of_full_precision(mode: Mode)
     algorithm = FeedbackAlignment(mode)
     info = TaskInfo(Batch(batch.inputs[:2], batch.targets[:2]), CLASSES, F.cross_entropy)
     algorithm.attach(cnn((4, 8, 8), CLASSES, (5, 6)), info)
-    full = _gradients(copy.deepcopy(algorithm), batch)
+    full = gradients_of(copy.deepcopy(algorithm), batch)
     kept: list[torch.dtype] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -278,13 +218,13 @@ def test_autocast_takes_what_comes_back_in_full_precision() -> None:
 @pytest.mark.parametrize("net", ["mlp", "resnet", "odd"])
 def test_kolen_pollack_wears_the_difference_away(net: str) -> None:
     """Property 4: W - B = λᵗ (W₀ - B₀), λ = 1 - η · decay."""
-    algorithm = _attached(net, FeedbackAlignment("kolen_pollack"))
+    algorithm = attached(net, FeedbackAlignment("kolen_pollack"))
 
     def gaps() -> list[Tensor]:
         return [(algorithm._weight(name) - algorithm.path(name)).detach().clone() for name in algorithm.layers]
 
     before = gaps()
-    plain_loop(algorithm, [_batch(net)] * 7, partial(torch.optim.SGD, lr=0.1, weight_decay=0.5))
+    plain_loop(algorithm, [batch_of(net)] * 7, partial(torch.optim.SGD, lr=0.1, weight_decay=0.5))
     assert before
     for now, start in zip(gaps(), before, strict=True):
         torch.testing.assert_close(now, (1 - 0.1 * 0.5) ** 7 * start, rtol=0, atol=1e-13)
@@ -293,8 +233,10 @@ def test_kolen_pollack_wears_the_difference_away(net: str) -> None:
 
 @pytest.mark.parametrize("net", ["mlp", "cnn"])
 def test_the_mirror_comes_to_show_the_weights(net: str) -> None:
-    algorithm = _attached(net, FeedbackAlignment("weight_mirror", mirror_lr=0.05))
-    many = Batch(_batch(net).inputs.repeat(20, *[1] * (_batch(net).inputs.ndim - 1)), _batch(net).targets.repeat(20))
+    algorithm = attached(net, FeedbackAlignment("weight_mirror", mirror_lr=0.05))
+    many = Batch(
+        batch_of(net).inputs.repeat(20, *[1] * (batch_of(net).inputs.ndim - 1)), batch_of(net).targets.repeat(20)
+    )
     plain_loop(algorithm, [many] * 100, partial(torch.optim.SGD, lr=0.0))
     for name, figures in algorithm.diagnostics().items():
         assert figures["weight_angle"] < 15, name
@@ -302,14 +244,14 @@ def test_the_mirror_comes_to_show_the_weights(net: str) -> None:
 
 
 def test_the_mirror_looks_when_it_is_due_and_goes_on_where_it_was() -> None:
-    algorithm = _attached("mlp", FeedbackAlignment("weight_mirror", mirror_every=3))
+    algorithm = attached("mlp", FeedbackAlignment("weight_mirror", mirror_every=3))
     still = partial(torch.optim.SGD, lr=0.0)
     seen = []
     for _ in range(7):
         before = algorithm.path("readout").clone()
         plain_loop(algorithm, [ROWS], still)
         seen.append(not torch.equal(algorithm.path("readout"), before))
-        resumed = _attached("mlp", FeedbackAlignment("weight_mirror", mirror_every=3))
+        resumed = attached("mlp", FeedbackAlignment("weight_mirror", mirror_every=3))
         resumed.load_state_dict(algorithm.state_dict())
         algorithm = resumed
     assert seen == [True, False, False, True, False, False, True]
@@ -317,8 +259,8 @@ def test_the_mirror_looks_when_it_is_due_and_goes_on_where_it_was() -> None:
 
 def test_batchwise_magnitudes_are_drawn_for_every_batch_and_signs_follow() -> None:
     for mode, moves in (("brsf", True), ("frsf", False), ("usf", False)):
-        algorithm = _attached("mlp", FeedbackAlignment(mode))
-        first, second = (_gradients(algorithm, ROWS)["members.layer1.0.weight"] for _ in range(2))
+        algorithm = attached("mlp", FeedbackAlignment(mode))
+        first, second = (gradients_of(algorithm, ROWS)["members.layer1.0.weight"] for _ in range(2))
         assert torch.equal(first, second) is not moves
         weight = algorithm._weight("layer2.0")
         assert torch.equal(algorithm.path("layer2.0").sign(), weight.sign())
@@ -328,7 +270,7 @@ def test_batchwise_magnitudes_are_drawn_for_every_batch_and_signs_follow() -> No
 
 # -- what is reported -------------------------------------------------------------------------------------------------
 def test_figures_name_every_layer_but_the_first() -> None:
-    algorithm = _attached("resnet", FeedbackAlignment("fa"))
+    algorithm = attached("resnet", FeedbackAlignment("fa"))
     figures = algorithm.diagnostics()
     assert list(figures) == [
         "stage1_1.conv1",
@@ -343,15 +285,15 @@ def test_figures_name_every_layer_but_the_first() -> None:
     cosine = F.cosine_similarity(weight.flatten(), held.flatten(), dim=0).item()
     assert figures["readout.2"]["weight_angle"] == pytest.approx(torch.rad2deg(torch.tensor(cosine).acos()).item())
     assert figures["readout.2"]["norm_ratio"] == pytest.approx((held.norm() / weight.norm()).item())
-    assert _attached("resnet", FeedbackAlignment("dfa")).diagnostics() == {}
+    assert attached("resnet", FeedbackAlignment("dfa")).diagnostics() == {}
 
 
 def test_looking_at_the_figures_changes_nothing() -> None:
-    algorithm = _attached("mlp", FeedbackAlignment("brsf"))
+    algorithm = attached("mlp", FeedbackAlignment("brsf"))
     plain_loop(algorithm, [ROWS], partial(torch.optim.SGD, lr=0.1))
     twin = copy.deepcopy(algorithm)
     algorithm.diagnostics()
-    assert _same(_gradients(algorithm, ROWS), _gradients(twin, ROWS))
+    assert _same(gradients_of(algorithm, ROWS), gradients_of(twin, ROWS))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -361,7 +303,7 @@ def test_what_a_rule_says_of_itself(mode: Mode) -> None:
     assert (algorithm.linear_optimizer is not None) is (mode == "kolen_pollack")
     assert "error" in algorithm.broadcast
     assert len({FeedbackAlignment(other).broadcast for other in MODES}) == len(MODES)
-    result = audit(_attached("mlp", algorithm), ROWS)
+    result = audit(attached("mlp", algorithm), ROWS)
     assert result.confirmed, result.reason
 
 
@@ -374,10 +316,10 @@ def test_costs_are_what_the_counter_sees() -> None:
         ("dfa", fa.update_flops(widths, direct=True)),
         ("weight_mirror", fa.update_flops(widths, mirror_every=1)),
     ):
-        assert measure_update(_attached("mlp", FeedbackAlignment(mode)), ROWS).flops == wanted
+        assert measure_update(attached("mlp", FeedbackAlignment(mode)), ROWS).flops == wanted
     for net in ("resnet", "odd"):
-        plain = measure_update(_attached(net, Backprop()), IMAGES)
-        chain = measure_update(_attached(net, FeedbackAlignment("fa")), IMAGES)
+        plain = measure_update(attached(net, Backprop()), IMAGES)
+        chain = measure_update(attached(net, FeedbackAlignment("fa")), IMAGES)
         assert chain.flops == plain.flops
         assert chain.activation_peak_bytes <= plain.activation_peak_bytes
 
@@ -437,7 +379,7 @@ class Taken(nn.Module):
 )
 def test_what_the_error_would_pass_as_in_backpropagation_is_refused_by_name(layer: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _attached(_around(layer), FeedbackAlignment())
+        attached(_around(layer), FeedbackAlignment())
 
 
 def test_other_misfits_are_named() -> None:
@@ -449,7 +391,7 @@ def test_other_misfits_are_named() -> None:
     with pytest.raises(ValueError, match="mirror_every is 0"):
         FeedbackAlignment(mirror_every=0)
     with pytest.raises(ValueError, match="this network has no readout"):
-        _attached(Blocks({"only": nn.Linear(12, CLASSES)}), FeedbackAlignment())
+        attached(Blocks({"only": nn.Linear(12, CLASSES)}), FeedbackAlignment())
     with pytest.raises(ValueError, match="layer 'odd' is lazy"):
         FeedbackAlignment().attach(_around(nn.LazyLinear(12)), TaskInfo(ROWS, CLASSES, F.cross_entropy))
     words = nn.Sequential(nn.Embedding(5, 12), nn.Flatten())

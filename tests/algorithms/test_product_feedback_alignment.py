@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -13,61 +12,21 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from locallearn.algorithms.backprop import Backprop
-from locallearn.algorithms.base import Algorithm, TaskInfo
+from locallearn.algorithms.base import TaskInfo
 from locallearn.algorithms.feedback_alignment import FeedbackAlignment
 from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlignment
 from locallearn.audit import audit
 from locallearn.batch import Batch
 from locallearn.cost import measure_update
 from locallearn.functional import feedback_alignment as fa
-from locallearn.nets import Blocks, mlp, resnet
+from locallearn.nets import Blocks, mlp
 from locallearn.testing import plain_loop
+from tests.algorithms.chains import CLASSES, IMAGES, ROWS, attached, batch_of, gradients_of
 
-CLASSES = 3
-DRAW = torch.Generator().manual_seed(0)
-IMAGES = Batch(
-    torch.randn(6, 4, 8, 8, generator=DRAW, dtype=torch.float64), torch.randint(CLASSES, (6,), generator=DRAW)
-)
-ROWS = IMAGES._replace(inputs=IMAGES.inputs.flatten(1)[:, :12].contiguous())
 momentum = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.3)
 
 
-def _grouped() -> Blocks:
-    return Blocks(
-        {
-            "stem": nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU()),
-            "grouped": nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=4), nn.ReLU()),
-        },
-        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)),
-    )
-
-
-NETS: dict[str, Any] = {
-    "mlp": lambda: mlp((12,), CLASSES, (10, 9), readout_bias=True),
-    "resnet": lambda: resnet((4, 8, 8), CLASSES, units=1, widths=(4, 8)),
-    "grouped": _grouped,
-}
-
-
-def _batch(net: str) -> Batch:
-    return ROWS if net == "mlp" else IMAGES
-
-
-def _attached(net: str | Blocks, algorithm: Algorithm, batch: Batch = ROWS) -> Any:
-    torch.manual_seed(0)
-    blocks = NETS[net]() if isinstance(net, str) else net
-    batch = _batch(net) if isinstance(net, str) else batch
-    few = Batch(batch.inputs[:2], batch.targets[:2])
-    algorithm.attach(blocks.double(), TaskInfo(few, CLASSES, F.cross_entropy))
-    return algorithm.train()
-
-
-def _gradients(algorithm: Algorithm, batch: Batch) -> dict[str, Tensor]:
-    for update in algorithm.updates(batch):
-        update.backward()
-    gradients = {name: p.grad.clone() for name, p in algorithm.blocks.named_parameters() if p.grad is not None}
-    algorithm.zero_grad()
-    return gradients
+NETS = ("mlp", "resnet", "grouped")
 
 
 def _differences(algorithm: ProductFeedbackAlignment) -> list[Tensor]:
@@ -84,9 +43,9 @@ def _differences(algorithm: ProductFeedbackAlignment) -> list[Tensor]:
 @pytest.mark.parametrize("net", NETS)
 def test_the_difference_obeys_the_optimizer_without_data(net: str, orthogonal: bool) -> None:
     """Property 5: R - BᵀW takes the steps of SGD with momentum and decay on a loss of zero."""
-    algorithm = _attached(net, ProductFeedbackAlignment(3, orthogonal))
+    algorithm = attached(net, ProductFeedbackAlignment(3, orthogonal))
     wanted = [nn.Parameter(part) for part in _differences(algorithm)]
-    batches = [_batch(net)._replace(inputs=_batch(net).inputs * scale) for scale in (1.0, 0.5, 2.0, 1.0, -1.0)]
+    batches = [batch_of(net)._replace(inputs=batch_of(net).inputs * scale) for scale in (1.0, 0.5, 2.0, 1.0, -1.0)]
     plain_loop(algorithm, batches, momentum)
     free = momentum(wanted)
     for _ in batches:
@@ -100,12 +59,12 @@ def test_the_difference_obeys_the_optimizer_without_data(net: str, orthogonal: b
 @pytest.mark.parametrize("expansion", [1, 2])
 @pytest.mark.parametrize("net", NETS)
 def test_an_orthogonal_product_that_has_arrived_is_backpropagation(net: str, expansion: int) -> None:
-    algorithm = _attached(net, ProductFeedbackAlignment(expansion, orthogonal=True))
-    plain = _attached(copy.deepcopy(algorithm.blocks), Backprop(), _batch(net))
-    wanted, far = _gradients(plain, _batch(net)), _gradients(copy.deepcopy(algorithm), _batch(net))
+    algorithm = attached(net, ProductFeedbackAlignment(expansion, orthogonal=True))
+    plain = attached(copy.deepcopy(algorithm.blocks), Backprop(), batch_of(net))
+    wanted, far = gradients_of(plain, batch_of(net)), gradients_of(copy.deepcopy(algorithm), batch_of(net))
     for name, difference in zip(algorithm.layers, _differences(algorithm), strict=True):
         algorithm.weights(name).learned.data -= difference
-    near = _gradients(algorithm, _batch(net))
+    near = gradients_of(algorithm, batch_of(net))
     assert all(torch.allclose(near[name], wanted[name], rtol=0, atol=1e-7) for name in wanted)
     assert not all(torch.allclose(far[name], wanted[name], rtol=0, atol=1e-3) for name in wanted)
     figures = algorithm.diagnostics()
@@ -118,14 +77,14 @@ def test_an_orthogonal_product_that_has_arrived_is_backpropagation(net: str, exp
 def test_an_identity_in_front_is_kolen_pollack(net: str) -> None:
     """Property 5."""
     product, twin = ProductFeedbackAlignment(1), FeedbackAlignment("kolen_pollack")
-    for algorithm in (_attached(net, product), _attached(net, twin)):
+    for algorithm in (attached(net, product), attached(net, twin)):
         assert list(algorithm.layers) == list(product.layers)
     for name in product.layers:
         held = product.weights(name)
         held.fixed.copy_(torch.eye(len(held.fixed), dtype=torch.float64).reshape(held.fixed.shape))
         held.learned.data.copy_(twin.weights(name).learned)
     for algorithm in (product, twin):
-        plain_loop(algorithm, [_batch(net)] * 4, momentum)
+        plain_loop(algorithm, [batch_of(net)] * 4, momentum)
     for one, other in zip(product.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
@@ -145,7 +104,7 @@ def test_a_large_decay_turns_the_path_towards_the_weights() -> None:
 
 
 def test_gaps_stay_open() -> None:
-    algorithm = _attached("grouped", ProductFeedbackAlignment(5, density=0.4))
+    algorithm = attached("grouped", ProductFeedbackAlignment(5, density=0.4))
     closed = {}
     for name in algorithm.layers:
         held = algorithm.weights(name)
@@ -165,7 +124,7 @@ def test_gaps_stay_open() -> None:
 def test_weights_that_change_after_the_forward_pass_change_no_gradient() -> None:
     gradients = []
     for spoil in (False, True):
-        algorithm = _attached("resnet", ProductFeedbackAlignment(2))
+        algorithm = attached("resnet", ProductFeedbackAlignment(2))
         (update,) = algorithm.updates(IMAGES)
         for p in algorithm.blocks.parameters():
             if spoil and p.ndim > 1:
@@ -178,7 +137,7 @@ def test_weights_that_change_after_the_forward_pass_change_no_gradient() -> None
 def test_a_layer_that_runs_twice_keeps_the_rule() -> None:
     shared = nn.Linear(10, 10)
     twice = nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh())
-    algorithm = _attached(
+    algorithm = attached(
         Blocks({"in": nn.Linear(12, 10), "twice": twice}, nn.Linear(10, CLASSES)), ProductFeedbackAlignment(2)
     )
     (update,) = algorithm.updates(ROWS)
@@ -191,10 +150,10 @@ def test_a_layer_that_runs_twice_keeps_the_rule() -> None:
 def test_costs_are_what_the_counter_sees() -> None:
     widths = (12, 10, 9, CLASSES)
     for expansion in (1, 2, 10):
-        measured = measure_update(_attached("mlp", ProductFeedbackAlignment(expansion)), ROWS)
+        measured = measure_update(attached("mlp", ProductFeedbackAlignment(expansion)), ROWS)
         assert measured.flops == fa.product_update_flops(widths, len(ROWS.inputs), expansion)
     many = Batch(ROWS.inputs.repeat(20, 1), ROWS.targets.repeat(20))
-    measured = measure_update(_attached("mlp", ProductFeedbackAlignment()), many)
+    measured = measure_update(attached("mlp", ProductFeedbackAlignment()), many)
     assert measured.flops == pytest.approx(fa.product_update_flops(widths, len(many.inputs)))
 
 
@@ -218,7 +177,7 @@ def test_what_the_rule_says_of_itself() -> None:
     random, orthogonal = ProductFeedbackAlignment(), ProductFeedbackAlignment(1, orthogonal=True)
     assert (random.variant, orthogonal.variant) == (None, "orthogonal")
     assert "same steps" in random.linear_optimizer
-    algorithm = _attached("resnet", random)
+    algorithm = attached("resnet", random)
     assert algorithm.added_parameters == 10 * sum(
         algorithm.blocks.get_parameter(layer.parameter).numel() for layer in algorithm.layers.values()
     )
@@ -236,4 +195,4 @@ def test_misfits_are_named() -> None:
     with pytest.raises(ValueError, match=r"orthogonal feedback has no gaps, and density is 0\.5"):
         ProductFeedbackAlignment(1, orthogonal=True, density=0.5)
     with pytest.raises(ValueError, match="this network has no readout"):
-        _attached(Blocks({"only": nn.Linear(12, CLASSES)}), ProductFeedbackAlignment())
+        attached(Blocks({"only": nn.Linear(12, CLASSES)}), ProductFeedbackAlignment())

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import scipy.sparse as sp  # type: ignore[import-untyped]
@@ -43,6 +42,7 @@ from locallearn.tasks.graphs import (
     load_graph,
     published_split,
 )
+from tests.tasks.conftest import quiet_trainer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of third parties, on import
@@ -631,19 +631,6 @@ def _net(features: int, classes: int) -> Blocks:
     return Blocks({"a": _Convolution(features, 16), "b": _Convolution(16, 16)}, _Convolution(16, classes, last=True))
 
 
-def _trainer(tmp_path: Path, **settings: Any) -> pl.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": tmp_path,
-        "log_every_n_steps": 1,
-    }
-    return pl.Trainer(**(defaults | settings))
-
-
 _adam = partial(torch.optim.Adam, lr=1e-2)
 
 
@@ -654,7 +641,7 @@ def _club() -> tuple[GraphData, NodeClassification]:
 
 def test_nodes_are_classified_under_the_strategy(tmp_path: Path) -> None:
     data, task = _club()
-    trainer = _trainer(tmp_path, strategy=LocalStrategy(MonoForward(seed=0), _adam), max_epochs=40)
+    trainer = quiet_trainer(tmp_path, strategy=LocalStrategy(MonoForward(seed=0), _adam), max_epochs=40)
     trainer.fit(task, datamodule=data)
     [figures] = trainer.test(task, datamodule=data, verbose=False)
     [batch] = data.test_dataloader()
@@ -682,7 +669,7 @@ def test_labels_are_revealed_before_validation_and_test(reveal_validation: bool,
     data = GraphData("karate_club")
     task = NodeClassification(_net(34, 4), data.example(), 4, reveal_validation=reveal_validation)
     algorithm = _Told()
-    trainer = _trainer(tmp_path, strategy=LocalStrategy(algorithm, _adam), max_epochs=2, num_sanity_val_steps=0)
+    trainer = quiet_trainer(tmp_path, strategy=LocalStrategy(algorithm, _adam), max_epochs=2, num_sanity_val_steps=0)
     trainer.fit(task, datamodule=data)
     trainer.test(task, datamodule=data, verbose=False)
     last = "train+validation" if reveal_validation else "train"
@@ -695,23 +682,23 @@ def test_labels_are_revealed_before_validation_and_test(reveal_validation: bool,
 def test_without_a_data_module_the_example_tells_the_training_labels(tmp_path: Path) -> None:
     data, task = _club()
     algorithm = _Told()
-    trainer = _trainer(tmp_path, strategy=LocalStrategy(algorithm, _adam), max_epochs=1, num_sanity_val_steps=0)
+    trainer = quiet_trainer(tmp_path, strategy=LocalStrategy(algorithm, _adam), max_epochs=1, num_sanity_val_steps=0)
     trainer.fit(task, train_dataloaders=data.train_dataloader(), val_dataloaders=data.val_dataloader())
     [(targets, rows)] = algorithm.told
     assert torch.equal(targets, data.known("train")[0])
     assert torch.equal(rows, data.known("train")[1])
     asking = NodeClassification(_net(34, 4), data.example(), 4, reveal_validation=True)
-    trainer = _trainer(tmp_path, strategy=LocalStrategy(_Told(), _adam))
+    trainer = quiet_trainer(tmp_path, strategy=LocalStrategy(_Told(), _adam))
     with pytest.raises(ValueError, match="reveal_validation=false"):
         trainer.test(asking, dataloaders=data.test_dataloader(), verbose=False)
 
 
-def test_backpropagation_under_the_strategy_is_that_of_a_plain_trainer(tmp_path: Path) -> None:
+def test_backpropagation_under_the_strategy_is_that_of_a_plainquiet_trainer(tmp_path: Path) -> None:
     weights = []
     for strategy in ("auto", LocalStrategy(Backprop(), _adam)):
         data, task = _club()
         task._optimizer = _adam
-        _trainer(tmp_path, strategy=strategy, max_epochs=3).fit(task, datamodule=data)
+        quiet_trainer(tmp_path, strategy=strategy, max_epochs=3).fit(task, datamodule=data)
         weights.append([p.detach().clone() for p in task.net.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
@@ -737,14 +724,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(sampled: bool, tmp_path: Path
 
     steps = 4 if sampled else 1  # batches in an epoch
     data, whole, strategy = parts()
-    _trainer(tmp_path, strategy=strategy, max_steps=3 * steps).fit(whole, datamodule=data)
+    quiet_trainer(tmp_path, strategy=strategy, max_steps=3 * steps).fit(whole, datamodule=data)
     data, _, strategy = parts()
     half = NodeClassification(_net(8, 3), data.example(), 3)
-    trainer = _trainer(tmp_path, strategy=strategy, max_steps=2 * steps - 1 if sampled else 2)
+    trainer = quiet_trainer(tmp_path, strategy=strategy, max_steps=2 * steps - 1 if sampled else 2)
     trainer.fit(half, datamodule=data)
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     data, resumed, strategy = parts()
-    _trainer(tmp_path, strategy=strategy, max_steps=3 * steps).fit(
+    quiet_trainer(tmp_path, strategy=strategy, max_steps=3 * steps).fit(
         resumed, datamodule=data, ckpt_path=tmp_path / "stopped.ckpt", weights_only=True
     )
     for name, value in whole.state_dict().items():

@@ -41,6 +41,7 @@ from locallearn.tasks.images import (
     load_images,
     stratified_split,
 )
+from tests.tasks.conftest import quiet_trainer
 
 # Lightning 2.6.6 asks torch 2.15 for it in its own loops.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
@@ -590,18 +591,6 @@ class _Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def _trainer(tmp_path: Path, **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": tmp_path,
-    }
-    return Trainer(**(defaults | settings))
-
-
 def _data() -> ImageData:
     """Four batches of training data and an augmentation, so that every kind of draw is in play."""
     return ImageData("digits", batch_size=10, limit_train=37, validation=20, augment=Augment(pad=1))
@@ -617,7 +606,7 @@ def uninterrupted(
     """``limit_train_batches``, the batches in an epoch, and what a run of three epochs saw that was never stopped."""
     limit: int | float = request.param
     recorder = _Recorder()
-    trainer = _trainer(tmp_path_factory.mktemp("whole"), max_epochs=EPOCHS, limit_train_batches=limit)
+    trainer = quiet_trainer(tmp_path_factory.mktemp("whole"), max_epochs=EPOCHS, limit_train_batches=limit)
     trainer.fit(recorder, datamodule=_data())
     return limit, {1.0: 4, 3: 3, 0.5: 2}[limit], recorder
 
@@ -636,12 +625,12 @@ def test_trainer_resumes_with_exactly_the_next_batch(
 ) -> None:
     limit, batches, whole = uninterrupted
     first = _Recorder()
-    trainer = _trainer(tmp_path, max_steps=steps, limit_train_batches=limit)
+    trainer = quiet_trainer(tmp_path, max_steps=steps, limit_train_batches=limit)
     trainer.fit(first, datamodule=_data())
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     second = _Recorder()
     # Counted in steps: of a run stopped by max_steps, Lightning takes the broken epoch for a whole one.
-    _trainer(tmp_path, max_steps=EPOCHS * batches, limit_train_batches=limit).fit(
+    quiet_trainer(tmp_path, max_steps=EPOCHS * batches, limit_train_batches=limit).fit(
         second, datamodule=_data(), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True
     )
     assert first.seen + second.seen == whole.seen
@@ -669,12 +658,14 @@ def test_trainer_resumes_from_checkpoints_taken_on_the_way(
 ) -> None:
     limit, batches, whole = uninterrupted
     settings: dict[str, Any] = {"max_epochs": EPOCHS, "limit_train_batches": limit, "num_sanity_val_steps": 0}
-    _trainer(tmp_path, callbacks=[_SaveEverywhere(tmp_path)], **settings).fit(_Recorder(), datamodule=_data())
+    quiet_trainer(tmp_path, callbacks=[_SaveEverywhere(tmp_path)], **settings).fit(_Recorder(), datamodule=_data())
     for step in (1, batches, 2 * batches - 1, 2 * batches):
         for when in ("batch", "validation", "epoch") if step % batches == 0 else ("batch",):
             checkpoint = tmp_path / f"{step} {when}.ckpt"
             resumed = _Recorder()
-            _trainer(tmp_path, **settings).fit(resumed, datamodule=_data(), ckpt_path=checkpoint, weights_only=True)
+            quiet_trainer(tmp_path, **settings).fit(
+                resumed, datamodule=_data(), ckpt_path=checkpoint, weights_only=True
+            )
             assert resumed.seen == whole.seen[step:], checkpoint.stem
 
 
@@ -693,24 +684,24 @@ def test_other_uses_of_the_data_during_a_run_do_not_move_its_place(
     data, checkpoint = _data(), tmp_path / f"{2 * batches} epoch.ckpt"
     for callbacks in ([], [_Meddler(tmp_path)]):
         again = _Recorder()
-        _trainer(tmp_path, callbacks=callbacks, **settings).fit(again, datamodule=data)
+        quiet_trainer(tmp_path, callbacks=callbacks, **settings).fit(again, datamodule=data)
         assert again.seen == whole.seen
-    _trainer(tmp_path).test(_Recorder(), datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    quiet_trainer(tmp_path).test(_Recorder(), datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     afresh, resumed = _Recorder(), _Recorder()
-    _trainer(tmp_path, **settings).fit(afresh, datamodule=data)
+    quiet_trainer(tmp_path, **settings).fit(afresh, datamodule=data)
     assert afresh.seen == whole.seen, "testing a checkpoint must not move the training data"
-    _trainer(tmp_path, **settings).fit(resumed, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    quiet_trainer(tmp_path, **settings).fit(resumed, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     assert resumed.seen == whole.seen[2 * batches :]
 
 
 def test_reloading_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leave reload_dataloaders_every_n_epochs at 0"):
-        _trainer(tmp_path, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(_Recorder(), datamodule=_data())
+        quiet_trainer(tmp_path, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(_Recorder(), datamodule=_data())
 
 
 def test_trainer_tests_on_the_whole_test_set(tmp_path: Path) -> None:
     recorder = _Recorder()
-    _trainer(tmp_path).test(recorder, datamodule=ImageData("digits", eval_batch_size=100), verbose=False)
+    quiet_trainer(tmp_path).test(recorder, datamodule=ImageData("digits", eval_batch_size=100), verbose=False)
     assert list(chain(*(labels for labels, _ in recorder.seen))) == load_images("digits").test_labels.tolist()
 
 

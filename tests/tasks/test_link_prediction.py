@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,7 @@ from locallearn.nets import Blocks
 from locallearn.strategies import LocalStrategy
 from locallearn.tasks.graphs import GeneratedGraph, GraphData
 from locallearn.tasks.link_prediction import LinkPrediction
+from tests.tasks.conftest import quiet_trainer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of third parties, on import
@@ -63,19 +63,6 @@ def _parts(task: LinkPrediction) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     edges = {"train": "train_edges", "validation": "train_edges", "test": "test_edges"}
     names = {part: (edges[part], f"{part}_pairs", f"{part}_labels") for part in PARTS}
     return {part: tuple(task.get_buffer(name) for name in names[part]) for part in PARTS}  # type: ignore[misc]
-
-
-def _trainer(tmp_path: Path, **settings: Any) -> pl.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": tmp_path,
-        "log_every_n_steps": 1,
-    }
-    return pl.Trainer(**(defaults | settings))
 
 
 def _set(edges: Tensor) -> set[tuple[int, int]]:
@@ -169,7 +156,7 @@ def _auc(scores: Tensor, labels: Tensor) -> float:
 
 def test_figures_are_those_of_all_comparisons(data: GraphData, tmp_path: Path) -> None:
     task = _task(data)
-    trainer = _trainer(tmp_path, strategy=LocalStrategy(Backprop(), _adam), max_epochs=30)
+    trainer = quiet_trainer(tmp_path, strategy=LocalStrategy(Backprop(), _adam), max_epochs=30)
     trainer.fit(task, datamodule=data)
     [validation] = trainer.validate(task, datamodule=data, verbose=False)
     [test] = trainer.test(task, datamodule=data, verbose=False)
@@ -186,11 +173,11 @@ def test_figures_are_those_of_all_comparisons(data: GraphData, tmp_path: Path) -
     assert (task.metric, task.maximise) == ("auc", True)
 
 
-def test_backpropagation_under_the_strategy_is_that_of_a_plain_trainer(data: GraphData, tmp_path: Path) -> None:
+def test_backpropagation_under_the_strategy_is_that_of_a_plainquiet_trainer(data: GraphData, tmp_path: Path) -> None:
     weights = []
     for strategy in ("auto", LocalStrategy(Backprop(), _adam)):
         task = _task(data, optimizer=_adam)
-        _trainer(tmp_path, strategy=strategy, max_epochs=3).fit(task, datamodule=data)
+        quiet_trainer(tmp_path, strategy=strategy, max_epochs=3).fit(task, datamodule=data)
         weights.append([p.detach().clone() for p in task.net.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
@@ -204,7 +191,7 @@ class _Scores(Backprop):
 
 def test_an_algorithm_may_score_pairs_itself(data: GraphData, tmp_path: Path) -> None:
     task, algorithm = _task(data), _Scores()
-    trainer = _trainer(tmp_path, strategy=LocalStrategy(algorithm, _adam))
+    trainer = quiet_trainer(tmp_path, strategy=LocalStrategy(algorithm, _adam))
     [figures] = trainer.test(task, datamodule=data, verbose=False)
     _, pairs, labels = _parts(task)["test"]
     assert figures["test/auc"] == pytest.approx(_auc(-(pairs[0] - pairs[1]).abs().float(), labels), abs=1e-6)
