@@ -97,8 +97,8 @@ class Classification(Task):
 class NodeClassification(Classification):
     """Assign a class to every node of a graph, learning from those whose classes are known.
 
-    Before validation and test the algorithm is told which labels its inference may use
-    (:meth:`~locallearn.algorithms.Algorithm.reveal`): in validation those of the training nodes, in the test the same
+    In validation and test the algorithm is told which labels its inference may use and which nodes are asked for
+    (:meth:`~locallearn.algorithms.Algorithm.reveal`): in validation the labels of the training nodes, in the test the same
     ones, or also those of the validation nodes. They come from ``known("train")`` and ``known("train+validation")`` of the
     Trainer's data module (:class:`~locallearn.tasks.graphs.GraphData`), else from the example batch.
 
@@ -126,28 +126,34 @@ class NodeClassification(Classification):
     ) -> None:
         super().__init__(net, example, classes, optimizer, scheduler)
         self._reveal_validation = reveal_validation
+        self._known: tuple[Tensor, Tensor] | None = None
 
     @override
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self._reveal("train")
+        self._look_up("train")
 
     @override
     def on_test_epoch_start(self) -> None:
         super().on_test_epoch_start()
-        self._reveal("train+validation" if self._reveal_validation else "train")
+        self._look_up("train+validation" if self._reveal_validation else "train")
 
-    def _reveal(self, part: str) -> None:
+    @override
+    def judge(self, batch: Batch) -> Tensor:
+        if self.algorithm is not None and self._known is not None:
+            self.algorithm.reveal(*self._known, batch.rows)
+        return super().judge(batch)
+
+    def _look_up(self, part: str) -> None:
         if self.algorithm is None:
             return
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "known"):
-            targets, rows = data.known(part)
+            self._known = data.known(part)
         elif part == "train" and self._example.rows is not None:
-            targets, rows = self._example.targets.to(self.device), self._example.rows.to(self.device)
+            self._known = self._example.targets.to(self.device), self._example.rows.to(self.device)
         else:
             raise ValueError(
                 f"the labels of {part} nodes are to be revealed, and the Trainer has no data module that knows them: train with"
                 " GraphData, or set task.reveal_validation=false"
             )
-        self.algorithm.reveal(targets, rows)

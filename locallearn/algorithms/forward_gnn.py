@@ -36,11 +36,13 @@ class _View(NamedTuple):
         graphs: edge index of every view, or one for all of them.
         columns: further columns of the first block's input by view, ``(G, N, K)`` (``ff_la``), or of the last block's,
             ``(N + K, K)`` (``sf_top_to_input``).
+        raw: the inputs before their rows were scaled (``sf_top_to_loss``).
     """
 
     inputs: Tensor
     graphs: tuple[Tensor, ...]
     columns: Tensor | None = None
+    raw: Tensor | None = None
 
 
 class ForwardGNN(LayerLocal):
@@ -79,6 +81,7 @@ class ForwardGNN(LayerLocal):
     virtual: Tensor
     train_labels: Tensor
     known_labels: Tensor
+    asked: Tensor
     negatives: Tensor
     _nodes: int
     _widths: list[int]
@@ -161,6 +164,7 @@ class ForwardGNN(LayerLocal):
             self.register_buffer("train_labels", known)
             if self._variant in _FORWARD_FORWARD:
                 self.register_buffer("known_labels", known.clone())
+                self.register_buffer("asked", torch.ones(self._nodes, dtype=torch.bool))
                 self.register_buffer("negatives", fg.wrong_labels(labels, self.outputs, torch.default_generator))
             if self._variant != "ff_la":
                 self.register_buffer("virtual", torch.randn(self.outputs, features))
@@ -177,8 +181,10 @@ class ForwardGNN(LayerLocal):
         group: ParamGroup = {"params": list(self.blocks[index].parameters())}
         return [{**group, "weight_decay": 0.0} if self._variant == "ce_top_to_input" else group]
 
-    def reveal(self, targets: Tensor, rows: Tensor) -> None:
+    def reveal(self, targets: Tensor, rows: Tensor, asked: Tensor | None = None) -> None:
         """Take these labels as known at inference; only ``ff_la`` and ``ff_vn`` use any but the training nodes'.
+
+        There, the nodes that are asked for show one class after the other; what is neither known nor asked for shows none.
 
         Raises:
             ValueError: not one target for every node of the graph.
@@ -191,8 +197,12 @@ class ForwardGNN(LayerLocal):
             )
         known = torch.full_like(self.known_labels, -1)
         known[rows] = targets[rows]
-        if not torch.equal(known, self.known_labels):  # what was made of the old ones is kept until they change
-            self.known_labels.copy_(known)
+        shown = torch.full_like(self.asked, asked is None)
+        if asked is not None:
+            shown[asked] = True
+        for mine, new in ((self.known_labels, known), (self.asked, shown)):
+            if not torch.equal(mine, new):  # what was made of the old ones is kept until they change
+                mine.copy_(new)
 
     # -- learning -----------------------------------------------------------------------------------------------------
     def prepare(self, batch: Batch) -> Batch:
@@ -218,12 +228,19 @@ class ForwardGNN(LayerLocal):
         return Batch(view.inputs, batch.targets, (view.graphs, view.columns), rows)
 
     def run(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
-        """Run block ``index`` on every view, ``(G, N, d)``."""
+        """Run block ``index`` on every view, ``(G, N, d)``; only the loss's rows where nothing else reads the output."""
         graphs, columns = batch.context
-        return self._layer(index, inputs, graphs, columns if index == 0 else None)
+        rows = None
+        if not self.links and index + 1 == self.depth and self.trains(self.blocks.names[index]):
+            assert batch.rows is not None
+            rows = batch.rows
+            if self._variant == "sf":
+                virtual = torch.arange(-self.outputs, 0, device=rows.device) + len(inputs)
+                rows = torch.cat((rows, virtual))
+        return self._layer(index, inputs, graphs, columns if index == 0 else None, rows)
 
     def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:
-        """The layer's loss from its output on every view."""
+        """The layer's loss from its output on every view; of all nodes, or of the loss's alone."""
         rows = batch.rows
         assert rows is not None
         if self.links:
@@ -233,7 +250,7 @@ class ForwardGNN(LayerLocal):
                 return fg.forward_forward_loss(logits[true], logits[~true], threshold=0.0)  # θ is in the logits
             return F.binary_cross_entropy_with_logits(logits, batch.targets.to(logits.dtype))
         if self._variant in _FORWARD_FORWARD:
-            loud = fg.goodness(output[:, rows])
+            loud = fg.goodness(output if output.shape[1] == len(rows) else output.index_select(1, rows))
             return fg.forward_forward_loss(loud[0], loud[1:], self.threshold)
         return F.cross_entropy(self._class_logits(output[0], rows), batch.targets[rows])
 
@@ -283,16 +300,20 @@ class ForwardGNN(LayerLocal):
         run = super()._frozen_prefix
         if not 0 < first < len(self.blocks) or not self._kept.holds(prepared.inputs):
             return run(first, batch, prepared)
-        frozen = [t for block in list(self.blocks)[:first] for t in (*block.parameters(), *block.buffers())]
-        return self._kept.get("prefix", (prepared.inputs, *frozen), lambda: run(first, batch, prepared))
+        return self._kept.get("prefix", self._frozen(first, prepared.inputs), lambda: run(first, batch, prepared))
+
+    def _frozen(self, first: int, inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the outputs of the blocks before ``first`` depend on."""
+        return inputs, *(t for block in list(self.blocks)[:first] for t in (*block.parameters(), *block.buffers()))
 
     # -- inference ----------------------------------------------------------------------------------------------------
     def predict(self, inputs: Tensor, *context: Any) -> Tensor:
         """Class scores ``(N, K)``, or for edges the outputs of all layers side by side, ``(N, Σ d)``.
 
         ``sf`` variants give the logarithm of the mean over layers of their class probabilities. ``ff_la`` and ``ff_vn``
-        give the sum over layers of the goodness when all nodes whose label is not known are said to be of one class;
-        nodes whose label is known keep it, so that their scores tell nothing.
+        give the sum over layers of the goodness when all nodes that are asked for are said to be of one class
+        (:meth:`reveal`; at first all whose label is not known). The scores of the others tell nothing: known labels stay,
+        and where neither holds, none is shown.
 
         Raises:
             ValueError: classes are asked for on a graph with another number of nodes than the one attached to.
@@ -336,20 +357,15 @@ class ForwardGNN(LayerLocal):
 
     def _goodness_by_class(self, inputs: Tensor, edges: Tensor) -> Tensor:
         self._check_nodes(inputs)
-        known = self.known_labels
+        known, asked = self.known_labels, self.asked
 
         def make() -> _View:
+            rows = ((known >= 0) | asked).nonzero().flatten()
             classes = torch.arange(self.outputs, device=known.device)[:, None]
-            rows = torch.arange(len(known), device=known.device)
-            return self._view(inputs, edges, rows, torch.where(known >= 0, known, classes))
+            return self._view(inputs, edges, rows, torch.where(known[rows] >= 0, known[rows], classes))
 
-        view = self._kept.get("inference", (inputs, edges, known), make)
-        x, total = view.inputs, torch.zeros((), device=inputs.device)
-        for i in range(self.depth):
-            output = self._layer(i, x, view.graphs, view.columns if i == 0 else None)
-            total = total + fg.goodness(output)[:, : len(inputs)]
-            x = fg.normalise(output)
-        return total.T
+        view = self._kept.get("inference", (inputs, edges, known, asked), make)
+        return sum_of(fg.goodness(output)[:, : len(inputs)] for output in self._said_upwards(view, self.depth)).T
 
     def _said(self, view: _View, depth: int | None = None) -> list[Tensor]:
         """What every layer says at inference, ``(N, d)`` each; top-to-input gives the layers of one sweep after another."""
@@ -363,14 +379,28 @@ class ForwardGNN(LayerLocal):
                 if sweep >= _SKIPPED:
                     said += [outputs[i] for i in sorted(outputs)]
             return said
-        x, said = view.inputs, []
-        for i in range(self.depth if depth is None else depth):
-            said.append(self._layer(i, x, view.graphs, view.columns if i == 0 else None)[0])
-            # The authors' inference of top-to-loss does not normalise between layers.
-            x = said[-1] if self._variant == "sf_top_to_loss" else fg.normalise(said[-1])
         if self._variant == "sf_top_to_loss":
-            return [self._with_above(h, said[i + 1 :]) for i, h in enumerate(said)]
-        return said
+            states = self._first_states(view)
+            own = [self._layer_between(i, view, states)[0] for i in range(len(states))]
+            return [self._with_above(h, states[i + 1 :]) for i, h in enumerate(own)]
+        return [output[0] for output in self._said_upwards(view, self.depth if depth is None else depth)]
+
+    def _said_upwards(self, view: _View, depth: int) -> Iterator[Tensor]:
+        """What layer after layer says of every view, ``(G, N, d)``; the layers below the one that trains are kept."""
+        first, x = next((i for i, name in enumerate(self.blocks.names) if self.trains(name)), depth), view.inputs
+        if not 0 < first < depth:
+            yield from self._upwards(view, x, 0, depth)
+            return
+        below = self._kept.get("said", self._frozen(first, x), lambda: list(self._upwards(view, x, 0, first)))
+        yield from below
+        read = self._kept.get("read", (below[-1],), lambda: fg.normalise(below[-1]))
+        yield from self._upwards(view, read, first, depth)
+
+    def _upwards(self, view: _View, x: Tensor, start: int, stop: int) -> Iterator[Tensor]:
+        for i in range(start, stop):
+            output = self._layer(i, x, view.graphs, view.columns if i == 0 else None)
+            yield output
+            x = fg.normalise(output)
 
     # -- top-down -----------------------------------------------------------------------------------------------------
     def _states(self) -> list[Tensor]:
@@ -381,11 +411,16 @@ class ForwardGNN(LayerLocal):
         return [*indices[::2], *indices[1::2]] if self._variant in _TO_INPUT else list(indices)
 
     def _first_states(self, view: _View) -> list[Tensor]:
-        """Normalised outputs of one pass from below, with zeros where the layers above are read."""
+        """Normalised outputs of one pass from below, with zeros where the layers above are read.
+
+        That of top-to-loss is on raw inputs and hands raw outputs on, as in the authors' code.
+        """
         states: list[Tensor] = []
+        x = view.inputs if view.raw is None else view.raw
         for i, above in enumerate(self._above()):
-            x = states[-1] if states else view.inputs
-            states.append(self.emit(i, self._layer(i, x, view.graphs, x.new_zeros(len(x), above) if above else None)))
+            output = self._layer(i, x, view.graphs, x.new_zeros(len(x), above) if above else None)
+            states.append(self.emit(i, output))
+            x = states[-1] if view.raw is None else output[0].detach()
         return states
 
     def _layer_between(self, index: int, view: _View, states: list[Tensor]) -> Tensor:
@@ -415,8 +450,11 @@ class ForwardGNN(LayerLocal):
             joint = fg.normalise(torch.cat((inputs, columns[0]), 1))
             scale = joint[:, inputs.shape[1] :].sum(1, keepdim=True)
             return _View(joint[:, : inputs.shape[1]].contiguous(), (edges,), columns * scale)
-        x = fg.normalise(torch.cat((inputs, self.virtual.to(inputs.dtype))))
+        raw = torch.cat((inputs, self.virtual.to(inputs.dtype)))
+        x = fg.normalise(raw)
         graphs = tuple(fg.join_virtual_nodes(edges, rows, shown, nodes) for shown in labels)
+        if self._variant == "sf_top_to_loss":
+            return _View(x, graphs, raw=raw)
         if self._variant != "sf_top_to_input":
             return _View(x, graphs)
         columns = fg.label_columns(rows, labels[0], nodes, self.outputs, inputs.dtype)
@@ -455,7 +493,14 @@ class ForwardGNN(LayerLocal):
         return torch.equal(torch.full_like(self.train_labels, -1).index_copy_(0, rows, labels), self.train_labels)
 
     # -- one layer ----------------------------------------------------------------------------------------------------
-    def _layer(self, index: int, x: Tensor, graphs: tuple[Tensor, ...], more: Tensor | None = None) -> Tensor:
+    def _layer(
+        self,
+        index: int,
+        x: Tensor,
+        graphs: tuple[Tensor, ...],
+        more: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Output of a block on every view, ``(G, N, d)``.
 
         Args:
@@ -463,14 +508,16 @@ class ForwardGNN(LayerLocal):
             x: ``(N, columns)``, shared by all views, or ``(G, N, columns)``.
             graphs: edges of every view, or one for all.
             more: further columns on the right of ``x``, shared or by view.
+            rows: nodes of a whole graph whose output is wanted; taken up only where a kept aggregate has a row for each
+                node, so that the output is that of all nodes, or of these.
         """
         block = self.blocks[index]
         parts = [x] if more is None else [x, more]
         if isinstance(block, GraphBlock) and block.linear(x):
-            sums = self._kept_aggregate(index, block, x, graphs, more)
+            sums = self._kept_aggregate(index, block, x, graphs, more, rows)
             if sums is None and (len(graphs) > 1 or any(part.ndim == 3 for part in parts) or more is not None):
                 # Weights first: what the views share is multiplied once.
-                terms = block.project(x)
+                terms = self._projected(index, block, x)
                 if more is not None:
                     terms = [a + b for a, b in zip(terms, block.project(more, x.shape[-1]), strict=True)]
                 if len(graphs) == 1:
@@ -488,19 +535,40 @@ class ForwardGNN(LayerLocal):
             outputs.append(block(torch.cat(mine, 1) if len(mine) > 1 else mine[0], graphs[g % len(graphs)]))
         return torch.stack(outputs) if count > 1 else outputs[0][None]
 
+    def _projected(self, index: int, block: GraphBlock, x: Tensor) -> list[Tensor]:
+        """An input times the block's weights; kept where nothing learns, for the next sweep of the same inference."""
+        if torch.is_grad_enabled() or not self._kept.holds(x):
+            return block.project(x)
+        return self._kept.get(f"projected {index}", (x, *block.parameters()), lambda: block.project(x))
+
     def _kept_aggregate(
-        self, index: int, block: GraphBlock, x: Tensor, graphs: tuple[Tensor, ...], more: Tensor | None
+        self,
+        index: int,
+        block: GraphBlock,
+        x: Tensor,
+        graphs: tuple[Tensor, ...],
+        more: Tensor | None,
+        rows: Tensor | None,
     ) -> Tensor | None:
         """Sums of the block from the kept aggregate of an input that stays the same; ``None`` where that does not pay."""
         if not (self.aggregate_once and len(graphs) == 1 and self._kept.holds(x)) or block.sparse(x):
             return None
-        edges = graphs[0]
-        sums = block.combine(kept(x, ("aggregate", index), lambda: block.aggregate(x, edges)))
-        return sums if more is None else sums + block.combine(block.aggregate(more, edges), x.shape[-1])
+        chosen = rows if block.rowwise else None
+
+        def aggregate(part: Tensor) -> list[Tensor]:
+            whole = block.aggregate(part, graphs[0])
+            return whole if chosen is None else [a.index_select(-2, chosen) for a in whole]
+
+        # A whole graph is trained on by the same nodes in every step, so the rows need not be part of the key.
+        sums = block.combine(kept(x, ("aggregate", index, chosen is None), lambda: aggregate(x)))
+        return sums if more is None else sums + block.combine(aggregate(more), x.shape[-1])
 
     def _class_logits(self, h: Tensor, rows: Tensor) -> Tensor:
-        # Not h[rows], whose backward pass sorts the rows for the case that one comes twice.
-        return fg.virtual_logits(h.index_select(0, rows), h[-self.outputs :], self.temperature)
+        nodes, virtual = h[: -self.outputs], h[-self.outputs :]
+        if len(nodes) != len(rows):
+            # Not nodes[rows], whose backward pass sorts the rows for the case that one comes twice.
+            nodes = nodes.index_select(0, rows)
+        return fg.virtual_logits(nodes, virtual, self.temperature)
 
     def _edge_logits(self, h: Tensor, pairs: Tensor) -> Tensor:
         products = fg.edge_products(h, pairs)

@@ -87,7 +87,8 @@ class LayerLocal(Algorithm):
             else:
                 with torch.no_grad():
                     output = self.run(i, x, prepared)
-            x = self.emit(i, output)
+            if i + 1 < self.depth:  # what no block reads need not be made
+                x = self.emit(i, output)
             del output  # the block's graph ends here
         yield from self.extra_updates(batch, prepared)
 

@@ -169,6 +169,11 @@ class GraphBlock(nn.Module):
         output: Tensor = self.after(sums if bias is None else sums + cast(Tensor, bias))
         return output
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether what follows the convolution treats every node by itself, so that some rows can go without the others."""
+        return all(isinstance(module, nn.ReLU | nn.Dropout) for module in self.after)
+
     def sparse(self, x: Tensor) -> bool:
         """Whether :meth:`project` takes ``x`` as a sparse matrix."""
         return x.shape[-1] > self.width and _sparse_features(x) is not None

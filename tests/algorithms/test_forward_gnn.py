@@ -21,7 +21,7 @@ from locallearn.batch import Batch
 from locallearn.cost import measure_update
 from locallearn.functional import forward_gnn as fg
 from locallearn.nets import Blocks
-from locallearn.nets.graph import gnn
+from locallearn.nets.graph import GraphBlock, gnn
 from locallearn.testing import plain_loop
 
 NODES, FEATURES, CLASSES, WIDTH = 14, 6, 3, 5
@@ -229,20 +229,27 @@ def test_single_forward_averages_the_probabilities_of_all_layers() -> None:
 
 
 @pytest.mark.parametrize("variant", ["ff_la", "ff_vn"])
+@pytest.mark.parametrize("asked", [None, [1, 4, 5]])
 @pytest.mark.parametrize("revealed", [False, True])
-def test_forward_forward_gives_one_class_after_the_other_to_all_unknown_nodes(variant: str, revealed: bool) -> None:
+def test_forward_forward_gives_one_class_after_the_other_to_the_nodes_asked_for(
+    variant: str, revealed: bool, asked: list[int] | None
+) -> None:
+    """As in the authors' code: what is neither known nor asked for shows no class."""
     algorithm = _trained(variant)
     known = {int(n): int(Y[n]) for n in TRAIN}
     if revealed:
         known |= {3: int(Y[3]), 7: int(Y[7])}
-        algorithm.reveal(Y, torch.tensor(list(known)))
+    if revealed or asked:
+        algorithm.reveal(Y, torch.tensor(list(known)), None if asked is None else torch.tensor(asked))
+    shown = [n for n in range(NODES) if asked is None or n in known or n in asked]
+    assert (len(shown) < NODES) is (asked is not None)
     scores = algorithm.predict(X, EDGES)
     for k in range(CLASSES):
-        labels = [known.get(n, k) for n in range(NODES)]
+        labels = [known.get(n, k) for n in shown]
         if variant == "ff_la":
-            x, right = _unit(torch.cat((X, _columns(labels, range(NODES))), 1)), _adjacency(EDGES, NODES)
+            x, right = _unit(torch.cat((X, _columns(labels, shown)), 1)), _adjacency(EDGES, NODES)
         else:
-            x, right = _unit(torch.cat((X, algorithm.virtual))), _with_virtual(labels, range(NODES))
+            x, right = _unit(torch.cat((X, algorithm.virtual))), _with_virtual(labels, shown)
         total = torch.zeros(NODES, dtype=torch.float64)
         for block in algorithm.blocks:
             h = _gcn(block, x, right)
@@ -251,13 +258,18 @@ def test_forward_forward_gives_one_class_after_the_other_to_all_unknown_nodes(va
         assert torch.allclose(scores[:, k], total)
 
 
-def test_top_to_loss_mixes_raw_outputs_at_inference() -> None:
+def test_top_to_loss_takes_its_states_from_a_raw_pass_at_inference() -> None:
+    """As in the authors' code: unscaled rows go up, and what a layer reads and mixes is scaled."""
     algorithm = _trained("sf_top_to_loss", depth=3)
-    x, right, said = _unit(torch.cat((X, algorithm.virtual))), _with_virtual(Y[TRAIN].tolist(), TRAIN.tolist()), []
+    x, right = torch.cat((X, algorithm.virtual)), _with_virtual(Y[TRAIN].tolist(), TRAIN.tolist())
+    states = [_unit(x)]
     for block in algorithm.blocks:
         x = _gcn(block, x, right)
-        said.append(x)
-    mixed = [torch.stack(said[i:]).mean(0) for i in range(3)]
+        states.append(_unit(x))
+    mixed = [
+        torch.stack([_gcn(block, states[i], right), *states[i + 2 :]]).mean(0)
+        for i, block in enumerate(algorithm.blocks)
+    ]
     wanted = torch.stack([(e[:NODES] @ e[NODES:].T).softmax(1) for e in mixed]).mean(0)
     assert torch.allclose(algorithm.predict(X, EDGES).exp(), wanted)
 
@@ -377,12 +389,13 @@ def test_losses_of_a_silent_layer(variant: str, silence: float) -> None:
 
 @pytest.mark.parametrize("variant", ["sf", "ff_vn", "sf_top_to_loss", "sf_top_to_input", "ce"])
 def test_the_scale_of_features_changes_nothing(variant: str) -> None:
-    """Property 6."""
+    """Property 6; but the states of top-to-loss at inference come from a pass over raw features."""
     scaled = _batch(variant)._replace(inputs=1000 * X)
     one, other = _attached(variant), _attached(variant, batch=scaled)
     plain_loop(one, [_batch(variant)] * 3, sgd)
     plain_loop(other, [scaled] * 3, sgd)
-    assert torch.allclose(one.predict(X, EDGES), other.predict(1000 * X, EDGES), atol=1e-6)
+    same = torch.allclose(one.predict(X, EDGES), other.predict(1000 * X, EDGES), atol=1e-6)
+    assert same is (variant != "sf_top_to_loss")
     inputs = one.prepare(_batch(variant)).inputs
     assert torch.allclose(inputs.norm(dim=1), torch.ones(len(inputs), dtype=torch.float64), atol=1e-6)
 
@@ -414,8 +427,24 @@ def test_one_layer_of_top_to_loss_is_one_layer_of_single_forward() -> None:
     one, other = _attached("sf", depth=1), _attached("sf_top_to_loss", depth=1)
     for algorithm in (one, other):
         plain_loop(algorithm, [NODE_BATCH] * 4, adam)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    assert torch.equal(one.predict(X, EDGES), other.predict(X, EDGES))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):  # one of them goes without the rows not needed
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    torch.testing.assert_close(one.predict(X, EDGES), other.predict(X, EDGES), rtol=0, atol=1e-12)
+
+
+def test_flops_are_those_of_the_cost_section() -> None:
+    """Of docs/algorithms/forward_gnn.md, with the aggregates of the first step on top."""
+    nodes, labelled = NODES + CLASSES, len(TRAIN)
+    edges = EDGES.shape[1] + 2 * labelled + nodes
+    loss = 6 * labelled * CLASSES * WIDTH
+    first = 2 * edges * FEATURES + 4 * nodes * FEATURES * WIDTH + loss
+    second = 2 * edges * WIDTH + 4 * nodes * WIDTH**2 + loss
+    algorithm = _attached("sf", depth=2)
+    assert NODES * measure_update(algorithm, NODE_BATCH).flops == first + second
+    alone = 2 * edges * FEATURES + 4 * (labelled + CLASSES) * FEATURES * WIDTH + loss
+    prefix = 2 * edges * FEATURES + 2 * nodes * FEATURES * WIDTH
+    in_turn = 2 * edges * WIDTH + 4 * (labelled + CLASSES) * WIDTH**2 + loss
+    assert NODES * measure_update(algorithm, NODE_BATCH, sequential=True).flops == alone + prefix + in_turn
 
 
 def test_a_frozen_layer_rests_and_is_run_once_for_all_steps() -> None:
@@ -586,14 +615,50 @@ def test_what_validation_made_serves_training(variant: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("variant", ["sf", "ff_la", "ff_vn", "ce"])
+def test_inference_runs_frozen_layers_once(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it keeps follows the weights, of which a copy knows nothing."""
+    algorithm = _trained(variant, depth=3)
+    algorithm.train_only(frozenset(["layer2"]))
+    ran: list[int] = []
+    layer = ForwardGNN._layer
+    monkeypatch.setattr(ForwardGNN, "_layer", lambda self, index, *rest: ran.append(index) or layer(self, index, *rest))  # type: ignore[func-returns-value]
+    for _ in range(2):
+        algorithm.predict(X, EDGES)
+    assert sorted(ran) == [0, 1, 1]
+    for _ in range(2):
+        plain_loop(algorithm, [_batch(variant)], adam)
+        assert torch.equal(algorithm.predict(X, EDGES), copy.deepcopy(algorithm).predict(X, EDGES))
+        with torch.no_grad():
+            next(algorithm.blocks[0].parameters()).add_(0.1)
+
+
+def test_the_sweeps_of_one_inference_multiply_features_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse ones, that is; of others the aggregate is kept."""
+    monkeypatch.setattr("locallearn.nets.graph._SPARSE", 0.5)
+    batch = NODE_BATCH._replace(inputs=F.one_hot(torch.arange(NODES), 20).double())
+    algorithm = _attached("sf_top_to_input", batch=batch)
+    inputs = algorithm.prepare(batch).inputs
+    multiplied: list[Tensor] = []
+    project = GraphBlock.project
+    monkeypatch.setattr(GraphBlock, "project", lambda self, x, *rest: multiplied.append(x) or project(self, x, *rest))  # type: ignore[func-returns-value]
+    with torch.no_grad():
+        for times in (1, 2):
+            next(algorithm.blocks[0].parameters()).add_(0.1)
+            for _ in range(2):
+                algorithm.predict(batch.inputs, EDGES)
+            assert sum(x is inputs for x in multiplied) == times
+
+
 def test_revealing_the_same_labels_again_computes_nothing_anew() -> None:
     algorithm = _trained("ff_vn")
     algorithm.predict(X, EDGES)
-    version = algorithm.known_labels._version
+    versions = algorithm.known_labels._version, algorithm.asked._version
     algorithm.reveal(Y, TRAIN)
-    assert algorithm.known_labels._version == version
-    algorithm.reveal(Y, torch.tensor([0]))
+    assert (algorithm.known_labels._version, algorithm.asked._version) == versions
+    algorithm.reveal(Y, torch.tensor([0]), torch.tensor([1]))
     assert (algorithm.known_labels >= 0).tolist() == [True] + [False] * (NODES - 1)
+    assert algorithm.asked.nonzero().tolist() == [[1]]
 
 
 @pytest.mark.parametrize("variant", NODE_VARIANTS)

@@ -658,10 +658,10 @@ class _Told(Backprop):
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[tuple[Tensor, Tensor]] = []
+        self.told: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def reveal(self, targets: Tensor, rows: Tensor) -> None:
-        self.told.append((targets, rows))
+    def reveal(self, targets: Tensor, rows: Tensor, asked: Tensor | None = None) -> None:
+        self.told.append((targets, rows, asked))
 
 
 @pytest.mark.parametrize("reveal_validation", [False, True])
@@ -674,9 +674,11 @@ def test_labels_are_revealed_before_validation_and_test(reveal_validation: bool,
     trainer.test(task, datamodule=data, verbose=False)
     last = "train+validation" if reveal_validation else "train"
     assert len(algorithm.told) == 3
-    for (targets, rows), part in zip(algorithm.told, ("train", "train", last), strict=True):
+    asked = [data._batch(part).rows for part in ("validation", "validation", "test")]
+    for (targets, rows, judged), part, nodes in zip(algorithm.told, ("train", "train", last), asked, strict=True):
         assert targets is data.known(part)[0]  # type: ignore[arg-type]
         assert rows is data.known(part)[1]  # type: ignore[arg-type]
+        assert judged is nodes
 
 
 def test_without_a_data_module_the_example_tells_the_training_labels(tmp_path: Path) -> None:
@@ -684,7 +686,7 @@ def test_without_a_data_module_the_example_tells_the_training_labels(tmp_path: P
     algorithm = _Told()
     trainer = quiet_trainer(tmp_path, strategy=LocalStrategy(algorithm, _adam), max_epochs=1, num_sanity_val_steps=0)
     trainer.fit(task, train_dataloaders=data.train_dataloader(), val_dataloaders=data.val_dataloader())
-    [(targets, rows)] = algorithm.told
+    [(targets, rows, _)] = algorithm.told
     assert torch.equal(targets, data.known("train")[0])
     assert torch.equal(rows, data.known("train")[1])
     asking = NodeClassification(_net(34, 4), data.example(), 4, reveal_validation=True)
