@@ -224,7 +224,7 @@ class ForwardGNN(LayerLocal):
             )
         else:
             view = self._training_view(batch)
-        rows = batch.rows if self.links else _labelled(batch)[0]
+        rows = batch.rows if self.links else self._kept.get("labelled", tensors, lambda: _labelled(batch)[0])
         return Batch(view.inputs, batch.targets, (view.graphs, view.columns), rows)
 
     def run(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
@@ -564,7 +564,8 @@ class ForwardGNN(LayerLocal):
         return sums if more is None else sums + block.combine(aggregate(more), x.shape[-1])
 
     def _class_logits(self, h: Tensor, rows: Tensor) -> Tensor:
-        nodes, virtual = h[: -self.outputs], h[-self.outputs :]
+        # Not two slices, whose backward passes fill a tensor of zeros each.
+        nodes, virtual = h.split((len(h) - self.outputs, self.outputs))
         if len(nodes) != len(rows):
             # Not nodes[rows], whose backward pass sorts the rows for the case that one comes twice.
             nodes = nodes.index_select(0, rows)
