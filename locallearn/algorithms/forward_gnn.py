@@ -371,10 +371,13 @@ class ForwardGNN(LayerLocal):
         """What every layer says at inference, ``(N, d)`` each; top-to-input gives the layers of one sweep after another."""
         if self._variant in _TO_INPUT:
             states, said = self._first_states(view), []
+            block, projected = self.blocks[0], None
+            if isinstance(block, GraphBlock) and block.linear(view.inputs) and block.sparse(view.inputs):
+                projected = block.project(view.inputs)  # once for all sweeps
             for sweep in range(_SWEEPS):
                 outputs = {}
                 for i in self._order():
-                    outputs[i] = self._layer_between(i, view, states)[0]
+                    outputs[i] = self._layer_between(i, view, states, projected)[0]
                     states[i] = fg.normalise(outputs[i])
                 if sweep >= _SKIPPED:
                     said += [outputs[i] for i in sorted(outputs)]
@@ -423,12 +426,16 @@ class ForwardGNN(LayerLocal):
             x = states[-1] if view.raw is None else output[0].detach()
         return states
 
-    def _layer_between(self, index: int, view: _View, states: list[Tensor]) -> Tensor:
+    def _layer_between(
+        self, index: int, view: _View, states: list[Tensor], projected: list[Tensor] | None = None
+    ) -> Tensor:
         """Output ``(1, N, d)`` of a layer that reads the states below it and, with top-to-input, above it."""
         above = None
         if self._variant in _TO_INPUT:
             above = states[index + 1] if index + 1 < len(states) else view.columns
-        return self._layer(index, states[index - 1] if index else view.inputs, view.graphs, above)
+        if index == 0:
+            return self._layer(0, view.inputs, view.graphs, above, projected=projected)
+        return self._layer(index, states[index - 1], view.graphs, above)
 
     def _with_above(self, output: Tensor, above: list[Tensor]) -> Tensor:
         """With top-to-loss the mean of an output and of all that stands above it."""
@@ -500,6 +507,7 @@ class ForwardGNN(LayerLocal):
         graphs: tuple[Tensor, ...],
         more: Tensor | None = None,
         rows: Tensor | None = None,
+        projected: list[Tensor] | None = None,
     ) -> Tensor:
         """Output of a block on every view, ``(G, N, d)``.
 
@@ -510,6 +518,7 @@ class ForwardGNN(LayerLocal):
             more: further columns on the right of ``x``, shared or by view.
             rows: nodes of a whole graph whose output is wanted; taken up only where a kept aggregate has a row for each
                 node, so that the output is that of all nodes, or of these.
+            projected: ``x`` times the block's weights, where somebody has it.
         """
         block = self.blocks[index]
         parts = [x] if more is None else [x, more]
@@ -517,7 +526,7 @@ class ForwardGNN(LayerLocal):
             sums = self._kept_aggregate(index, block, x, graphs, more, rows)
             if sums is None and (len(graphs) > 1 or any(part.ndim == 3 for part in parts) or more is not None):
                 # Weights first: what the views share is multiplied once.
-                terms = self._projected(index, block, x)
+                terms = block.project(x) if projected is None else projected
                 if more is not None:
                     terms = [a + b for a, b in zip(terms, block.project(more, x.shape[-1]), strict=True)]
                 if len(graphs) == 1:
@@ -534,12 +543,6 @@ class ForwardGNN(LayerLocal):
             mine = [_of_view(part, g) for part in parts]
             outputs.append(block(torch.cat(mine, 1) if len(mine) > 1 else mine[0], graphs[g % len(graphs)]))
         return torch.stack(outputs) if count > 1 else outputs[0][None]
-
-    def _projected(self, index: int, block: GraphBlock, x: Tensor) -> list[Tensor]:
-        """An input times the block's weights; kept where nothing learns, for the next sweep of the same inference."""
-        if torch.is_grad_enabled() or not self._kept.holds(x):
-            return block.project(x)
-        return self._kept.get(f"projected {index}", (x, *block.parameters()), lambda: block.project(x))
 
     def _kept_aggregate(
         self,
@@ -672,7 +675,10 @@ class ForwardGNN(LayerLocal):
 
 
 class _Kept:
-    """Results that are kept while the tensors they were made of come again unchanged, the last one of every name."""
+    """Results that are kept while the tensors they were made of come again unchanged, the last one of every name.
+
+    A step of a fused optimizer leaves a tensor's version as it was, so what learns must not be among these tensors.
+    """
 
     def __init__(self) -> None:
         self._results: dict[str, tuple[tuple[Tensor, ...], tuple[int, ...], Any]] = {}
