@@ -6,6 +6,7 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from locallearn.nets.blocks import Blocks
@@ -98,8 +100,8 @@ class GraphBlock(nn.Module):
     convolution's own weights, to what the convolution itself gives but for rounding, and many times faster on a CPU.
     The two ways there, weights first (:meth:`project`, :meth:`spread`) and edges first (:meth:`aggregate`,
     :meth:`combine`), are open to whoever wants to keep one half; :meth:`finish` ends both. Wide inputs of which at most
-    5 % are not zero are multiplied as sparse matrices on a CPU. Edges and such inputs are sorted once per tensor, and
-    the result is kept as long as the tensor lives.
+    5 % are not zero are multiplied as sparse matrices on a CPU, by linear layers inside any convolution, too. Edges and
+    such inputs are sorted once per tensor, and the result is kept as long as the tensor lives.
 
     Args:
         conv: a convolution of PyTorch Geometric, or any module that takes ``(x, edge_index)``.
@@ -125,7 +127,9 @@ class GraphBlock(nn.Module):
             ValueError: ``x`` is not as wide as the weights, or an edge leads to a node that is not there.
         """
         if not self.linear(x):
-            output: Tensor = self.after(self.conv(x, edges))
+            features = _sparse_features(x) if x.shape[-1] > self.width else None
+            with nullcontext() if features is None else _SparseLinear(x, features):
+                output: Tensor = self.after(self.conv(x, edges))
             return output
         wanted = self._terms()[0][0].shape[1]
         if x.shape[1:] != (wanted,):
@@ -388,6 +392,22 @@ def _sparse_features(x: Tensor) -> _Matrix | None:
         return _Matrix.of(row, column.contiguous(), x[row, column], *x.shape)
 
     return kept(x, "features", make)
+
+
+class _SparseLinear(TorchFunctionMode):
+    """Inside, ``F.linear`` of this very input is a sparse product: convolutions like GAT begin with one."""
+
+    def __init__(self, x: Tensor, features: _Matrix) -> None:
+        super().__init__()
+        self._x = x
+        self._features = features
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Only ``F.linear(x, weight)`` and ``F.linear(x, weight, bias)`` with arguments by position."""
+        if func is F.linear and not kwargs and args[0] is self._x:
+            product = _product(self._features, args[1].T)
+            return product if len(args) < 3 or args[2] is None else product + args[2]
+        return func(*args, **(kwargs or {}))
 
 
 _KEPT = WeakTensorKeyDictionary()

@@ -63,6 +63,20 @@ def test_a_network_is_what_torch_geometric_computes(x: Tensor, conv: str, option
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize(("conv", "options"), [("GCNConv", {}), ("GATConv", {"heads": 2}), ("SAGEConv", {"aggr": "max"})])
+def test_mostly_zero_features_are_multiplied_as_a_sparse_matrix(conv: str, options: dict[str, Any]) -> None:
+    """Forward and backward, which a dense product would show as FLOPs; the linear layers of other convolutions, too."""
+    flops = []
+    for x in (MOSTLY_ZERO, MOSTLY_ZERO + 1):
+        net = _net(x.shape[1], conv, conv_options=options)
+        with FlopCounterMode(display=False) as counter:
+            net(x, EDGES).sum().backward()
+        flops.append(counter.get_total_flops())
+    dense = 2 * 2 * x.numel() * net[0].width
+    entries = MOSTLY_ZERO.count_nonzero().item() / x.numel()
+    assert flops[1] - flops[0] == pytest.approx((1 - entries) * dense, rel=1e-6)
+
+
 @pytest.mark.parametrize("conv", ["GCNConv", "SAGEConv"])
 @pytest.mark.parametrize("x", [DENSE, MOSTLY_ZERO], ids=["dense", "sparse"])
 def test_both_halves_and_a_cut_through_the_columns_give_the_whole(conv: str, x: Tensor) -> None:
