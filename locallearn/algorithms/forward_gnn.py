@@ -568,7 +568,7 @@ class ForwardGNN(LayerLocal):
 
     def _class_logits(self, h: Tensor, rows: Tensor) -> Tensor:
         # Not two slices, whose backward passes fill a tensor of zeros each.
-        nodes, virtual = h.split((len(h) - self.outputs, self.outputs))
+        nodes, virtual = torch.split(h, [len(h) - self.outputs, self.outputs])
         if len(nodes) != len(rows):
             # Not nodes[rows], whose backward pass sorts the rows for the case that one comes twice.
             nodes = nodes.index_select(0, rows)
