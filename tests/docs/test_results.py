@@ -39,6 +39,7 @@ ACCURACIES = [
     ("counter_current_fashion_mnist", "counter_current", 1),
     ("pepita_mnist", "pepita", 1),
     ("counter_current_mnist", "counter_current", 1),
+    ("forward_gnn_two_epochs", "forward_gnn", 5),
     ("mono_forward_mnist", "mono_forward", 5),
     ("mono_forward_mnist", "backprop", 5),
     ("forward_forward_mnist", "forward_forward", 1),
