@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in ("-sc", "--shell-completion", "-sc=install=bash"):
-        return completion(words)
+        return completion(words, [command.__name__ for command in commands.COMMANDS])
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:

@@ -49,15 +49,12 @@ class Progress:
         self._progress.update(self._bars[name], completed=epoch, total=epochs, reached=reached)
 
 
-def completion(words: list[str]) -> int:
-    """Hand shell completion to Hydra, without the subcommand, which Hydra does not know."""
+def completion(words: list[str], commands: list[str]) -> int:
+    """Hand shell completion to Hydra, without the subcommand, which Hydra does not know; complete that one here."""
     import hydra
-
-    from locallearn.cli.commands import COMMANDS
 
     line = os.environ.get("COMP_LINE", "")
     parts = line.split(" ")
-    commands = [command.__name__ for command in COMMANDS]
     if any("query" in word for word in words):
         if len(parts) <= 2:
             print(" ".join(c for c in commands if c.startswith(parts[-1] if len(parts) == 2 else "")))
