@@ -538,11 +538,17 @@ class ForwardGNN(LayerLocal):
                 output = block.finish(sums)
                 return output if output.ndim == 3 else output[None]
         count = max(len(graphs), *(len(part) for part in parts if part.ndim == 3), 1)
-        outputs = []
-        for g in range(count):
-            mine = [_of_view(part, g) for part in parts]
-            outputs.append(block(torch.cat(mine, 1) if len(mine) > 1 else mine[0], graphs[g % len(graphs)]))
+        outputs = [block(self._joined(index, g, parts), graphs[g % len(graphs)]) for g in range(count)]
         return torch.stack(outputs) if count > 1 else outputs[0][None]
+
+    def _joined(self, index: int, view: int, parts: list[Tensor]) -> Tensor:
+        """All columns that a block reads in one view; of a whole graph with label columns kept, with its sparse form."""
+        mine = [_of_view(part, view) for part in parts]
+        if len(mine) == 1:
+            return mine[0]
+        if self._variant == "ff_la" and self._kept.holds(parts[0]):
+            return kept(parts[1], ("joined", index, view), lambda: torch.cat(mine, 1))
+        return torch.cat(mine, 1)
 
     def _kept_aggregate(
         self,

@@ -63,7 +63,9 @@ def test_a_network_is_what_torch_geometric_computes(x: Tensor, conv: str, option
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize(("conv", "options"), [("GCNConv", {}), ("GATConv", {"heads": 2}), ("SAGEConv", {"aggr": "max"})])
+@pytest.mark.parametrize(
+    ("conv", "options"), [("GCNConv", {}), ("GATConv", {"heads": 2}), ("SAGEConv", {"aggr": "max"})]
+)
 def test_mostly_zero_features_are_multiplied_as_a_sparse_matrix(conv: str, options: dict[str, Any]) -> None:
     """Forward and backward, which a dense product would show as FLOPs; the linear layers of other convolutions, too."""
     flops = []
