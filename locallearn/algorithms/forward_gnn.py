@@ -214,7 +214,10 @@ class ForwardGNN(LayerLocal):
         tensors = (batch.inputs, batch.targets, *batch.context, *(() if batch.rows is None else (batch.rows,)))
         if self._kept.get("whole", tensors, lambda: self._is_whole(batch)):
             if self._variant in _FORWARD_FORWARD:
-                view = self._kept.get("training", tensors, lambda: self._training_view(batch, self.negatives))
+                drawn = (self.negatives,) if self._variant == "ff_la" else (self.negatives, self.virtual)
+                view = self._kept.get(
+                    "training", (*tensors, *drawn), lambda: self._training_view(batch, self.negatives)
+                )
             else:
                 view = self._right_view(batch.inputs, *batch.context)
         elif self._variant in _TOP_DOWN:
@@ -280,8 +283,8 @@ class ForwardGNN(LayerLocal):
             states[i].copy_(state)
 
     def train_only(self, units: frozenset[str] | None) -> None:
-        """Train these units only, and forget what was kept of the stage before."""
-        self._kept = _Kept()
+        """Train these units only, and forget what was kept of the layers below those that trained before."""
+        self._kept.forget("prefix", "said", "read")
         super().train_only(units)
 
     def cache_frozen(self, keep: bool) -> None:
@@ -364,7 +367,8 @@ class ForwardGNN(LayerLocal):
             classes = torch.arange(self.outputs, device=known.device)[:, None]
             return self._view(inputs, edges, rows, torch.where(known[rows] >= 0, known[rows], classes))
 
-        view = self._kept.get("inference", (inputs, edges, known, asked), make)
+        drawn = () if self._variant == "ff_la" else (self.virtual,)
+        view = self._kept.get("inference", (inputs, edges, known, asked, *drawn), make)
         return sum_of(fg.goodness(output)[:, : len(inputs)] for output in self._said_upwards(view, self.depth)).T
 
     def _said(self, view: _View, depth: int | None = None) -> list[Tensor]:
@@ -479,7 +483,8 @@ class ForwardGNN(LayerLocal):
 
         if not self.links:
             self._check_nodes(inputs)
-        return self._kept.get("right", (inputs, edges), make)
+        drawn = () if self.links or self._variant == "ff_la" else (self.virtual,)
+        return self._kept.get("right", (inputs, edges, *drawn), make)
 
     def _training_view(self, batch: Batch, wrong: Tensor | None = None) -> _View:
         """What a batch shows: the right labels, and for ``ff_la`` and ``ff_vn`` the wrong ones, ``(K - 1, M)``, as well."""
@@ -700,6 +705,11 @@ class _Kept:
             result = make()
         self._results[name] = (tensors, versions, result)
         return result
+
+    def forget(self, *names: str) -> None:
+        """Drop these results."""
+        for name in names:
+            self._results.pop(name, None)
 
     def holds(self, x: Tensor) -> bool:
         """Whether this is a kept result, or the input of a kept view."""
