@@ -212,11 +212,12 @@ class ForwardGNN(LayerLocal):
             ValueError: a top-down variant gets another graph than the one it was attached to.
         """
         tensors = (batch.inputs, batch.targets, *batch.context, *(() if batch.rows is None else (batch.rows,)))
-        if self._kept.get("whole", tensors, lambda: self._is_whole(batch)):
+        labelled = None if self.links else self._kept.get("labelled", tensors, lambda: _labelled(batch))
+        if self._kept.get("whole", tensors, lambda: self._is_whole(batch, labelled)):
             if self._variant in _FORWARD_FORWARD:
-                drawn = (self.negatives,) if self._variant == "ff_la" else (self.negatives, self.virtual)
+                drawn = (self.negatives, *self._drawn)
                 view = self._kept.get(
-                    "training", (*tensors, *drawn), lambda: self._training_view(batch, self.negatives)
+                    "training", (*tensors, *drawn), lambda: self._training_view(batch, labelled, self.negatives)
                 )
             else:
                 view = self._right_view(batch.inputs, *batch.context)
@@ -226,8 +227,8 @@ class ForwardGNN(LayerLocal):
                 "not the graph that it was attached to: train on the whole graph, or choose a variant without top-down"
             )
         else:
-            view = self._training_view(batch)
-        rows = batch.rows if self.links else self._kept.get("labelled", tensors, lambda: _labelled(batch)[0])
+            view = self._training_view(batch, labelled)
+        rows = batch.rows if labelled is None else labelled[0]
         return Batch(view.inputs, batch.targets, (view.graphs, view.columns), rows)
 
     def run(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
@@ -367,8 +368,7 @@ class ForwardGNN(LayerLocal):
             classes = torch.arange(self.outputs, device=known.device)[:, None]
             return self._view(inputs, edges, rows, torch.where(known[rows] >= 0, known[rows], classes))
 
-        drawn = () if self._variant == "ff_la" else (self.virtual,)
-        view = self._kept.get("inference", (inputs, edges, known, asked, *drawn), make)
+        view = self._kept.get("inference", (inputs, edges, known, asked, *self._drawn), make)
         return sum_of(fg.goodness(output)[:, : len(inputs)] for output in self._said_upwards(view, self.depth)).T
 
     def _said(self, view: _View, depth: int | None = None) -> list[Tensor]:
@@ -483,25 +483,31 @@ class ForwardGNN(LayerLocal):
 
         if not self.links:
             self._check_nodes(inputs)
-        drawn = () if self.links or self._variant == "ff_la" else (self.virtual,)
-        return self._kept.get("right", (inputs, edges, *drawn), make)
+        return self._kept.get("right", (inputs, edges, *self._drawn), make)
 
-    def _training_view(self, batch: Batch, wrong: Tensor | None = None) -> _View:
+    @property
+    def _drawn(self) -> tuple[Tensor, ...]:
+        """Features of the virtual nodes, where this variant has any."""
+        return () if self.links or self._variant == "ff_la" else (self.virtual,)
+
+    def _training_view(
+        self, batch: Batch, labelled: tuple[Tensor, Tensor] | None, wrong: Tensor | None = None
+    ) -> _View:
         """What a batch shows: the right labels, and for ``ff_la`` and ``ff_vn`` the wrong ones, ``(K - 1, M)``, as well."""
-        if self.links:
+        if labelled is None:
             return _View(fg.normalise(batch.inputs), batch.context)
-        rows, labels = _labelled(batch)
+        rows, labels = labelled
         shown = labels[None]
         if self._variant in _FORWARD_FORWARD:
             wrong = fg.wrong_labels(labels, self.outputs, self.rng(labels.device)) if wrong is None else wrong
             shown = torch.cat((shown, wrong))
         return self._view(batch.inputs, batch.context[0], rows, shown)
 
-    def _is_whole(self, batch: Batch) -> bool:
+    def _is_whole(self, batch: Batch, labelled: tuple[Tensor, Tensor] | None) -> bool:
         """Whether a batch is the graph that the rule was attached to, with its training labels."""
-        if self.links or len(batch.inputs) != self._nodes:
+        if labelled is None or len(batch.inputs) != self._nodes:
             return len(batch.inputs) == self._nodes
-        rows, labels = _labelled(batch)
+        rows, labels = labelled
         return torch.equal(torch.full_like(self.train_labels, -1).index_copy_(0, rows, labels), self.train_labels)
 
     # -- one layer ----------------------------------------------------------------------------------------------------
