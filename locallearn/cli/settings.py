@@ -26,14 +26,24 @@ class UsageError(Exception):
 
 
 def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
-    """The composed configuration, and the name chosen in every group."""
+    """The composed configuration, and the name chosen in every group.
+
+    What an experiment sets of its ``algorithm`` is meant for the one it names: where the overrides choose another algorithm,
+    to run it under the same conditions, those settings are left out.
+    """
     from hydra import compose, initialize_config_module
     from omegaconf import open_dict
 
     check_words(overrides)
+    experiment = [word for word in overrides if word.startswith("experiment=")]
+    of_algorithm = [word for word in overrides if re.match(r"[+~]*algorithm\b", word)]
     with initialize_config_module("locallearn.conf", version_base="1.3"):
         cfg = compose("config", list(overrides), return_hydra_config=True)
-    choices = {group: str(name) for group, name in cfg.hydra.runtime.choices.items() if group in GROUPS}
+        choices = {group: str(name) for group, name in cfg.hydra.runtime.choices.items() if group in GROUPS}
+        if experiment and any(word.startswith("algorithm=") for word in of_algorithm):
+            meant = compose("config", experiment, return_hydra_config=True).hydra.runtime.choices["algorithm"]
+            if meant != choices["algorithm"]:
+                cfg.algorithm = compose("config", of_algorithm).algorithm
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg, choices

@@ -33,3 +33,22 @@ def test_every_experiment_trains_what_it_is_named_after(name: str) -> None:
     assert name in (named, f"{named}_{plan.names['net']}")
     # A rate that falls to zero at the last epoch must be let get there.
     assert plan.scheduler is None or plan.schedule.patience is None
+
+
+def test_what_an_experiment_sets_of_its_algorithm_is_not_for_another_one() -> None:
+    alone, _ = compose_settings(["algorithm=backprop"])
+    words = ["experiment=counter_current_mnist", "algorithm=backprop"]
+    cfg, choices = compose_settings(words)
+    assert cfg.algorithm == alone.algorithm
+    assert choices["algorithm"] == "backprop"
+    assert list(cfg.net.hidden) == [256] * 5  # everything else is the experiment's
+    assert cfg.optimizer.lr == 1.0
+    make_plan(cfg, choices, "test")
+
+
+def test_an_experiment_keeps_its_own_algorithm_and_what_is_typed_goes_over_it() -> None:
+    own = ["experiment=counter_current_mnist", "algorithm=counter_current"]
+    assert compose_settings(own)[0].algorithm.clip == 1.0
+    assert compose_settings([*own, "algorithm.clip=0.5"])[0].algorithm.clip == 0.5
+    other = ["experiment=counter_current_mnist", "algorithm=pepita", "algorithm.variant=hebbian"]
+    assert compose_settings(other)[0].algorithm.variant == "hebbian"
