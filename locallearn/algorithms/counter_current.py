@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -213,17 +214,18 @@ class CounterCurrent(Algorithm):
         if self.clip is None:
             yield from updates
             return
-        held = list(updates)
         backward = {id(p) for p in self.feedback.parameters()}
-        factors = {}
-        for own in (False, True):
-            gradients = [g for u in held for p, g in (u.gradients or {}).items() if (id(p) in backward) is own]
-            if gradients:
-                factors[own] = ccl.clip_factor(gradients, self.clip)
+        held, norms = [], defaultdict(list)
+        for update in updates:
+            for p, gradient in (update.gradients or {}).items():
+                norms[id(p) in backward].append(ccl.gradient_norm(gradient))  # now, while it is in the cache
+            held.append(update)
+        factors = {own: ccl.clip_factor(parts, self.clip) for own, parts in norms.items()}
         while held:
             update = held.pop(0)
-            clipped = {p: g * factors[id(p) in backward] for p, g in (update.gradients or {}).items()}
-            yield Update(update.unit, update.loss, clipped)
+            for p, gradient in (update.gradients or {}).items():
+                gradient.mul_(factors[id(p) in backward])
+            yield update
 
     def _pairs(self, batch: Batch) -> Iterator[Update]:
         readout = self.blocks.readout
@@ -273,9 +275,9 @@ class CounterCurrent(Algorithm):
     def _differentiated(self, update: Update, parameters: list[nn.Parameter]) -> Update:
         """The same update with gradients of these parameters in place of a graph."""
         assert update.loss is not None
-        gradients = torch.autograd.grad(update.loss, parameters)
+        gradients = _writable(torch.autograd.grad(update.loss, parameters))
         if self.centralise:
-            gradients = tuple(map(ccl.centralise, gradients))
+            gradients = list(map(ccl.centralise, gradients))
         return Update(update.unit, update.loss.detach(), dict(zip(parameters, gradients, strict=True)))
 
     # -- the feedback network ----------------------------------------------------------------------------------------
@@ -507,3 +509,14 @@ def _finish(module: nn.Module) -> nn.Module:
     if isinstance(module, _NORMS):
         return type(module)(module.num_features, module.eps, affine=False, track_running_stats=False)
     return copy.deepcopy(module)
+
+
+def _writable(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients that may be changed in place: autograd can give two parameters one tensor, or all entries one number."""
+    seen: set[int] = set()
+    own = []
+    for gradient in gradients:
+        memory = gradient.untyped_storage().data_ptr()
+        own.append(gradient.clone() if memory in seen or 0 in gradient.stride() else gradient)
+        seen.add(memory)
+    return own

@@ -11,7 +11,7 @@ x̂ a row scaled to length 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -221,18 +221,23 @@ def centralise(gradient: Tensor) -> Tensor:
     return gradient - gradient.mean(dim=tuple(range(1, gradient.ndim)), keepdim=True)
 
 
-def clip_factor(gradients: Iterable[Tensor], limit: float) -> Tensor:
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """Return the L2 norm over all entries of any shape, a scalar in at least single precision."""
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=_at_least_single(gradient))
+    return norm
+
+
+def clip_factor(norms: Sequence[Tensor], limit: float) -> Tensor:
     """Return min(1, limit / (‖g‖ + 1e-6)), what `torch.nn.utils.clip_grad_norm_` multiplies gradients with.
 
     Args:
-        gradients: of one network; ‖g‖ is the L2 norm over all their entries.
+        norms: L2 norms, scalars, of the gradients of one network's parameters; ‖g‖ is that of all of them together.
         limit: largest norm allowed.
 
     Returns:
         A scalar.
     """
-    norms = [torch.linalg.vector_norm(g, dtype=_at_least_single(g)) for g in gradients]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 

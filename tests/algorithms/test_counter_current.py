@@ -127,6 +127,35 @@ def test_unit_after_unit_is_one_joint_backward_pass(clip: float | None) -> None:
     assert clip is None or (norm > clip) == (clip < 1)  # one of the limits cuts, the other does not
 
 
+class _Sum(nn.Module):
+    """A weight made of two; autograd gives both the same gradient, as one tensor."""
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return one + other
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight / 2, weight / 2
+
+
+def test_clipping_scales_a_gradient_once_that_two_parameters_share() -> None:
+    def gradients(clip: float) -> list[Tensor]:
+        net = mlp((WIDTH,), CLASSES, HIDDEN[:1], bias=False).double()
+        layer = next(m for m in net.modules() if isinstance(m, nn.Linear))
+        nn.utils.parametrize.register_parametrization(layer, "weight", _Sum())
+        algorithm = _attached(net, clip=clip)
+        found = {p: g for update in algorithm.updates(BATCH) for p, g in (update.gradients or {}).items()}
+        return [found[p] for p in algorithm.blocks.parameters()]
+
+    torch.manual_seed(0)
+    whole = gradients(1e6)
+    torch.manual_seed(0)
+    cut = gradients(0.01)
+    assert len(whole) == 3
+    factor = 0.01 / torch.stack([g.norm() for g in whole]).norm()
+    for one, other in zip(whole, cut, strict=True):
+        torch.testing.assert_close(other, one * factor, rtol=1e-4, atol=0)
+
+
 def test_every_loss_trains_its_own_two_layers() -> None:
     """Properties 1 and 4."""
     algorithm = _attached()

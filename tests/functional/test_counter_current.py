@@ -142,7 +142,7 @@ def test_clipping_is_that_of_torch(limit: float) -> None:
     gradients = [_normal(3, 4).float(), _normal(5).float()]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
-    factor = ccl.clip_factor(gradients, limit)
+    factor = ccl.clip_factor([ccl.gradient_norm(g) for g in gradients], limit)
     torch.nn.utils.clip_grad_norm_(parameters, limit)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert parameter.grad is not None
