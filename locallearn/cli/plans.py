@@ -10,6 +10,7 @@ from typing import Any
 from locallearn.cli.settings import Arm, UsageError, accepted, check_arguments, check_types
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+_MATMUL = ("highest", "high", "medium")
 
 
 def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None = None) -> Any:
@@ -22,7 +23,9 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     trainer = dict(config["trainer"])
-    max_epochs, probe_samples, checkpoint_s = (trainer.pop(k) for k in ("max_epochs", "probe_samples", "checkpoint_s"))
+    max_epochs, probe_samples, checkpoint_s, matmul_precision = (
+        trainer.pop(k) for k in ("max_epochs", "probe_samples", "checkpoint_s", "matmul_precision")
+    )
     _check_numbers(cfg, max_epochs, probe_samples, checkpoint_s)
     check_types(config)
     _check_trainer(trainer)
@@ -68,6 +71,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         runs_dir=folder_setting(cfg, "runs_dir"),
         max_epochs=max_epochs,
         trainer={str(k): v for k, v in trainer.items()},
+        matmul_precision=matmul_precision,
         logger=make(cfg.logger) if cfg.logger else None,
         config={str(k): v for k, v in config.items()},
         command=command,
@@ -86,6 +90,10 @@ def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: 
         raise UsageError(f"trainer.probe_samples is {probe_samples}, expected a whole number, 0 for no probes")
     if type(checkpoint_s) not in (int, float) or checkpoint_s <= 0:
         raise UsageError(f"trainer.checkpoint_s is {checkpoint_s}, expected seconds above 0")
+    if cfg.trainer.matmul_precision not in _MATMUL:
+        raise UsageError(
+            f"trainer.matmul_precision is {cfg.trainer.matmul_precision}, expected one of {', '.join(_MATMUL)}"
+        )
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**31:
         raise UsageError(f"seed is {cfg.seed}, expected a whole number from 0 to 2147483647")
     if type(cfg.meter.idle_s) not in (int, float) or cfg.meter.idle_s < 0:

@@ -21,7 +21,7 @@ from locallearn.batch import Batch
 from locallearn.cost import measure_update, to_device
 from locallearn.records import RunFolder, hardware, versions
 from locallearn.strategies.local import LocalStrategy, make_optimizers
-from locallearn.study.train import Plan, attached_task, quiet
+from locallearn.study.train import Plan, attached_task, multiplying, quiet
 
 Make = Callable[..., Plan]
 """Makes a plan: ``make(contender, *settings)``; a contender is an algorithm, perhaps with settings of its own."""
@@ -85,17 +85,18 @@ def bench(
     if any(type(count) is not int or count < 1 for count in (rounds, steps)):
         raise ValueError(f"bench.rounds is {rounds} and bench.steps is {steps}, expected whole numbers of at least 1")
     plan = make(algorithms[0])
-    if what == "memory":
-        sheet, figures = _memory(algorithms, make, depths)
-    elif what == "data":
-        sheet, figures = _data(algorithms, make, rounds)
-    else:
-        if what == "strategy":
-            steps = min(steps, len(_loader(plan)))
-        contenders = _step(algorithms, make, steps) if what == "step" else _strategy(algorithms, make, steps)
-        timings = _alternate(contenders, rounds)
-        sheet = _timing_table(what, timings, steps)
-        figures = {"steps": steps, "rounds": rounds, "contenders": [timing.to_dict() for timing in timings]}
+    with multiplying(plan.matmul_precision):
+        if what == "memory":
+            sheet, figures = _memory(algorithms, make, depths)
+        elif what == "data":
+            sheet, figures = _data(algorithms, make, rounds)
+        else:
+            if what == "strategy":
+                steps = min(steps, len(_loader(plan)))
+            contenders = _step(algorithms, make, steps) if what == "step" else _strategy(algorithms, make, steps)
+            timings = _alternate(contenders, rounds)
+            sheet = _timing_table(what, timings, steps)
+            figures = {"steps": steps, "rounds": rounds, "contenders": [timing.to_dict() for timing in timings]}
     folder = RunFolder.create(
         plan.runs_dir,
         {

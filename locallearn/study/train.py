@@ -60,6 +60,8 @@ class Plan:
         runs_dir: where the record goes.
         max_epochs: cap of every stage.
         trainer: further arguments of ``lightning.pytorch.Trainer``.
+        matmul_precision: inside products of float32 matrices: ``highest`` (float32), ``high`` (TF32 where the device has
+            it) or ``medium`` (bfloat16 where it has it); sums and everything else stay in float32.
         logger: a Lightning logger to copy the metrics to.
         variant: what sets this run apart from others of the same algorithm, for the record.
         config: the resolved configuration, for the record.
@@ -87,6 +89,7 @@ class Plan:
     runs_dir: Path
     max_epochs: int
     trainer: dict[str, Any] = field(default_factory=dict)
+    matmul_precision: str = "highest"
     logger: Logger | None = None
     variant: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -111,6 +114,11 @@ def run(plan: Plan) -> Path:
         Exception: whatever stopped the run; the record says ``failed`` and why. The raised error has the folder as its
             ``run_folder``.
     """
+    with multiplying(plan.matmul_precision):
+        return _run(plan)
+
+
+def _run(plan: Plan) -> Path:
     resume = None if plan.resume is None else _checkpoint_of(plan.resume)
     energy = EnergyCallback(EnergyMonitor(plan.meters, idle_s=plan.idle_s))
     probes = _Probes(plan)
@@ -430,6 +438,17 @@ def _first(loader: Any, samples: int, device: torch.device) -> Batch:
     inputs = torch.cat([b.inputs for b in batches])[:samples]
     targets = torch.cat([b.targets for b in batches])[:samples]
     return to_device(Batch(inputs, targets), device)
+
+
+@contextmanager
+def multiplying(precision: str) -> Iterator[None]:
+    """PyTorch's precision of float32 products inside the block, and as it was afterwards: it belongs to the process."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

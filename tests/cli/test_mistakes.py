@@ -92,6 +92,8 @@ _TRAIN: list[tuple[list[str], tuple[str, ...]]] = [
     (["trainer.accelerator=foo"], ("foo", "cpu", "auto")),
     (["trainer.devices=2"], ("trainer.devices is 2", "1")),
     (["trainer.precision=16-mixed"], ("16-mixed", "32-true", "bf16-mixed")),
+    (["trainer.matmul_precision=tf32"], ("tf32", "highest", "high", "medium")),
+    (["trainer.matmul_precision=null"], ("None", "highest", "high", "medium")),
     (["trainer.precision=foo"], ("foo", "32-true")),
     # places
     (["resume=nowhere"], ("nowhere", "record.json")),

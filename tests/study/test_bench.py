@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from locallearn.batch import Batch
 from locallearn.cli import main
@@ -128,6 +129,26 @@ def test_step_times_as_many_updates_for_all(make_plan: MakePlan) -> None:
     assert all(taken >= 3 * 0.02 for taken in figures["mono_forward"]["seconds"])
     assert figures["backprop"]["ratio"] == 1.0
     assert 1.0 < figures["mono_forward"]["ratio"] <= 4.0  # 20 ms to 5, and the update itself to both
+
+
+def test_products_are_timed_in_the_precision_asked_for(make_plan: MakePlan) -> None:
+    seen = []
+
+    def make(name: str, *settings: str) -> Plan:
+        plan = make_plan(name, matmul_precision="medium")
+        updates = plan.algorithm.updates
+
+        def watched(batch: Batch) -> Iterator[Any]:
+            seen.append(torch.get_float32_matmul_precision())
+            return updates(batch)
+
+        plan.algorithm.updates = watched  # type: ignore[method-assign]
+        return plan
+
+    before = torch.get_float32_matmul_precision()
+    bench("step", ["backprop"], make, rounds=1, steps=1, depths=[])
+    assert seen == ["medium"] * 2
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_strategy_runs_the_same_batches_in_the_loop_and_in_the_trainer(make_plan: MakePlan) -> None:

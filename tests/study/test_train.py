@@ -358,6 +358,22 @@ def test_probes_change_no_number(make_plan: MakePlan) -> None:
 # -- several runs ------------------------------------------------------------------------------------------------------
 
 
+def test_products_have_the_precision_asked_for_during_the_run_and_not_after_it(make_plan: MakePlan) -> None:
+    seen = []
+    watch = lambda *_: seen.append(torch.get_float32_matmul_precision())  # noqa: E731
+    before = torch.get_float32_matmul_precision()
+    run(make_plan("backprop", matmul_precision="medium", max_epochs=1, progress=watch))
+    run(make_plan("backprop", max_epochs=1, progress=watch))
+    assert seen == ["medium", "highest"]
+    with pytest.raises(FloatingPointError):
+        run(make_plan("backprop", matmul_precision="medium", progress=_diverged))
+    assert torch.get_float32_matmul_precision() == before
+
+
+def _diverged(*_: object) -> None:
+    raise FloatingPointError
+
+
 def test_compare_keeps_the_order_and_survives_a_failing_run(make_plan: MakePlan) -> None:
     told: list[str] = []
 
