@@ -261,7 +261,7 @@ class Algorithm(nn.Module, ABC):
 
     @property
     def added_parameters(self) -> int:
-        """Number of weights that the rule trains or keeps beside the network's own."""
+        """Number of weights beside the network's own; a rule that keeps fixed ones in buffers adds theirs."""
         own = {id(p) for p in self.blocks.parameters()}
         return sum(p.numel() for p in self.parameters() if id(p) not in own)
 

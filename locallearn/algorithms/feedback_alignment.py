@@ -132,6 +132,12 @@ class FeedbackChain(Algorithm):
             weight = self.blocks.get_parameter(layer.parameter).detach()
             self.feedback[_key(name)] = self.make(layer, weight.cpu()).to(weight.device, weight.dtype)
 
+    @property
+    def added_parameters(self) -> int:
+        """Number of feedback weights, fixed ones among them."""
+        fixed = (held.fixed for held in map(self.weights, self.layers) if held.fixed is not None)
+        return super().added_parameters + sum(b.numel() for b in fixed)
+
     def units(self) -> dict[str, list[ParamGroup]]:
         """One unit: the network, with the feedback weights that are learned."""
         return {"network": [{"params": [*self.blocks.parameters(), *self.feedback.parameters()]}]}

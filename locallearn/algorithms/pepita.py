@@ -163,6 +163,11 @@ class Pepita(Algorithm):
         return self._variant
 
     @property
+    def added_parameters(self) -> int:
+        """Number of fixed or mirrored feedback weights."""
+        return super().added_parameters + sum(b.numel() for b in self.buffers(recurse=False))
+
+    @property
     def linear_optimizer(self) -> str | None:
         """The time-local variant learns from the sum of two steps."""
         if self._variant != "time_local":

@@ -307,6 +307,14 @@ def test_what_a_rule_says_of_itself(mode: Mode) -> None:
     assert result.confirmed, result.reason
 
 
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    [("fa", 10 * 9 + 9 * CLASSES), ("kolen_pollack", 10 * 9 + 9 * CLASSES), ("dfa", CLASSES * (10 + 9)), ("usf", 0)],
+)
+def test_feedback_weights_count_as_added_whether_fixed_or_learned(mode: Mode, wanted: int) -> None:
+    assert attached("mlp", FeedbackAlignment(mode)).added_parameters == wanted
+
+
 def test_costs_are_what_the_counter_sees() -> None:
     widths = (12, 10, 9, CLASSES)
     for mode, wanted in (

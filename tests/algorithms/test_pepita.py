@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -504,6 +505,13 @@ def test_tasks_it_cannot_train_are_refused() -> None:
 def test_only_the_time_local_variant_asks_for_a_linear_optimizer() -> None:
     assert [Pepita(variant=variant).linear_optimizer is None for variant in VARIANTS] == [True, True, False]  # type: ignore[arg-type]
     assert [Pepita(variant=variant).variant for variant in VARIANTS] == list(VARIANTS)  # type: ignore[arg-type]
+
+
+def test_feedback_counts_as_added_weights() -> None:
+    assert _attached().added_parameters == WIDTH * CLASSES
+    widths = [WIDTH, *HIDDEN, CLASSES]
+    mirrors = sum(one * two for one, two in pairwise(widths))
+    assert _attached(mirror_steps=1).added_parameters == WIDTH * CLASSES + mirrors
 
 
 def test_networks_with_convolutions_report_no_angle() -> None:

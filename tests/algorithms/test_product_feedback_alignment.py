@@ -178,9 +178,8 @@ def test_what_the_rule_says_of_itself() -> None:
     assert (random.variant, orthogonal.variant) == (None, "orthogonal")
     assert "same steps" in random.linear_optimizer
     algorithm = attached("resnet", random)
-    assert algorithm.added_parameters == 10 * sum(
-        algorithm.blocks.get_parameter(layer.parameter).numel() for layer in algorithm.layers.values()
-    )
+    weights = [algorithm.blocks.get_parameter(layer.parameter) for layer in algorithm.layers.values()]
+    assert algorithm.added_parameters == 10 * sum(w.numel() + len(w) ** 2 for w in weights)  # R and B, k = 10
     assert set(algorithm.diagnostics()["stage2_1.shortcut.0"]) == {"path_angle", "norm_ratio"}
     result = audit(algorithm, IMAGES)
     assert result.confirmed, result.reason
