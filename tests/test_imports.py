@@ -22,7 +22,7 @@ LAYERS = [
     {"losses"},
     {"functional"},
     {"nets"},
-    {"batch"},
+    {"batch", "precision"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # Free parts: energy knows nothing of networks, conf holds no code. Who may import them stands here.

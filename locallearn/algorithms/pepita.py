@@ -14,6 +14,7 @@ from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import pepita
+from locallearn.precision import multiplying
 
 Variant = Literal["standard", "hebbian", "time_local"]
 Sign = Literal["minus", "plus"]
@@ -46,7 +47,8 @@ class Pepita(Algorithm):
     The first pass gives h_l and the error e = softmax(scores) − y. The second pass, on x̃ = x − e Fᵀ with a fixed random F,
     gives h̃_l. A hidden layer steps along −(h_l − h̃_l)ᵀ h̃_{l−1} / N, the output layer along −eᵀ h̃_{L−1} / N.
 
-    Everything runs without autograd and outside of autocast: h_l − h̃_l is small, and bf16 products would drown it.
+    Everything runs without autograd, and learning outside of autocast and without TF32 or bfloat16 inside products, whatever
+    the process is set to: h_l − h̃_l is small, and they would drown it.
 
     Deviations: biases, which the papers' networks do not have, learn as weights of an input that is always 1. The
     time-local variant shares its dropout masks between the passes, as the others do; the authors' code draws new ones.
@@ -255,7 +257,7 @@ class Pepita(Algorithm):
         updates = self._updates(batch)
         while True:
             # Around each piece, not around the loop: the context must not stay entered where the driver steps.
-            with torch.autocast(batch.inputs.device.type, enabled=False):
+            with torch.autocast(batch.inputs.device.type, enabled=False), multiplying("highest", convolutions=False):
                 update = next(updates, None)
             if update is None:
                 return

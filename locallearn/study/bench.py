@@ -19,9 +19,10 @@ from typing_extensions import override
 from locallearn.algorithms.base import Algorithm
 from locallearn.batch import Batch
 from locallearn.cost import measure_update, to_device
+from locallearn.precision import multiplying
 from locallearn.records import RunFolder, hardware, versions
 from locallearn.strategies.local import LocalStrategy, make_optimizers
-from locallearn.study.train import Plan, attached_task, multiplying, quiet
+from locallearn.study.train import Plan, attached_task, quiet
 
 Make = Callable[..., Plan]
 """Makes a plan: ``make(contender, *settings)``; a contender is an algorithm, perhaps with settings of its own."""

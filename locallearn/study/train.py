@@ -26,6 +26,7 @@ from locallearn.batch import Batch
 from locallearn.cost import measure_update, to_device
 from locallearn.energy import EnergyCallback, EnergyMonitor, Meter
 from locallearn.nets.blocks import Blocks
+from locallearn.precision import multiplying
 from locallearn.probe import probe_blocks
 from locallearn.records import RunFolder, hardware, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask, OptimizerFactory, SchedulerFactory, make_optimizers
@@ -438,17 +439,6 @@ def _first(loader: Any, samples: int, device: torch.device) -> Batch:
     inputs = torch.cat([b.inputs for b in batches])[:samples]
     targets = torch.cat([b.targets for b in batches])[:samples]
     return to_device(Batch(inputs, targets), device)
-
-
-@contextmanager
-def multiplying(precision: str) -> Iterator[None]:
-    """PyTorch's precision of float32 products inside the block, and as it was afterwards: it belongs to the process."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

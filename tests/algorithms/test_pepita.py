@@ -20,6 +20,7 @@ from locallearn.batch import Batch
 from locallearn.cost import measure_update
 from locallearn.functional import pepita
 from locallearn.nets import Blocks, cnn, mlp
+from locallearn.precision import multiplying
 from locallearn.testing import plain_loop
 
 CLASSES, WIDTH, HIDDEN = 4, 12, (10, 9, 8)
@@ -328,6 +329,26 @@ def test_autocast_does_not_reach_the_passes(variant: str) -> None:
             assert torch.is_autocast_enabled("cpu") is enabled
     assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_coarser_products_do_not_reach_the_passes(variant: str) -> None:
+    """TF32 or bfloat16 inside products would drown h − h̃, and cuDNN's convolutions have TF32 by default."""
+    seen = []
+    algorithm = _attached(variant=variant)
+    for layer in _weights(algorithm):
+        layer.register_forward_hook(lambda *_: seen.append(_products()))
+    with multiplying("medium", convolutions=True):
+        outside = _products()
+        for _ in algorithm.updates(BATCH):
+            assert _products() == outside
+        next(algorithm.updates(BATCH))
+        assert _products() == outside
+    assert set(seen) == {("highest", False)}
+
+
+def _products() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
 
 # -- inference --------------------------------------------------------------------------------------------------------
