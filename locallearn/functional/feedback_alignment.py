@@ -210,7 +210,7 @@ def fixed_product_weights(
 
 def sign_symmetric(weight: Tensor) -> Tensor:
     """Return uSF's B = s sign(W), s = sqrt(2 / (fan_in + fan_out)), the deviation of Xavier's weights."""
-    return weight.sign().mul_(math.sqrt(2 / sum(_fans(weight))))  # in place: half of its time was the second matrix
+    return weight.sign().mul_(math.sqrt(2 / sum(_fans(weight))))
 
 
 def sign_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:

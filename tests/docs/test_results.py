@@ -37,6 +37,7 @@ ACCURACIES = [
     ("product_feedback_alignment_mnist", "product_feedback_alignment", 3),
     ("product_feedback_alignment_mnist_random", "product_feedback_alignment", 5),
     ("counter_current_fashion_mnist", "counter_current", 1),
+    ("counter_current_cifar10", "counter_current", 1),
     ("pepita_mnist", "pepita", 1),
     ("counter_current_mnist", "counter_current", 5),
     ("forward_gnn_two_epochs", "forward_gnn", 5),
@@ -57,6 +58,27 @@ def test_accuracies_are_those_of_the_records(folder: str, algorithm: str, seeds:
     assert len(accuracies) == seeds
     row = next(line for line in PAGE.splitlines() if f"records/{folder})" in line and f"`{algorithm}`" in line)
     assert _cell(accuracies) in row
+
+
+def test_the_search_of_counter_current_learning_is_that_of_the_records() -> None:
+    """One row per run of seed 0, and every row its run."""
+    records = [
+        *_records("counter_current_search", "counter_current"),
+        *_records("counter_current_mnist", "counter_current"),
+    ]
+    wanted = set()
+    for record in (record for record in records if record.seed == 0):
+        config, data = record.data["config"], record.data["dataset"]
+        epochs = 12 if data == "cifar10" else 100
+        losses, accuracies = (
+            {m.epoch: m.value for m in record.metrics() if m.name == f"validation/{name}" and m.epoch < epochs}
+            for name in ("loss", "accuracy")
+        )
+        best = min(losses, key=losses.__getitem__)
+        cells = (f"`{data}`", config["optimizer"]["lr"], config["algorithm"]["clip"], epochs)
+        wanted.add((*map(str, cells), f"{losses[best]:.4f}", f"{100 * accuracies[best]:.2f}"))
+    after = PAGE.partition("| data | rate | clip |")[2].partition("\n\n")[0]
+    assert {tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in after.splitlines()[2:]} == wanted
 
 
 def test_figures_on_graphs_are_those_of_the_records() -> None:
