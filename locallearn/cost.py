@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from locallearn.algorithms.base import Algorithm
@@ -77,6 +80,50 @@ def activation_bytes(module: nn.Module) -> Iterator[ActivationBytes]:
         yield count
 
 
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every storage that operations inside the context make, and tells how much of it is alive.
+
+    Args:
+        known: pointers of storages that were there before and do not count.
+    """
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = known
+        self._made: dict[StorageWeakRef, tuple[int, int]] = {}  # -> pointer, bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._known:
+                    self._made[StorageWeakRef(storage)] = (storage.data_ptr(), storage.nbytes())  # type: ignore[no-untyped-call]
+        return made
+
+    def bytes(self, without: Iterable[Tensor] = ()) -> int:
+        """Bytes that are alive now, those of some tensors left out."""
+        self._made = {ref: entry for ref, entry in self._made.items() if not ref.expired()}  # type: ignore[no-untyped-call]
+        out = {tensor.untyped_storage().data_ptr() for tensor in without}
+        return sum(size for pointer, size in self._made.values() if pointer not in out)
+
+
+def _held_between_updates(algorithm: Algorithm, batch: Batch) -> int:
+    """Largest number of bytes that a rule without graphs holds when it hands over an update: the batch, and what it made.
+
+    Weights, buffers and the gradients that are handed over do not count.
+    """
+    given = [t for t in tree_leaves(tuple(batch)) if isinstance(t, Tensor)]
+    own = [*algorithm.parameters(), *algorithm.buffers(), *given]
+    peak = 0
+    with _Alive({t.untyped_storage().data_ptr() for t in own}) as alive:
+        for update in algorithm.updates(batch):
+            peak = max(peak, alive.bytes(without=(update.gradients or {}).values()))
+            update.backward()
+            algorithm.zero_grad(set_to_none=True)
+    return peak + sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in given}.values())
+
+
 @dataclass(frozen=True)
 class UpdateCost:
     """Cost of one whole update: forward passes, local backward passes, heads and feedback of every unit.
@@ -84,7 +131,8 @@ class UpdateCost:
     Attributes:
         flops: floating point operations per sample, two per multiply-accumulate; matrix products and convolutions, as
             counted by PyTorch's ``FlopCounterMode`` (elementwise work is left out).
-        activation_peak_bytes: peak bytes kept alive for gradients, for the whole batch.
+        activation_peak_bytes: peak bytes kept alive for gradients, for the whole batch: by graphs, or by a rule that builds
+            none from one update to the next.
         samples: size of the batch.
     """
 
@@ -122,7 +170,7 @@ def measure_update(algorithm: Algorithm, batch: Batch, sequential: bool = False)
         flops += counter.get_total_flops()
         with activation_bytes(twin) as count:
             drive(twin, batch)
-        peak = max(peak, count.peak)
+        peak = max(peak, count.peak or _held_between_updates(twin, batch))
     samples = len(batch.inputs)
     return UpdateCost(flops / samples, peak, samples)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from locallearn.algorithms import Algorithm, Backprop, DeepSupervision, ForwardForward, MonoForward, TaskInfo
+from locallearn.algorithms import Algorithm, Backprop, DeepSupervision, ForwardForward, MonoForward, Pepita, TaskInfo
 from locallearn.batch import Batch
 from locallearn.cost import UpdateCost, activation_bytes, drive, measure_update
 from locallearn.functional import forward_forward, mono_forward
@@ -139,6 +139,28 @@ def test_backprop_memory_grows_with_depth(make: Callable[[], Algorithm]) -> None
     )
     assert thirty_two - eight == pytest.approx(6 * (eight - four), rel=0.01)  # linear: 24 blocks more against 4
     assert thirty_two > 6 * four
+
+
+@pytest.mark.parametrize(("variant", "grows"), [("standard", True), ("hebbian", True), ("time_local", False)])
+def test_what_a_rule_without_graphs_holds_counts(variant: str, grows: bool) -> None:
+    """PEPITA keeps every layer's activity of the first pass, its time-local variant one layer's."""
+
+    def pepita() -> Algorithm:
+        return Pepita(variant=variant, dropout=0.0)  # type: ignore[arg-type]
+
+    samples, wide, classes = 32, 64, 10
+    four, eight, thirty_two = (
+        _measured(pepita, (wide,) * (depth + 1), classes, samples).activation_peak_bytes for depth in (4, 8, 32)
+    )
+    layer, given = 4 * samples * wide, 4 * samples * wide + 8 * samples
+    if grows:
+        assert (
+            thirty_two - eight == 6 * (eight - four) == 24 * layer
+        )  # what a layer reads is what the one below answered
+        assert four >= given + 4 * layer
+    else:
+        assert thirty_two == four
+        assert given + layer <= four <= given + 6 * layer
 
 
 def test_sequential_memory_is_that_of_the_dearest_stage() -> None:

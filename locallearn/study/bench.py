@@ -369,9 +369,9 @@ def _memory(algorithms: Sequence[str], make: Make, depths: Sequence[int]) -> tup
             task, algorithm, _, device = _prepare(plan)
             [batch] = _batches(plan, task, device, 1)
             peaks.append(measure_update(algorithm, batch, plan.schedule.sequential).activation_peak_bytes)
-        ratio = peaks[-1] / peaks[0] if peaks[0] else None  # a rule without autograd keeps nothing at all
+        ratio = peaks[-1] / peaks[0]
         rows.append({"name": name, "activation_peak_bytes": peaks, "ratio": ratio})
-        lines.append([name, *(f"{peak:,}" for peak in peaks), "" if ratio is None else f"{ratio:.2f}"])
+        lines.append([name, *(f"{peak:,}" for peak in peaks), f"{ratio:.2f}"])
     columns = ["algorithm", *(f"{depth} blocks" for depth in depths), f"{depths[-1]} over {depths[0]}"]
     sheet = _Sheet("bench memory: peak bytes kept alive for gradients in one update", columns, lines)
     return sheet, {"depths": list(depths), "contenders": rows}
