@@ -297,14 +297,14 @@ class Pepita(Algorithm):
             kept[0] = (kept[0][0], self._readout.weights(pre).softmax(1))
         yield Update("readout", loss, self._step(self._readout, kept, pre, wanted))
 
-    def _run(self, layer: _Layer, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(self, layer: _Layer, x: Tensor, mask: pepita.Mask | None) -> tuple[Tensor, Tensor, Tensor]:
         """What the weights of a hidden layer read, what it answers, and what the next layer is given."""
         pre = _through(layer.before, x)
         post = _through(layer.activation, layer.weights(pre))
         if self.normalise:
             post = pepita.normalise(post)
         if mask is not None:
-            post.mul_(mask)
+            mask.apply_(post)
         return pre, post, _through(layer.after, post)
 
     def _step(
@@ -342,12 +342,12 @@ class Pepita(Algorithm):
             )
         return gradients
 
-    def _masks(self, inputs: Tensor) -> list[Tensor | None]:
-        """One mask per hidden layer; what is kept is scaled up so that the mean stays."""
+    def _masks(self, inputs: Tensor) -> list[pepita.Mask | None]:
+        """One mask per hidden layer."""
         if self.dropout == 0.0:
             return [None] * len(self._hidden)
         generator, samples = self.rng(inputs.device), len(inputs)
-        return [pepita.dropout_mask((samples, *shape), self.dropout, generator, inputs.dtype) for shape in self._shapes]
+        return [pepita.dropout_mask((samples, *shape), self.dropout, generator) for shape in self._shapes]
 
     # -- weight mirroring ---------------------------------------------------------------------------------------------
     def _mirror_where_due(self, inputs: Tensor) -> None:

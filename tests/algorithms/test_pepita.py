@@ -58,6 +58,12 @@ def _weights(algorithm: Pepita) -> list[nn.Linear]:
     return [module for module in algorithm.blocks.modules() if isinstance(module, nn.Linear)]
 
 
+def _factors(width: int, dropout: float, draw: Generator) -> Tensor:
+    """What activities of 16 samples are multiplied with."""
+    mask = pepita.dropout_mask((16, width), dropout, draw)
+    return (~mask.dropped).double() * mask.factor
+
+
 def _by_hand(algorithm: Pepita, batch: Batch = BATCH, masks: Sequence[Tensor] = (), **options: Any) -> list[Tensor]:
     """Weights' gradients, and biases' behind them, of an MLP with ReLU: the spec's equations, sample by sample."""
     o = {"variant": "standard", "sign": -1, "output_error": "first", "presynaptic": "modulated", **options}
@@ -128,7 +134,7 @@ def test_a_step_is_that_of_the_equations(options: dict[str, Any], bias: bool) ->
     masks = []
     if "dropout" in options:
         draw = Generator().manual_seed(3)
-        masks = [pepita.dropout_mask((16, width), options["dropout"], draw, torch.float64) for width in HIDDEN]
+        masks = [_factors(width, options["dropout"], draw) for width in HIDDEN]
     expected = _by_hand(algorithm, masks=masks, **{**options, "sign": 1 if options.get("sign") == "plus" else -1})
     gradients = _gradients(algorithm)
     ordered = [g for g in gradients.values() if g.ndim > 1] + [g for g in gradients.values() if g.ndim == 1]
@@ -195,7 +201,7 @@ def test_without_feedback_the_output_layer_alone_learns_by_the_delta_rule(varian
     gradients = _gradients(algorithm)
     assert not any(gradients[f"layer{i}.0.weight"].any() for i in (1, 2, 3))
     draw = Generator().manual_seed(0)
-    masks = [pepita.dropout_mask((16, width), 0.5, draw, torch.float64) for width in HIDDEN]
+    masks = [_factors(width, 0.5, draw) for width in HIDDEN]
     x = BATCH.inputs
     for layer, mask in zip(_weights(algorithm)[:-1], masks, strict=True):
         x = (x @ layer.weight.T).relu().detach() * mask

@@ -94,7 +94,10 @@ def test_activities_of_a_batch_have_one_norm_together() -> None:
 
 @pytest.mark.parametrize("dropout", [0.1, 0.75])
 def test_masks_drop_their_share_independently_and_keep_the_mean(dropout: float) -> None:
-    mask = pepita.dropout_mask((500, 7, 37), dropout, _seeded(), torch.float64)  # no multiple of 4
+    drawn = pepita.dropout_mask((500, 7, 37), dropout, _seeded())  # no multiple of 4
+    activity = torch.ones(500, 7, 37).double()
+    mask = drawn.apply_(activity)
+    assert mask is activity
     assert mask.shape == (500, 7, 37)
     assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - dropout), abs=1e-3)]
     spread = math.sqrt(dropout / (1 - dropout) / mask.numel())
@@ -102,7 +105,9 @@ def test_masks_drop_their_share_independently_and_keep_the_mean(dropout: float) 
     flat = (mask.flatten() - 1) / math.sqrt(dropout / (1 - dropout))
     for apart in range(1, 9):  # entries that came from one random number, and from neighbours
         assert abs(float((flat[apart:] * flat[:-apart]).mean())) < 4 / math.sqrt(len(flat))
-    assert torch.equal(mask, pepita.dropout_mask((500, 7, 37), dropout, _seeded(), torch.float64))
+    again = pepita.dropout_mask((500, 7, 37), dropout, _seeded())
+    assert torch.equal(drawn.dropped, again.dropped)
+    assert drawn.dropped.element_size() == 1  # it is held from the first pass to the second
 
 
 # -- weight mirroring -------------------------------------------------------------------------------------------------
