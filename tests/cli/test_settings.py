@@ -42,13 +42,13 @@ def test_what_an_experiment_sets_of_its_algorithm_is_not_for_another_one() -> No
     assert cfg.algorithm == alone.algorithm
     assert choices["algorithm"] == "backprop"
     assert list(cfg.net.hidden) == [256] * 5  # everything else is the experiment's
-    assert cfg.optimizer.lr == 1.0
+    assert cfg.optimizer.lr == 2.0
     make_plan(cfg, choices, "test")
 
 
 def test_an_experiment_keeps_its_own_algorithm_and_what_is_typed_goes_over_it() -> None:
     own = ["experiment=counter_current_mnist", "algorithm=counter_current"]
-    assert compose_settings(own)[0].algorithm.clip == 1.0
-    assert compose_settings([*own, "algorithm.clip=0.5"])[0].algorithm.clip == 0.5
+    assert compose_settings(own)[0].algorithm.clip == 0.5
+    assert compose_settings([*own, "algorithm.clip=0.3"])[0].algorithm.clip == 0.3
     other = ["experiment=counter_current_mnist", "algorithm=pepita", "algorithm.variant=hebbian"]
     assert compose_settings(other)[0].algorithm.variant == "hebbian"

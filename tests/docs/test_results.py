@@ -40,6 +40,8 @@ ACCURACIES = [
     ("counter_current_cifar10", "counter_current", 1),
     ("pepita_mnist", "pepita", 1),
     ("pepita_cifar10", "pepita", 1),
+    ("pepita_cifar100", "pepita", 1),
+    ("counter_current_fashion_mnist_searched", "counter_current", 1),
     ("counter_current_mnist", "counter_current", 5),
     ("forward_gnn_two_epochs", "forward_gnn", 5),
     ("mono_forward_mnist", "mono_forward", 5),
