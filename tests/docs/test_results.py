@@ -70,12 +70,12 @@ def test_accuracies_are_those_of_the_records(folder: str, algorithm: str, seeds:
 
 def test_the_search_of_counter_current_learning_is_that_of_the_records() -> None:
     """One row per run of seed 0, and every row its run."""
-    folders = ("counter_current_search", "counter_current_mnist", "counter_current_mnist_searched")
-    records = [record for folder in folders for record in _records(folder, "counter_current")]
+    folders = ("search", "mnist", "mnist_searched", "cifar100")
+    records = [record for folder in folders for record in _records(f"counter_current_{folder}", "counter_current")]
     wanted = set()
     for record in (record for record in records if record.seed == 0):
         config, data = record.data["config"], record.data["dataset"]
-        epochs = 12 if data == "cifar10" else 100
+        epochs = 100 if data == "mnist" else 12
         losses, accuracies = (
             {m.epoch: m.value for m in record.metrics() if m.name == f"validation/{name}" and m.epoch < epochs}
             for name in ("loss", "accuracy")
