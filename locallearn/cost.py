@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from locallearn.algorithms.base import Algorithm
+from locallearn.algorithms.base import Algorithm, Update
 from locallearn.batch import Batch
 
 
@@ -117,10 +117,12 @@ def _held_between_updates(algorithm: Algorithm, batch: Batch) -> int:
     own = [*algorithm.parameters(), *algorithm.buffers(), *given]
     peak = 0
     with _Alive({t.untyped_storage().data_ptr() for t in own}) as alive:
-        for update in algorithm.updates(batch):
+
+        def look(update: Update) -> None:
+            nonlocal peak
             peak = max(peak, alive.bytes(without=(update.gradients or {}).values()))
-            update.backward()
-            algorithm.zero_grad(set_to_none=True)
+
+        drive(algorithm, batch, look)
     return peak + sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in given}.values())
 
 
@@ -141,9 +143,16 @@ class UpdateCost:
     samples: int
 
 
-def drive(algorithm: Algorithm, batch: Batch) -> None:
-    """Run all updates of one batch without stepping: the gradients are computed and dropped."""
+def drive(algorithm: Algorithm, batch: Batch, look: Callable[[Update], None] = lambda update: None) -> None:
+    """Run all updates of one batch without stepping: the gradients are computed and dropped.
+
+    Args:
+        algorithm: attached.
+        batch: one training batch.
+        look: is shown every update as it is handed over, before it is differentiated.
+    """
     for update in algorithm.updates(batch):
+        look(update)
         update.backward()
         algorithm.zero_grad(set_to_none=True)
 

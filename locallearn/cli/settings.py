@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,20 @@ def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
     with initialize_config_module("locallearn.conf", version_base="1.3"):
         cfg = compose("config", list(overrides), return_hydra_config=True)
         choices = {group: str(name) for group, name in cfg.hydra.runtime.choices.items() if group in GROUPS}
-        if experiment and any(word.startswith("algorithm=") for word in of_algorithm):
-            meant = compose("config", experiment, return_hydra_config=True).hydra.runtime.choices["algorithm"]
-            if meant != choices["algorithm"]:
-                cfg.algorithm = compose("config", of_algorithm).algorithm
+        chosen = experiment and any(word.startswith("algorithm=") for word in of_algorithm)
+        if chosen and _algorithm_of(*experiment) != choices["algorithm"]:
+            cfg.algorithm = compose("config", of_algorithm).algorithm
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg, choices
+
+
+@cache  # a comparison asks for every run
+def _algorithm_of(*experiment: str) -> str:
+    """The algorithm that an experiment is for; Hydra must have been initialised."""
+    from hydra import compose
+
+    return str(compose("config", list(experiment), return_hydra_config=True).hydra.runtime.choices["algorithm"])
 
 
 def check_words(overrides: Sequence[str]) -> None:
