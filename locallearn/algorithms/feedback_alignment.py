@@ -204,8 +204,8 @@ class FeedbackChain(Algorithm):
             if path not in runs:
                 owner = type(self.blocks.get_submodule(path.rpartition(".")[0])).__name__
                 raise ValueError(
-                    f"{_name(path)!r} ({owner}) was run neither as a linear layer nor as a 2-d convolution, and the error "
-                    "would go through it as in backpropagation: use a network of linear layers and Conv2d"
+                    f"{_name(path)!r} ({owner}) was run neither by F.linear nor by F.conv2d, so the error would go through "
+                    "it as in backpropagation: use a network of linear layers (on dense features) and Conv2d"
                 )
         return {_name(path): layer for path, layer in found.items()}
 
