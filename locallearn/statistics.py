@@ -25,8 +25,15 @@ __all__ = [
     "summarise",
 ]
 
-# Settings that may differ between runs of one group without making them different experiments.
-_FREE_SETTINGS = frozenset({"data_dir", "runs_dir", "resume", "compare", "logger", "hydra"})
+# Settings that may differ between runs of one group without making them different experiments: places, what is measured
+# beside training, and those of other commands.
+_FREE_SETTINGS = frozenset(
+    {
+        *("data_dir", "dataset.data_dir", "runs_dir", "resume"),
+        *("meter", "logger", "trainer.probe_samples", "trainer.checkpoint_s"),
+        *("compare", "tune", "report", "bench", "hydra"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class Row:
         net: network, empty when the records do not say.
         task: task, empty when the records do not say.
         algorithm: learning rule.
-        variant: what else sets the group apart (the records' ``variant``), ``None`` for nothing.
+        variant: what else sets the group apart (the records' ``variant``, and settings that only some runs of a seed have),
+            ``None`` for nothing.
         mode: protocol mode (``own``, ``matched``, ``target``), ``None`` when the records do not say.
         records: one record per seed, ordered by seed.
         figures: figures by the names of :meth:`Record.figures`; a name is here when one record knows its value.
@@ -240,12 +248,14 @@ def paired(a: Mapping[int, float | None], b: Mapping[int, float | None]) -> Pair
 def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list[Row]:
     """Groups finished runs by data set, network, task, mode, rule and variant; compares each group with the baseline.
 
-    Of several runs with the same group and seed the newest is taken, and a note says so; they are never pooled. Runs
-    that did not end with ``done``, and benchmarks, are left out. The baseline is the group of the same data set, network,
-    task and mode whose rule is ``baseline``: the one of the same variant, else the one without a variant.
+    Runs of one seed with different settings (a sweep's) are different experiments: the group is split by these settings,
+    which its rows name. Of several runs with the same group and seed the newest is taken, and a note says so; they are
+    never pooled. Runs that did not end with ``done``, and benchmarks, are left out. The baseline is the group of the same
+    data set, network, task and mode whose rule is ``baseline``, of the same variant or of none; of several the one whose
+    settings differ least from the row's, and then a note names it.
 
     Returns:
-        Rows ordered by data set, network, task, mode; the baseline first, then by rule and variant.
+        Rows ordered by data set, network, task, mode; the baseline first, then by rule, variant and settings.
     """
     groups: dict[tuple[str, str, str, str, str, str], list[Record]] = {}
     for record in records:
@@ -253,15 +263,60 @@ def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list
             net, task, mode, variant = (record.text(name) or "" for name in ("net", "task", "mode", "variant"))
             key = (record.dataset, net, task, mode, record.algorithm, variant)
             groups.setdefault(key, []).append(record)
-    newest = {key: _newest(group) for key, group in groups.items()}
+    newest = {
+        (*key, settings): _newest(part) for key, group in groups.items() for settings, part in _apart(group).items()
+    }
     rows = []
-    for key in sorted(newest, key=lambda key: (*key[:4], key[4] != baseline, *key[4:])):
-        kept, notes = newest[key]
-        *_, mode, algorithm, variant = key
-        reference = newest.get((*key[:4], baseline, variant)) or newest.get((*key[:4], baseline, ""))
-        figures = _figures(kept, reference[0] if reference and algorithm != baseline else None)
-        rows.append(Row(*key[:3], algorithm, variant or None, mode or None, kept, figures, notes))
+    for row in sorted(newest, key=lambda row: (*row[:4], row[4] != baseline, *row[4:])):
+        kept, notes = newest[row]
+        *place, mode, algorithm, variant, settings = row
+        reference: Sequence[Record] | None = None
+        found = [k for k in newest if k[:5] == (*place, mode, baseline) and k[5] in (variant, "")]
+        if found and algorithm != baseline:
+            nearest = min(found, key=lambda k: (k[5] != variant, _distance(kept[-1], newest[k][0][-1]), k))
+            reference = newest[nearest][0]
+            if sum(k[5] == nearest[5] for k in found) > 1:
+                notes = (*notes, f"Its baseline is {baseline} with {nearest[6] or 'its other settings'}.")
+        said = ", ".join(filter(None, (variant, settings))) or None
+        rows.append(Row(*row[:3], algorithm, said, mode or None, kept, _figures(kept, reference), notes))
     return rows
+
+
+def _apart(group: Sequence[Record]) -> dict[str, list[Record]]:
+    """The group, split by the settings in which runs of one seed differ; keys name them, ``""`` where nothing differs."""
+    flats = [dict(_leaves(record.part("config"))) for record in group]
+    names: set[str] = set()
+    for seed in {record.seed for record in group}:
+        same = [flat for flat, record in zip(flats, group, strict=True) if record.seed == seed]
+        names.update(_differing(same))
+    told: list[str] = []
+    for name in sorted(names, key=lambda name: (not name.endswith("._target_"), name)):
+        # Another optimizer has other settings of its own, which need not be told unless two runs differ in them alone.
+        implied = f"{name.rpartition('.')[0]}._target_" in told
+        if not implied or _kinds(flats, [*told, name]) > _kinds(flats, told):
+            told.append(name)
+    parts: dict[str, list[Record]] = {}
+    for flat, record in zip(flats, group, strict=True):
+        label = ", ".join(_setting(name, flat[name]) for name in told if name in flat)
+        parts.setdefault(label, []).append(record)
+    return parts
+
+
+def _kinds(flats: Sequence[Mapping[str, str]], names: Sequence[str]) -> int:
+    return len({tuple(flat.get(name) for name in names) for flat in flats})
+
+
+def _setting(name: str, value: str) -> str:
+    """As it would be typed; of a class its last name."""
+    value = {"None": "null", "True": "true", "False": "false"}.get(value, value.strip("'"))
+    owner, _, key = name.rpartition(".")
+    return f"{owner}={value.rpartition('.')[2]}" if key == "_target_" else f"{name}={value}"
+
+
+def _distance(one: Record, other: Record) -> int:
+    """In how many settings two runs of different rules differ, those of the rules left out."""
+    flats = [dict(_leaves(record.part("config"))) for record in (one, other)]
+    return sum(not name.startswith("algorithm.") for name in _differing(flats))
 
 
 def _newest(group: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[str, ...]]:
@@ -277,29 +332,28 @@ def _newest(group: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[str, ...
         for seed, same in sorted(by_seed.items())
         if len(same) > 1
     ]
-    differing = _differing_settings(kept)
+    differing = _differing([dict(_leaves(record.part("config"))) for record in kept])
     if differing:
         shown = ", ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
         notes.append(f"Its runs differ in more than the seed ({shown}); the spread mixes both.")
     return kept, tuple(notes)
 
 
-def _differing_settings(records: Sequence[Record]) -> list[str]:
-    seen: dict[str, set[str]] = {}
-    flats = [dict(_leaves(record.part("config"))) for record in records]
-    for name in {name for flat in flats for name in flat}:
-        seen[name] = {flat.get(name, "") for flat in flats}
-    return sorted(name for name, values in seen.items() if len(values) > 1)
+def _differing(flats: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names whose values are not the same in all of these settings."""
+    names = {name for flat in flats for name in flat}
+    return sorted(name for name in names if len({flat.get(name, "") for flat in flats}) > 1)
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     for key, value in config.items():
-        if key == "seed" or (not prefix and key in _FREE_SETTINGS):
+        name = f"{prefix}{key}"
+        if key == "seed" or name in _FREE_SETTINGS:
             continue
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{name}.")
         else:
-            yield f"{prefix}{key}", repr(value)
+            yield name, repr(value)
 
 
 def _figures(records: Sequence[Record], reference: Sequence[Record] | None) -> dict[str, Figure]:

@@ -179,3 +179,61 @@ def test_variants_stand_apart_and_share_the_plain_baseline() -> None:
     figure = rows["mono · sequential"].figures["test/accuracy"]
     assert figure.paired is not None
     assert figure.paired.mean == pytest.approx(0.2)
+
+
+def run(rule: str, seed: int, accuracy: float, finished: str = "2026-01-01", **config: Any) -> Record:
+    return record(rule, seed, accuracy, finished=finished, config={"seed": seed, **config})
+
+
+def test_runs_of_one_seed_with_other_settings_are_rows_of_their_own() -> None:
+    records = [
+        run("mono", seed, accuracy + seed / 100, optimizer={"lr": lr}, trainer={"probe_samples": probes, "epochs": 3})
+        for seed in (0, 1)
+        for lr, accuracy, probes in ((0.1, 0.5, 0), (0.01, 0.7, 9))
+    ]
+    rows = by_label(compare_table(records))
+    assert list(rows) == ["mono · optimizer.lr=0.01", "mono · optimizer.lr=0.1"]
+    for row, mean in zip(rows.values(), (0.705, 0.505), strict=True):
+        assert row.figures["test/accuracy"].summary.n == 2
+        assert row.figures["test/accuracy"].summary.mean == pytest.approx(mean)
+        assert row.notes == ()
+
+
+def test_a_row_is_told_by_what_sets_it_apart_and_by_no_more() -> None:
+    sgd = {"_target_": "torch.optim.SGD", "momentum": 0.9}
+    adam = {"_target_": "torch.optim.Adam", "lr": 0.001, "betas": [0.9, 0.99]}
+    records = [
+        run("mono", 0, 0.1, optimizer={**sgd, "lr": 0.1}, net={"bias": True}, scheduler=None),
+        run("mono", 0, 0.2, optimizer={**sgd, "lr": 0.2}, net={"bias": False}, scheduler={"_target_": "a.Cosine"}),
+        run("mono", 0, 0.3, optimizer=adam, net={"bias": True}, scheduler=None),
+    ]
+    rows = by_label(compare_table(records))
+    assert {label: row.figures["test/accuracy"].summary.mean for label, row in rows.items()} == {
+        "mono · optimizer=SGD, net.bias=true, scheduler=null": 0.1,
+        "mono · optimizer=SGD, scheduler=Cosine, net.bias=false": 0.2,
+        "mono · optimizer=Adam, net.bias=true, scheduler=null": 0.3,
+    }
+    two = [run("mono", 0, lr, optimizer={**sgd, "lr": lr}) for lr in (0.1, 0.2)] + [run("mono", 0, 0.3, optimizer=adam)]
+    assert list(by_label(compare_table(two))) == [
+        "mono · optimizer=Adam, optimizer.lr=0.001",
+        "mono · optimizer=SGD, optimizer.lr=0.1",
+        "mono · optimizer=SGD, optimizer.lr=0.2",
+    ]
+
+
+def test_a_sweep_is_paired_with_the_baseline_of_its_own_settings() -> None:
+    records = [
+        run(name, 0, a, optimizer={"lr": lr}) for name, lr, a in (("backprop", 0.1, 0.5), ("backprop", 0.2, 0.9))
+    ]
+    records += [run("mono", 0, 0.6, optimizer={"lr": lr}, algorithm={"c": 1}) for lr in (0.1, 0.2)]
+    rows = by_label(compare_table(records))
+    found = {label: row.figures["test/accuracy"].paired for label, row in rows.items()}
+    assert found["backprop · optimizer.lr=0.1"] is None
+    for lr, difference in (("0.1", 0.1), ("0.2", -0.3)):
+        pair = found[f"mono · optimizer.lr={lr}"]
+        assert pair is not None
+        assert pair.mean == pytest.approx(difference)
+        assert rows[f"mono · optimizer.lr={lr}"].notes == (f"Its baseline is backprop with optimizer.lr={lr}.",)
+    (alone,) = [row for row in compare_table([*records[:2], records[3]]) if row.algorithm == "mono"]
+    assert alone.label == "mono"
+    assert alone.notes == ("Its baseline is backprop with optimizer.lr=0.2.",)

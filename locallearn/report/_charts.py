@@ -53,9 +53,9 @@ class Chart:
 
 def styles(rows: Sequence[Row], baseline: str) -> dict[str, tuple[str, str]]:
     """Colour and marker for every label on the page, the same in every chart."""
-    labels = sorted({row.label for row in rows if row.algorithm != baseline})
-    chosen = {row.label: _BASELINE for row in rows if row.algorithm == baseline}
-    for i, label in enumerate(labels):
+    plain = sorted({row.label for row in rows if row.algorithm == baseline})[:1]  # of several the first
+    chosen = dict.fromkeys(plain, _BASELINE)
+    for i, label in enumerate(sorted({row.label for row in rows} - chosen.keys())):
         chosen[label] = (_COLOURS[i % len(_COLOURS)], _SYMBOLS[i % len(_SYMBOLS)])
     return chosen
 

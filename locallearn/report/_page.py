@@ -153,7 +153,7 @@ def _lead(records: Sequence[Record], rows: Sequence[Row]) -> str:
     done = sum(record.status == "done" for record in records)
     ends = sorted(filter(None, (record.text("finished") for record in records)))
     when = "" if not ends else f", {ends[0][:10]}" + (f" to {ends[-1][:10]}" if ends[-1][:10] != ends[0][:10] else "")
-    rules = len({row.label for row in rows})
+    rules = len({row.algorithm for row in rows})
     return f'<p class="lead">{_count(done, "finished run")}, {_count(rules, "rule")}{escape(when)} (UTC).</p>'
 
 
