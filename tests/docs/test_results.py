@@ -34,10 +34,10 @@ def _cell(values: Sequence[float]) -> str:
 
 # folder of records, algorithm, number of seeds
 ACCURACIES = [
-    ("product_feedback_alignment_mnist", "product_feedback_alignment", 3),
+    ("product_feedback_alignment_mnist", "product_feedback_alignment", 5),
     ("product_feedback_alignment_mnist_random", "product_feedback_alignment", 5),
     ("counter_current_fashion_mnist", "counter_current", 1),
-    ("counter_current_cifar10", "counter_current", 2),
+    ("counter_current_cifar10", "counter_current", 3),
     ("counter_current_cifar100", "counter_current", 1),
     ("counter_current_cifar100_searched", "counter_current", 2),
     ("feedback_alignment_mnist", "feedback_alignment", 2),
