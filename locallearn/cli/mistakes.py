@@ -70,7 +70,7 @@ def _configuration(error: Exception, words: Sequence[str]) -> str:
         return f"there is no {group} {name!r}; {group} is one of {', '.join(options(group))}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
-        return _unknown_key(unknown.group(1), words)
+        return _unknown_key(unknown.group(1), getattr(error, "overrides", words))
     absent = re.search(r"Interpolation key '([^']+)' not found", text)
     if absent:
         return f"a setting is taken from {absent.group(1)!r}, which is not there: these choices do not go together"

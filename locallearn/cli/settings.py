@@ -33,13 +33,18 @@ def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
     to run it under the same conditions, those settings are left out.
     """
     from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
     from omegaconf import open_dict
 
     check_words(overrides)
     experiment = [word for word in overrides if word.startswith("experiment=")]
     of_algorithm = [word for word in overrides if re.match(r"[+~]*algorithm\b", word)]
     with initialize_config_module("locallearn.conf", version_base="1.3"):
-        cfg = compose("config", list(overrides), return_hydra_config=True)
+        try:
+            cfg = compose("config", list(overrides), return_hydra_config=True)
+        except HydraException as error:
+            error.overrides = overrides  # type: ignore[attr-defined]  # a compared algorithm has its own
+            raise
         choices = {group: str(name) for group, name in cfg.hydra.runtime.choices.items() if group in GROUPS}
         chosen = experiment and any(word.startswith("algorithm=") for word in of_algorithm)
         if chosen and _algorithm_of(*experiment) != choices["algorithm"]:

@@ -112,6 +112,7 @@ _COMPARE: list[tuple[list[str], tuple[str, ...]]] = [
     (["compare.seeds=3"], ("compare.seeds is 3", "different whole numbers")),
     (["compare.seeds=[-1]"], ("seed is -1",)),
     (["compare.algorithms=[backprop,nope]"], ("'nope'", *_ALGORITHMS)),
+    (['compare.algorithms=[backprop,"pepita(lr=1)"]'], ("'algorithm.lr'", "algorithm.variant, algorithm.sign")),
     (["compare.algorithms=[]"], ("[]", "list")),
     (["compare.algorithms=backprop"], ("backprop", "list")),
     (["compare.mode=foo"], ("'foo'", "matched")),
