@@ -284,7 +284,7 @@ def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list
 
 def _apart(group: Sequence[Record]) -> dict[str, list[Record]]:
     """The group, split by the settings in which runs of one seed differ; keys name them, ``""`` where nothing differs."""
-    flats = [dict(_leaves(record.part("config"))) for record in group]
+    flats = [_flat(record) for record in group]
     names: set[str] = set()
     for seed in {record.seed for record in group}:
         same = [flat for flat, record in zip(flats, group, strict=True) if record.seed == seed]
@@ -315,8 +315,7 @@ def _setting(name: str, value: str) -> str:
 
 def _distance(one: Record, other: Record) -> int:
     """In how many settings two runs of different rules differ, those of the rules left out."""
-    flats = [dict(_leaves(record.part("config"))) for record in (one, other)]
-    return sum(not name.startswith("algorithm.") for name in _differing(flats))
+    return sum(not name.startswith("algorithm.") for name in _differing([_flat(one), _flat(other)]))
 
 
 def _newest(group: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[str, ...]]:
@@ -332,7 +331,7 @@ def _newest(group: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[str, ...
         for seed, same in sorted(by_seed.items())
         if len(same) > 1
     ]
-    differing = _differing([dict(_leaves(record.part("config"))) for record in kept])
+    differing = _differing([_flat(record) for record in kept])
     if differing:
         shown = ", ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
         notes.append(f"Its runs differ in more than the seed ({shown}); the spread mixes both.")
@@ -343,6 +342,11 @@ def _differing(flats: Sequence[Mapping[str, str]]) -> list[str]:
     """Names whose values are not the same in all of these settings."""
     names = {name for flat in flats for name in flat}
     return sorted(name for name in names if len({flat.get(name, "") for flat in flats}) > 1)
+
+
+def _flat(record: Record) -> dict[str, str]:
+    """The settings of a run that make it the experiment it is, by dotted name."""
+    return dict(_leaves(record.part("config")))
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
