@@ -289,7 +289,8 @@ class FeedbackAlignment(FeedbackChain):
 
     def path(self, name: str) -> Tensor:
         """B; for ``brsf`` with magnitudes that no batch has seen."""
-        return self._feedback(name, torch.Generator(self._weight(name).device).manual_seed(self.seed))
+        weight = self._weight(name)
+        return self._feedback(name, weight, torch.Generator(weight.device).manual_seed(self.seed))
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Angle in degrees between B and W, and ratio of their norms; nothing for ``dfa``, whose B has another shape."""
@@ -309,7 +310,7 @@ class FeedbackAlignment(FeedbackChain):
         return self.layers[next(reversed(self.layers))]
 
     def _chain(self, name: str, call: Call) -> Tensor:
-        feedback = self._feedback(name, self.rng(call.weight.device))
+        feedback = self._feedback(name, call.weight, self.rng(call.weight.device))
         return fa.carry(call.inputs, call.weight, call.bias, feedback, call.geometry)
 
     def _direct(self, error: fa.OutputError, name: str, call: Call) -> Tensor:
@@ -317,15 +318,15 @@ class FeedbackAlignment(FeedbackChain):
         feedback = self.weights(name).fixed
         return fa.carry_direct(call.inputs, call.weight, call.bias, feedback, error, last, call.geometry)
 
-    def _feedback(self, name: str, generator: torch.Generator) -> Tensor:
+    def _feedback(self, name: str, weight: Tensor, generator: torch.Generator) -> Tensor:
         """B of a layer; what is made of W is made now, so that the backward pass need not look at it."""
-        held, weight = self.weights(name), self._weight(name).detach()
+        held = self.weights(name)
         if self.mode == "usf":
-            return fa.sign_symmetric(weight)
+            return fa.sign_symmetric(weight.detach())
         if self.mode == "brsf":
-            return fa.sign_magnitude(weight, fa.xavier_uniform(weight, generator))
+            return fa.sign_magnitude(weight.detach(), fa.xavier_uniform(weight.detach(), generator))
         if self.mode == "frsf":
-            return fa.sign_magnitude(weight, held.fixed)
+            return fa.sign_magnitude(weight.detach(), held.fixed)
         return held.learned if self.mode == "kolen_pollack" else held.fixed
 
     @torch.no_grad()
