@@ -73,14 +73,19 @@ class Update:
     def backward(self, differentiate: Callable[[Tensor], None] = torch.Tensor.backward) -> None:
         """Put the gradients into ``parameter.grad`` and let go of the graph.
 
+        Weights with ``requires_grad=False`` get none, and a unit in which nothing else learns is left as it is.
+
         Args:
             differentiate: what differentiates the loss; a strategy passes its precision's own.
         """
         if self.gradients is not None:
             for parameter, gradient in self.gradients.items():
-                parameter.grad = gradient.to(parameter.dtype) if parameter.grad is None else parameter.grad + gradient
+                if parameter.requires_grad:  # optimizers step whatever has a gradient
+                    known = parameter.grad
+                    parameter.grad = gradient.to(parameter.dtype) if known is None else known + gradient
             self.gradients = {}
-        elif self.loss is not None:
+        elif self.loss is not None and (self.loss.requires_grad or not torch.is_grad_enabled()):
+            # A loss without a graph is a frozen unit's, but under no_grad it is a mistake, and PyTorch says so.
             differentiate(self.loss)
         if self.loss is not None:
             self.loss = self.loss.detach()

@@ -275,7 +275,7 @@ class CounterCurrent(Algorithm):
     def _differentiated(self, update: Update, parameters: list[nn.Parameter]) -> Update:
         """The same update with gradients of these parameters in place of a graph."""
         assert update.loss is not None
-        gradients = _writable(torch.autograd.grad(update.loss, parameters))
+        gradients = _writable(torch.autograd.grad(update.loss, parameters) if parameters else ())
         if self.centralise:
             gradients = list(map(ccl.centralise, gradients))
         return Update(update.unit, update.loss.detach(), dict(zip(parameters, gradients, strict=True)))
@@ -331,11 +331,8 @@ class CounterCurrent(Algorithm):
             raise ValueError(
                 "counter-current learning trains a readout with the task's loss, and this network has none"
             )
-        taken = {"readout", "input"} & set(self.blocks.names)
-        if taken:
-            raise ValueError(
-                f"a block is named {min(taken)!r}, which is the name of a unit of the rule: rename the block"
-            )
+        if "input" in self.blocks.names:
+            raise ValueError("a block is named 'input', which is the name of a unit of the rule: rename the block")
         if task.example.context or task.example.rows is not None:
             raise ValueError(
                 "counter-current learning mirrors plain layers, and this task has a context or selected rows (a graph?): "
@@ -455,7 +452,10 @@ def _refuse_order(name: str, layers: list[_Layer]) -> None:
 def _mirror(name: str, layers: list[_Layer], before: list[_Layer]) -> nn.Sequential:
     """The way back through a block, ending with the normalisation and activation of the block before it."""
     finish = [_finish(layer.module) for layer in before if isinstance(layer.module, (*_NORMS, *_ACTIVATIONS))]
-    normed = any(isinstance(module, _NORMS) for module in finish)  # takes every bias out again
+    normed = [i for i, layer in enumerate(before) if isinstance(layer.module, _NORMS)]  # takes every bias out again
+    for layer in before[normed[0] :] if normed else ():
+        if isinstance(layer.module, nn.Flatten) and layer.before != layer.after:  # what is normalised are maps
+            finish = [nn.Unflatten(1, tuple(layer.before)), *finish, nn.Flatten()]
     return nn.Sequential(*_reversed(name, layers, bias=not normed), *finish)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,6 +19,7 @@ from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import feedback_alignment as fa
 from locallearn.functional.feedback_alignment import Geometry
+from locallearn.nets.blocks import NORMALISATIONS
 
 Mode = Literal["fa", "dfa", "usf", "brsf", "frsf", "weight_mirror", "kolen_pollack"]
 
@@ -69,6 +70,11 @@ class Layer(NamedTuple):
     output_shape: torch.Size
     geometry: Geometry | None
     runs: int
+
+    @property
+    def name(self) -> str:
+        """As figures and messages have it."""
+        return _name(self.parameter)
 
 
 class FeedbackWeights(nn.Module):
@@ -172,8 +178,10 @@ class FeedbackChain(Algorithm):
         """Run the network once and note the layers above the first, in the order of the forward pass.
 
         Raises:
-            ValueError: a weight that is neither a linear layer's nor a 2-d convolution's.
+            ValueError: a weight that is neither a linear layer's nor a 2-d convolution's, or not only that; a layer that
+                the backward pass runs again.
         """
+        normalisations = {id(p) for m in self.blocks.modules() if isinstance(m, NORMALISATIONS) for p in m.parameters()}
         paths: dict[int, str] = {}
         for path, parameter in self.blocks.named_parameters():
             if is_lazy(parameter):
@@ -181,7 +189,7 @@ class FeedbackChain(Algorithm):
                     f"layer {_name(path)!r} is lazy, so its feedback weights have no shape yet: run the network once before "
                     "it is trained"
                 )
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and id(parameter) not in normalisations:
                 paths[id(parameter)] = path
         feature_sizes(self.blocks, example)  # tells which block it is that cannot run
         first = next(self.blocks.parameters())
@@ -198,8 +206,8 @@ class FeedbackChain(Algorithm):
 
         inputs = example.inputs.to(first.device)
         inputs = inputs.to(first.dtype) if inputs.is_floating_point() else inputs
-        with torch.enable_grad(), _Intercept(paths, note):
-            self.blocks(inputs, *example.context)
+        with torch.enable_grad(), _Watch(paths, note) as watch:
+            outputs = self.blocks(inputs, *example.context)
         for path in paths.values():
             if path not in runs:
                 owner = type(self.blocks.get_submodule(path.rpartition(".")[0])).__name__
@@ -207,7 +215,41 @@ class FeedbackChain(Algorithm):
                     f"{_name(path)!r} ({owner}) was run neither by F.linear nor by F.conv2d, so the error would go through "
                     "it as in backpropagation: use a network of linear layers (on dense features) and Conv2d"
                 )
-        return {_name(path): layer for path, layer in found.items()}
+        if watch.astray:
+            raise ValueError(
+                f"the weight of layer {_name(min(watch.astray))!r} is also used outside of F.linear and F.conv2d, where the "
+                "error would go through it as in backpropagation: give that place a weight of its own"
+            )
+        again = self._run_by_backward(outputs, paths.values())
+        if again:
+            raise ValueError(
+                f"layer {_name(again[0])!r} runs once more in the backward pass (activation checkpointing?), where the error "
+                "would go through its weight as in backpropagation: take the checkpointing out"
+            )
+        return {layer.name: layer for layer in found.values()}
+
+    def _run_by_backward(self, outputs: Tensor, paths: Iterable[str]) -> list[str]:
+        """Weights of these paths whose modules a backward pass from here runs; gradients are as they were."""
+        if not outputs.requires_grad:
+            return []
+        ran: list[str] = []
+        # By hooks, because a TorchFunctionMode is off inside of backward().
+        hooks = [
+            self.blocks.get_submodule(path.rpartition(".")[0]).register_forward_pre_hook(
+                lambda module, args, path=path: ran.append(path)
+            )
+            for path in paths
+        ]
+        gradients = [(p, p.grad) for p in self.blocks.parameters()]
+        self.blocks.zero_grad(set_to_none=True)
+        try:
+            outputs.sum().backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for p, gradient in gradients:
+                p.grad = gradient
+        return ran
 
 
 class FeedbackAlignment(FeedbackChain):
@@ -274,7 +316,7 @@ class FeedbackAlignment(FeedbackChain):
             output = self._last.output_shape
             if layer.runs > 1 or layer.input_shape[0] != output[0]:
                 raise ValueError(
-                    f"layer {_name(layer.parameter)!r} runs {layer.runs} times in a forward pass, on {layer.input_shape[0]} "
+                    f"layer {layer.name!r} runs {layer.runs} times in a forward pass, on {layer.input_shape[0]} "
                     f"rows for {output[0]} of the output: direct feedback needs layers that see every sample once; use "
                     "another mode"
                 )
@@ -364,6 +406,25 @@ class _Intercept(TorchFunctionMode):
             if name is not None:
                 return self._carrier(name, call)
         return func(*args, **(kwargs or {}))
+
+
+class _Watch(_Intercept):
+    """The same, and it notes known weights that another function makes something of that is differentiated.
+
+    Attributes:
+        astray: names of these weights.
+    """
+
+    def __init__(self, known: Mapping[int, str], carrier: Carrier) -> None:
+        super().__init__(known, carrier)
+        self.astray: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func is not F.linear and func is not F.conv2d and isinstance(result, Tensor) and result.requires_grad:
+            given = (*args, *(kwargs or {}).values())
+            self.astray |= {self._known[id(x)] for x in given if id(x) in self._known and x is not result}
+        return result
 
 
 def _linear_call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:

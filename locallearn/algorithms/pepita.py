@@ -408,7 +408,8 @@ class Pepita(Algorithm):
         angles = {"input": {"feedback_angle": pepita.angle(self.feedback, product.T)}}
         if self._mirrored:
             for i, (name, weight) in enumerate(zip(self.units(), weights, strict=True)):
-                angles[name] = {"mirror_angle": pepita.angle(self.get_buffer(f"mirror{i + 1}"), weight.T)}
+                own = angles.setdefault(name, {})  # a block may be named "input"
+                own["mirror_angle"] = pepita.angle(self.get_buffer(f"mirror{i + 1}"), weight.T)
         return angles
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,13 @@ class ProductFeedbackAlignment(FeedbackChain):
         )
 
     def make(self, layer: Layer, weight: Tensor) -> FeedbackWeights:
-        """B with E[B Bᵀ] = I, R Xavier-uniform."""
+        """B with E[B Bᵀ] = I, R Xavier-uniform; warns of a layer that runs more than once in a forward pass."""
+        if layer.runs > 1:
+            warnings.warn(
+                f"layer {layer.name!r} runs {layer.runs} times in a forward pass: all of its runs send the error "
+                "through one B and one R, which product feedback alignment was published without",
+                stacklevel=2,
+            )
         groups = 1 if layer.geometry is None else layer.geometry.groups
         fixed = fa.fixed_product_weights(len(weight), self.expansion, groups, self.density, self.orthogonal)
         learned = fa.xavier_uniform(weight.new_empty(self.expansion * len(weight), *weight.shape[1:]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 # A layer of these kinds belongs to the layer before it: it normalises that layer's output.
-_NORMALISATIONS = (
+NORMALISATIONS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
     nn.GroupNorm,
@@ -36,7 +36,8 @@ class Blocks(nn.Module):
         readout: maps the last block's output to the network's output; ``None`` if the network is features only.
 
     Raises:
-        ValueError: no block, a name with a dot, a container without a forward, or a parameter in two blocks.
+        ValueError: no block, a name with a dot, a block named ``readout``, a container without a forward, or a parameter
+            in two blocks.
     """
 
     def __init__(self, blocks: Mapping[str, nn.Module], readout: nn.Module | None = None) -> None:
@@ -46,6 +47,10 @@ class Blocks(nn.Module):
         for name, block in blocks.items():
             if "." in name or not name:
                 raise ValueError(f"block name {name!r} is not usable: give a non-empty name without a dot")
+            if name == "readout":
+                raise ValueError(
+                    "a block is named 'readout', which is the output layer's name: rename it, or give it as readout="
+                )
             if isinstance(block, _CONTAINERS):
                 raise ValueError(
                     f"block {name!r} is a {type(block).__name__}, which has no forward of its own: "
@@ -169,7 +174,7 @@ def _group_sequential(module: nn.Sequential) -> tuple[dict[str, nn.Module], nn.M
     started = False
     for child in module:
         own = any(True for _ in child.parameters())
-        starts = own and not isinstance(child, _NORMALISATIONS)
+        starts = own and not isinstance(child, NORMALISATIONS)
         if not groups or (starts and started):
             groups.append([])
         groups[-1].append(child)

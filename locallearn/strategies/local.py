@@ -82,7 +82,7 @@ class LocalStrategy(SingleDeviceStrategy):
     Raises:
         ValueError: on connection, where the module has no blocks, the algorithm cannot train them, the precision is
             fp16, gradients are to be accumulated, several devices are asked for, or the rule needs a linear optimizer
-            and got another one.
+            and got another one, or gradients clipped by value.
         Diverged: a unit's loss is not finite; names the unit and the step.
     """
 
@@ -157,6 +157,12 @@ class LocalStrategy(SingleDeviceStrategy):
             raise ValueError(
                 f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but every unit steps with every batch: "
                 "use a larger batch instead"
+            )
+        reason = self.algorithm.linear_optimizer
+        if reason is not None and trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+            raise ValueError(
+                f"gradients are clipped entry by entry, but {type(self.algorithm).__name__} can be clipped by norm only "
+                f"(gradient_clip_algorithm='norm'): {reason}"
             )
         super().setup(trainer)
 

@@ -153,6 +153,25 @@ class AlgorithmConformance:
             assert not [name for name, p in others.items() if not torch.equal(p, before[name])]
             optimizers[update.unit].zero_grad()
 
+    @pytest.mark.parametrize("part", ["first", "last", "readout"])
+    def test_a_frozen_part_stays_and_the_others_learn(
+        self, attached: Callable[..., Algorithm], batches: list[Batch], part: str
+    ) -> None:
+        """``requires_grad_(False)`` on a block or on the readout keeps it as it is; the network's other weights move."""
+        algorithm = attached()
+        blocks = algorithm.blocks
+        frozen = {"first": blocks[0], "last": blocks[len(blocks) - 1], "readout": blocks.readout}[part]
+        if frozen is None:
+            pytest.skip("this network has no readout")
+        frozen.requires_grad_(False)
+        before = {id(p): p.detach().clone() for p in blocks.parameters()}
+        plain_loop(algorithm, batches, _sgd)
+        still = {id(p) for p in frozen.parameters()}
+        for unit in algorithm.units():
+            for p in _parameters(algorithm, unit):
+                if id(p) in before:  # what the rule added to a frozen part may have nothing to learn
+                    assert torch.equal(p, before[id(p)]) is (id(p) in still), f"a weight of unit {unit!r}"
+
     def test_stages_cover_the_units(self, attached: Callable[..., Algorithm], batches: list[Batch]) -> None:
         """A sequential schedule reaches every unit once, and a stage trains nothing else."""
         algorithm = attached()

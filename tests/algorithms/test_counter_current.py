@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -205,6 +206,20 @@ def test_the_readout_learns_as_in_backpropagation_and_the_blocks_do_not() -> Non
     assert same == [False, False, False, True]
 
 
+def test_without_detaching_the_task_loss_is_backpropagation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property 3."""
+    algorithm = _attached()
+    F.cross_entropy(algorithm.blocks(BATCH.inputs), BATCH.targets).backward()
+    expected = [p.grad for p in algorithm.blocks.parameters()]
+    algorithm.zero_grad()
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "detach", lambda self: self)
+        (loss,) = [u.loss for u in algorithm.updates(BATCH) if u.unit == "readout"]
+    assert loss is not None
+    loss.backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(algorithm.blocks.parameters(), expected, strict=True))
+
+
 def test_signals_do_not_see_the_data_nor_activations_the_labels() -> None:
     """Property 2."""
     algorithm, seen = _attached(), []
@@ -244,6 +259,8 @@ def test_names_of_classes_do_not_matter(target: str) -> None:
         other.backward()
     for p, q in list(zip(first.blocks.parameters(), second.blocks.parameters(), strict=True))[:-1]:
         torch.testing.assert_close(p.grad, q.grad)
+    for p, q in zip(first.feedback.parameters(), second.feedback.parameters(), strict=True):
+        torch.testing.assert_close(p.grad[:, order] if p.shape[1] == CLASSES else p.grad, q.grad)
 
 
 # -- losses and options -----------------------------------------------------------------------------------------------
@@ -466,6 +483,30 @@ def test_a_readout_after_global_pooling_is_mirrored() -> None:
     assert set(_losses(algorithm, IMAGES)) == {"only", "readout", "input"}
 
 
+def test_maps_are_normalised_as_maps_where_a_block_ends_flat() -> None:
+    """Cut from a Sequential, whose flattening in front of a hidden linear layer belongs to the block of maps."""
+    layers = [nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(8), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.Linear(20, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))
+    algorithm = _attached(Blocks.cut(net), IMAGES)
+    assert [_shown(layer) for layer in algorithm.feedback] == [
+        ["Unflatten", "Upsample", "Conv2d"],
+        ["Linear", "Unflatten", "BatchNorm2d", "ReLU", "Flatten"],
+        ["Linear", "BatchNorm1d", "ReLU"],
+    ]
+    assert set(_losses(algorithm, IMAGES)) == {"block0", "block1", "readout", "input"}
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": 1.0}, {"centralise": True}, {"feedback_lr": 0.0}])
+def test_a_readout_that_is_frozen_stays(options: dict[str, Any]) -> None:
+    algorithm = _attached(**options)
+    readout = algorithm.blocks.readout
+    assert readout is not None
+    readout.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in algorithm.blocks.named_parameters()}
+    plain_loop(algorithm, [BATCH] * 2, sgd)
+    assert [n for n, p in algorithm.blocks.named_parameters() if torch.equal(p, before[n])] == ["readout.weight"]
+
+
 def _refused(net: Blocks, batch: Batch = BATCH, **options: Any) -> str:
     try:
         _attached(net, batch, **options)
@@ -568,7 +609,14 @@ def test_digits_are_learned_by_a_convolutional_network() -> None:
     torch.manual_seed(0)
     net = cnn((1, 8, 8), 10, (8, 16), activation="elu", pool="max", bias=False)
     make = partial(CounterCurrent, clip=0.3, centralise=True)
-    assert _digits_accuracy(make, net, (1, 8, 8), lr=1.0, epochs=6, momentum=0.8) > 0.85
+    untrained = copy.deepcopy(net).requires_grad_(False)
+    assert untrained.readout is not None
+    untrained.readout.requires_grad_(True)
+    accuracy, bound = (
+        _digits_accuracy(make, blocks, (1, 8, 8), lr=1.0, epochs=6, momentum=0.8) for blocks in (net, untrained)
+    )
+    assert accuracy > 0.85
+    assert accuracy > bound + 0.02  # what a readout learns from random maps is not enough
 
 
 def test_an_autoencoder_learns_to_give_back_its_images() -> None:

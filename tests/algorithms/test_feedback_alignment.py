@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from locallearn.algorithms.backprop import Backprop
 from locallearn.algorithms.base import TaskInfo
@@ -388,6 +389,51 @@ class Taken(nn.Module):
 def test_what_the_error_would_pass_as_in_backpropagation_is_refused_by_name(layer: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attached(_around(layer), FeedbackAlignment())
+
+
+class Again(nn.Module):
+    """Two layers whose activations are not kept but made again."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the dry run without gradients
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_refused(reentrant: bool) -> None:
+    """What is made again in the backward pass would be differentiated as in backpropagation."""
+    net = _around(Again(reentrant))
+    with pytest.raises(ValueError, match=r"layer 'odd\.inner\.0' runs once more in the backward pass"):
+        attached(net, FeedbackAlignment())
+    assert all(p.grad is None for p in net.parameters())
+
+
+class Tied(nn.Module):
+    """A layer whose weight is used a second time, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inner(x).tanh(), self.inner.weight.T)
+
+
+def test_a_weight_that_is_also_used_elsewhere_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the weight of layer 'odd\.inner' is also used outside of F\.linear"):
+        attached(_around(Tied()), FeedbackAlignment())
+
+
+def test_scales_of_normalisations_are_no_weights_that_carry_an_error() -> None:
+    maps = nn.Sequential(nn.Unflatten(1, (3, 4)), nn.LayerNorm([3, 4]), nn.Flatten(), nn.Linear(12, 12))
+    algorithm = attached(_around(maps), FeedbackAlignment())
+    assert list(algorithm.layers) == ["odd.3", "readout"]
 
 
 def test_other_misfits_are_named() -> None:

@@ -137,9 +137,9 @@ def test_weights_that_change_after_the_forward_pass_change_no_gradient() -> None
 def test_a_layer_that_runs_twice_keeps_the_rule() -> None:
     shared = nn.Linear(10, 10)
     twice = nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh())
-    algorithm = attached(
-        Blocks({"in": nn.Linear(12, 10), "twice": twice}, nn.Linear(10, CLASSES)), ProductFeedbackAlignment(2)
-    )
+    net = Blocks({"in": nn.Linear(12, 10), "twice": twice}, nn.Linear(10, CLASSES))
+    with pytest.warns(UserWarning, match=r"layer 'twice\.0' runs 2 times in a forward pass"):
+        algorithm = attached(net, ProductFeedbackAlignment(2))
     (update,) = algorithm.updates(ROWS)
     update.backward()
     held = algorithm.weights("twice.0")

@@ -111,6 +111,11 @@ def test_something_between_the_blocks_is_refused() -> None:
         Blocks.cut(_Own(secret=True), [("conv1", "norm1"), "body"], readout="head", example=X)
 
 
+def test_a_block_may_not_have_the_output_layers_name() -> None:
+    with pytest.raises(ValueError, match="a block is named 'readout'"):
+        Blocks({"one": nn.Linear(3, 3), "readout": nn.Linear(3, 3)}, nn.Linear(3, 2))
+
+
 def test_the_wrong_order_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="_Own cannot be cut before 'body': what comes from the input"):
         Blocks.cut(_Own(), ["body", ("conv1", "norm1")], readout="head", example=X)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from locallearn.algorithms import Algorithm, Backprop, DeepSupervision, ForwardForward, MonoForward, Update
+from locallearn.algorithms import (
+    Algorithm,
+    Backprop,
+    DeepSupervision,
+    ForwardForward,
+    MonoForward,
+    ProductFeedbackAlignment,
+    Update,
+)
 from locallearn.batch import Batch
 from locallearn.functional import mono_forward
 from locallearn.nets import Blocks
@@ -210,6 +219,22 @@ def test_what_cannot_work_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=1, **options).fit(make_module(), train)
+
+
+def test_clipping_by_value_is_refused_where_steps_must_be_linear(
+    make_module: Maker, make_trainer: Maker, train: Any
+) -> None:
+    for how, refused in (("value", True), ("norm", False)):
+        strategy = LocalStrategy(ProductFeedbackAlignment(), partial(torch.optim.SGD, lr=0.1))
+        trainer = make_trainer(
+            strategy=strategy, max_epochs=1, gradient_clip_val=0.1, gradient_clip_algorithm=how, limit_train_batches=1
+        )
+        with (
+            pytest.raises(ValueError, match=r"ProductFeedbackAlignment can be clipped by norm only")
+            if refused
+            else nullcontext()
+        ):
+            trainer.fit(make_module(), train)
 
 
 def test_a_gradient_scaler_is_refused() -> None:
