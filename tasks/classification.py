@@ -112,7 +112,8 @@ class NodeClassification(Classification):
             variants were published so; rules that use no labels at inference then know less.
 
     Raises:
-        ValueError: fewer than two classes; or, at the test, a data module that cannot say what to reveal.
+        ValueError: fewer than two classes, or an example that names no rows; at the test, a data module that cannot say
+            what to reveal.
     """
 
     def __init__(
@@ -125,6 +126,11 @@ class NodeClassification(Classification):
         reveal_validation: bool = False,
     ) -> None:
         super().__init__(net, example, classes, optimizer, scheduler)
+        if self._example.rows is None:
+            raise ValueError(
+                "node_classification learns from some nodes of a graph, and this example names no rows: use graph data, or the "
+                "task classification"
+            )
         self._reveal_validation = reveal_validation
         self._known: tuple[Tensor, Tensor] | None = None
 

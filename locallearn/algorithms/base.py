@@ -157,8 +157,14 @@ class Algorithm(nn.Module, ABC):
         """Build what the rule adds to each block. Called once, before devices, dtypes and checkpoints are dealt with.
 
         Raises:
-            ValueError: the rule cannot train this network or this task; the sentence names the block.
+            ValueError: these are no blocks, or the rule cannot train this network or this task; the sentence names the
+                block.
         """
+        if not isinstance(blocks, Blocks):
+            raise ValueError(
+                f"{type(self).__name__} trains a network as ordered blocks, and this is a {type(blocks).__name__}: cut it with "
+                "locallearn.Blocks.cut"
+            )
         if hasattr(self, "blocks"):
             raise ValueError(f"{type(self).__name__} is attached to a network already: make a new one for another")
         self.blocks = blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return completion(words, [command.__name__ for command in commands.COMMANDS])
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises, and explain() says it once
     try:
         return _dispatch(words)
     except KeyboardInterrupt:

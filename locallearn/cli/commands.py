@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from locallearn.cli.mistakes import explain
-from locallearn.cli.plans import command_line, folder_setting, make_plan
+from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan
 from locallearn.cli.settings import GROUPS, Arm, UsageError, check_arguments, check_words, compose_settings
 from locallearn.cli.terminal import Progress
 
@@ -123,9 +123,11 @@ def compare(words: list[str]) -> int:
     from locallearn.study.compare import compare as run_all
     from locallearn.study.train import check
 
-    base, _ = compose_settings(words)
+    for word in words:
+        if word.startswith("seed="):
+            raise UsageError(f"compare runs the seeds of compare.seeds, so {word} has no place here: take it out")
+    base, _, arms, shared = arms_of("compare", words)
     seeds, overrides = base.compare.seeds, base.compare.overrides or {}
-    arms = _arms(base.compare.algorithms)
     _check_compare(arms, seeds, overrides)
     if base.resume is not None:
         raise UsageError("resume goes with train: locallearn train resume=FOLDER")
@@ -136,7 +138,7 @@ def compare(words: list[str]) -> int:
         for arm in arms:
             own = list(overrides.get(arm.text, []))
             matched = ["schedule.patience=null"] if base.compare.mode == "matched" else []
-            cfg, choices = compose_settings([*words, *arm.overrides, f"seed={seed}", *matched, *own])
+            cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *matched, *own])
             make = partial(make_plan, cfg, choices, command_line("compare", words), arm)
             plans.append((f"{arm.text} seed {seed}", make))
     for _, make in plans[: len(arms)]:
@@ -146,7 +148,7 @@ def compare(words: list[str]) -> int:
     records = [load_record(folder) for folder in folders]
     rebuild_index(runs_dir)
     Console().print(terminal_table(records))
-    report = Path(base.compare.report or runs_dir / "report.html")
+    report = Path(base.compare.report or runs_dir / "report.html").expanduser()
     write_report(records, report, title="locallearn compare")
     for problem in problems:
         print(f"locallearn: {problem}", file=sys.stderr)
@@ -163,20 +165,20 @@ def tune(words: list[str]) -> int:
     from locallearn.study.tune import study_name
     from locallearn.study.tune import tune as search
 
-    base, chosen = compose_settings(words)
-    arms = {arm.text: arm for arm in _arms(base.tune.algorithms)}
+    base, chosen, several, shared = arms_of("tune", words)
+    arms = {arm.text: arm for arm in several}
     if type(base.tune.trials) is not int or base.tune.trials < 1:
         raise UsageError(f"tune.trials is {base.tune.trials}, expected a whole number of at least 1")
     if base.resume is not None:
         raise UsageError("resume goes with train; an interrupted search goes on when tune is called again")
     space = _space(base.tune.space)
     fixed = [
-        word for word in words if not word.startswith(("tune.trials=", "tune.algorithms=", "runs_dir=", "data_dir="))
+        word for word in shared if not word.startswith(("tune.trials=", "tune.algorithms=", "runs_dir=", "data_dir="))
     ]
     runs_dir = folder_setting(base, "runs_dir")
 
     def make(algorithm: str, settings: Sequence[str]) -> Any:
-        cfg, choices = compose_settings([*words, *arms[algorithm].overrides, *settings])
+        cfg, choices = compose_settings([*shared, *arms[algorithm].overrides, *settings])
         # Trials have a folder of their own: a report on runs_dir must not mix them with what they were searched for.
         cfg.runs_dir = str(runs_dir / "tune")
         return make_plan(cfg, choices, command_line("tune", words), arms[algorithm])
@@ -231,12 +233,29 @@ def _space(given: Any) -> dict[str, Any]:
     return {str(key): Range(**ends) for key, ends in space.items()}
 
 
-def _arms(algorithms: Any) -> list[Arm]:
+def arms_of(command: str, words: Sequence[str]) -> tuple[Any, dict[str, str], list[Arm], list[str]]:
+    """The settings with the choices made in them, the algorithms to compare, and the words that hold for all of those.
+
+    Where none are listed, they are backpropagation and the one that ``algorithm=`` or ``experiment=`` names; settings of
+    ``algorithm`` are then that one's own.
+    """
+    listed = any(word.startswith(f"{command}.algorithms=") for word in words)
+    named = [word for word in words if word.startswith("algorithm=")]
+    own = [word for word in words if word.startswith("algorithm.")]
+    if listed and named:
+        raise UsageError(f"{command}.algorithms names the algorithms, so {named[0]} has no place here: take it out")
+    base, choices = compose_settings([word for word in words if not (listed and word in own)])  # those are the arms'
+    algorithms, shared = base[command].algorithms, list(words)
+    if not listed and (named or any(word.startswith("experiment=") for word in words)):
+        settings = ",".join(word.removeprefix("algorithm.") for word in own)
+        text = f"{choices['algorithm']}({settings})" if own else choices["algorithm"]
+        algorithms = list(dict.fromkeys(["backprop", text]))
+        shared = [word for word in words if word not in named and word not in own]
     if not _distinct(algorithms, str):
         raise UsageError(
             f"the algorithms to compare are {algorithms}, expected a list with every one once: [backprop,...]"
         )
-    return [Arm(text) for text in algorithms]
+    return base, choices, [Arm(text) for text in algorithms], shared
 
 
 def _check_compare(arms: Sequence[Arm], seeds: Any, overrides: Any) -> None:
@@ -244,6 +263,8 @@ def _check_compare(arms: Sequence[Arm], seeds: Any, overrides: Any) -> None:
 
     if not _distinct(seeds, int):
         raise UsageError(f"compare.seeds is {seeds}, expected different whole numbers: a repeated seed is no spread")
+    for seed in seeds:
+        check_seed("compare.seeds", seed)
     if not isinstance(overrides, Mapping) or any(isinstance(own, str) for own in overrides.values()):
         raise UsageError(
             f'compare.overrides is {overrides}, expected lists by algorithm: {{backprop: ["optimizer.lr=1e-3"]}}'
@@ -266,7 +287,7 @@ def report(words: list[str]) -> int:
 
     folders = [word for word in words if "=" not in word and not word.startswith("-")]
     cfg, _ = compose_settings([word for word in words if word not in folders])
-    roots = [Path(str(f)) for f in folders or cfg.report.records or [folder_setting(cfg, "runs_dir")]]
+    roots = [Path(str(f)).expanduser() for f in folders or cfg.report.records or [folder_setting(cfg, "runs_dir")]]
     for root in roots:
         if not root.is_dir():
             raise UsageError(f"there is no folder {root} to read records from")
@@ -277,7 +298,12 @@ def report(words: list[str]) -> int:
         raise UsageError("; ".join([f"there are no records in {', '.join(map(str, roots))}", *found.problems[:1]]))
     if os.access(roots[0], os.W_OK) and not folders and not cfg.report.records:
         rebuild_index(roots[0])
-    out = Path(cfg.report.out or roots[0] / "report.html")
+    out = Path(cfg.report.out or roots[0] / "report.html").expanduser()
+    if found.problems:
+        count = len(found.problems)
+        print(
+            f"locallearn: {count} {'record' if count == 1 else 'records'} left out, the page says why", file=sys.stderr
+        )
     print(write_report(found.records, out, title=cfg.report.title, problems=found.problems))
     return 0
 
@@ -326,16 +352,18 @@ def bench(words: list[str]) -> int:
 
     from locallearn.study.bench import bench as measure
 
-    cfg, _ = compose_settings(words)
+    cfg, _, several, shared = arms_of("bench", words)
     what, depths = str(cfg.bench.what), cfg.bench.depths
-    arms = {arm.text: arm for arm in _arms(cfg.bench.algorithms)}
+    arms = {arm.text: arm for arm in several}
     if isinstance(depths, str) or not isinstance(depths, Sequence):
         raise UsageError(f"bench.depths is {depths}, expected a list of numbers of blocks: [4,32]")
 
     def make(name: str, *more: str) -> Any:
-        composed, choices = compose_settings([*words, *arms[name].overrides, "meter=none", *more])
+        composed, choices = compose_settings([*shared, *arms[name].overrides, "meter=none", *more])
         return make_plan(composed, choices, command_line("bench", words), arms[name])
 
+    for arm in several:  # a mistake in the settings is told before anything is measured
+        compose_settings([*shared, *arm.overrides])
     table, folder = measure(what, list(arms), make, cfg.bench.rounds, cfg.bench.steps, list(depths))
     Console().print(table)
     print(folder)

@@ -27,7 +27,9 @@ def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
         folder = getattr(error, "run_folder", None)
         if folder is None or not (folder / CHECKPOINT).is_file():
             return 130, "interrupted before there was anything to go on from"
-        return 130, f"interrupted; go on with: locallearn train resume={folder}"
+        left = getattr(error, "left", None)  # of a comparison
+        rest = f"; not begun yet: {', '.join(left)}; then: locallearn report" if left else ""
+        return 130, f"interrupted; go on with: locallearn train resume={folder}{rest}"
     if isinstance(error, Diverged):
         return 1, text
     if isinstance(error, InstantiationException):
@@ -35,7 +37,10 @@ def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return 2, _configuration(error, words)
     if isinstance(error, OSError) and error.filename is not None:
-        return 2, f"{error.filename} cannot be used ({error.strerror}): choose another runs_dir or data_dir"
+        return (
+            2,
+            f"{error.filename} cannot be used ({error.strerror}): choose another runs_dir, data_dir or place for the report",
+        )
     if isinstance(error, ValueError | FileNotFoundError | MisconfigurationException):
         return 2, _one_line(text)
     where = traceback.extract_tb(error.__traceback__)[-1]
@@ -85,8 +90,12 @@ def _unknown_key(key: str, words: Sequence[str]) -> str:
     chosen = [word.partition(",")[0] for word in words if word.partition("=")[0] in GROUPS]
     keys = [k for k in setting_names(compose_settings(chosen)[0]) if not k.rpartition(".")[2].startswith("_")]
     parent, dot, last = key.rpartition(".")
+    owner = (
+        [word.partition("=")[2] for word in chosen if word.startswith("algorithm=")] if parent == "algorithm" else []
+    )
+    what = f"{key!r} of {owner[-1]}" if owner else repr(key)
     siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
     near = get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=2, cutoff=0.7)
     if near:
-        return f"there is no setting {key!r}; did you mean {' or '.join(f'{parent}{dot}{name}' for name in near)}?"
-    return f"there is no setting {key!r}; there are {', '.join(siblings)}"
+        return f"there is no setting {what}; did you mean {' or '.join(f'{parent}{dot}{name}' for name in near)}?"
+    return f"there is no setting {what}; there are {', '.join(siblings)}"

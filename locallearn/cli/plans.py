@@ -32,6 +32,8 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
     for key in ("scheduler", "logger"):
         if config[key] and not isinstance(config[key], dict):
             raise UsageError(f"{key} is {config[key]!r}, expected a mapping with a _target_, or null")
+    if config["scheduler"] and not config["scheduler"].get("_partial_"):
+        raise UsageError("scheduler is made for every unit's optimizer: add _partial_:true to its _target_")
     make = partial(instantiate, _convert_="all")  # library classes get lists and dicts, never OmegaConf's
     data, algorithm = make(cfg.dataset), make(cfg.algorithm)
     shapes = {"input_shape": data.shape, "outputs": config["task"].get("outputs", data.classes)}
@@ -94,8 +96,7 @@ def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: 
         raise UsageError(
             f"trainer.matmul_precision is {cfg.trainer.matmul_precision}, expected one of {', '.join(_MATMUL)}"
         )
-    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**31:
-        raise UsageError(f"seed is {cfg.seed}, expected a whole number from 0 to 2147483647")
+    check_seed("seed", cfg.seed)
     if type(cfg.meter.idle_s) not in (int, float) or cfg.meter.idle_s < 0:
         raise UsageError(f"meter.idle_s is {cfg.meter.idle_s}, expected seconds, 0 for no idle measurement")
     mode, target = cfg.compare.mode, cfg.compare.target
@@ -106,6 +107,16 @@ def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: 
             f"compare.mode=target needs compare.target, the value of the task's metric to reach (an accuracy of 0.97, say); "
             f"it is {target}"
         )
+    if mode != "target" and target is not None:
+        raise UsageError(
+            f"compare.target is {target}, but compare.mode is {mode}: a target goes with compare.mode=target"
+        )
+
+
+def check_seed(where: str, seed: Any) -> None:
+    """Refuse what PyTorch's generators do not take."""
+    if type(seed) is not int or not 0 <= seed < 2**31:
+        raise UsageError(f"{where} is {seed}, expected a whole number from 0 to 2147483647")
 
 
 def _check_trainer(trainer: dict[str, Any]) -> None:
@@ -134,7 +145,7 @@ def folder_setting(cfg: Any, key: str) -> Path:
     """A folder from the settings."""
     if cfg[key] is None or not str(cfg[key]):
         raise UsageError(f"{key} is {cfg[key]!r}, expected a folder")
-    return Path(str(cfg[key]))  # a name like 2026 arrives as a number
+    return Path(str(cfg[key])).expanduser()  # a name like 2026 arrives as a number
 
 
 def command_line(name: str, words: Sequence[str]) -> str:

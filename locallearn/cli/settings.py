@@ -72,6 +72,10 @@ def check_words(overrides: Sequence[str]) -> None:
             raise UsageError(f"{word!r} is not a setting: write KEY=VALUE, see locallearn --help")
         if key in GROUPS and value in ("?", "", "null"):
             raise UsageError(f"{key} is one of {', '.join(options(key))}")
+        if key in GROUPS and value.startswith("["):
+            raise UsageError(
+                f"{word!r} names a list, and a run has one {key}: several go into compare.algorithms or train -m"
+            )
 
 
 def options(group: str) -> list[str]:
@@ -133,7 +137,7 @@ class Arm:
     A key without a dot is one of the algorithm's.
 
     Raises:
-        UsageError: it cannot be read, or there is no such algorithm.
+        UsageError: it cannot be read, or it sets the seed.
     """
 
     def __init__(self, text: str) -> None:
@@ -142,14 +146,13 @@ class Arm:
             raise UsageError(f"{text!r} is no algorithm to compare: write NAME or NAME(KEY=VALUE,...)")
         self.text = text
         self.algorithm: str = found[1]
-        known = options("algorithm")
-        if self.algorithm not in known:
-            raise UsageError(f"there is no algorithm {self.algorithm!r}; algorithm is one of {', '.join(known)}")
         parts = re.split(r",(?![^\[{(]*[\]})])", found[2]) if found[2] else []  # commas outside of brackets
         check_words(parts)
         keys = [part.partition("=")[0].strip() for part in parts]
+        if "seed" in keys:
+            raise UsageError(f"{text!r} sets a seed, but all algorithms run the same ones: set compare.seeds")
         self.settings = [
-            part.strip() if "." in key or key in GROUPS else f"algorithm.{part.strip()}"
+            part.strip() if "." in key or key in (*GROUPS, "scheduler") else f"algorithm.{part.strip()}"
             for part, key in zip(parts, keys, strict=True)
         ]
 
@@ -178,7 +181,10 @@ def check_arguments(made: Any, values: dict[str, Any], where: str) -> None:
     for key, value in values.items():
         if key not in parameters and not open_ended:
             names = [name for name in parameters if name not in ("self", "params", "optimizer")]
-            raise UsageError(f"there is no setting '{where}.{key}'; {where} has {', '.join(names)}")
+            raise UsageError(
+                f"there is no setting '{where}.{key}'; {where} has {', '.join(names)} (a _target_ of your own wants a YAML of "
+                "your own: docs/own-network.md)"
+            )
         if key in hints and not isinstance(value, dict) and not _fits(value, hints[key]):
             raise UsageError(f"{where}.{key} is {value!r}, expected {_spoken(hints[key]) or hints[key]}")
 

@@ -42,7 +42,7 @@ def make_optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, O
         if reason is not None and not isinstance(optimizer, torch.optim.SGD):
             raise ValueError(
                 f"the optimizer is {type(optimizer).__name__}, but {type(algorithm).__name__} needs SGD, with or without "
-                f"momentum: {reason}"
+                f"momentum (optimizer=sgd): {reason}"
             )
     return optimizers
 

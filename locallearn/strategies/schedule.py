@@ -19,7 +19,7 @@ class Schedule(pl.Callback):
     A stage is the set of units that train together: one stage with all of them (joint), or one stage per unit
     (sequential). Every stage ends after ``max_epochs`` of the Trainer, or when the monitored metric has not improved for
     ``patience`` epochs, and gets the weights of its best epoch back. The same rule therefore serves backpropagation and
-    every local rule, which is what makes their costs comparable (protocol.md, mode ``own``). The validation metric of
+    every local rule, which is what makes their costs comparable (docs/studies.md, mode ``own``). The validation metric of
     a sequential stage is that of the network trained so far.
 
     Args:
@@ -77,6 +77,29 @@ class Schedule(pl.Callback):
         """
         return algorithm.stages if self.sequential else [list(algorithm.units())]
 
+    def check(self, algorithm: Algorithm, scheduled: bool) -> None:
+        """Refuse an algorithm that cannot be trained so.
+
+        Args:
+            algorithm: the rule, attached.
+            scheduled: whether learning rates follow a scheduler.
+
+        Raises:
+            ValueError: no stages, no frozen activations to cache, or a scheduler over stages.
+        """
+        self.stages(algorithm)
+        if self.sequential and scheduled:
+            raise ValueError(
+                "a learning rate scheduler runs over the whole training, but a sequential schedule starts its units one "
+                "after another: drop scheduler or use schedule=joint"
+            )
+        if self.cache:
+            if not isinstance(algorithm, LayerLocal):
+                raise ValueError(
+                    f"{type(algorithm).__name__} has no frozen activations to cache: set schedule.cache=false"
+                )
+            algorithm.cache_frozen(True)
+
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (self.sequential or self.patience is not None) and not trainer.enable_validation:
@@ -84,20 +107,11 @@ class Schedule(pl.Callback):
         algorithm = cast(LocalTask, pl_module).algorithm
         # Under strategy="auto" there is no algorithm: plain backpropagation, one stage.
         stages = 1 if algorithm is None else len(self.stages(algorithm))
-        if self.sequential and trainer.lr_scheduler_configs:
-            raise ValueError(
-                "a learning rate scheduler runs over the whole training, but a sequential schedule starts its units one "
-                "after another: drop scheduler or use schedule=joint"
-            )
+        if algorithm is not None:
+            self.check(algorithm, scheduled=bool(trainer.lr_scheduler_configs))
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and self._cap is None:
             self._cap = trainer.max_epochs
             trainer.fit_loop.max_epochs = self._cap * stages
-        if self.cache:
-            if not isinstance(algorithm, LayerLocal):
-                raise ValueError(
-                    f"{type(algorithm).__name__} has no frozen activations to cache: set schedule.cache=false"
-                )
-            algorithm.cache_frozen(True)
 
     @override
     def on_train_batch_start(

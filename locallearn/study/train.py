@@ -67,7 +67,7 @@ class Plan:
         variant: what sets this run apart from others of the same algorithm, for the record.
         config: the resolved configuration, for the record.
         command: what was typed, for the record.
-        mode: ``own``, ``matched`` or ``target`` (protocol.md).
+        mode: ``own``, ``matched`` or ``target`` (docs/studies.md).
         target: in mode ``target``: stop when the task's validation metric reaches it, and report what it cost.
         probe_samples: training samples that linear probes are fitted on after every epoch; 0 for no probes.
         checkpoint_s: seconds between two checkpoints to resume from.
@@ -163,7 +163,10 @@ def attached_task(plan: Plan) -> Any:
 def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningModule, pl.Trainer]:
     """Everything that can refuse the settings, built; optimizers too, which the strategy makes anew."""
     task = attached_task(plan)
-    plan.schedule.stages(plan.algorithm)
+    plan.schedule.check(plan.algorithm, scheduled=plan.scheduler is not None)
+    metric = cast(LocalTask, task).metric
+    if plan.target is not None and metric in ("accuracy", "auc") and plan.target > 1:
+        raise ValueError(f"the target is {plan.target}, but {metric} is a number up to 1: write 0.97 for 97 %")
     for optimizer in make_optimizers(plan.algorithm, plan.optimizer).values():
         if plan.scheduler is not None:
             plan.scheduler(optimizer)
@@ -258,7 +261,7 @@ def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Record
             "energy_j": {reading.source: reading.joules for reading in energy.readings},
         },
         "energy": [reading.to_dict() for reading in energy.readings],
-        "target": recorder.target,
+        "target": recorder.target or (None if plan.target is None else {cast(LocalTask, task).metric: plan.target}),
         # The last entry is that of a stage which a target ended.
         "epochs": [*plan.schedule.epochs_by_stage, *([plan.schedule.epochs] if plan.schedule.epochs else [])],
     }

@@ -262,3 +262,8 @@ def test_blocks_cut_from_somebody_elses_network_carry_a_second_network_too() -> 
         update.backward()
         optimizers[update.unit].step()
     assert all(not torch.equal(a, b) for a, b in zip(before, own.parameters(), strict=True))
+
+
+def test_a_network_that_is_not_cut_into_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Backprop trains a network as ordered blocks, and this is a Sequential"):
+        Backprop().attach(nn.Sequential(nn.Linear(WIDTH, CLASSES)), TaskInfo(_batch(2), CLASSES, F.cross_entropy))  # type: ignore[arg-type]

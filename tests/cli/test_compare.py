@@ -106,6 +106,37 @@ def test_target_reports_seconds_and_samples(cli: Cli, tmp_path: Path, read_recor
         assert record["target"]["samples"] == record["epochs"][0] * 1293
 
 
+def test_a_target_that_is_missed_is_named_without_a_cost(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
+    words = ["compare.algorithms=[backprop]", "compare.seeds=[0]", "compare.mode=target", "compare.target=0.999"]
+    outcome = cli("compare", *words)
+    assert outcome.code == 0
+    (record,) = read_records(tmp_path / "runs")
+    assert record["target"] == {"accuracy": 0.999}
+    assert "99.90" in outcome.out
+
+
+def test_a_named_algorithm_stands_beside_backpropagation(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
+    """Its own settings are not for the other one."""
+    words = ["algorithm=feedback_alignment", "algorithm.mode=usf", "optimizer.lr=1e-2", "compare.seeds=[0]"]
+    assert cli("compare", *words).code == 0
+    assert [
+        (r["algorithm"], r["variant"], r["config"]["optimizer"]["lr"]) for r in read_records(tmp_path / "runs")
+    ] == [
+        ("backprop", None, 1e-2),
+        ("feedback_alignment", "usf", 1e-2),
+    ]
+
+
+def test_a_rule_of_the_users_own_is_compared(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
+    """Its YAML lies in a folder of the user's."""
+    own = tmp_path / "my_conf" / "algorithm"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("_target_: locallearn.algorithms.MonoForward\n", encoding="utf-8")
+    words = ["hydra.searchpath=[file://my_conf]", "compare.algorithms=[backprop,mine]", "compare.seeds=[0]"]
+    assert cli("compare", *words).code == 0
+    assert [record["algorithm"] for record in read_records(tmp_path / "runs")] == ["backprop", "mine"]
+
+
 def test_report_reads_several_folders(cli: Cli, tmp_path: Path) -> None:
     ids = [cli("train", f"runs_dir={name}", f"algorithm={name}").record["id"] for name in ("backprop", "mono_forward")]
     outcome = cli("report", "backprop", "mono_forward", "report.out=both.html", 'report.title="two <b>folders</b>"')
@@ -180,3 +211,38 @@ def test_audit_shows_what_hard_negatives_couple(cli: Cli) -> None:
     lines = run.out.splitlines()
     assert "layer2, readout" in next(line for line in lines if "layer1" in line)
     assert "readout" in next(line for line in lines if line.startswith("│ layer2"))
+
+
+def test_an_interrupted_comparison_names_what_is_left(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from locallearn.study import compare as study
+    from locallearn.study.train import CHECKPOINT, Interrupted
+
+    def stopped(plan: Any) -> Path:
+        folder = Path("stopped")
+        folder.mkdir()
+        (folder / CHECKPOINT).touch()
+        error = Interrupted()
+        error.run_folder = folder  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(study, "run", stopped)
+    outcome = cli("compare", *_TWO)
+    assert outcome.code == 130
+    assert (
+        "train resume=stopped; not begun yet: mono_forward seed 0, backprop seed 1, mono_forward seed 1" in outcome.err
+    )
+
+
+def test_folders_in_the_home_folder_and_records_that_cannot_be_read(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cli("train", 'runs_dir="~/runs"').code == 0
+    runs = tmp_path / "home" / "runs"
+    (broken := runs / "broken").mkdir()
+    (broken / "record.json").write_text("{", encoding="utf-8")
+    outcome = cli("report", 'runs_dir="~/runs"', 'report.out="~/page.html"')
+    assert outcome.code == 0
+    assert outcome.err == "locallearn: 1 record left out, the page says why\n"
+    assert (tmp_path / "home" / "page.html").is_file()
+    assert not (tmp_path / "~").exists()

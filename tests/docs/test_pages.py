@@ -66,6 +66,22 @@ def test_settings_are_those_of_the_yaml(page: str) -> None:
     assert told == wanted
 
 
+def test_the_table_of_settings_is_complete() -> None:
+    """All of ``config.yaml`` and of the groups that say how runs are made."""
+    conf = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text(encoding="utf-8"))
+    wanted = {}
+    for group, name in (("schedule", "joint"), ("trainer", "default")):
+        conf[group] = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    for key, value in conf.items():
+        if key in ("compare", "tune", "report", "bench", "schedule", "trainer"):
+            wanted |= {f"{key}.{name}": one for name, one in value.items() if not name.startswith("_")}
+        elif key not in ("defaults", "hydra"):
+            wanted[key] = value
+    rows = _table("docs/studies.md", "key | default | meaning")
+    assert all(len(row) == 3 and row[2] for row in rows)
+    assert {row[0].strip("`"): yaml.safe_load(row[1].strip("`")) for row in rows} == wanted
+
+
 def test_the_table_of_algorithms_says_what_they_say() -> None:
     rows = _table("README.md", "`algorithm=` | paper | claim | what is broadcast to all blocks | page")
     assert len(rows) >= 4

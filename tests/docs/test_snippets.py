@@ -17,8 +17,9 @@ import torch
 
 from locallearn import cli
 from locallearn.algorithms import Locality
+from locallearn.cli.commands import arms_of
 from locallearn.cli.plans import make_plan
-from locallearn.cli.settings import Arm, compose_settings
+from locallearn.cli.settings import compose_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
@@ -135,7 +136,8 @@ def test_no_page_with_code_is_left_out() -> None:
 
 def test_blocks_are_of_a_kind_that_is_checked() -> None:
     assert {block.language for page in PAGES for block in _blocks(page)} <= {"python", "bash", "yaml", "diff", "text"}
-    assert {page for page in PAGES if _blocks(page, "yaml", "diff")} <= {"docs/add-an-algorithm.md"}
+    assert {page for page in PAGES if _blocks(page, "yaml")} == {"docs/add-an-algorithm.md", "docs/own-network.md"}
+    assert {page for page in PAGES if _blocks(page, "diff")} <= {"docs/add-an-algorithm.md"}
     for page, path in PAGES.items():
         fences = re.findall(r"^\s*```", path.read_text(encoding="utf-8"), re.MULTILINE)
         assert len(fences) == 2 * len(_blocks(page)), f"{page}: a fence that is not closed, or indented"
@@ -178,14 +180,14 @@ def _sweep(words: list[str]) -> Iterator[list[str]]:
 def _check_command(command: str, words: list[str], extra: list[str]) -> None:
     assert command in COMMANDS
     for run in _sweep(words):
-        cfg, choices = compose_settings([*run, *extra, "meter=none"])
-        several = {"compare": cfg.compare, "tune": cfg.tune, "bench": cfg.bench}.get(command)
-        names = set(several.algorithms) if several is not None else {choices["algorithm"]}
-        for name in names:
-            if extra:  # a rule of the page's own has no class here
-                compose_settings([*run, *extra, "meter=none", f"algorithm={name}"])
-                continue
-            make_plan(*compose_settings([*run, "meter=none", *Arm(name).overrides]), "")
+        runs = [run]
+        if command in ("compare", "tune", "bench"):
+            _, _, arms, shared = arms_of(command, [*run, *extra])
+            runs = [[*shared, *arm.overrides] for arm in arms]
+        for one in runs:
+            composed = compose_settings([*one, *extra, "meter=none"])
+            if not extra:  # what is the page's own has no class here
+                make_plan(*composed, "")
 
 
 def _write_settings(page: str, folder: Path) -> list[str]:
@@ -215,6 +217,19 @@ def test_bash(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             assert all((ROOT / word).exists() for word in words[1:2] if not word.startswith("-")), line
         else:
             assert line == "python -m pip install -q uv", f"{page} has a command that nothing here checks: {line}"
+
+
+def test_a_network_and_data_of_the_users_own_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "docs/own-network.md"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    _write_settings(page, tmp_path)
+    (own,) = [block.text for block in _blocks(page, "python") if block.text.startswith("# my_parts.py")]
+    (tmp_path / "my_parts.py").write_text(own, encoding="utf-8")
+    (line,) = [line for line in _lines(page) if line.startswith("PYTHONPATH")]
+    _, _, *words = shlex.split(line)
+    assert cli.main([*words, "compare.seeds=[0]", "trainer.max_epochs=1", "meter=none"]) == 0
+    assert len(list((tmp_path / "runs").glob("*/record.json"))) == 2
 
 
 def test_a_wrong_setting_would_be_seen() -> None:
