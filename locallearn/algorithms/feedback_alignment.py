@@ -243,7 +243,7 @@ class FeedbackChain(Algorithm):
         gradients = [(p, p.grad) for p in self.blocks.parameters()]
         self.blocks.zero_grad(set_to_none=True)
         try:
-            outputs.sum().backward()
+            torch.autograd.backward(outputs.sum())
         finally:
             for hook in hooks:
                 hook.remove()

@@ -261,7 +261,7 @@ def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Record
             "energy_j": {reading.source: reading.joules for reading in energy.readings},
         },
         "energy": [reading.to_dict() for reading in energy.readings],
-        "target": recorder.target or (None if plan.target is None else {cast(LocalTask, task).metric: plan.target}),
+        "target": recorder.target or (None if plan.target is None else {task.metric: plan.target}),
         # The last entry is that of a stage which a target ended.
         "epochs": [*plan.schedule.epochs_by_stage, *([plan.schedule.epochs] if plan.schedule.epochs else [])],
     }
