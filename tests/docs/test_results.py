@@ -71,7 +71,7 @@ def test_accuracies_are_those_of_the_records(folder: str, algorithm: str, seeds:
 
 def test_the_search_of_counter_current_learning_is_that_of_the_records() -> None:
     """One row per run of seed 0, and every row its run."""
-    folders = ("search", "mnist", "mnist_searched", "cifar100", "cifar100_searched")
+    folders = ("search", "mnist", "mnist_searched", "cifar10", "cifar100", "cifar100_searched")
     records = [record for folder in folders for record in _records(f"counter_current_{folder}", "counter_current")]
     wanted = set()
     for record in (record for record in records if record.seed == 0):
