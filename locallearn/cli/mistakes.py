@@ -90,10 +90,8 @@ def _unknown_key(key: str, words: Sequence[str]) -> str:
     chosen = [word.partition(",")[0] for word in words if word.partition("=")[0] in GROUPS]
     keys = [k for k in setting_names(compose_settings(chosen)[0]) if not k.rpartition(".")[2].startswith("_")]
     parent, dot, last = key.rpartition(".")
-    owner = (
-        [word.partition("=")[2] for word in chosen if word.startswith("algorithm=")] if parent == "algorithm" else []
-    )
-    what = f"{key!r} of {owner[-1]}" if owner else repr(key)
+    names = [word.partition("=")[2] for word in chosen if word.startswith(f"{parent}=")]
+    what = f"{key!r} of {names[-1]}" if names else repr(key)
     siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
     near = get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=2, cutoff=0.7)
     if near:
