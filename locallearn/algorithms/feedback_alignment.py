@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -220,6 +221,12 @@ class FeedbackChain(Algorithm):
                 f"the weight of layer {_name(min(watch.astray))!r} is also used outside of F.linear and F.conv2d, where the "
                 "error would go through it as in backpropagation: give that place a weight of its own"
             )
+        for path in watch.attending:
+            warnings.warn(
+                f"attention after layer {_name(path)!r}: its products of queries, keys and values are differentiated exactly, "
+                "only the layers around it send the error through feedback weights",
+                stacklevel=2,
+            )
         again = self._run_by_backward(outputs, paths.values())
         if again:
             raise ValueError(
@@ -409,19 +416,28 @@ class _Intercept(TorchFunctionMode):
 
 
 class _Watch(_Intercept):
-    """The same, and it notes known weights that another function makes something of that is differentiated.
+    """The same, and it notes what the rule does not carry.
 
     Attributes:
-        astray: names of these weights.
+        astray: names of known weights that another function makes something of that is differentiated.
+        attending: names of known weights that ran last before an attention.
     """
 
     def __init__(self, known: Mapping[int, str], carrier: Carrier) -> None:
-        super().__init__(known, carrier)
+        def note(name: str, call: Call) -> Tensor:
+            self._latest = name
+            return carrier(name, call)
+
+        super().__init__(known, note)
         self.astray: set[str] = set()
+        self.attending: list[str] = []
+        self._latest = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
-        if func is not F.linear and func is not F.conv2d and isinstance(result, Tensor) and result.requires_grad:
+        if func is F.scaled_dot_product_attention and self._latest:
+            self.attending.append(self._latest)
+        elif func is not F.linear and func is not F.conv2d and isinstance(result, Tensor) and result.requires_grad:
             given = (*args, *(kwargs or {}).values())
             self.astray |= {self._known[id(x)] for x in given if id(x) in self._known and x is not result}
         return result

@@ -430,6 +430,30 @@ def test_a_weight_that_is_also_used_elsewhere_is_refused() -> None:
         attached(_around(Tied()), FeedbackAlignment())
 
 
+class Attending(nn.Module):
+    """Attention of one head, written with linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = self.qkv(x.unflatten(1, (3, 4))).chunk(3, -1)
+        result: Tensor = self.out(F.scaled_dot_product_attention(queries, keys, values)).flatten(1)
+        return result
+
+
+def test_attention_between_linear_layers_is_warned_of_and_carried() -> None:
+    with pytest.warns(UserWarning, match=r"attention after layer 'odd\.qkv'"):
+        algorithm = attached(_around(Attending()), FeedbackAlignment())
+    assert list(algorithm.layers) == ["odd.qkv", "odd.out", "readout"]
+    _tie(algorithm)
+    mine = gradients_of(algorithm, ROWS)
+    F.cross_entropy(algorithm.blocks(ROWS.inputs), ROWS.targets).backward()
+    assert _same(mine, {name: p.grad for name, p in algorithm.blocks.named_parameters() if p.grad is not None})
+
+
 def test_scales_of_normalisations_are_no_weights_that_carry_an_error() -> None:
     maps = nn.Sequential(nn.Unflatten(1, (3, 4)), nn.LayerNorm([3, 4]), nn.Flatten(), nn.Linear(12, 12))
     algorithm = attached(_around(maps), FeedbackAlignment())
