@@ -116,36 +116,52 @@ def _sweep(words: list[str]) -> int:
 
 def compare(words: list[str]) -> int:
     """Train several algorithms with several seeds, print a table, write a report."""
+    from omegaconf import OmegaConf
     from rich.console import Console
 
     from locallearn.records import load_record, rebuild_index, recover
     from locallearn.report import terminal_table, write_report
     from locallearn.study.compare import compare as run_all
-    from locallearn.study.train import check
+    from locallearn.study.train import Interrupted, check
 
     for word in words:
         if word.startswith("seed="):
             raise UsageError(f"compare runs the seeds of compare.seeds, so {word} has no place here: take it out")
     base, _, arms, shared = arms_of("compare", words)
     seeds, overrides = base.compare.seeds, base.compare.overrides or {}
-    _check_compare(arms, seeds, overrides)
+    _check_compare(arms, seeds, overrides, base.compare.resume)
     if base.resume is not None:
-        raise UsageError("resume goes with train: locallearn train resume=FOLDER")
+        raise UsageError(
+            "resume goes with train: locallearn train resume=FOLDER; to go on with a comparison: compare.resume=true"
+        )
     runs_dir = folder_setting(base, "runs_dir")
     recover(runs_dir)
-    plans = []
+    earlier = _earlier(runs_dir) if base.compare.resume else {}
+    plans, done = [], []
+    first: dict[str, Any] = {}
     for seed in seeds:  # A B A B: heat and neighbours weigh on all algorithms alike
         for arm in arms:
             own = list(overrides.get(arm.text, []))
             matched = ["schedule.patience=null"] if base.compare.mode == "matched" else []
             cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *matched, *own])
+            before = earlier.get(_signature(OmegaConf.to_container(cfg, resolve=True), choices["algorithm"]))
+            if before is not None and before.status == "done":
+                done.append(before)
+                continue
+            if before is not None:
+                cfg.resume = str(before.path)
             make = partial(make_plan, cfg, choices, command_line("compare", words), arm)
             plans.append((f"{arm.text} seed {seed}", make))
-    for _, make in plans[: len(arms)]:
+            first.setdefault(arm.text, make)
+    for make in first.values():
         check(make())  # a mistake in the settings is told before anything is trained
-    with Progress() as show:
-        folders, problems = run_all(plans, show)
-    records = [load_record(folder) for folder in folders]
+    try:
+        with Progress() as show:
+            folders, problems = run_all(plans, show)
+    except Interrupted:
+        print("locallearn: interrupted; the same command with compare.resume=true goes on", file=sys.stderr)
+        return 130
+    records = [*done, *(load_record(folder) for folder in folders)]
     rebuild_index(runs_dir)
     Console().print(terminal_table(records))
     report = Path(base.compare.report or runs_dir / "report.html").expanduser()
@@ -154,6 +170,31 @@ def compare(words: list[str]) -> int:
         print(f"locallearn: {problem}", file=sys.stderr)
     print(report)
     return 1 if problems else 0
+
+
+def _earlier(runs_dir: Path) -> dict[str, Any]:
+    """Runs to take over, by their signature: finished ones, else interrupted ones that can be gone on with."""
+    from locallearn.records import scan
+    from locallearn.study.train import CHECKPOINT
+
+    found: dict[str, Any] = {}
+    for record in scan([runs_dir]).records if runs_dir.is_dir() else ():  # oldest first
+        signature = _signature(record.part("config"), record.algorithm)
+        known = found.get(signature)
+        finished = record.status == "done" and record.part("test")  # a trial of a search has not seen the test set
+        waits = record.status == "interrupted" and (record.path / CHECKPOINT).is_file()
+        if finished or (waits and (known is None or known.status != "done")):
+            found[signature] = record
+    return found
+
+
+def _signature(config: Any, algorithm: str) -> str:
+    """What has to be the same for a run to stand for another: all settings but places and those of the commands."""
+    import json
+
+    kept = {k: v for k, v in config.items() if k not in ("compare", "tune", "report", "bench", "runs_dir", "resume")}
+    ends = [config.get("compare", {}).get(key) for key in ("mode", "target")]
+    return json.dumps([algorithm, kept, ends], sort_keys=True, default=str)
 
 
 def tune(words: list[str]) -> int:
@@ -258,13 +299,15 @@ def arms_of(command: str, words: Sequence[str]) -> tuple[Any, dict[str, str], li
     return base, choices, [Arm(text) for text in algorithms], shared
 
 
-def _check_compare(arms: Sequence[Arm], seeds: Any, overrides: Any) -> None:
+def _check_compare(arms: Sequence[Arm], seeds: Any, overrides: Any, resume: Any) -> None:
     from collections.abc import Mapping
 
     if not _distinct(seeds, int):
         raise UsageError(f"compare.seeds is {seeds}, expected different whole numbers: a repeated seed is no spread")
     for seed in seeds:
         check_seed("compare.seeds", seed)
+    if type(resume) is not bool:
+        raise UsageError(f"compare.resume is {resume}, expected true or false; a folder to go on from is for train")
     if not isinstance(overrides, Mapping) or any(isinstance(own, str) for own in overrides.values()):
         raise UsageError(
             f'compare.overrides is {overrides}, expected lists by algorithm: {{backprop: ["optimizer.lr=1e-3"]}}'

@@ -27,9 +27,7 @@ def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
         folder = getattr(error, "run_folder", None)
         if folder is None or not (folder / CHECKPOINT).is_file():
             return 130, "interrupted before there was anything to go on from"
-        left = getattr(error, "left", None)  # of a comparison
-        rest = f"; not begun yet: {', '.join(left)}; then: locallearn report" if left else ""
-        return 130, f"interrupted; go on with: locallearn train resume={folder}{rest}"
+        return 130, f"interrupted; go on with: locallearn train resume={folder}"
     if isinstance(error, Diverged):
         return 1, text
     if isinstance(error, InstantiationException):

@@ -23,19 +23,17 @@ def compare(plans: Sequence[tuple[str, Callable[[], Plan]]], show: Show | None =
         Folders of all runs, the failed ones included, and a sentence for every run that failed.
 
     Raises:
-        Interrupted: the user stopped the comparison; what has run so far is on disk. The error has the names of the runs
-            that were not begun as its ``left``.
+        Interrupted: the user stopped the comparison; what has run so far is on disk.
     """
     folders: list[Path] = []
     problems: list[str] = []
-    for i, (name, make) in enumerate(plans):
+    for name, make in plans:
         plan = make()
         if show is not None:
             plan.progress = partial(show, name)
         try:
             folders.append(run(plan))
-        except (Interrupted, KeyboardInterrupt) as stop:
-            stop.left = [name for name, _ in plans[i + 1 :]]  # type: ignore[union-attr]
+        except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:
             folder = getattr(error, "run_folder", None)

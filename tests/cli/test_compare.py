@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
@@ -213,24 +214,52 @@ def test_audit_shows_what_hard_negatives_couple(cli: Cli) -> None:
     assert "readout" in next(line for line in lines if line.startswith("│ layer2"))
 
 
-def test_an_interrupted_comparison_names_what_is_left(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_comparison_goes_on(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_records: ReadRecords
+) -> None:
+    """The second of four runs is stopped; then the first is taken over, the second goes on, and two are trained."""
     from locallearn.study import compare as study
-    from locallearn.study.train import CHECKPOINT, Interrupted
+    from locallearn.study.train import Interrupted, run
+
+    begun: list[str] = []
 
     def stopped(plan: Any) -> Path:
-        folder = Path("stopped")
-        folder.mkdir()
-        (folder / CHECKPOINT).touch()
-        error = Interrupted()
-        error.run_folder = folder  # type: ignore[attr-defined]
-        raise error
+        begun.append(f"{plan.names['algorithm']} {plan.seed}")
+        if len(begun) == 2:
+            steps = iter(range(3))
+            updates = plan.algorithm.updates
+
+            def stop(batch: Batch) -> Iterator[Update]:
+                if next(steps, None) is None:
+                    raise Interrupted
+                yield from updates(batch)
+
+            plan.algorithm.updates = stop
+        return run(plan)
 
     monkeypatch.setattr(study, "run", stopped)
-    outcome = cli("compare", *_TWO)
+    words = (*_TWO, "trainer.checkpoint_s=1e-6", "trainer.max_epochs=2")
+    outcome = cli("compare", *words)
     assert outcome.code == 130
-    assert (
-        "train resume=stopped; not begun yet: mono_forward seed 0, backprop seed 1, mono_forward seed 1" in outcome.err
-    )
+    assert outcome.err.splitlines()[-1] == "locallearn: interrupted; the same command with compare.resume=true goes on"
+    assert begun == ["backprop 0", "mono_forward 0"]
+    outcome = cli("compare", *words, "compare.resume=true")
+    assert outcome.code == 0
+    assert begun[2:] == ["mono_forward 0", "backprop 1", "mono_forward 1"]
+    found = read_records(tmp_path / "runs")
+    assert [record["status"] for record in found] == ["done", "interrupted", "done", "done", "done"]
+    assert found[2]["resumed_from"] == found[1]["id"]
+    page = (tmp_path / "runs" / "report.html").read_text(encoding="utf-8")
+    assert all(record["id"] in page for record in found if record["status"] == "done")
+    assert cli("compare", *words, "compare.resume=true").code == 0
+    assert len(begun) == 5  # there was nothing left
+    assert cli("compare", *words, "compare.resume=true", "optimizer.lr=3e-4").code == 0
+    assert len(begun) == 9  # other settings, other runs
+    for path in (tmp_path / "runs").glob("*/record.json"):  # as a trial of a search leaves it
+        record = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**record, "test": {}}), encoding="utf-8")
+    assert cli("compare", *words, "compare.resume=true").code == 0
+    assert len(begun) > 9
 
 
 def test_folders_in_the_home_folder_and_records_that_cannot_be_read(

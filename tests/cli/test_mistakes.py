@@ -136,6 +136,7 @@ _COMPARE: list[tuple[list[str], tuple[str, ...]]] = [
     (['compare.overrides={nope:["optimizer.lr=1"]}'], ("'nope'", "compare.algorithms")),
     (['compare.overrides={mono_forward:["optimizer.lrr=1"]}'], ("'optimizer.lrr'",)),
     (["resume=nowhere"], ("resume", "train")),
+    (["compare.resume=runs/x"], ("compare.resume is runs/x", "true or false")),
     # the second algorithm's mistake is told before the first one trains
     (["compare.algorithms=[mono_forward,backprop]", "schedule=sequential"], ("Backprop", "schedule=joint")),
 ]
