@@ -111,6 +111,8 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         elif name in keys:
             costs.append(_column(name, title, units, rows))
     targets = [metric_column(key, rows) for name in sorted(judges) if (key := f"target/{name}") in keys]
+    if targets:
+        keys.add("target/seconds")  # even if nobody reached the target, which is then seen
     targets += [_column(key, title, units, rows) for key, (title, units) in _TARGETS.items() if key in keys]
     losses = [column for column in metrics if column.key.endswith("/loss") and "loss" not in judges]
     return [column for column in metrics if column not in losses] + costs + targets + losses

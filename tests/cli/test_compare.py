@@ -114,6 +114,7 @@ def test_a_target_that_is_missed_is_named_without_a_cost(cli: Cli, tmp_path: Pat
     (record,) = read_records(tmp_path / "runs")
     assert record["target"] == {"accuracy": 0.999}
     assert "99.90" in outcome.out
+    assert "time to target" in outcome.out
 
 
 def test_a_named_algorithm_stands_beside_backpropagation(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
