@@ -144,12 +144,12 @@ def compare(words: list[str]) -> int:
             own = list(overrides.get(arm.text, []))
             matched = ["schedule.patience=null"] if base.compare.mode == "matched" else []
             cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *matched, *own])
-            before = earlier.get(_signature(OmegaConf.to_container(cfg, resolve=True), choices["algorithm"]))
-            if before is not None and before.status == "done":
-                done.append(before)
-                continue
-            if before is not None:
-                cfg.resume = str(before.path)
+            if earlier:
+                before = earlier.get(_signature(OmegaConf.to_container(cfg, resolve=True), choices["algorithm"]))
+                if before is not None and before.status == "done":
+                    done.append(before)
+                    continue
+                cfg.resume = None if before is None else str(before.path)
             make = partial(make_plan, cfg, choices, command_line("compare", words), arm)
             plans.append((f"{arm.text} seed {seed}", make))
             first.setdefault(arm.text, make)
@@ -422,7 +422,7 @@ def data(words: list[str]) -> int:
     from locallearn.tasks.images import data_status, default_data_dir
 
     cfg, _ = compose_settings(words)
-    folder = default_data_dir() if cfg.data_dir is None else folder_setting(cfg, "data_dir").expanduser()
+    folder = default_data_dir() if cfg.data_dir is None else folder_setting(cfg, "data_dir")
     table = Table(title=f"data sets in {folder}", title_justify="left")
     for heading in ("dataset", "here", "files", "in"):
         table.add_column(heading, overflow="fold")

@@ -77,17 +77,18 @@ class Schedule(pl.Callback):
         """
         return algorithm.stages if self.sequential else [list(algorithm.units())]
 
-    def check(self, algorithm: Algorithm, scheduled: bool) -> None:
-        """Refuse an algorithm that cannot be trained so.
+    def check(self, algorithm: Algorithm | None, scheduled: bool) -> None:
+        """Refuse an algorithm that cannot be trained so; one that can begins to keep frozen activations, if it is to.
 
         Args:
-            algorithm: the rule, attached.
+            algorithm: the rule, attached; ``None`` under ``strategy="auto"``.
             scheduled: whether learning rates follow a scheduler.
 
         Raises:
             ValueError: no stages, no frozen activations to cache, or a scheduler over stages.
         """
-        self.stages(algorithm)
+        if algorithm is not None:
+            self.stages(algorithm)
         if self.sequential and scheduled:
             raise ValueError(
                 "a learning rate scheduler runs over the whole training, but a sequential schedule starts its units one "
@@ -106,9 +107,8 @@ class Schedule(pl.Callback):
             raise ValueError("the schedule ends its stages by what validation says, and there is no validation data")
         algorithm = cast(LocalTask, pl_module).algorithm
         # Under strategy="auto" there is no algorithm: plain backpropagation, one stage.
+        self.check(algorithm, scheduled=bool(trainer.lr_scheduler_configs))
         stages = 1 if algorithm is None else len(self.stages(algorithm))
-        if algorithm is not None:
-            self.check(algorithm, scheduled=bool(trainer.lr_scheduler_configs))
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and self._cap is None:
             self._cap = trainer.max_epochs
             trainer.fit_loop.max_epochs = self._cap * stages

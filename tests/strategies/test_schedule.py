@@ -225,6 +225,11 @@ def test_a_cache_needs_a_rule_without_draws_and_samples_with_a_place(fit: Maker,
         fit(Schedule(sequential=True, cache=True), MonoForward())
 
 
+def test_plain_backpropagation_has_nothing_to_cache(fit: Maker) -> None:
+    with pytest.raises(ValueError, match="no frozen activations to cache"):
+        fit(Schedule(sequential=True, cache=True))
+
+
 # -- resuming ---------------------------------------------------------------------------------------------------------
 class _SaveAt(pl.Callback):
     """Leaves a checkpoint after so many steps and lets the training go on."""
