@@ -1,0 +1,88 @@
+"""What one run needs: its plan, and how it may be stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
+
+from locallearn.algorithms.base import Algorithm
+from locallearn.energy import Meter
+from locallearn.nets.blocks import Blocks
+from locallearn.strategies.local import OptimizerFactory, SchedulerFactory
+from locallearn.strategies.schedule import Schedule
+
+CHECKPOINT = "resume.ckpt"
+"""Where an interrupted run keeps what ``train resume=FOLDER`` goes on from."""
+SAMPLES = "reconstructions.png"
+"""Where a run keeps what its task made of some test samples."""
+
+
+class Interrupted(Exception):
+    """The user or the system asked the run to stop; it did so between two batches."""
+
+
+@dataclass
+class Plan:
+    """Everything one run needs, as typed objects; nothing here knows of Hydra.
+
+    Attributes:
+        names: ``algorithm``, ``dataset``, ``net`` and ``task`` as they go into the record.
+        seed: of the network's weights; order of data and the rule's own draws are seeded where those were made.
+        data: the data module.
+        make_net: makes the network, after PyTorch's generator has been seeded.
+        make_task: makes the LightningModule from the network.
+        algorithm: the rule, not yet attached.
+        optimizer: makes a unit's optimizer.
+        scheduler: makes a unit's learning rate scheduler.
+        schedule: stages and stopping rule.
+        meters: sources of joules, new ones for every run.
+        idle_s: seconds to watch the idle machine before training, for net joules; 0 leaves net empty.
+        runs_dir: where the record goes.
+        max_epochs: cap of every stage.
+        trainer: further arguments of ``lightning.pytorch.Trainer``.
+        matmul_precision: inside products of float32 matrices: ``highest`` (float32), ``high`` (TF32 where the device has
+            it) or ``medium`` (bfloat16 where it has it); sums and everything else stay in float32.
+        logger: a Lightning logger to copy the metrics to.
+        variant: what sets this run apart from others of the same algorithm, for the record.
+        config: the resolved configuration, for the record.
+        command: what was typed, for the record.
+        mode: ``own``, ``matched`` or ``target`` (docs/studies.md).
+        target: in mode ``target``: stop when the task's validation metric reaches it, and report what it cost.
+        probe_samples: training samples that linear probes are fitted on after every epoch; 0 for no probes.
+        checkpoint_s: seconds between two checkpoints to resume from.
+        evaluate_test: read the test set at the end; a tuning trial must not.
+        resume: folder of an interrupted run to go on from.
+        progress: told ``(epoch, epochs, metrics)`` after every epoch.
+    """
+
+    names: dict[str, str]
+    seed: int
+    data: pl.LightningDataModule
+    make_net: Callable[[], Blocks]
+    make_task: Callable[[Blocks], pl.LightningModule]
+    algorithm: Algorithm
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory | None
+    schedule: Schedule
+    meters: Sequence[Meter]
+    idle_s: float
+    runs_dir: Path
+    max_epochs: int
+    trainer: dict[str, Any] = field(default_factory=dict)
+    matmul_precision: str = "highest"
+    logger: Logger | None = None
+    variant: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    mode: str = "own"
+    target: float | None = None
+    probe_samples: int = 1000
+    checkpoint_s: float = 300.0
+    evaluate_test: bool = True
+    resume: Path | None = None
+    progress: Callable[[int, int, dict[str, float]], None] | None = None
