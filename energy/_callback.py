@@ -28,7 +28,8 @@ class EnergyCallback(Callback):
 
     The window is paused from the start of a validation, and from the end of an epoch, to the next training batch or
     epoch: so checkpoints written after either, and the sanity check, are not in it. A checkpoint written every so
-    many training steps is. The figures go into checkpoints, and a resumed fit reports the sum of its parts.
+    many training steps is. The figures go into checkpoints, and a resumed fit reports the sum of its parts. The meters
+    are told the device of the fit, so that no board is billed to a run that does not compute on it.
 
     Args:
         monitor: the meters. On a CUDA device it is given ``torch.cuda.synchronize``, unless it has something already.
@@ -77,6 +78,7 @@ class EnergyCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         device = trainer.strategy.root_device
+        self._monitor.use(str(device))
         if device.type == "cuda" and self._monitor.synchronise is None:
             self._monitor.synchronise = partial(torch.cuda.synchronize, device)
         self._window = self._monitor.window("train")
@@ -99,7 +101,7 @@ class EnergyCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validation_began_s is not None:
-            self._validation_seconds += self._monitor.now() - self._validation_began_s
+            self._validation_seconds += max(0.0, self._monitor.now() - self._validation_began_s)
             self._validation_began_s = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,23 +7,32 @@ table's power and its memory figure a constant by size, up to 40 % off a wall me
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from locallearn.energy._meter import Detail, Meter, Reading, Ticker
-from locallearn.energy._nvml import visible_indices
+from locallearn.energy._meter import Detail, Meter, Reading, Ticker, monotonic_s
+from locallearn.energy._nvml import used_indices
 
 TrackingMode = Literal["machine", "process"]
 
 _JOULES_PER_KWH = 3.6e6
 # CodeCarbon samples the load once a second, whatever it is told.
 _TICK_S = 1.0
+# A task's mean power above this is a counter that was reset, or a clock that was set, not a machine.
+_MAX_W = 4000.0
+# Two clocks that nobody touches agree to microseconds over a task.
+_CLOCKS_APART_S = 0.1
+_TIMES = "\N{MULTIPLICATION SIGN}"
+_CONSTANT = f"constant power {_TIMES} time"
+_LOAD = "cpu_load"
 # Every setting that could change a figure or reach a file or the network is given, so that no configuration file or
 # environment variable of the user's sets it. An empty token stands for "none" without a look into the configuration.
 _FIXED_SETTINGS: dict[str, Any] = {
@@ -91,13 +100,20 @@ class CodeCarbonMeter(Meter):
         self._reason: str | None = "CodeCarbon was not started"
         self._joules: dict[str, float] = {}
         self._details: dict[str, Detail] = {}
+        self._doubts: dict[str, str] = {}
+        self._device: str | None = None
+        self._began_s = (0.0, 0.0)
+
+    def use(self, device: str) -> None:
+        """See :meth:`Meter.use`."""
+        self._device = str(device)
 
     def open(self) -> None:
         """Start the tracker; the first in a process takes some seconds to look at the hardware."""
         if self._tracker is not None:
             return
-        self._joules, self._details, self.co2_g, self._reason = {}, {}, None, None
-        gpus = visible_indices()
+        self._joules, self._details, self._doubts, self.co2_g, self._reason = {}, {}, {}, None, None
+        gpus = used_indices(self._device)
         with _quiet() as errors:
             try:
                 self._tracker = _new_tracker(self._country, self._mode, self._period_s, gpus)
@@ -112,7 +128,10 @@ class CodeCarbonMeter(Meter):
             return
         self.co2_g = 0.0
         self._details = _details(self._tracker, data, gpus)
-        self._joules = dict.fromkeys(self._details, 0.0)
+        if gpus == [] and data.gpu_count and self._device is not None:
+            self._details["gpu"] = dict(self._details["ram"])
+            self._doubts["gpu"] = f"the run computes on {self._device}: no whole board is its own"
+        self._joules = {part: 0.0 for part in self._details if part not in self._doubts}
         self._ticker = Ticker(self._period_s, self._split)
 
     def resume(self) -> None:
@@ -153,9 +172,11 @@ class CodeCarbonMeter(Meter):
             Reading(
                 f"codecarbon:{part}",
                 "modelled",
-                self._joules[part] if self._reason is None else None,
-                self._reason,
+                None if (reason := self._reason or self._doubts.get(part)) else self._joules[part],
+                reason,
                 dict(detail),
+                flags=(_CONSTANT_FLAG,) if _by(part, detail).startswith(_CONSTANT) else (),
+                by=_by(part, detail),
             )
             for part, detail in self._details.items()
         ]
@@ -172,6 +193,7 @@ class CodeCarbonMeter(Meter):
             return
         try:
             self._tracker.start_task()
+            self._began_s = monotonic_s(), time.time()
             self._counting = True
         except Exception as error:
             self._fail(error)
@@ -180,11 +202,33 @@ class CodeCarbonMeter(Meter):
         self._counting = False
         try:
             data = self._tracker.stop_task()
+            seconds, wall_s = (
+                now - began for now, began in zip((monotonic_s(), time.time()), self._began_s, strict=True)
+            )
             for part in self._joules:
-                self._joules[part] += getattr(data, f"{part}_energy") * _JOULES_PER_KWH
-            self.co2_g = (self.co2_g or 0.0) + data.emissions * 1e3
+                self._add(part, getattr(data, f"{part}_energy") * _JOULES_PER_KWH, seconds, wall_s)
+            grams = data.emissions * 1e3
+            lost = not self._joules.keys().isdisjoint(self._doubts) or not 0 <= grams < math.inf
+            self.co2_g = None if lost or self.co2_g is None else self.co2_g + grams
         except Exception as error:
             self._fail(error)
+
+    def _add(self, part: str, joules: float, seconds: float, wall_s: float) -> None:
+        """Count the joules of a task, or note why they are none."""
+        if part in self._doubts:
+            return
+        if not 0 <= joules <= (seconds + 1) * _MAX_W:
+            self._doubts[part] = f"CodeCarbon answered {joules:g} J for {seconds:.1f} s"
+        elif part == "cpu" and self._loads_by_wall_clock() and abs(wall_s - seconds) > _CLOCKS_APART_S:
+            self._doubts[part] = (
+                f"the system's clock was set by {wall_s - seconds:+.1f} s during the window (or the machine slept), and "
+                "CodeCarbon takes a process's load by that clock"
+            )
+        else:
+            self._joules[part] += joules
+
+    def _loads_by_wall_clock(self) -> bool:
+        return self._mode == "process" and self._details["cpu"]["power_model"] == _LOAD
 
     def _fail(self, error: Exception) -> None:
         self._reason = f"CodeCarbon failed during the window: {_named(error)}"
@@ -192,10 +236,13 @@ class CodeCarbonMeter(Meter):
 
 
 def _check_country(code: str) -> None:
-    with _quiet():
-        from codecarbon.input import DataSource
+    try:
+        with _quiet():
+            from codecarbon.input import DataSource
 
-        known = DataSource().get_global_energy_mix_data()
+            known = DataSource().get_global_energy_mix_data()
+    except Exception:  # an installation that does not work; open() says how
+        return
     if code not in known:
         raise ValueError(
             f"country_iso_code={code!r} is not among CodeCarbon's {len(known)} countries; "
@@ -214,6 +261,9 @@ def _new_tracker(country: str, mode: TrackingMode, period_s: float, gpus: list[i
         output_dir=tempfile.gettempdir(),
         **_FIXED_SETTINGS,
     )
+
+
+_CONSTANT_FLAG = "a constant power times the seconds: it says nothing of what ran"
 
 
 def _details(tracker: Any, data: Any, gpus: list[int] | None) -> dict[str, Detail]:
@@ -242,6 +292,21 @@ def _cpu_model(tracker: Any) -> Detail:
                 "tdp_is_generic": getattr(part, "_is_generic_tdp", None),
             }
     return {"power_model": None}
+
+
+def _by(part: str, detail: Detail) -> str:
+    """What the figure of a source is made by."""
+    if part == "ram":
+        return f"{_CONSTANT} (by size)"
+    if part == "gpu":
+        return "the boards' counter or power"
+    model, watts = detail["power_model"], detail.get("tdp_w")
+    words = {
+        _LOAD: f"load {_TIMES} {watts} W",
+        "constant": f"{_CONSTANT} (half of {watts} W)",
+        "intel_rapl": "RAPL counters",
+    }
+    return words.get(str(model), str(model or "CodeCarbon's own model"))
 
 
 def _ignored_settings() -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 Quality: TypeAlias = Literal["measured", "modelled"]
@@ -13,6 +16,14 @@ Quality: TypeAlias = Literal["measured", "modelled"]
 
 Detail: TypeAlias = dict[str, str | int | float | bool | None]
 """Facts beside a figure, ready for JSON."""
+
+# A counter may come late by some of its ticks: what it gains between two reads may belong to this much more time.
+_LATE_S = 1.0
+
+
+def monotonic_s() -> float:
+    """Seconds on a clock that nobody can set."""
+    return time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Reading:
         flags: plain sentences that a reader of the figure must know.
         net_joules: ``joules`` less a measured idle power times the seconds of the window; ``None`` where no idle
             power was measured.
+        by: what the figure was made by, e.g. ``"constant power × time"``; empty where the source's name says it.
 
     Raises:
         ValueError: both or neither of ``joules`` and ``reason`` are given.
@@ -40,6 +52,7 @@ class Reading:
     detail: Detail = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     net_joules: float | None = None
+    by: str = ""
 
     def __post_init__(self) -> None:
         if (self.joules is None) != (self.reason is not None):
@@ -57,7 +70,12 @@ class Reading:
             "reason": self.reason,
             "flags": list(self.flags),
             "detail": dict(self.detail),
+            "by": self.by,
         }
+
+    def without_figure(self, reason: str) -> Reading:
+        """The same source with no joules; a reason that it had before stays."""
+        return replace(self, joules=None, net_joules=None, reason=self.reason or reason)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Reading:
@@ -70,16 +88,25 @@ class Meter(ABC):
 
     A window calls ``open``, then ``resume`` and ``pause`` in turn, then ``close``. Joules are those of the resumed
     stretches since ``open``. Every method may be called again without effect, and ``resume`` and ``pause`` are cheap.
+    Whatever a method raises costs this meter its figures and nothing else: the window goes on without it.
 
     Attributes:
         tick_s: seconds between two updates of what is read; 0 where that is of no account.
+        quality: what the readings are.
         co2_g: grams of CO2-equivalent over the resumed stretches, for the meters that know it, else ``None``.
         in_use: set by the window that holds the meter.
     """
 
-    tick_s: float
+    tick_s: float = 0.0
+    quality: Quality = "modelled"
     co2_g: float | None = None
     in_use: bool = False
+
+    def use(self, device: str) -> None:  # noqa: B027  # most meters measure the same whatever computes
+        """Measure what belongs to ``device`` (as torch names it: ``cpu``, ``cuda:0``) from the next ``open`` on.
+
+        A meter of something that this device does not use reports no joules, and says so.
+        """
 
     @abstractmethod
     def open(self) -> None:
@@ -110,12 +137,18 @@ class UnreadableError(Exception):
 class Counter:
     """A cumulative counter and the joules it gained while it was watched.
 
+    A difference of two readings counts only where the source could have drawn it in the time between them: a counter that
+    was reset looks like one that wrapped, and one that wrapped twice like one that wrapped once.
+
     Attributes:
         source: name in the reading.
         read: joules since some fixed moment; raises :class:`UnreadableError`.
         wraps_at_j: joules at which the counter starts again from zero; ``None`` if it never does.
         detail: facts beside the figure.
         observe: facts that change with time, read together with the figure.
+        max_w: watts that the source cannot draw on average; ``None`` where nothing bounds it.
+        clock: monotonic seconds.
+        flags: of every reading.
     """
 
     source: str
@@ -123,42 +156,67 @@ class Counter:
     wraps_at_j: float | None = None
     detail: Detail = field(default_factory=dict)
     observe: Callable[[], Detail] = dict
+    max_w: float | None = None
+    clock: Callable[[], float] = monotonic_s
+    flags: tuple[str, ...] = ()
     _joules: float = 0.0
     _last_j: float | None = None
+    _last_s: float = 0.0
     _reason: str | None = None
 
     def start(self) -> None:
         """Remember where the counter stands."""
         if self._reason is None:
-            self._last_j = self._read()
+            self._last_s, self._last_j = self.clock(), self._read()
 
     def advance(self) -> None:
         """Add what the counter gained since ``start`` or the last ``advance``."""
         if self._reason is not None or self._last_j is None:
             return
-        now_j = self._read()
+        now_s, now_j = self.clock(), self._read()
         if now_j is None:
             return
         gained_j = now_j - self._last_j
         if gained_j < 0 and self.wraps_at_j is not None:
             gained_j += self.wraps_at_j
-        if gained_j < 0:
-            self._reason = "the counter went backwards during the window"
-            return
-        self._joules += gained_j
-        self._last_j = now_j
+        self._reason = self._doubt(gained_j, now_s - self._last_s)
+        if self._reason is None:
+            self._joules += gained_j
+            self._last_s, self._last_j = now_s, now_j
 
     def reading(self, quality: Quality) -> Reading:
         """What was counted; once a read has failed there is no figure, since a part of the window is missing."""
         joules = self._joules if self._reason is None else None
-        return Reading(self.source, quality, joules, self._reason, dict(self.detail))
+        return Reading(self.source, quality, joules, self._reason, dict(self.detail), self.flags)
+
+    def _doubt(self, gained_j: float, seconds: float) -> str | None:
+        """Why a gain cannot be what the source drew in these seconds; ``None`` if it can."""
+        if gained_j < 0:
+            return "the counter went backwards during the window"
+        if self.max_w is None:
+            return None
+        if self.wraps_at_j is not None and seconds * self.max_w >= self.wraps_at_j:
+            return (
+                f"the counter was not read for {seconds:.0f} s, in which it may have wrapped more than once "
+                f"(every {self.wraps_at_j / self.max_w:.0f} s at {self.max_w:g} W)"
+            )
+        if gained_j > (seconds + _LATE_S) * self.max_w:
+            return (
+                f"the counter gained {gained_j:.0f} J in {seconds:.1f} s, more than {self.max_w:g} W can: "
+                "it was reset, or misread"
+            )
+        return None
 
     def _read(self) -> float | None:
         try:
-            return self.read()
+            value = self.read()
+            if not (math.isfinite(value) and value >= 0):
+                raise UnreadableError(f"the counter showed {value}")
         except UnreadableError as error:
             self._reason = str(error)
-            return None
+        except Exception as error:  # whatever a driver's binding raises
+            self._reason = f"the counter could not be read: {type(error).__name__}: {error}"
+        return None if self._reason is not None else value
 
 
 class Ticker:
@@ -191,7 +249,7 @@ class CounterMeter(Meter):
 
     def __init__(self, quality: Quality, tick_s: float, poll_s: float | None = None) -> None:
         self.tick_s = tick_s
-        self._quality = quality
+        self.quality = quality
         self._poll_s = poll_s
         self._lock = threading.Lock()
         self._counters: list[Counter] = []
@@ -212,7 +270,12 @@ class CounterMeter(Meter):
         """See :meth:`Meter.open`."""
         if self._opened:
             return
-        self._counters, self._unreadable = self._connect()
+        self._counters, self._unreadable, self._counting = [], [], False
+        try:
+            self._counters, self._unreadable = self._connect()
+        except BaseException:
+            self._disconnect()
+            raise
         self._opened = True
         if self._poll_s is not None and self._counters:
             self._ticker = Ticker(self._poll_s, self._advance)
@@ -248,7 +311,7 @@ class CounterMeter(Meter):
         self._advance()
         if self._opened:
             self._observe()
-        return [counter.reading(self._quality) for counter in self._counters] + self._unreadable
+        return [counter.reading(self.quality) for counter in self._counters] + self._unreadable
 
     def _advance(self) -> None:
         with self._lock:
@@ -261,4 +324,6 @@ class CounterMeter(Meter):
 
     def _observe(self) -> None:
         for counter in self._counters:
-            counter.detail.update(counter.observe())
+            # Facts beside a figure; without them it stands as well.
+            with suppress(Exception):
+                counter.detail.update(counter.observe())

@@ -7,22 +7,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from locallearn.energy._meter import Counter, CounterMeter, Detail, Reading, UnreadableError
 
 _TICK_S = 0.1
+# An average may stand above the enforced limit for a while, hence twice that; where NVML tells none, more than any
+# board draws.
+_ABOVE_LIMIT = 2.0
+_MAX_W = 4000.0
+# NVML's "not available" is -1 in an unsigned number of 64 bits.
+_NOT_AVAILABLE_MJ = 2**63
 
 
 class NvmlMeter(CounterMeter):
     """Joules of whole NVIDIA boards, whoever uses them, from ``nvmlDeviceGetTotalEnergyConsumption``.
 
-    NVML knows nothing of ``CUDA_VISIBLE_DEVICES``; this meter does, by index and by UUID. Indices there are taken in
-    PCI order, which is CUDA's own order on boards of one model; on mixed boards set ``CUDA_DEVICE_ORDER=PCI_BUS_ID``.
+    Once it has been told what a run computes on (:meth:`use`), it measures that board alone, found by the UUID that
+    CUDA gives it, else by its PCI address; a run on another kind of device has no joules here. Without that it
+    measures the boards that ``CUDA_VISIBLE_DEVICES`` lets through, by index and by UUID. Indices there are taken in PCI
+    order, which is CUDA's own order on boards of one model; on mixed boards set ``CUDA_DEVICE_ORDER=PCI_BUS_ID``.
+
+    A gain that is more than twice the board's power limit could give in the time leaves no figure.
 
     Args:
-        devices: boards as torch numbers them (``cuda:0`` is 0); ``None`` means every visible one.
+        devices: boards as torch numbers them (``cuda:0`` is 0), whatever a run computes on; ``None``: the run's own,
+            or every visible one.
 
     Raises:
         ValueError: ``devices`` is empty, or holds a negative or repeated number.
@@ -33,9 +45,16 @@ class NvmlMeter(CounterMeter):
         if devices is not None and (not devices or min(devices) < 0 or len(set(devices)) < len(devices)):
             raise ValueError(f"devices={list(devices)} was given; wanted are distinct numbers from 0, or None for all")
         self._devices = None if devices is None else list(devices)
+        self._device: str | None = None
         self._nvml: Any = None
 
+    def use(self, device: str) -> None:
+        """See :meth:`Meter.use`."""
+        self._device = str(device)
+
     def _connect(self) -> tuple[list[Counter], list[Reading]]:
+        if self._devices is None and self._device is not None and not self._device.startswith("cuda"):
+            return [], [Reading("nvml", "measured", None, _not_used(self._device))]
         import pynvml
 
         try:
@@ -43,6 +62,8 @@ class NvmlMeter(CounterMeter):
         except pynvml.NVMLError as error:
             return [], [Reading("nvml", "measured", None, f"NVML did not start: {error} (is there an NVIDIA driver?)")]
         self._nvml = pynvml
+        if self._devices is None and self._device is not None:
+            return _watched([(cuda_number(self._device), partial(board_of, pynvml, self._device))], pynvml)
         try:
             visible = visible_boards(pynvml)
         except pynvml.NVMLError as error:
@@ -50,19 +71,58 @@ class NvmlMeter(CounterMeter):
         if not visible:
             hidden = "" if os.environ.get("CUDA_VISIBLE_DEVICES") is None else " that CUDA_VISIBLE_DEVICES lets through"
             return [], [Reading("nvml", "measured", None, f"no NVIDIA GPU{hidden}")]
-        counters: list[Counter] = []
-        unreadable: list[Reading] = []
-        for number in range(len(visible)) if self._devices is None else self._devices:
-            try:
-                counters.append(_counter(pynvml, number, visible))
-            except UnreadableError as error:
-                unreadable.append(Reading(f"nvml:{number}", "measured", None, str(error)))
-        return counters, unreadable
+        numbers = range(len(visible)) if self._devices is None else self._devices
+        own = None if self._device is None else cuda_number(self._device) if self._device.startswith("cuda") else -1
+        return _watched([(number, partial(_visible_board, number, visible)) for number in numbers], pynvml, own)
 
     def _disconnect(self) -> None:
-        if self._nvml is not None:
-            self._nvml.nvmlShutdown()
-            self._nvml = None
+        nvml, self._nvml = self._nvml, None
+        if nvml is not None:
+            # The counters have been read by now: what goes wrong here takes nothing from them.
+            with suppress(Exception):
+                nvml.nvmlShutdown()
+
+
+def board_of(nvml: Any, device: str) -> int:
+    """NVML's index of the board that torch calls ``device`` (``cuda:1``); NVML must have been started.
+
+    Raises:
+        UnreadableError: it is a slice of a board, or no board of NVML's is known to be this one.
+    """
+    import torch
+
+    try:
+        known = torch.cuda.get_device_properties(torch.device(device))
+    except Exception as error:
+        raise UnreadableError(f"CUDA does not tell which board {device} is: {error}") from None
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    uuid = _bare(getattr(known, "uuid", None))
+    if uuid:
+        for index, handle in enumerate(handles):
+            if _bare(_try(nvml, nvml.nvmlDeviceGetUUID, handle)) == uuid:
+                return index
+        for handle in handles:
+            if uuid in map(_bare, _slices(nvml, handle)):
+                raise UnreadableError(_MIG)
+    address = tuple(getattr(known, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
+    if None not in address:
+        for index, handle in enumerate(handles):
+            pci = _try(nvml, nvml.nvmlDeviceGetPciInfo, handle)
+            if pci is not None and (pci.domain, pci.bus, pci.device) == address:
+                return index
+    if not uuid and None in address:  # an old torch: the order of CUDA_VISIBLE_DEVICES is all there is
+        return _visible_board(cuda_number(device), visible_boards(nvml))
+    raise UnreadableError(f"none of NVML's {len(handles)} boards has the UUID or the PCI address of {device}")
+
+
+def cuda_number(device: str) -> int:
+    """The number in ``cuda:1``; of ``cuda``, the current device's."""
+    _, colon, number = device.partition(":")
+    if colon:
+        return int(number)
+    import torch
+
+    return torch.cuda.current_device()
 
 
 def visible_boards(nvml: Any) -> list[int | None]:
@@ -91,8 +151,13 @@ def visible_boards(nvml: Any) -> list[int | None]:
     return boards
 
 
-def visible_indices() -> list[int] | None:
-    """NVML's indices of the whole boards that CUDA shows; ``None`` where NVML does not work."""
+def used_indices(device: str | None) -> list[int] | None:
+    """NVML's indices of the boards that are measured for ``device``; ``None`` where NVML does not work.
+
+    For a CUDA device its own, where it is a whole board; for another one none; for ``None`` all whole boards that CUDA shows.
+    """
+    if device is not None and not device.startswith("cuda"):
+        return []
     import pynvml
 
     try:
@@ -100,19 +165,75 @@ def visible_indices() -> list[int] | None:
     except pynvml.NVMLError:
         return None
     try:
+        if device is not None:
+            return [board_of(pynvml, device)]
         return [index for index in visible_boards(pynvml) if index is not None]
+    except UnreadableError:
+        return []
     except pynvml.NVMLError:
         return None
     finally:
-        pynvml.nvmlShutdown()
+        with suppress(Exception):
+            pynvml.nvmlShutdown()
 
 
-def _counter(nvml: Any, number: int, visible: list[int | None]) -> Counter:
+_MIG = "a MIG slice has no energy counter of its own"
+
+
+def _not_used(device: str) -> str:
+    return f"the run computes on {device}: what the NVIDIA boards draw meanwhile is not its own"
+
+
+def _bare(uuid: Any) -> str:
+    """A UUID without the word before it, for comparing CUDA's with NVML's."""
+    text = uuid.decode() if isinstance(uuid, bytes) else str(uuid or "")
+    return text.lower().removeprefix("gpu-").removeprefix("mig-")
+
+
+def _slices(nvml: Any, handle: Any) -> list[str]:
+    """UUIDs of a board's MIG slices."""
+    found = []
+    for number in range(_try(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
+        part = _try(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
+        uuid = None if part is None else _try(nvml, nvml.nvmlDeviceGetUUID, part)
+        found += [] if uuid is None else [uuid]
+    return found
+
+
+def _visible_board(number: int, visible: Sequence[int | None]) -> int:
     if number >= len(visible):
         raise UnreadableError(f"device {number} was asked for, but only {len(visible)} NVIDIA GPU(s) are visible")
     index = visible[number]
     if index is None:
-        raise UnreadableError("a MIG slice has no energy counter of its own")
+        raise UnreadableError(_MIG)
+    return index
+
+
+def _watched(
+    wanted: Sequence[tuple[int, Callable[[], int]]], nvml: Any, own: int | None = None
+) -> tuple[list[Counter], list[Reading]]:
+    """Counters of the boards that can be read, and readings with the reason for the others.
+
+    Args:
+        wanted: torch's number of each device, and what finds NVML's index of its board.
+        nvml: started.
+        own: number of the run's own device; ``None`` where there is no run.
+    """
+    counters: list[Counter] = []
+    unreadable: list[Reading] = []
+    for number, find in wanted:
+        try:
+            counter = _counter(nvml, number, find())
+        except (UnreadableError, nvml.NVMLError) as error:
+            unreadable.append(Reading(f"nvml:{number}", "measured", None, str(error)))
+            continue
+        if own not in (None, number):
+            counter.flags = ("not the device of the run: this board was asked for by its number",)
+        counters.append(counter)
+    return counters, unreadable
+
+
+def _counter(nvml: Any, number: int, index: int) -> Counter:
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         name = nvml.nvmlDeviceGetName(handle)
@@ -124,6 +245,7 @@ def _counter(nvml: Any, number: int, visible: list[int | None]) -> Counter:
     read = partial(_joules, nvml, handle)
     read()
     power_limit_mw = _try(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+    max_w = _ABOVE_LIMIT * power_limit_mw / 1e3 if power_limit_mw else _MAX_W
     detail: Detail = {
         "name": name,
         "uuid": _try(nvml, nvml.nvmlDeviceGetUUID, handle),
@@ -131,14 +253,17 @@ def _counter(nvml: Any, number: int, visible: list[int | None]) -> Counter:
         "driver": _try(nvml, nvml.nvmlSystemGetDriverVersion),
         "power_limit_w": None if power_limit_mw is None else power_limit_mw / 1e3,
     }
-    return Counter(f"nvml:{number} {name}", read, detail=detail, observe=partial(_observe, nvml, handle))
+    return Counter(f"nvml:{number} {name}", read, detail=detail, observe=partial(_observe, nvml, handle), max_w=max_w)
 
 
 def _joules(nvml: Any, handle: Any) -> float:
     try:
-        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+        millijoules = nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except nvml.NVMLError as error:
         raise UnreadableError(f"NVML gives no energy counter: {error}") from None
+    if not isinstance(millijoules, int | float) or not 0 <= millijoules < _NOT_AVAILABLE_MJ:
+        raise UnreadableError(f"NVML gives no energy counter: it answers {millijoules!r}")
+    return millijoules / 1e3
 
 
 def _observe(nvml: Any, handle: Any) -> Detail:

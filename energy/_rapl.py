@@ -5,22 +5,29 @@ Files and units: https://docs.kernel.org/power/powercap/powercap.html
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from locallearn.energy._meter import Counter, CounterMeter, Reading, UnreadableError
 
 _TICK_S = 0.1
-# A domain of 262 kJ wraps after 12 minutes at 350 W; a minute leaves room for any processor.
-_POLL_S = 60.0
+# The smallest range seen is 65 kJ, a minute at the power that is thought possible below.
+_POLL_S = 10.0
+# A running average may stand above the limit that firmware states for a while, hence twice that. Where it states none,
+# or one so high that it means none, more than any processor draws.
+_ABOVE_LIMIT = 2.0
+_MAX_W = 1000.0
 
 
 class RaplMeter(CounterMeter):
     """Joules of every processor package and, where there is one, of the memory (DRAM) beside it.
 
     A package includes its cores, so those sub-domains are not reported; DRAM is not part of the package and is a
-    source of its own. The counters are the machine's: every process is in them. They are read once a minute in a
-    daemon thread, so that a long window sees every wrap-around.
+    source of its own. The counters are the machine's: every process is in them. They are read every ten seconds in a
+    daemon thread, so that a long window sees every wrap-around. A gain that is more than twice the domain's highest
+    power limit (1000 W where none is stated) could give in the time, and a time in which the counter may have wrapped
+    more than once, leave no figure.
 
     Args:
         root: the powercap folder.
@@ -44,7 +51,11 @@ class RaplMeter(CounterMeter):
             except UnreadableError as error:
                 unreadable.append(Reading(source, "measured", None, str(error)))
                 continue
-            counters.append(Counter(source, partial(_joules, folder), wraps_at_j, {"domain": folder.name}))
+            counters.append(
+                Counter(
+                    source, partial(_joules, folder), wraps_at_j or None, {"domain": folder.name}, max_w=_max_w(folder)
+                )
+            )
         return counters, unreadable
 
     def _disconnect(self) -> None:
@@ -53,6 +64,17 @@ class RaplMeter(CounterMeter):
 
 def _joules(folder: Path) -> float:
     return _microjoules(folder / "energy_uj") / 1e6
+
+
+def _max_w(folder: Path) -> float:
+    """Watts that a domain cannot draw: from its long-term, short-term and peak limits."""
+    limits_w = [0.0]
+    for path in sorted(folder.glob("constraint_*_*_uw")):
+        if path.name.endswith(("_max_power_uw", "_power_limit_uw")):
+            # Some constraints have files that answer with an error, or with 0 for "none".
+            with suppress(UnreadableError):
+                limits_w.append(_microjoules(path) / 1e6)
+    return min(_ABOVE_LIMIT * max(limits_w), _MAX_W) or _MAX_W
 
 
 def _domains(root: Path) -> dict[str, Path]:

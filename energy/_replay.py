@@ -50,6 +50,8 @@ class ReplayMeter(CounterMeter):
         for (t0, j0), (t1, j1) in pairwise(self._trace):
             if t0 <= now_s <= t1:
                 return j0 + (j1 - j0) * (now_s - t0) / (t1 - t0)
+        if now_s < 0:
+            raise UnreadableError(f"the clock of the replayed trace went back, to second {now_s:g}")
         raise UnreadableError(f"the replayed trace ends after {self._trace[-1][0]:g} s, the window at {now_s:g} s")
 
 

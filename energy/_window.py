@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 
-from locallearn.energy._meter import Meter, Reading
+from locallearn.energy._guard import GuardedMeter
+from locallearn.energy._meter import Meter, Reading, monotonic_s
 
 _TICKS = 100
 
@@ -33,7 +34,7 @@ class EnergyMonitor:
         meters: Sequence[Meter],
         synchronise: Callable[[], None] | None = None,
         idle_s: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = monotonic_s,
     ) -> None:
         if not 0 <= idle_s < float("inf"):
             raise ValueError(f"idle_s={idle_s} was given; wanted are seconds, 0 or more")
@@ -43,6 +44,11 @@ class EnergyMonitor:
         self.synchronise = synchronise
         self.idle_s = idle_s
         self.clock = clock
+        self.device: str | None = None
+
+    def use(self, device: str) -> None:
+        """Measure what belongs to ``device``, as torch names it (``cpu``, ``cuda:0``), in the windows opened from now on."""
+        self.device = device
 
     def now(self) -> float:
         """Seconds on the clock, after waiting for the device."""
@@ -72,12 +78,14 @@ class Window:
     def __init__(self, name: str, monitor: EnergyMonitor) -> None:
         self.name = name
         self._monitor = monitor
+        self._meters = [GuardedMeter(meter) for meter in monitor.meters]
         # Coarse meters take longest to switch: they stand outside, so that the fine ones and the clock miss it.
-        self._outside_in = sorted(monitor.meters, key=lambda meter: -meter.tick_s)
+        self._outside_in = sorted(self._meters, key=lambda meter: -meter.tick_s)
         self._idle: list[list[Reading]] = []
-        self._idle_co2_g: float | None = None
+        self._idle_co2_g: list[float | None] = []
         self._idle_seconds = 0.0
         self._seconds = 0.0
+        self._clock_went_back = False
         self._resumed_at_s: float | None = None
         self._opened = False
         self._final: list[Reading] | None = None
@@ -95,6 +103,8 @@ class Window:
     def open(self) -> None:
         """Open the meters, watch the idle machine if that is wanted, and start to count.
 
+        A meter that fails, here or later, has no figures and a reason; the others go on.
+
         Raises:
             ValueError: the window was opened before, a meter is in another open window, or two meters report the
                 same source.
@@ -107,8 +117,8 @@ class Window:
         for meter in self._monitor.meters:
             meter.in_use = True
         try:
-            for meter in self._monitor.meters:
-                meter.open()
+            for guarded in self._meters:
+                guarded.open(self._monitor.device)
             self._refuse_same_sources()
             self._watch_idle()
             self.resume()
@@ -122,9 +132,14 @@ class Window:
             return
         try:
             self.pause()
-            self._final, self._final_co2_g = self.readings, self.co2_g
+            by_meter, co2_g = self._by_meter(), self.co2_g
         finally:
             self._release()
+        # Letting go may have gone wrong, too.
+        pairs = zip(self._meters, by_meter, strict=True)
+        self._final = [reading for meter, readings in pairs for reading in meter.failed(readings)]
+        lost = any(b is not None and m.co2_g is None for m, b in zip(self._meters, self._idle_co2_g, strict=True))
+        self._final_co2_g = None if lost else co2_g
 
     def resume(self) -> None:
         """Count again; without effect while counting.
@@ -145,7 +160,7 @@ class Window:
         """
         self._require_open()
         if self._resumed_at_s is not None:
-            self._seconds += self._monitor.now() - self._resumed_at_s
+            self._seconds += self._since(self._resumed_at_s)
             self._resumed_at_s = None
             self._switch_off()
 
@@ -170,27 +185,29 @@ class Window:
         """Seconds counted so far, on a monotonic clock."""
         if self._resumed_at_s is None:
             return self._seconds
-        return self._seconds + self._monitor.now() - self._resumed_at_s
+        return self._seconds + self._since(self._resumed_at_s)
 
     @property
     def readings(self) -> list[Reading]:
         """Joules counted so far, one entry per source."""
         if self._final is not None:
             return self._final
-        seconds = self.seconds
-        return [
-            self._finish(meter, reading, seconds, idle)
-            for meter, idles in zip(self._monitor.meters, self._idle, strict=False)
-            for reading, idle in zip(meter.readings(), idles, strict=True)
-        ]
+        return [reading for readings in self._by_meter() for reading in readings]
 
     @property
     def co2_g(self) -> float | None:
-        """Grams of CO2-equivalent counted so far; ``None`` where no meter knows."""
+        """Grams of CO2-equivalent counted so far; ``None`` where no meter knows, or one that did has failed."""
         if not self._opened:
             return self._final_co2_g
-        known_g = self._known_co2_g()
-        return None if known_g is None else known_g - (self._idle_co2_g or 0.0)
+        total_g: float | None = None
+        for meter, before_g in zip(self._meters, self._idle_co2_g, strict=False):
+            now_g = meter.co2_g
+            if now_g is None and before_g is None:
+                continue  # it never knew any
+            if now_g is None or now_g < (before_g or 0.0):
+                return None
+            total_g = (total_g or 0.0) + now_g - (before_g or 0.0)
+        return total_g
 
     def _require_open(self) -> None:
         if not self._opened:
@@ -199,12 +216,26 @@ class Window:
     def _release(self) -> None:
         self._opened = False
         self._resumed_at_s = None
+        for guarded in self._meters:
+            guarded.close()
         for meter in self._monitor.meters:
-            meter.close()
             meter.in_use = False
 
+    def _since(self, earlier_s: float) -> float:
+        """Seconds on the clock since then; none if somebody's clock has gone back, which the readings then tell."""
+        passed_s = self._monitor.now() - earlier_s
+        self._clock_went_back |= passed_s < 0
+        return max(0.0, passed_s)
+
+    def _by_meter(self) -> list[list[Reading]]:
+        seconds = self.seconds
+        return [
+            [self._finish(meter, reading, seconds, idle) for reading, idle in zip(meter.readings(), idles, strict=True)]
+            for meter, idles in zip(self._meters, self._idle, strict=bool(self._idle))
+        ]
+
     def _refuse_same_sources(self) -> None:
-        sources = [reading.source for meter in self._monitor.meters for reading in meter.readings()]
+        sources = [reading.source for meter in self._meters if meter.works for reading in meter.readings()]
         for source in sources:
             if sources.count(source) > 1:
                 raise ValueError(f"two meters both report {source!r}: keep one, or give each a source of its own")
@@ -214,10 +245,10 @@ class Window:
             self._switch_on()
             began_s = self._monitor.clock()
             time.sleep(self._monitor.idle_s)
-            self._idle_seconds = self._monitor.now() - began_s
+            self._idle_seconds = self._since(began_s)
             self._switch_off()
-        self._idle = [meter.readings() for meter in self._monitor.meters]
-        self._idle_co2_g = self._known_co2_g()
+        self._idle = [meter.readings() for meter in self._meters]
+        self._idle_co2_g = [meter.co2_g for meter in self._meters]
 
     def _switch_on(self) -> None:
         if self._monitor.synchronise is not None:
@@ -229,29 +260,30 @@ class Window:
         for meter in reversed(self._outside_in):
             meter.pause()
 
-    def _known_co2_g(self) -> float | None:
-        known_g = [meter.co2_g for meter in self._monitor.meters if meter.co2_g is not None]
-        return sum(known_g) if known_g else None
-
-    def _finish(self, meter: Meter, reading: Reading, seconds: float, idle: Reading) -> Reading:
+    def _finish(self, meter: GuardedMeter, reading: Reading, seconds: float, idle: Reading) -> Reading:
         """The reading less what was counted before the window, with its net figure and its flags."""
-        if reading.joules is None or idle.joules is None:
+        if reading.joules is None:
             return reading
+        if idle.joules is None or reading.joules < idle.joules:
+            before = "nothing" if idle.joules is None else f"{idle.joules:g} J"
+            return reading.without_figure(f"the meter showed {before} when counting began and {reading.joules:g} J now")
         joules = reading.joules - idle.joules
-        flags = list(reading.flags)
-        if seconds < _TICKS * meter.tick_s:
-            flags.append(f"the window of {seconds:.1f} s is shorter than {_TICKS} ticks of {meter.tick_s:g} s: rough")
+        flags = list(self._time_flags(meter.tick_s, seconds))
         if joules == 0 and seconds > 0:
             flags.append("the counter did not move during the window")
-        if not self._idle_seconds:
-            return replace(reading, joules=joules, flags=tuple(flags))
-        idle_w = idle.joules / self._idle_seconds
-        if self._idle_seconds < _TICKS * meter.tick_s:
-            flags.append(f"idle power was watched for {self._idle_seconds:.1f} s only: the net figure is rough")
+        idle_w = idle.joules / self._idle_seconds if self._idle_seconds else None
         return replace(
             reading,
             joules=joules,
-            net_joules=joules - idle_w * seconds,
-            detail={**reading.detail, "idle_w": idle_w},
-            flags=tuple(flags),
+            net_joules=None if idle_w is None or self._clock_went_back else joules - idle_w * seconds,
+            detail=reading.detail if idle_w is None else {**reading.detail, "idle_w": idle_w},
+            flags=(*flags, *reading.flags),
         )
+
+    def _time_flags(self, tick_s: float, seconds: float) -> Iterator[str]:
+        if self._clock_went_back:
+            yield "the clock went back during the window: the seconds are too few"
+        if seconds < _TICKS * tick_s:
+            yield f"the window of {seconds:.1f} s is shorter than {_TICKS} ticks of {tick_s:g} s: rough"
+        if self._idle_seconds and self._idle_seconds < _TICKS * tick_s:
+            yield f"idle power was watched for {self._idle_seconds:.1f} s only: the net figure is rough"

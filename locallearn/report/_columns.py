@@ -154,15 +154,18 @@ def best_energy(shown: Sequence[Column], rows: Sequence[Row]) -> Column | None:
 
 
 def quality(source: str, rows: Sequence[Row]) -> str:
-    """What the records call the joules of ``source``: ``measured``, ``modelled``, or that they disagree or are mute."""
-    words = {
-        str(window.get("quality") or "unlabelled")
+    """What the records call the joules of ``source``: ``measured``, ``modelled`` and by what, or that they disagree."""
+    found = {
+        (str(window.get("quality") or "unlabelled"), str(window.get("by") or ""))
         for row in rows
         for record in row.records
         for window in record.energy()
         if window["source"] == source
     }
-    return words.pop() if len(words) == 1 else "measured and modelled mixed" if words else "unlabelled"
+    words, ways = {word for word, _ in found}, {by for word, by in found if word != "measured"} - {""}
+    if len(words) != 1:
+        return "measured and modelled mixed" if words else "unlabelled"
+    return words.pop() + (f" ({'; '.join(sorted(ways))})" if ways else "")
 
 
 def ratio_text(ratio: float | None, digits: int = 3) -> str:
