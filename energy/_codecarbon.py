@@ -98,11 +98,18 @@ class CodeCarbonMeter(Meter):
         self._ticker: Ticker | None = None
         self._counting = False
         self._reason: str | None = "CodeCarbon was not started"
+        self._co2_g: float | None = None
         self._joules: dict[str, float] = {}
         self._details: dict[str, Detail] = {}
         self._doubts: dict[str, str] = {}
         self._device: str | None = None
         self._began_s = (0.0, 0.0)
+
+    @property
+    def co2_g(self) -> float | None:  # type: ignore[override]  # up to date, as the joules are
+        """See :attr:`Meter.co2_g`."""
+        self._split()
+        return self._co2_g
 
     def use(self, device: str) -> None:
         """See :meth:`Meter.use`."""
@@ -112,7 +119,7 @@ class CodeCarbonMeter(Meter):
         """Start the tracker; the first in a process takes some seconds to look at the hardware."""
         if self._tracker is not None:
             return
-        self._joules, self._details, self._doubts, self.co2_g, self._reason = {}, {}, {}, None, None
+        self._joules, self._details, self._doubts, self._co2_g, self._reason = {}, {}, {}, None, None
         gpus = used_indices(self._device)
         with _quiet() as errors:
             try:
@@ -126,7 +133,7 @@ class CodeCarbonMeter(Meter):
         if data is None:
             self._reason = f"CodeCarbon did not start: {errors[-1] if errors else 'it gives no data'}"
             return
-        self.co2_g = 0.0
+        self._co2_g = 0.0
         self._details = _details(self._tracker, data, gpus)
         if gpus == [] and data.gpu_count and self._device is not None:
             self._details["gpu"] = dict(self._details["ram"])
@@ -209,7 +216,7 @@ class CodeCarbonMeter(Meter):
                 self._add(part, getattr(data, f"{part}_energy") * _JOULES_PER_KWH, seconds, wall_s)
             grams = data.emissions * 1e3
             lost = not self._joules.keys().isdisjoint(self._doubts) or not 0 <= grams < math.inf
-            self.co2_g = None if lost or self.co2_g is None else self.co2_g + grams
+            self._co2_g = None if lost or self._co2_g is None else self._co2_g + grams
         except Exception as error:
             self._fail(error)
 
@@ -232,7 +239,7 @@ class CodeCarbonMeter(Meter):
 
     def _fail(self, error: Exception) -> None:
         self._reason = f"CodeCarbon failed during the window: {_named(error)}"
-        self.co2_g = None
+        self._co2_g = None
 
 
 def _check_country(code: str) -> None:

@@ -53,7 +53,10 @@ class GuardedMeter:
 
     def failed(self, readings: list[Reading]) -> list[Reading]:
         """These readings of the meter's, with no figures if it has failed since."""
-        return readings if self._failure is None else [reading.without_figure(self._failure) for reading in readings]
+        return [
+            reading if self._failure is None or reading.joules is None else reading.without_figure(self._failure)
+            for reading in readings
+        ]
 
     @property
     def works(self) -> bool:
@@ -83,7 +86,8 @@ class GuardedMeter:
             found = {reading.source: reading for reading in readings}
             if len(found) < len(readings):
                 raise ValueError(f"one source twice among {', '.join(reading.source for reading in readings)}")
-            return found
+            if found or self._failure is None:
+                return found
         except Exception as error:
             self._fail("readings", error)
         name = type(self._meter).__name__

@@ -74,8 +74,8 @@ class Reading:
         }
 
     def without_figure(self, reason: str) -> Reading:
-        """The same source with no joules; a reason that it had before stays."""
-        return replace(self, joules=None, net_joules=None, reason=self.reason or reason)
+        """The same source with no joules."""
+        return replace(self, joules=None, net_joules=None, reason=reason)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Reading:

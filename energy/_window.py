@@ -216,10 +216,12 @@ class Window:
     def _release(self) -> None:
         self._opened = False
         self._resumed_at_s = None
-        for guarded in self._meters:
-            guarded.close()
-        for meter in self._monitor.meters:
-            meter.in_use = False
+        try:
+            for guarded in self._meters:
+                guarded.close()
+        finally:
+            for meter in self._monitor.meters:
+                meter.in_use = False
 
     def _since(self, earlier_s: float) -> float:
         """Seconds on the clock since then; none if somebody's clock has gone back, which the readings then tell."""

@@ -1,7 +1,12 @@
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from locallearn.energy import _codecarbon
 
 
 @dataclass
@@ -26,3 +31,54 @@ def clock() -> FakeClock:
 def constant() -> Callable[[float], list[tuple[float, float]]]:
     """The trace of a constant power in watts, a million seconds long."""
     return lambda power_w: [(0.0, 0.0), (1e6, 1e6 * power_w)]
+
+
+@pytest.fixture
+def stopped(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """The monotonic clock of everything, standing still until a test says otherwise."""
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
+
+
+@dataclass
+class FakeTracker:
+    """CodeCarbon's tracker with constant powers on a fake clock; ``answers`` replaces what the next tasks say."""
+
+    clock: FakeClock
+    watts: dict[str, float] = field(default_factory=lambda: {"cpu": 30.0, "gpu": 0.0, "ram": 20.0})
+    gpu_count: int = 0
+    answers: dict[str, Any] = field(default_factory=dict)
+    began_s: float = 0.0
+    _hardware: tuple[Any, ...] = ()
+
+    def start_task(self) -> None:
+        self.began_s = self.clock()
+
+    def stop_task(self) -> SimpleNamespace:
+        seconds = self.clock() - self.began_s
+        kwh = {f"{part}_energy": watts * seconds / 3.6e6 for part, watts in self.watts.items()}
+        data = {
+            **kwh,
+            "emissions": sum(kwh.values()) * 0.4,
+            "codecarbon_version": "3",
+            "country_iso_code": "USA",
+            "tracking_mode": "process",
+            "cpu_model": "a processor",
+            "gpu_model": "a board",
+            "gpu_count": self.gpu_count,
+            "ram_total_size": 64.0,
+        }
+        return SimpleNamespace(**{**data, **self.answers})
+
+    def stop(self) -> None:
+        """Nothing runs."""
+
+
+@pytest.fixture
+def tracker(stopped: FakeClock, monkeypatch: pytest.MonkeyPatch) -> FakeTracker:
+    """What every ``CodeCarbonMeter`` opens; both the monotonic clock and the system's are the fake one."""
+    CPU = type("CPU", (), {"_mode": "cpu_load", "_tdp": 85, "_is_generic_tdp": True})
+    fake = FakeTracker(stopped, _hardware=(CPU(),))
+    monkeypatch.setattr(_codecarbon, "_new_tracker", lambda country, mode, period_s, gpus: fake)
+    monkeypatch.setattr(time, "time", stopped)
+    return fake

@@ -198,6 +198,30 @@ def test_a_source_missing_in_one_part_has_no_total(clock: Any, constant: Any) ->
     ]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:1", "mps"])
+def test_the_meters_learn_the_device_of_the_fit(clock: Any, constant: Any, device: str) -> None:
+    told: list[str] = []
+    meter = ReplayMeter(constant(1.0), clock=clock)
+    meter.use = told.append  # type: ignore[method-assign]
+    energy = EnergyCallback(EnergyMonitor([meter], synchronise=lambda: None, clock=clock))
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    energy.on_train_start(trainer, None)  # type: ignore[arg-type]
+    energy.on_train_end(trainer, None)  # type: ignore[arg-type]
+    assert told == [device]
+
+
+def test_a_clock_that_goes_back_gives_no_negative_validation(clock: Any) -> None:
+    energy = EnergyCallback(EnergyMonitor([], clock=clock))
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    module: Any = None
+    energy.on_train_start(trainer, module)
+    energy.on_validation_start(trainer, module)
+    clock.pass_by(-50)
+    energy.on_validation_end(trainer, module)
+    energy.on_train_end(trainer, module)
+    assert energy.validation_seconds == 0.0
+
+
 def test_a_cuda_device_is_waited_for_and_its_failure_hides_no_error(
     clock: Any, constant: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

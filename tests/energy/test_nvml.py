@@ -11,6 +11,8 @@ import torch
 
 from locallearn.energy import EnergyMonitor, NvmlMeter, Reading, _nvml
 
+UUIDS = ("GPU-aaa1", "GPU-aab2", "GPU-ccc3")
+
 
 class FakeNvml:
     """NVML with three boards; each call checks that NVML is started, as the library does."""
@@ -26,6 +28,7 @@ class FakeNvml:
         self.started = 0
         self.millijoules = {0: 1_000_000, 1: 2_000_000, 2: 3_000_000}
         self.mig: set[int] = set()
+        self.slices: dict[int, list[str]] = {}
         self.unsupported: set[str] = set()
         self.no_driver = False
 
@@ -34,6 +37,11 @@ class FakeNvml:
             raise self.NVMLError("Uninitialized")
         if call in self.unsupported:
             raise self.NVMLError("Not Supported")
+
+    def _slice(self, handle: int, number: int) -> str:
+        if number >= len(self.slices[handle]):
+            raise self.NVMLError("Not Found")
+        return self.slices[handle][number]
 
     def nvmlInit(self) -> None:  # noqa: N802
         if self.no_driver:
@@ -48,7 +56,10 @@ class FakeNvml:
         answers: dict[str, Any] = {
             "nvmlDeviceGetCount": lambda: len(self.millijoules),
             "nvmlDeviceGetHandleByIndex": lambda index: index,
-            "nvmlDeviceGetUUID": lambda handle: ["GPU-aaa1", "GPU-aab2", "GPU-ccc3"][handle],
+            "nvmlDeviceGetUUID": lambda handle: handle if isinstance(handle, str) else UUIDS[handle],
+            "nvmlDeviceGetPciInfo": lambda handle: SimpleNamespace(domain=0, bus=16 + handle, device=0),
+            "nvmlDeviceGetMaxMigDeviceCount": lambda handle: 7 if handle in self.slices else 0,
+            "nvmlDeviceGetMigDeviceHandleByIndex": self._slice,
             "nvmlDeviceGetName": lambda handle: "NVIDIA H200",
             "nvmlDeviceGetTotalEnergyConsumption": lambda handle: self.millijoules[handle],
             "nvmlDeviceGetMigMode": lambda handle: [int(handle in self.mig), 0],
@@ -195,6 +206,139 @@ def test_a_counter_that_falls_leaves_no_figure(nvml: FakeNvml) -> None:
     with EnergyMonitor([NvmlMeter([0])]).window("w") as window:
         nvml.millijoules[0] = 0
     assert window.readings[0].reason == "the counter went backwards during the window"
+
+
+# -- the board of the run ---------------------------------------------------------------------------------------------
+
+
+def _cuda(monkeypatch: pytest.MonkeyPatch, **properties: Any) -> None:
+    """What torch tells of every CUDA device."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+
+
+def _read_for(device: str, meter: NvmlMeter) -> list[Reading]:
+    monitor = EnergyMonitor([meter])
+    monitor.use(device)
+    with monitor.window("w") as window:
+        pass
+    return window.readings
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_a_run_on_another_device_is_not_billed_for_the_boards(nvml: FakeNvml, device: str) -> None:
+    (reading,) = _read_for(device, NvmlMeter())
+    assert (reading.source, reading.joules) == ("nvml", None)
+    assert f"the run computes on {device}" in str(reading.reason)
+    assert nvml.started == 0
+
+
+@pytest.mark.parametrize("uuid", ["aab2", "GPU-aab2", b"AAB2"])
+@pytest.mark.parametrize("visible", [None, "1", "GPU-aab2", "MIG-whatever"])
+def test_the_board_of_the_run_is_found_by_its_uuid(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, uuid: Any, visible: str | None
+) -> None:
+    """Whatever CUDA_VISIBLE_DEVICES says: here torch's first device is the second board."""
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    _cuda(monkeypatch, uuid=uuid, pci_domain_id=0, pci_bus_id=99, pci_device_id=0)
+    monitor = EnergyMonitor([NvmlMeter()])
+    monitor.use("cuda:0")
+    with monitor.window("w") as window:
+        for board, millijoules in enumerate((1000, 20_000, 300_000)):
+            nvml.millijoules[board] += millijoules
+    (reading,) = window.readings
+    assert (reading.source, reading.joules) == ("nvml:0 NVIDIA H200", 20.0)
+    assert reading.detail["nvml_index"] == 1
+    assert nvml.started == 0
+
+
+def test_the_board_of_the_run_is_found_by_its_address(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    _cuda(monkeypatch, pci_domain_id=0, pci_bus_id=18, pci_device_id=0)
+    (reading,) = _read_for("cuda:5", NvmlMeter())
+    assert reading.source == "nvml:5 NVIDIA H200"
+    assert reading.detail["nvml_index"] == 2
+
+
+def test_without_uuid_and_address_the_order_counts(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    _cuda(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    (reading,) = _read_for("cuda:1", NvmlMeter())
+    assert reading.detail["nvml_index"] == 0
+
+
+@pytest.mark.parametrize("address", [{}, {"pci_domain_id": 0, "pci_bus_id": 99, "pci_device_id": 0}])
+def test_a_board_that_nvml_does_not_know_is_not_guessed(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, address: dict[str, int]
+) -> None:
+    _cuda(monkeypatch, uuid="dddd", **address)
+    (reading,) = _read_for("cuda:0", NvmlMeter())
+    assert (reading.source, reading.joules) == ("nvml:0", None)
+    assert "none of NVML's 3 boards" in str(reading.reason)
+
+
+def test_a_run_on_a_mig_slice(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml.slices[2] = ["MIG-ee01", "MIG-ee02"]
+    _cuda(monkeypatch, uuid="ee02", pci_domain_id=0, pci_bus_id=18, pci_device_id=0)
+    assert _read_for("cuda:0", NvmlMeter())[0].reason == "a MIG slice has no energy counter of its own"
+    nvml.mig.add(2)
+    _cuda(monkeypatch, uuid="ccc3")
+    assert "MIG is on" in str(_read_for("cuda:0", NvmlMeter())[0].reason)
+
+
+def test_boards_that_are_asked_for_are_measured_and_marked(nvml: FakeNvml) -> None:
+    first, second = _read_for("cuda:1", NvmlMeter([0, 1]))
+    assert [reading.joules for reading in (first, second)] == [0.0, 0.0]
+    assert any("not the device of the run" in flag for flag in first.flags)
+    assert not any("not the device of the run" in flag for flag in second.flags)
+    assert all("not the device" in str(reading.flags) for reading in _read_for("cpu", NvmlMeter([0, 1])))
+
+
+def test_a_device_that_cuda_does_not_know(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: Any) -> None:
+        raise RuntimeError("invalid device ordinal")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    assert "invalid device ordinal" in str(_read_for("cuda:9", NvmlMeter())[0].reason)
+
+
+# -- counters that cannot be believed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("watts", "right"), [(1399, True), (1600, False), (1e9, False)])
+def test_a_gain_is_bounded_by_twice_the_power_limit(nvml: FakeNvml, stopped: Any, watts: float, right: bool) -> None:
+    """The fake's limit is 700 W; a second more is granted, for counters that come late."""
+    with EnergyMonitor([NvmlMeter([0])]).window("w") as window:
+        stopped.pass_by(10)
+        nvml.millijoules[0] += int(watts * 10 * 1000)
+    assert window.readings[0].joules == (watts * 10 if right else None)
+
+
+def test_without_a_known_limit_no_board_draws_4_kw(nvml: FakeNvml, stopped: Any) -> None:
+    nvml.unsupported.add("nvmlDeviceGetEnforcedPowerLimit")
+    with EnergyMonitor([NvmlMeter([0])]).window("w") as window:
+        nvml.millijoules[0] += 3_999_000
+    assert window.readings[0].joules == 3999
+    with EnergyMonitor([NvmlMeter([0])]).window("w") as window:
+        nvml.millijoules[0] += 4_001_000
+    assert "more than 4000 W can" in str(window.readings[0].reason)
+
+
+@pytest.mark.parametrize("answer", [None, -1, 2**64 - 1, 2**63, float("nan"), "many"])
+def test_what_is_no_count_of_millijoules_leaves_no_figure(nvml: FakeNvml, answer: Any) -> None:
+    with EnergyMonitor([NvmlMeter([0])]).window("w") as window:
+        nvml.millijoules[0] = answer
+    assert "NVML gives no energy counter: it answers" in str(window.readings[0].reason)
+    assert "NVML gives no energy counter: it answers" in str(_read(NvmlMeter([0]))[0].reason)
+
+
+def test_letting_go_of_nvml_costs_no_figure(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counters are read by then."""
+
+    def fail() -> None:
+        raise nvml.NVMLError("Unknown Error")
+
+    monkeypatch.setattr(nvml, "nvmlShutdown", fail)
+    assert _read(NvmlMeter([0]))[0].joules == 0.0
 
 
 @pytest.mark.parametrize("devices", [[], [-1], [0, 0]])

@@ -1,6 +1,7 @@
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,9 +9,13 @@ from locallearn.energy import EnergyMonitor, RaplMeter, Reading
 from locallearn.energy import _rapl as rapl
 
 
-def _domain(root: Path, folder: str, name: str, microjoules: int, wraps_at: int = 1_000_000_000) -> Path:
+def _domain(
+    root: Path, folder: str, name: str, microjoules: int, wraps_at: int = 1_000_000_000, **files: object
+) -> Path:
     path = root / folder
     path.mkdir(parents=True)
+    for file, content in files.items():
+        (path / file).write_text(f"{content}\n")
     (path / "name").write_text(f"{name}\n")
     (path / "max_energy_range_uj").write_text(f"{wraps_at}\n")
     (path / "energy_uj").write_text(f"{microjoules}\n")
@@ -46,7 +51,7 @@ def test_the_memory_of_two_sockets_is_told_apart(tmp_path: Path) -> None:
     assert set(_joules(window.readings)) == {"rapl:package-0", "rapl:dram-0", "rapl:package-1", "rapl:dram-1"}
 
 
-def test_wraps_and_pauses(tmp_path: Path) -> None:
+def test_wraps_and_pauses(tmp_path: Path, stopped: Any) -> None:
     counter = _domain(tmp_path, "intel-rapl:0", "package-0", 990_000_000)
     with EnergyMonitor([RaplMeter(tmp_path)]).window("w") as window:
         counter.write_text("20000000")
@@ -57,35 +62,90 @@ def test_wraps_and_pauses(tmp_path: Path) -> None:
     assert window.readings[0].joules == pytest.approx(30.0 + 1.0)
 
 
-def test_a_long_window_is_polled_so_that_two_wraps_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two full turns of a 100 J counter between open and close: only polling can see 200 J."""
-    values = [0, 60, 20, 80, 40, 100, 0]
-    counter = _domain(tmp_path, "intel-rapl:0", "package-0", 0, wraps_at=100_000_000)
-    monkeypatch.setattr(rapl, "_POLL_S", 3600.0)
+def test_a_long_window_is_polled_so_that_two_wraps_are_seen(tmp_path: Path, stopped: Any) -> None:
+    """Two full turns of a 1 kJ counter between open and close: only polling can see 2 kJ."""
+    values = [0, 600, 200, 800, 400, 1000, 0]
+    counter = _domain(tmp_path, "intel-rapl:0", "package-0", 0, constraint_0_max_power_uw=30_000_000)
     meter = RaplMeter(tmp_path)
     with EnergyMonitor([meter]).window("w") as window:
         ticker = meter._ticker
         assert ticker is not None
-        assert ticker._period_s == 3600.0
+        assert ticker._period_s == 10.0
         for value in values[1:]:
+            stopped.pass_by(10)
             counter.write_text(str(value * 1_000_000))
             ticker._action()
-    assert window.readings[0].joules == pytest.approx(60 + 60 + 60 + 60 + 60)
+    assert window.readings[0].joules == pytest.approx(600 + 600 + 600 + 600 + 600)
 
 
-def test_the_poll_thread_ends_with_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = _domain(tmp_path, "intel-rapl:0", "package-0", 0, wraps_at=100_000_000)
+def test_the_poll_thread_reads_and_ends_with_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = _domain(tmp_path, "intel-rapl:0", "package-0", 0)
     monkeypatch.setattr(rapl, "_POLL_S", 0.01)
     before = set(threading.enumerate())
-    with EnergyMonitor([RaplMeter(tmp_path)]).window("w") as window:
+    meter = RaplMeter(tmp_path)
+    with EnergyMonitor([meter]).window("w"):
         (thread,) = set(threading.enumerate()) - before
-        for value in (70, 40, 10, 80):
-            counter.with_suffix(".new").write_text(str(value * 1_000_000))
-            counter.with_suffix(".new").rename(counter)
-            time.sleep(0.1)
-    thread.join(timeout=5)
+        counter.with_suffix(".new").write_text("7000000")
+        counter.with_suffix(".new").rename(counter)
+        deadline = time.monotonic() + 30
+        while meter._counters[0]._joules != 7.0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert meter._counters[0]._joules == 7.0
+    thread.join(timeout=30)
     assert not thread.is_alive()
-    assert window.readings[0].joules == pytest.approx(70 + 70 + 70 + 70)
+
+
+RANGE_J = 262_144
+
+
+def _window_of(tmp_path: Path, clock: Any, before_j: float, seconds: float, after_j: float, **files: int) -> Reading:
+    """What a window says in which nobody reads a counter of 262 kJ between its two ends."""
+    counter = _domain(tmp_path, "intel-rapl:0", "package-0", int(before_j * 1e6), RANGE_J * 1_000_000, **files)
+    with EnergyMonitor([RaplMeter(tmp_path)]).window("w") as window:
+        clock.pass_by(seconds)
+        counter.write_text(str(int(after_j * 1e6)))
+    (reading,) = window.readings
+    return reading
+
+
+LIMITS = {"constraint_0_power_limit_uw": 150_000_000, "constraint_1_power_limit_uw": 200_000_000}
+
+
+@pytest.mark.parametrize(
+    "files", [{}, LIMITS, {"constraint_0_max_power_uw": 0}, {"constraint_0_max_power_uw": 4_095_000_000}]
+)
+def test_a_reset_is_no_wrap(tmp_path: Path, stopped: Any, files: dict[str, int]) -> None:
+    """The driver starts again from zero after 40 kJ: as a wrap that would be 222 kJ in ten seconds."""
+    reading = _window_of(tmp_path, stopped, 40_000, 10, 0, **files)
+    assert reading.joules is None
+    assert "gained 222144 J in 10.0 s" in str(reading.reason)
+    assert "it was reset, or misread" in str(reading.reason)
+
+
+@pytest.mark.parametrize(("watts", "right"), [(399, True), (441, False)])
+def test_a_gain_is_bounded_by_twice_the_highest_power_limit(
+    tmp_path: Path, stopped: Any, watts: float, right: bool
+) -> None:
+    """200 W is the highest limit, so 400 W the bound; a second more is granted, for counters that come late."""
+    files = {**LIMITS, "constraint_2_max_power_uw": 100_000_000, "constraint_1_time_window_us": 10**12}
+    reading = _window_of(tmp_path, stopped, 0, 10, 10 * watts, **files)
+    assert reading.joules == (10 * watts if right else None)
+
+
+@pytest.mark.parametrize(("seconds", "right"), [(655, True), (656, False), (5000, False)])
+def test_a_time_in_which_it_may_have_wrapped_twice_leaves_no_figure(
+    tmp_path: Path, stopped: Any, seconds: float, right: bool
+) -> None:
+    """At 400 W a counter of 262 kJ wraps every 655.36 s."""
+    reading = _window_of(tmp_path, stopped, 0, seconds, 1000, **LIMITS)
+    assert reading.joules == (1000 if right else None)
+    if not right:
+        assert f"not read for {seconds} s, in which it may have wrapped more than once" in str(reading.reason)
+        assert "(every 655 s at 400 W)" in str(reading.reason)
+
+
+def test_a_negative_counter_leaves_no_figure(tmp_path: Path, stopped: Any) -> None:
+    assert _window_of(tmp_path, stopped, 5, 1, -5).reason == "the counter showed -5.0"
 
 
 def test_without_domains_the_reason_is_given(tmp_path: Path) -> None:
