@@ -42,7 +42,11 @@ class Backprop(Algorithm):
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         """The task's loss on the network's output."""
-        yield Update("network", self._loss(*selected(batch, self.blocks(batch.inputs, *batch.context))))
+
+        def loss() -> Tensor:
+            return self._loss(*selected(batch, self.blocks(batch.inputs, *batch.context)))
+
+        yield Update("network", loss(), again=loss)
 
 
 class DeepSupervision(Algorithm):
@@ -78,11 +82,13 @@ class DeepSupervision(Algorithm):
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         """The sum of the blocks' losses."""
-        total = None
-        for i, output in enumerate(self.blocks.features(batch.inputs, *batch.context)):
-            loss = self.heads.loss(self.blocks, i, output, batch)
-            total = loss if total is None else total + loss
-        yield Update("network", total)
+
+        def loss() -> Tensor:
+            outputs = enumerate(self.blocks.features(batch.inputs, *batch.context))
+            first, *others = (self.heads.loss(self.blocks, i, output, batch) for i, output in outputs)
+            return sum(others, start=first)
+
+        yield Update("network", loss(), again=loss)
 
     def predict(self, inputs: Tensor, *context: Any) -> Tensor:
         """Scores of the last block's head: the network's forward pass, where the network has a readout."""

@@ -57,18 +57,25 @@ class Update:
         unit: name of the unit to step, a key of ``Algorithm.units()``.
         loss: scalar to differentiate inside the unit.
         gradients: gradients by parameter, shaped like it; the loss, if given too, is then only reported.
+        again: makes the loss anew, from the same batch and the weights as they are by then, for optimizers that ask for it
+            several times in one step (LBFGS, SAM); ``None``: this cannot be done.
     """
 
-    __slots__ = ("gradients", "loss", "unit")
+    __slots__ = ("again", "gradients", "loss", "unit")
 
     def __init__(
-        self, unit: str, loss: Tensor | None = None, gradients: Mapping[nn.Parameter, Tensor] | None = None
+        self,
+        unit: str,
+        loss: Tensor | None = None,
+        gradients: Mapping[nn.Parameter, Tensor] | None = None,
+        again: Callable[[], Tensor] | None = None,
     ) -> None:
         if loss is None and gradients is None:
             raise ValueError(f"the update of unit {unit!r} has neither a loss nor gradients")
         self.unit = unit
         self.loss = loss
         self.gradients = gradients
+        self.again = again
 
     def backward(self, differentiate: Callable[[Tensor], None] = torch.Tensor.backward) -> None:
         """Put the gradients into ``parameter.grad`` and let go of the graph.

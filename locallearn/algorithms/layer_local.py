@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class LayerLocal(Algorithm):
         for i in range(first, self.depth):
             if self.trains(names[i]):
                 output = self.run(i, x, prepared)
-                yield Update(names[i], self.local_loss(i, output, prepared))
+                yield Update(names[i], self.local_loss(i, output, prepared), again=partial(self._again, i, x, prepared))
             else:
                 with torch.no_grad():
                     output = self.run(i, x, prepared)
@@ -91,6 +92,9 @@ class LayerLocal(Algorithm):
                 x = self.emit(i, output)
             del output  # the block's graph ends here
         yield from self.extra_updates(batch, prepared)
+
+    def _again(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
+        return self.local_loss(index, self.run(index, inputs, batch), batch)
 
     def _frozen_prefix(self, first: int, batch: Batch, prepared: Batch) -> Tensor:
         """Input of the first block that trains, from the cache where it can be had."""

@@ -12,6 +12,28 @@ from locallearn.cli.settings import Arm, UsageError, accepted, check_arguments, 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 _MATMUL = ("highest", "high", "medium")
 
+# Arguments of Lightning's Trainer that have no place here: what may stand there all the same, and why nothing else.
+_NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
+    **dict.fromkeys(
+        ("callbacks", "enable_checkpointing", "enable_model_summary", "enable_progress_bar", "log_every_n_steps"),
+        ((), "every run has its own; the library takes yours"),
+    ),
+    "num_sanity_val_steps": ((), "the first batch is tried in any case"),
+    "strategy": ((), "every run has LocalStrategy"),
+    "logger": ((), "set logger"),
+    "plugins": ((None,), "set trainer.precision"),
+    "barebones": ((False,), "a run without logging has nothing to record"),
+    "fast_dev_run": (
+        (False, 0),
+        "its record would look like a real one: set trainer.max_epochs=1 and dataset.limit_train",
+    ),
+    "overfit_batches": ((0,), "set dataset.limit_train"),
+    "accumulate_grad_batches": ((1,), "every unit steps with every batch: set a larger dataset.batch_size"),
+    "num_nodes": ((1,), "a run has one device of one machine"),
+    "limit_test_batches": ((None, 1.0), "the test set is read as a whole"),
+    "reload_dataloaders_every_n_epochs": ((0,), "new loaders would start order and draws again"),
+}
+
 
 def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None = None) -> Any:
     """Typed objects for one run; ``arm`` is what it stands for in a comparison."""
@@ -67,6 +89,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         or None,
         optimizer=make(cfg.optimizer),
         scheduler=make(cfg.scheduler),
+        scheduler_interval=cfg.scheduler_interval,
         schedule=make(cfg.schedule),
         meters=list(make(cfg.meter.sources).values()),
         idle_s=cfg.meter.idle_s,
@@ -96,6 +119,8 @@ def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: 
         raise UsageError(
             f"trainer.matmul_precision is {cfg.trainer.matmul_precision}, expected one of {', '.join(_MATMUL)}"
         )
+    if cfg.scheduler_interval not in ("epoch", "step"):
+        raise UsageError(f"scheduler_interval is {cfg.scheduler_interval}, expected epoch or step")
     check_seed("seed", cfg.seed)
     if type(cfg.meter.idle_s) not in (int, float) or cfg.meter.idle_s < 0:
         raise UsageError(f"meter.idle_s is {cfg.meter.idle_s}, expected seconds, 0 for no idle measurement")
@@ -126,6 +151,13 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
 
     from locallearn.strategies.local import PRECISIONS
 
+    for key, (harmless, reason) in _NOT_HERE.items():
+        if key in trainer and not any(trainer[key] is value or trainer[key] == value for value in harmless):
+            raise UsageError(f"trainer.{key} is {trainer[key]}, but {reason}")
+    for key, least in (("check_val_every_n_epoch", 1), ("max_steps", -1)):
+        given = trainer.get(key)
+        if given is not None and (type(given) is not int or given < least or given == 0):
+            raise UsageError(f"trainer.{key} is {given}, expected a whole number of at least 1")
     accelerator, devices = trainer.get("accelerator"), trainer.get("devices")
     clip = trainer.get("gradient_clip_val")
     # The precision is checked here too: on a CPU Lightning quietly makes bf16 of fp16, unseen by LocalStrategy.

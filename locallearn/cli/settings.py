@@ -152,7 +152,9 @@ class Arm:
         if "seed" in keys:
             raise UsageError(f"{text!r} sets a seed, but all algorithms run the same ones: set compare.seeds")
         self.settings = [
-            part.strip() if "." in key or key in (*GROUPS, "scheduler") else f"algorithm.{part.strip()}"
+            part.strip()
+            if "." in key or key in (*GROUPS, "scheduler", "scheduler_interval")
+            else f"algorithm.{part.strip()}"
             for part, key in zip(parts, keys, strict=True)
         ]
 

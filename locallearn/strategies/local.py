@@ -7,19 +7,36 @@ from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
-from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from locallearn.algorithms.base import Algorithm, ParamGroup, TaskInfo
+from locallearn.algorithms.base import Algorithm, TaskInfo, Update
 from locallearn.batch import Batch
+from locallearn.cost import to_device
 from locallearn.nets.blocks import Blocks
+from locallearn.strategies.making import (
+    AFTER_VALIDATION,
+    OptimizerFactory,
+    SchedulerFactory,
+    check_length,
+    make_optimizers,
+    make_schedulers,
+)
 
-OptimizerFactory = Callable[[list[ParamGroup]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
+__all__ = [
+    "PRECISIONS",
+    "Diverged",
+    "LocalStrategy",
+    "LocalTask",
+    "OptimizerFactory",
+    "SchedulerFactory",
+    "make_optimizers",
+]
 
 # fp16 needs one scaler for all units (one update per batch, not per block) and would scale hand-written gradients.
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
@@ -30,21 +47,12 @@ class Diverged(RuntimeError):
     """A unit's loss is not finite any more."""
 
 
-def make_optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optimizer]:
-    """One optimizer per unit.
+class _Unscaled(MixedPrecision):
+    """bfloat16 has no gradient scaler, so gradients of fused optimizers, which would unscale them, can be clipped."""
 
-    Raises:
-        ValueError: the rule needs an optimizer that is linear in its gradients, and this one is not.
-    """
-    optimizers = {unit: make(groups) for unit, groups in algorithm.units().items()}
-    reason = algorithm.linear_optimizer
-    for optimizer in optimizers.values():
-        if reason is not None and not isinstance(optimizer, torch.optim.SGD):
-            raise ValueError(
-                f"the optimizer is {type(optimizer).__name__}, but {type(algorithm).__name__} needs SGD, with or without "
-                f"momentum (optimizer=sgd): {reason}"
-            )
-    return optimizers
+    @override
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
+        Precision.clip_gradients(self, *args, **kwargs)
 
 
 class LocalTask(Protocol):
@@ -71,18 +79,24 @@ class LocalStrategy(SingleDeviceStrategy):
     The strategy stays in Lightning's automatic loop, so ``global_step`` counts batches, every optimizer and scheduler is
     saved and resumed, gradients are clipped per unit, and callbacks work. The same LightningModule under
     ``strategy="auto"`` is the backpropagation baseline. Weights are bit-equal to the four-line loop in
-    :class:`~locallearn.algorithms.base.Algorithm`.
+    :class:`~locallearn.algorithms.base.Algorithm`. An optimizer that asks for the loss again within one step (LBFGS, SAM)
+    gets it from the rules whose updates can be made anew (``Update.again``); with the others it is refused.
+
+    Of the module's hooks, ``on_before_backward``, ``backward``, ``on_after_backward``, ``on_before_optimizer_step`` and
+    ``configure_gradient_clipping`` are called for every unit; ``on_before_zero_grad`` and ``optimizer_zero_grad`` once
+    per batch; ``training_step`` and ``configure_optimizers`` never, because the rule and the strategy stand for them.
 
     Args:
         algorithm: the rule. It is attached to the module's network when the Trainer connects, unless it is already.
         optimizer: makes one optimizer from a unit's parameter groups, e.g. ``functools.partial(torch.optim.Adam, lr=1e-3)``.
         scheduler: makes a learning rate scheduler from an optimizer; one per unit.
-        scheduler_interval: ``"epoch"`` or ``"step"``: when schedulers advance.
+        scheduler_interval: ``"epoch"`` or ``"step"``: when schedulers advance. ``ReduceLROnPlateau`` advances after every
+            validation: in mode ``min`` by ``validation/loss``, in mode ``max`` by the task's metric.
 
     Raises:
-        ValueError: on connection, where the module has no blocks, the algorithm cannot train them, the precision is
-            fp16, gradients are to be accumulated, several devices are asked for, or the rule needs a linear optimizer
-            and got another one, or gradients clipped by value.
+        ValueError: before training, where the module has no blocks, the algorithm cannot train them, a scheduler cannot be
+            made, several devices or nodes are asked for, or :meth:`check` refuses the Trainer; during training, where
+            gradients are to be accumulated after all, or an optimizer asks for what the rule cannot give.
         Diverged: a unit's loss is not finite; names the unit and the step.
     """
 
@@ -106,6 +120,7 @@ class LocalStrategy(SingleDeviceStrategy):
         self._unit_optimizers: dict[str, Optimizer] = {}
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_counts: dict[str, int] = {}
+        self._plateaus_wait = False
 
     # The connector fills this in once it knows the accelerator; without it the root device would stay the CPU.
     @property
@@ -121,6 +136,19 @@ class LocalStrategy(SingleDeviceStrategy):
             )
         self._devices = list(devices)
         self._root_device = devices[0]
+
+    # The connector sets this, if the strategy has it; without it a second node would go unnoticed.
+    @property
+    def num_nodes(self) -> int:
+        """One machine."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, number: int) -> None:
+        if number != 1:
+            raise ValueError(
+                f"LocalStrategy runs on one device of one machine, the Trainer got num_nodes={number}: set it to 1"
+            )
 
     @property
     def task(self) -> LocalTask:
@@ -145,25 +173,71 @@ class LocalStrategy(SingleDeviceStrategy):
             )
         super().connect(model)
 
-    @override
-    def setup(self, trainer: pl.Trainer) -> None:
-        precision = self.precision_plugin.precision
-        if precision not in PRECISIONS:
+    def check(self, trainer: pl.Trainer) -> None:
+        """Refuse what Lightning would take, but units that are stepped one by one cannot follow.
+
+        Raises:
+            ValueError: a precision with a gradient scaler or of somebody else's making, gradients that are accumulated, or
+                clipped by value under a rule that needs linear steps, a callback that searches or averages in its own
+                way, or a module that steps its optimizers itself.
+        """
+        plugin = self.precision_plugin
+        if plugin.precision not in PRECISIONS:
             raise ValueError(
-                f"precision is {precision!r}; units are stepped one by one, which a gradient scaler cannot follow: use "
-                f"one of {', '.join(PRECISIONS)}"
+                f"precision is {plugin.precision!r}; units are stepped one by one, which a gradient scaler cannot follow: "
+                f"use one of {', '.join(PRECISIONS)}"
             )
-        if trainer.accumulate_grad_batches != 1:
+        if type(plugin) not in (Precision, DoublePrecision, HalfPrecision, MixedPrecision, _Unscaled):
             raise ValueError(
-                f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but every unit steps with every batch: "
-                "use a larger batch instead"
+                f"the precision plugin is a {type(plugin).__name__}, which may do to a unit's step what nobody here knows: "
+                f"use precision={plugin.precision!r} without a plugin"
             )
+        accumulated = [
+            trainer.accumulate_grad_batches,
+            *(
+                n
+                for c in trainer.callbacks
+                if isinstance(c, GradientAccumulationScheduler)
+                for n in c.scheduling.values()
+            ),
+        ]
+        self._check_accumulation(max(accumulated))
+        for callback in trainer.callbacks:
+            if isinstance(callback, LearningRateFinder | StochasticWeightAveraging):
+                raise ValueError(
+                    f"{type(callback).__name__} works on the one optimizer of a module, and LocalStrategy has one per unit, "
+                    "made before: leave it out"
+                )
         reason = self.algorithm.linear_optimizer
         if reason is not None and trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ValueError(
                 f"gradients are clipped entry by entry, but {type(self.algorithm).__name__} can be clipped by norm only "
                 f"(gradient_clip_algorithm='norm'): {reason}"
             )
+        module = self.lightning_module
+        if module is not None and not module.automatic_optimization:
+            raise ValueError(
+                f"{type(module).__name__} has automatic_optimization=False, but LocalStrategy steps the optimizers: leave it "
+                "True"
+            )
+        if module is not None and is_overridden("optimizer_step", module):
+            raise ValueError(
+                f"{type(module).__name__} has an optimizer_step of its own, which would be called once for all units: leave "
+                "it out, and make an optimizer that does what it does"
+            )
+
+    def _check_accumulation(self, batches: int) -> None:
+        if batches != 1:
+            raise ValueError(
+                f"accumulate_grad_batches is {batches}, but every unit steps with every batch: use a larger batch instead"
+            )
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        self.check(trainer)
+        plugin = self.precision_plugin
+        if type(plugin) is MixedPrecision:
+            self.precision_plugin = _Unscaled("bf16-mixed", plugin.device)
         super().setup(trainer)
 
     @override
@@ -174,16 +248,34 @@ class LocalStrategy(SingleDeviceStrategy):
         self.optimizers = list(self._unit_optimizers.values()) or [nothing]
         self.lr_scheduler_configs = []
         if self._make_scheduler is not None:
-            self.lr_scheduler_configs = [
-                LRSchedulerConfig(self._make_scheduler(optimizer), interval=self._scheduler_interval, name=f"lr-{unit}")
-                for unit, optimizer in self._unit_optimizers.items()
-            ]
+            self.lr_scheduler_configs = make_schedulers(
+                self._unit_optimizers,
+                self._make_scheduler,
+                self._scheduler_interval,
+                self.task.metric,
+                self.task.maximise,
+            )
+        follow = any(config.interval == AFTER_VALIDATION for config in self.lr_scheduler_configs)
+        if follow and not trainer.enable_validation:
+            raise ValueError(
+                "ReduceLROnPlateau follows what validation says, and there is no validation data: give some, or use another "
+                "scheduler"
+            )
+
+    @override
+    def on_train_start(self) -> None:
+        trainer = cast(pl.LightningModule, self.lightning_module).trainer
+        epochs = float("inf") if trainer.max_epochs in (None, -1) else cast(int, trainer.max_epochs)
+        steps = float("inf") if trainer.max_steps == -1 else trainer.max_steps
+        if trainer.global_step == 0:
+            check_length(self.lr_scheduler_configs, epochs, min(steps, epochs * trainer.num_training_batches))
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Drive the algorithm's generator through one batch."""
         module = self.lightning_module
         assert module is not None
+        self._check_accumulation(module.trainer.accumulate_grad_batches)  # callbacks may change it at any time
         batch = self.task.to_batch(args[0])
         updates = self.algorithm.updates(batch)
         total: Tensor | None = None
@@ -193,12 +285,13 @@ class LocalStrategy(SingleDeviceStrategy):
             if update is None:
                 break
             optimizer = self._unit_optimizers[update.unit]
-
-            def closure(update: Any = update, optimizer: Optimizer = optimizer) -> Tensor | None:
-                update.backward(lambda loss: Strategy.backward(self, loss, optimizer))
-                return cast("Tensor | None", update.loss)
-
+            closure = _Closure(self, update, optimizer)
             self.precision_plugin.optimizer_step(optimizer, model=module, closure=closure)
+            if not closure.calls:
+                raise ValueError(
+                    f"the optimizer {type(optimizer).__name__} has not called its closure, which works out the gradients: unit "
+                    f"{update.unit!r} would never learn"
+                )
             optimizer.zero_grad()  # a unit's gradients are let go before the next unit's exist
             if update.loss is not None:
                 self._note(update.unit, update.loss)
@@ -224,6 +317,37 @@ class LocalStrategy(SingleDeviceStrategy):
         """Run the closure; every unit was stepped in :meth:`training_step`."""
         return closure()
 
+    @override
+    def on_validation_start(self) -> None:
+        trainer = cast(pl.LightningModule, self.lightning_module).trainer
+        self._plateaus_wait = trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    @override
+    def on_validation_end(self) -> None:
+        self.step_plateaus()
+
+    def step_plateaus(self) -> None:
+        """Advance the schedulers that follow a metric, once per validation; called by a callback, else after all of them.
+
+        Raises:
+            ValueError: the task does not log the metric.
+        """
+        if not self._plateaus_wait:
+            return
+        self._plateaus_wait = False
+        metrics = cast(pl.LightningModule, self.lightning_module).trainer.callback_metrics
+        for config in self.lr_scheduler_configs:
+            if config.interval == AFTER_VALIDATION:
+                if config.monitor not in metrics:
+                    raise ValueError(
+                        f"the task logs no {config.monitor!r}, which ReduceLROnPlateau watches; it logs {sorted(metrics)}"
+                    )
+                config.scheduler.step(float(metrics[config.monitor]))
+
+    def feed(self, batch: Batch) -> Batch:
+        """A batch as the training loop hands it over: in the dtype of the precision, on the device."""
+        return to_device(self.precision_plugin.convert_input(batch), self.root_device)
+
     def mean_losses(self) -> Mapping[str, float]:
         """Mean loss of every unit since the last call; units that reported none are left out."""
         means = {unit: float(total) / self._loss_counts[unit] for unit, total in self._loss_sums.items()}
@@ -246,3 +370,34 @@ class LocalStrategy(SingleDeviceStrategy):
                     f"unit {unit!r} diverged: its loss is {float(total)} at step {step}; a smaller learning rate or "
                     "gradient clipping (trainer.gradient_clip_val) may help"
                 )
+
+
+class _Closure:
+    """Works out the loss and the gradients of one unit, for its optimizer; the update is made anew where it asks again."""
+
+    def __init__(self, strategy: LocalStrategy, update: Update, optimizer: Optimizer) -> None:
+        self._strategy, self._update, self._optimizer = strategy, update, optimizer
+        self.calls = 0
+
+    def __call__(self) -> Tensor | None:
+        self.calls += 1
+        update, strategy = self._update, self._strategy
+        if self.calls == 1:
+            update.backward(self._differentiate)
+            return update.loss
+        if update.again is None:
+            raise ValueError(
+                f"the optimizer {type(self._optimizer).__name__} asks for the loss again within one step, but "
+                f"{type(strategy.algorithm).__name__} works out an update of unit {update.unit!r} only once per batch: use "
+                "an optimizer that asks once, such as Adam or SGD"
+            )
+        self._optimizer.zero_grad()
+        with torch.enable_grad():
+            with strategy.precision_plugin.train_step_context():
+                loss = update.again()
+            if loss.requires_grad:  # else it is a frozen unit's
+                self._differentiate(loss)
+        return loss.detach()
+
+    def _differentiate(self, loss: Tensor) -> None:
+        Strategy.backward(self._strategy, loss, self._optimizer)

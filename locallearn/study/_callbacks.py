@@ -15,7 +15,6 @@ import torch
 from typing_extensions import override
 
 from locallearn.batch import Batch
-from locallearn.cost import to_device
 from locallearn.energy import EnergyCallback
 from locallearn.probe import probe_blocks
 from locallearn.records import RunFolder
@@ -33,14 +32,14 @@ class _Probes(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # From loaders of their own, and after Lightning has got its own: a checkpoint's place in the data is for that.
-        samples, device = self.plan.probe_samples, trainer.strategy.root_device
+        samples, strategy = self.plan.probe_samples, cast(LocalStrategy, trainer.strategy)
         info = cast(LocalTask, pl_module).info()
         if samples and info.classes:  # probes tell classes apart
-            judged = _first(self.plan.data.val_dataloader(), samples, device)
+            judged = strategy.feed(_first(self.plan.data.val_dataloader(), samples))
             if info.example.context:  # a graph: its batches may be parts of it, on which not every rule can infer
-                self._batches = to_device(info.example, device), judged
+                self._batches = strategy.feed(info.example), judged
             else:
-                self._batches = _first(self.plan.data.train_dataloader(), samples, device), judged
+                self._batches = strategy.feed(_first(self.plan.data.train_dataloader(), samples)), judged
 
     def accuracies(self, trainer: pl.Trainer) -> dict[str, float]:
         """Accuracy of every block's probe, by the name of the metric; empty without probes."""
@@ -186,7 +185,7 @@ class _Keeper(pl.Callback):
             raise Interrupted
 
 
-def _first(loader: Any, samples: int, device: torch.device) -> Batch:
+def _first(loader: Any, samples: int) -> Batch:
     """The first ``samples`` samples of a loader as one batch; a graph's single batch as it is."""
     batches: list[Batch] = []
     for batch in loader:
@@ -194,7 +193,7 @@ def _first(loader: Any, samples: int, device: torch.device) -> Batch:
         if batches[-1].context or sum(len(b.inputs) for b in batches) >= samples:
             break
     if len(batches) == 1:
-        return to_device(batches[0], device)
+        return batches[0]
     inputs = torch.cat([b.inputs for b in batches])[:samples]
     targets = torch.cat([b.targets for b in batches])[:samples]
-    return to_device(Batch(inputs, targets), device)
+    return Batch(inputs, targets)

@@ -39,6 +39,7 @@ class Plan:
         algorithm: the rule, not yet attached.
         optimizer: makes a unit's optimizer.
         scheduler: makes a unit's learning rate scheduler.
+        scheduler_interval: ``epoch`` or ``step``: when it advances.
         schedule: stages and stopping rule.
         meters: sources of joules, new ones for every run.
         idle_s: seconds to watch the idle machine before training, for net joules; 0 leaves net empty.
@@ -73,6 +74,7 @@ class Plan:
     idle_s: float
     runs_dir: Path
     max_epochs: int
+    scheduler_interval: str = "epoch"
     trainer: dict[str, Any] = field(default_factory=dict)
     matmul_precision: str = "highest"
     logger: Logger | None = None

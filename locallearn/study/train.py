@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 
-from locallearn.cost import measure_update, to_device
+from locallearn.cost import measure_update
 from locallearn.energy import EnergyCallback, EnergyMonitor
-from locallearn.precision import multiplying
+from locallearn.precision import effective_precision, multiplying
 from locallearn.records import RunFolder, hardware, versions
-from locallearn.strategies.local import LocalStrategy, LocalTask, make_optimizers
+from locallearn.strategies.local import LocalStrategy, LocalTask
+from locallearn.strategies.making import make_optimizers, make_schedulers
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
+from locallearn.study._rehearsal import make_trainer, quiet, rehearse
 from locallearn.study.plan import CHECKPOINT, SAMPLES, Interrupted, Plan
 
 __all__ = ["CHECKPOINT", "SAMPLES", "Interrupted", "Plan", "attached_task", "check", "quiet", "run"]
+
+_QUICK = 100_000
+"""Most rows of an example (of a graph: all its nodes) whose first batch is tried before everything else."""
 
 
 def run(plan: Plan) -> Path:
@@ -48,7 +49,8 @@ def _run(plan: Plan) -> Path:
     task, trainer = _prepared(plan, [probes, energy, recorder, plan.schedule, _Keeper(plan, recorder)])
     plan.data.prepare_data()
     plan.data.setup("fit")  # missing data is told before a folder is made
-    folder = recorder.folder = RunFolder.create(plan.runs_dir, _start(plan, cast(LocalTask, task)))
+    rehearse(plan, task)
+    folder = recorder.folder = RunFolder.create(plan.runs_dir, _start(plan, cast(LocalTask, task), trainer))
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         folder.update(_train(plan, task, trainer, recorder, resume))
@@ -70,7 +72,11 @@ def check(plan: Plan) -> None:
 
     The plan is used up: its algorithm is attached to a network afterwards.
     """
-    _prepared(plan, [])
+    task, _ = _prepared(plan, [])
+    if len(cast(LocalTask, task).info().example.inputs) <= _QUICK:
+        plan.data.prepare_data()
+        plan.data.setup("fit")
+        rehearse(plan, task)
 
 
 def attached_task(plan: Plan) -> Any:
@@ -88,22 +94,11 @@ def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningMod
     metric = cast(LocalTask, task).metric
     if plan.target is not None and metric in ("accuracy", "auc") and plan.target > 1:
         raise ValueError(f"the target is {plan.target}, but {metric} is a number up to 1: write 0.97 for 97 %")
-    for optimizer in make_optimizers(plan.algorithm, plan.optimizer).values():
-        if plan.scheduler is not None:
-            plan.scheduler(optimizer)
-    with quiet():
-        trainer = pl.Trainer(
-            strategy=LocalStrategy(plan.algorithm, plan.optimizer, plan.scheduler),
-            max_epochs=plan.max_epochs,
-            logger=plan.logger or False,
-            callbacks=callbacks,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1_000_000,  # per-batch logging costs more than a small batch; epochs are logged
-            **plan.trainer,
-        )
+    optimizers = make_optimizers(plan.algorithm, plan.optimizer)
+    if plan.scheduler is not None:
+        make_schedulers(optimizers, plan.scheduler, plan.scheduler_interval, metric, cast(LocalTask, task).maximise)
+    trainer = make_trainer(plan, plan.algorithm, callbacks, max_epochs=plan.max_epochs, logger=plan.logger or False)
+    cast(LocalStrategy, trainer.strategy).check(trainer)
     return task, trainer
 
 
@@ -121,7 +116,7 @@ def _sentence(error: BaseException) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def _start(plan: Plan, task: LocalTask) -> dict[str, Any]:
+def _start(plan: Plan, task: LocalTask, trainer: pl.Trainer) -> dict[str, Any]:
     """What is known of a run before it starts."""
     algorithm = plan.algorithm
     params = sum(p.numel() for p in algorithm.blocks.parameters())
@@ -133,6 +128,11 @@ def _start(plan: Plan, task: LocalTask) -> dict[str, Any]:
         "metric": {"name": task.metric, "maximise": task.maximise},
         "locality": str(algorithm.locality),
         "mode": plan.mode,
+        "precision": {
+            "trainer": trainer.precision_plugin.precision,
+            "matmul": plan.matmul_precision,
+            **effective_precision(trainer.strategy.root_device),
+        },
         "blocks": algorithm.blocks.names,
         "config": plan.config,
         "command": plan.command,
@@ -150,8 +150,9 @@ def _train(
         try:
             trainer.fit(task, datamodule=plan.data, ckpt_path=resume, weights_only=True)
             figures = _figures(plan, cast(LocalTask, task), trainer, recorder)
-            validation = trainer.validate(task, datamodule=plan.data, verbose=False)[0]
-            test = trainer.test(task, datamodule=plan.data, verbose=False)[0] if plan.evaluate_test else {}
+            with plan.schedule.as_far_as_trained(plan.algorithm):
+                validation = trainer.validate(task, datamodule=plan.data, verbose=False)[0]
+                test = trainer.test(task, datamodule=plan.data, verbose=False)[0] if plan.evaluate_test else {}
         except SystemExit:  # what Lightning makes of Ctrl-C where there is no batch to finish
             raise Interrupted from None
     write_samples = getattr(task, "write_samples", None)  # pictures, where a task makes them
@@ -164,10 +165,11 @@ def _train(
 
 def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Recorder) -> dict[str, Any]:
     """Cost of the training that has just ended; measuring an update happens after it, on a copy."""
-    energy = recorder.energy
-    device = trainer.strategy.root_device
+    energy, stages = recorder.energy, plan.schedule.stages(plan.algorithm)
+    strategy = cast(LocalStrategy, trainer.strategy)
+    device, untrained = strategy.root_device, plan.schedule.untrained(plan.algorithm)
     allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    batch = to_device(task.to_batch(next(iter(plan.data.train_dataloader()))), device)
+    batch = strategy.feed(task.to_batch(next(iter(plan.data.train_dataloader()))))
     with trainer.precision_plugin.train_step_context():
         update = measure_update(plan.algorithm, batch, plan.schedule.sequential)
     return {
@@ -178,28 +180,12 @@ def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Record
             "update_flops": update.flops,
             "activation_peak_bytes": update.activation_peak_bytes,
             "allocated_peak_bytes": allocated,
-            "samples": recorder.samples / len(plan.schedule.stages(plan.algorithm)),
+            "samples": recorder.samples / len(stages),
             "energy_j": {reading.source: reading.joules for reading in energy.readings},
         },
         "energy": [reading.to_dict() for reading in energy.readings],
         "target": recorder.target or (None if plan.target is None else {task.metric: plan.target}),
-        # The last entry is that of a stage which a target ended.
-        "epochs": [*plan.schedule.epochs_by_stage, *([plan.schedule.epochs] if plan.schedule.epochs else [])],
+        # One entry per stage; the last one above 0 may be that of a stage which something else than the schedule ended.
+        "epochs": [*plan.schedule.epochs_by_stage, *(0 for _ in stages[plan.schedule.stage :])],
+        **({"untrained": untrained} if untrained else {}),
     }
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Lightning's advice off the terminal: it is about settings that are chosen here on purpose."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\..*")
-        warnings.filterwarnings("ignore", message=r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
