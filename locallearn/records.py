@@ -69,6 +69,7 @@ __all__ = [
     "scan",
     "source",
     "versions",
+    "write_file",
 ]
 
 SCHEMA: Final = 1
@@ -382,7 +383,7 @@ class RunFolder:
         kept = list(_raw_rows(earlier / "metrics.csv"))
         kept = kept[:rows] if rows is not None else [row for row in kept if int(row[1]) <= step]
         if kept:
-            _write_bytes(self.path / "metrics.csv", _csv_text(kept, header=True))
+            write_file(self.path / "metrics.csv", _csv_text(kept, header=True))
         self.rows = len(kept)
         return sorted({int(row[0]) for row in kept})
 
@@ -396,7 +397,7 @@ class RunFolder:
             raise ValueError(
                 f"{name!r} cannot be a file of a run; use a plain file name other than record.json and metrics.csv."
             )
-        _write_bytes(self.path / name, _encoded(text))
+        write_file(self.path / name, _encoded(text))
 
     def write_with(self, name: str, write: Callable[[Path], None]) -> None:
         """Writes a file of the run in one step: ``write`` is given a place beside it, which then takes its name.
@@ -648,7 +649,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    _write_bytes(path, _encoded(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"))
+    write_file(path, _encoded(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"))
 
 
 def _encoded(text: str) -> bytes:
@@ -656,7 +657,12 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file in one step: what stood there before is there until the new content is complete.
+
+    Raises:
+        OSError: it cannot be written, with the file's name; nothing half-written is left.
+    """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with _naming(path), _cleared(aside):
         with aside.open("xb", buffering=0) as file:
