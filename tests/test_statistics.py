@@ -152,7 +152,10 @@ def test_a_cost_is_tested_on_a_logarithmic_scale() -> None:
     logs = np.log([1.1, 0.1, 2])
     ends = scipy.stats.t.interval(0.95, 2, loc=logs.mean(), scale=scipy.stats.sem(logs))
     assert (cost.ratio_lo, cost.ratio_hi) == pytest.approx(tuple(np.exp(ends)))
-    assert (cost.p, quality.p) == (1.0, 0.5)  # of four sums |±0.095 ± 2.303 ± 0.693| none is smaller; of |±1 ± 0.9 ± 1| two
+    assert (cost.p, quality.p) == (
+        1.0,
+        0.5,
+    )  # of four sums |±0.095 ± 2.303 ± 0.693| none is smaller; of |±1 ± 0.9 ± 1| two
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
