@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any, Final, NamedTuple
 
 _flock: Callable[[int, int], None] | None
@@ -63,6 +64,7 @@ __all__ = [
     "find_records",
     "hardware",
     "load_record",
+    "plain_file",
     "read_index",
     "rebuild_index",
     "recover",
@@ -131,8 +133,6 @@ explains every key.
 
 _ENDINGS = ("done", "failed", "interrupted")
 _LOCK = ".lock"
-_NESTED = 100  # levels of a record that is no prank
-_LARGEST_BYTES = 64 * 2**20
 _LONE = re.compile("[\ud800-\udfff]")
 _PACKAGES = (
     "locallearn",
@@ -700,6 +700,9 @@ def _cleared(aside: Path) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------------- reading
 
+# What a target cost, beside the value that was to be reached.
+_TO_TARGET = ("seconds", "joules", "samples")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -707,7 +710,8 @@ class Record:
 
     Attributes:
         path: the run's folder.
-        data: the content of ``record.json``, as it stands.
+        data: the content of ``record.json`` as it stands, but for text: half characters are escaped, and what is longer than
+            100,000 characters (a name longer than 200) is cut.
     """
 
     path: Path
@@ -760,25 +764,60 @@ class Record:
         entries = entries if isinstance(entries, list) else []
         return [entry for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("source"), str)]
 
+    @property
+    def wanted(self) -> float | None:
+        """The value of the metric that ends the run, in mode ``target``."""
+        if self.text("mode") != "target":
+            return None
+        # A run that failed has its settings only.
+        of_settings = _mapping(self.part("config").get("compare")).get("target")
+        found = _number(self.part("target").get(self.metric.name))
+        return _number(of_settings) if found is None else found
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the run reached its target: then the record says at what cost."""
+        return any(self.part("target").get(name) is not None for name in _TO_TARGET)
+
+    @property
+    def uncounted(self) -> list[str]:
+        """Operators that the counted operations lack, by name."""
+        names = self.part("cost").get("uncounted")
+        return [str(name)[:_NAME] for name in names] if isinstance(names, list) else []
+
     def figures(self) -> dict[str, float | None]:
         """Every figure of the run under one flat name; ``None`` is unknown.
 
         ``validation/<metric>``, ``test/<metric>``, the names of :data:`COST_COLUMNS`, ``energy_j/<source>`` and
-        ``energy_net_j/<source>`` in joules, and ``target/<metric>``, ``target/seconds``, ``target/joules``,
-        ``target/samples``.
+        ``energy_net_j/<source>`` in joules, and ``target/<metric>``, ``target/seconds``, ``target/samples``,
+        ``target/joules/<source>``. A negative cost is unknown (but for net joules, from which idle ones are taken off).
         """
         flat: dict[str, float | None] = {}
         for part in ("validation", "test"):
             flat |= {f"{part}/{name}": _number(value) for name, value in self.part(part).items()}
         cost = self.part("cost")
-        flat |= {name: _number(cost.get(name)) for name in COST_COLUMNS}
+        flat |= {name: _cost(cost.get(name)) for name in COST_COLUMNS}
         for window in self.energy():
-            flat[f"energy_j/{window['source']}"] = _number(window.get("joules"))
+            flat[f"energy_j/{window['source']}"] = _cost(window.get("joules"))
             if "net_joules" in window:
                 flat[f"energy_net_j/{window['source']}"] = _number(window["net_joules"])
-        flat |= {f"energy_j/{source}": _number(value) for source, value in _mapping(cost.get("energy_j")).items()}
-        flat |= {f"target/{name}": _number(value) for name, value in self.part("target").items()}
+        flat |= {f"energy_j/{source}": _cost(value) for source, value in _mapping(cost.get("energy_j")).items()}
+        for name, value in self.part("target").items():
+            if isinstance(value, Mapping):
+                flat |= {f"target/{name}/{source}": _cost(joules) for source, joules in value.items()}
+            else:
+                flat[f"target/{name}"] = _cost(value) if name in _TO_TARGET else _number(value)
         return flat
+
+    def spent(self) -> dict[str, float | None]:
+        """What the whole training cost, under the names of costs to a target: what a run that did not arrive counts with."""
+        figures = self.figures()
+        joules = {name.partition("/")[2]: value for name, value in figures.items() if name.startswith("energy_j/")}
+        return {
+            "target/seconds": figures["train_s"],
+            "target/samples": figures["samples"],
+            **{f"target/joules/{source}": value for source, value in joules.items()},
+        }
 
     def metrics(self) -> list[Metric]:
         """The lines of ``metrics.csv`` in order; empty when there is no such file.
@@ -786,23 +825,29 @@ class Record:
         A last line cut short by a kill is left out.
 
         Raises:
-            ValueError: another line is damaged.
+            ValueError: the file cannot be read, or another line is damaged.
         """
         path = self.path / "metrics.csv"
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        except OSError:
+            lines = plain_file(path).decode("utf-8-sig", errors="replace").splitlines(keepends=True)
+        except FileNotFoundError:
             return []
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         rows: list[Metric] = []
-        for number, row in enumerate(csv.reader(lines[1:]), start=2):
+        reader = csv.reader(lines[1:])
+        while True:
+            row: list[str] = []
             try:
+                row = next(reader)
                 epoch, step, name, value = row
-                rows.append(Metric(int(epoch), int(step), name, float(value) if value else None))
-            except ValueError:
+                rows.append(Metric(int(epoch), int(step), _text(name, _NAME), float(value) if value else None))
+            except StopIteration:
+                break
+            except (ValueError, csv.Error) as error:
+                cause = _short(repr(row) if row else str(error))
                 raise ValueError(
-                    f"line {number} of {path} is damaged: {row!r}; wanted epoch,step,name,value."
+                    f"line {reader.line_num + 1} of {path} is damaged: {cause}; wanted epoch,step,name,value."
                 ) from None
         return rows
 
@@ -813,11 +858,13 @@ class Scan:
 
     Attributes:
         records: the readable ones, oldest first.
-        problems: one sentence for each folder that was left out.
+        problems: one sentence for each folder that was left out, and for each record with values that cannot be used.
+        left_out: how many folders were left out.
     """
 
     records: list[Record]
     problems: list[str]
+    left_out: int = 0
 
 
 def load_record(path: Path) -> Record:
@@ -829,25 +876,36 @@ def load_record(path: Path) -> Record:
     folder = path.parent if path.name == "record.json" else path
     data = _read_json(folder)
     for key, kind in (("id", str), ("algorithm", str), ("dataset", str), ("status", str), ("seed", int)):
-        if not isinstance(data.get(key), kind) or isinstance(data.get(key), bool):
+        value = data.get(key)
+        large = isinstance(value, int) and not -(2**63) <= value < 2**63  # more than the index can hold
+        if not isinstance(value, kind) or isinstance(value, bool) or large:
             raise ValueError(
-                f"the record in {folder} has {key!r} = {data.get(key)!r}, wanted {kind.__name__}; it cannot be used."
+                f"the record in {folder} has {key!r} = {_short(repr(value))}, wanted {kind.__name__}; it cannot be used."
             )
-    return Record(folder, data)
+    short = {key: _text(data[key], _NAME) for key in _NAMES if isinstance(data.get(key), str)}
+    return Record(folder, {**data, **short})
 
 
 def scan(roots: Iterable[Path]) -> Scan:
-    """Finds the records below ``roots``, at any depth; the same run found twice counts once.
+    """Finds the records below ``roots``, at any depth; the same folder found twice counts once.
+
+    Of two folders whose records have one ``id`` (a copy, say) the first one counts, and a problem names the other.
 
     Raises:
         ValueError: a root does not exist.
     """
     records: dict[str, Record] = {}
+    places: set[Path] = set()
     problems: list[str] = []
+    doubts: list[str] = []
     for root in roots:
         if not root.is_dir():
             raise ValueError(f"there is no folder {root}; give a run's folder or a folder of runs.")
         for folder in _run_folders(root):
+            place = folder.resolve()
+            if place in places:
+                continue
+            places.add(place)
             if folder.name.endswith(".part"):
                 unended = "the run has not ended yet, or was killed and not recovered."
                 recorded = (folder / "record.json").exists()
@@ -857,9 +915,19 @@ def scan(roots: Iterable[Path]) -> Scan:
                 record = load_record(folder)
             except ValueError as error:
                 problems.append(str(error))
-            else:
-                records.setdefault(record.id, record)
-    return Scan(sorted(records.values(), key=_age), problems)
+                continue
+            known = records.setdefault(record.id, record)
+            if known is not record:
+                problems.append(
+                    f"{folder} has the id {record.id!r} of {known.path}; only the first is counted: take one of them out, or "
+                    "give it an id of its own."
+                )
+            doubts += [f"{folder}: {doubt}" for doubt in _doubts(record)]
+            try:
+                record.metrics()
+            except ValueError as error:
+                doubts.append(str(error))
+    return Scan(sorted(records.values(), key=_age), [*problems, *doubts], len(problems))
 
 
 def find_records(roots: Iterable[Path]) -> list[Record]:
@@ -874,7 +942,8 @@ def _age(record: Record) -> tuple[str, str]:
 def _run_folders(root: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
         # A folder that a kill left before its first record has none, and must be told all the same.
-        if "record.json" in files or (Path(place).name.endswith(".part") and Path(place).name.startswith(".")):
+        unended = Path(place).name.startswith(".") and Path(place).name.endswith(".part")
+        if unended or "record.json" in files or "record.json" in folders:
             folders.clear()
             yield Path(place)
         # Hidden folders are somebody else's, except the one of a run that has not ended.
@@ -884,38 +953,119 @@ def _run_folders(root: Path) -> Iterator[Path]:
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "record.json"
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode) or about.st_size > _LARGEST_BYTES:
-            raise ValueError(f"it is no file, or has more than {_LARGEST_BYTES // 2**20} MiB")
-        data = _readable(json.loads(path.read_text(encoding="utf-8")), _NESTED)
+        data = _tame(json.loads(plain_file(path).decode("utf-8-sig")))
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no record.json; give the folder of a run.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); the record is damaged.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({_short(str(error))}); the record is damaged.") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__} instead of an object; the record is damaged.")
     return data
 
 
-def _readable(value: Any, levels: int) -> Any:
-    """What JSON holds, with text that can be written anywhere: a lone surrogate becomes the sign for what is unreadable.
+def plain_file(path: Path, most: int = 2**28) -> bytes:
+    """The content of a file of a run.
 
     Raises:
-        ValueError: it is nested deeper than ``levels``, which no later reader of the record would survive.
+        FileNotFoundError: there is none.
+        ValueError: it is a link (which could show any file of this machine), no plain file, too large or not readable.
     """
+    try:
+        state = path.lstat()
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError(f"{path} is a link, a folder or a device instead of a plain file, so it is not read")
+        if state.st_size > most:
+            raise ValueError(f"{path} has {state.st_size:,} bytes, more than the {most:,} that are read")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+
+
+_DEPTH = 100
+_CHARACTERS = 100_000
+_NAME = 200
+_NAMES = ("algorithm", "variant", "dataset", "net", "task", "mode", "status", "locality")
+
+
+def _tame(value: Any, depth: int = 0) -> Any:
+    """What JSON held, with text that can be written and shown: half characters escaped, very long text cut."""
+    if depth > _DEPTH:
+        raise ValueError(f"it is nested more than {_DEPTH} deep")
     if isinstance(value, str):
-        return value if value.isascii() else _LONE.sub("\ufffd", value)
-    if not isinstance(value, (dict, list)):
-        return value
-    if levels == 0:
-        raise ValueError(f"nested deeper than {_NESTED} levels")
+        return _text(value)
     if isinstance(value, list):
-        return [_readable(item, levels - 1) for item in value]
-    return {_readable(key, levels): _readable(item, levels - 1) for key, item in value.items()}
+        return [_tame(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {_text(key, _NAME): _tame(item, depth + 1) for key, item in value.items()}
+    return value
+
+
+def _text(text: str, most: int = _CHARACTERS) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= most else f"{text[:most]}… (cut here, {len(text):,} characters)"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _doubts(record: Record) -> list[str]:
+    """What a record holds that cannot be what it should be, and is taken for unknown."""
+    data = record.data
+    found = []
+    for key, empty in TEMPLATE.items():
+        value = data.get(key)
+        if isinstance(empty, (dict, list)) and value is not None and not isinstance(value, type(empty)):
+            found.append((key, value, "an object" if isinstance(empty, dict) else "a list"))
+    for key in (
+        "variant",
+        "net",
+        "task",
+        "error",
+        "locality",
+        "mode",
+        "command",
+        "started",
+        "finished",
+        "resumed_from",
+    ):
+        if not isinstance(data.get(key), (str, NoneType)):
+            found.append((key, data[key], "text"))
+    for key in ("metric", "target"):
+        if not isinstance(data.get(key), (dict, NoneType)):
+            found.append((key, data[key], "an object"))
+    cost = record.part("cost")
+    numbers = [
+        (f"{part}.{name}", value, _number)
+        for part in ("validation", "test")
+        for name, value in record.part(part).items()
+    ]
+    numbers += [(f"cost.{name}", cost.get(name), _cost) for name in COST_COLUMNS]
+    numbers += [(f"cost.energy_j.{name}", value, _cost) for name, value in _mapping(cost.get("energy_j")).items()]
+    numbers += [(f"energy of {window['source']}", window.get("joules"), _cost) for window in record.energy()]
+    for name, value in record.part("target").items():
+        inner = value.items() if isinstance(value, Mapping) else [("", value)]
+        numbers += [(f"target.{name}.{source}".rstrip("."), one, _number) for source, one in inner]
+    for name, value, read in numbers:
+        if value is not None and read(value) is None:
+            found.append((name, value, "a number, or 0 and above for a cost"))
+    sentences = [
+        f"{_short(name)} is {_short(repr(value))}, wanted {kind}; it counts as unknown." for name, value, kind in found
+    ]
+    if record.status not in _ENDINGS:
+        sentences.append(f"status is {_short(repr(record.status))}, wanted one of {', '.join(_ENDINGS)}.")
+    return sentences
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _cost(value: Any) -> float | None:
+    number = _number(value)
+    return None if number is None or number < 0 else number
 
 
 def _number(value: Any) -> float | None:
@@ -998,7 +1148,7 @@ def _index_row(record: Record, runs_dir: Path) -> list[Any]:
     figures |= {f"{part}_accuracy": figures.get(f"{part}/accuracy") for part in ("validation", "test")}
     joules = {name.partition("/")[2]: value for name, value in figures.items() if name.startswith("energy_j/")}
     return [
-        _LONE.sub("\ufffd", str(record.path.relative_to(runs_dir))),
+        _text(str(record.path.relative_to(runs_dir))),
         *(record.text(name) for name in _INDEX_TEXT),
         record.seed if abs(record.seed) < 2**63 else None,  # SQLite's whole numbers have 64 bits
         *(figures[name] for name in _INDEX_NUMBERS),

@@ -7,73 +7,108 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from locallearn.records import Record
 from locallearn.statistics import (
     Row,
-    _student_quantile,
-    bootstrap_interval,
+    Summary,
     compare_table,
+    holm,
     paired,
+    sign_flip_p,
+    smallest_p,
     summarise,
+    t_interval,
 )
 
-
-@pytest.mark.parametrize(
-    ("df", "wanted"),
-    [(1, math.tan(math.pi * 0.475)), (2, 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))), (4, 2.776445), (30, 2.042272)],
-)
-def test_student_quantile_against_closed_forms_and_tables(df: int, wanted: float) -> None:
-    assert _student_quantile(0.975, df) == pytest.approx(wanted, rel=1e-6)
+T_975 = {2: 4.302653, 4: 2.776445, 9: 2.262157}  # from a printed table
 
 
-@pytest.mark.parametrize(("level", "t"), [(0.8, 1.475884), (0.95, 2.570582)])
-def test_interval_against_the_complete_bootstrap_distribution(level: float, t: float) -> None:
-    values = [0.31, 1.13, 1.27, 2.91, 3.37, 4.05]
-    n = len(values)
-    means = np.array([sum(draw) / n for draw in itertools.product(values, repeat=n)])
-    tail = statistics.NormalDist().cdf(-t * math.sqrt(n / (n - 1)))
-    assert bootstrap_interval(values, level=level, resamples=200_000) == pytest.approx(
-        tuple(np.quantile(means, [tail, 1 - tail])), abs=0.02
-    )
+# -- intervals and tests ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_the_interval_is_the_textbooks(n: int) -> None:
+    values = np.random.default_rng(n).normal(5.0, 2.0, n)
+    half = T_975[n - 1] * statistics.stdev(values) / math.sqrt(n)
+    mean = statistics.mean(values)
+    assert t_interval(values) == pytest.approx((mean - half, mean + half), rel=1e-6)
 
 
-def test_interval_of_many_values_approaches_the_normal_one() -> None:
-    values = np.random.default_rng(1).normal(5.0, 2.0, 400)
-    half = 1.96 * values.std(ddof=1) / 20
-    got = bootstrap_interval(values)
-    assert got == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
+@pytest.mark.parametrize("n", [3, 5, 10])
+@pytest.mark.parametrize("scale", ["normal", "log-normal"])
+def test_paired_intervals_cover_what_they_say(n: int, scale: str) -> None:
+    """Of 2,000 comparisons 95 % hold the true effect, however few seeds they have; three standard errors are allowed."""
+    random, hits, runs = np.random.default_rng(n), 0, 2000
+    shared, own, effect = random.normal(0, 3, (runs, n)), random.normal(0.3, 1, (runs, n)), 0.3
+    for base, difference in zip(shared, own, strict=True):
+        if scale == "normal":
+            found = paired(dict(enumerate(base + difference)), dict(enumerate(base)))
+            lo, hi = found.lo, found.hi
+        else:  # costs: a ratio of e^0.3 in the middle
+            found = paired(dict(enumerate(np.exp(base + difference))), dict(enumerate(np.exp(base))), log=True)
+            assert found.ratio_lo is not None
+            assert found.ratio_hi is not None
+            lo, hi = math.log(found.ratio_lo), math.log(found.ratio_hi)
+        assert lo is not None
+        assert hi is not None
+        hits += lo <= effect <= hi
+    assert abs(hits / runs - 0.95) < 3 * math.sqrt(0.95 * 0.05 / runs)
 
 
-@pytest.mark.parametrize(("n", "least", "most"), [(5, 0.88, 0.96), (10, 0.92, 0.97)])
-def test_interval_covers_what_it_says(n: int, least: float, most: float) -> None:
-    draws = np.random.default_rng(2).normal(0.0, 1.0, (1500, n))
-    hits = 0
-    for draw in draws:
-        interval = bootstrap_interval(draw, resamples=1000)
-        assert interval is not None
-        hits += interval[0] <= 0.0 <= interval[1]
-    assert least < hits / len(draws) < most
-
-
-def test_interval_of_nothing_and_of_equal_values() -> None:
-    assert bootstrap_interval([]) is None
-    assert bootstrap_interval([1.0]) is None
-    assert bootstrap_interval([0.1, 0.1, 0.1]) == (0.1, 0.1)
-    assert bootstrap_interval([1, 2, 4]) == bootstrap_interval([1, 2, 4])
+def test_there_is_no_interval_below_three_and_one_without_width_of_equal_values() -> None:
+    assert t_interval([]) is None
+    assert t_interval([1.0]) is None
+    assert t_interval([1.0, 2.0]) is None
+    assert t_interval([0.1, 0.1, 0.1]) == (0.1, 0.1)
 
 
 @pytest.mark.parametrize(
     ("values", "options", "message"),
-    [
-        ([1.0, math.nan], {}, "finite"),
-        ([1, 2], {"level": 95}, "between 0 and 1"),
-        ([1, 2], {"resamples": 5}, "at least 100"),
-    ],
+    [([1.0, math.nan, 2.0], {}, "finite"), ([1, 2, 3], {"level": 95}, "between 0 and 1")],
 )
 def test_interval_refuses(values: list[float], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bootstrap_interval(values, **options)
+        t_interval(values, **options)
+
+
+def test_numbers_near_the_largest_there_is_break_nothing() -> None:
+    big = [1e308, 1.2e308, 1.1e308]
+    assert summarise(enumerate(big)).mean == pytest.approx(1.1e308)
+    found = paired(dict(enumerate(big)), dict(enumerate([1e-300, 1e-300, 1e-300])), log=True)
+    assert (found.ratio, found.ratio_lo) == (None, None)  # no such number
+    assert paired({0: 1e308}, {0: -1e308}).mean is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_sign_flips_are_counted_one_by_one(n: int) -> None:
+    differences = np.random.default_rng(n).normal(0.5, 1.0, n)
+    sums = [abs(float(np.dot(signs, differences))) for signs in itertools.product((1, -1), repeat=n)]
+    wanted = sum(total >= abs(differences.sum()) - 1e-12 for total in sums) / 2**n
+    assert sign_flip_p(differences) == pytest.approx(wanted)
+
+
+def test_sign_flips_agree_with_scipy_beyond_what_is_counted() -> None:
+    differences = np.random.default_rng(0).normal(0.4, 1.0, 20)
+    wanted = scipy.stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=50_000
+    ).pvalue
+    assert sign_flip_p(differences) == pytest.approx(wanted, abs=0.01)
+    assert sign_flip_p(differences) == sign_flip_p(list(differences))
+    assert sign_flip_p(differences + 9) == smallest_p(20) == 1 / 65_536
+
+
+@pytest.mark.parametrize(("n", "least"), [(3, 0.25), (5, 0.0625), (10, 2 / 2**10)])
+def test_the_smallest_p_is_reached_when_all_signs_agree(n: int, least: float) -> None:
+    assert smallest_p(n) == least
+    assert sign_flip_p([0.1] * n) == least
+    assert sign_flip_p([-0.3] * n) == least
+    assert sign_flip_p([0.0] * n) == 1.0
+
+
+def test_holm_against_an_example_worked_by_hand() -> None:
+    assert holm([0.01, 0.04, None, 0.03, 0.005]) == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
 
 
 def test_summary_against_the_standard_library() -> None:
@@ -94,21 +129,36 @@ def test_summary_refuses_a_spread_over_repeated_seeds() -> None:
 def test_pairing_removes_what_the_seeds_share() -> None:
     base = {seed: float(seed) for seed in range(6)}
     got = paired({seed: value + 0.5 for seed, value in base.items()}, base)
-    assert (got.n, got.mean, got.lo, got.hi) == (6, 0.5, 0.5, 0.5)
+    assert (got.n, got.mean, got.lo, got.hi, got.p, got.p_least) == (6, 0.5, 0.5, 0.5, 2 / 64, 2 / 64)
     assert got.ratio is None  # seed 0 has a baseline of 0
+    assert got.reason == "there is no ratio to or of a value that is not above 0"
 
 
 def test_pairing_takes_common_known_seeds_only() -> None:
-    got = paired({0: 2.0, 1: 6.0, 2: None, 3: 1.0}, {0: 4.0, 1: 4.0, 2: 4.0, 9: 1.0})
-    assert (got.n, got.mean, got.ratio) == (2, 0.0, 1.0)
-    assert (got.lo, got.hi) == bootstrap_interval([-2.0, 2.0])
-    assert (got.ratio_lo, got.ratio_hi) == bootstrap_interval([0.5, 1.5])
+    got = paired({0: 2.0, 1: 8.0, 2: None, 3: 1.0}, {0: 4.0, 1: 4.0, 2: 4.0, 9: 1.0})
+    assert (got.n, got.mean, got.ratio) == (2, 1.0, pytest.approx(1.0))  # half and twice: no ratio but 1 will do
+    assert (got.lo, got.hi, got.ratio_lo, got.ratio_hi, got.p) == (None,) * 5
     one = paired({0: 2.0}, {0: 4.0})
-    assert (one.n, one.mean, one.ratio, one.lo, one.ratio_lo) == (1, -2.0, 0.5, None, None)
+    assert (one.n, one.mean, one.ratio, one.lo, one.ratio_lo) == (1, -2.0, pytest.approx(0.5), None, None)
     none = paired({0: 2.0}, {1: 4.0})
     assert (none.n, none.mean, none.ratio) == (0, None, None)
 
 
+def test_a_cost_is_tested_on_a_logarithmic_scale() -> None:
+    """Its ratios are 1.1, 0.1 and 2: one large saving, of which the differences make little."""
+    a, b = {0: 11.0, 1: 0.1, 2: 2.0}, {0: 10.0, 1: 1.0, 2: 1.0}
+    cost, quality = paired(a, b, log=True), paired(a, b)
+    assert cost.ratio == pytest.approx(0.22 ** (1 / 3))
+    logs = np.log([1.1, 0.1, 2])
+    ends = scipy.stats.t.interval(0.95, 2, loc=logs.mean(), scale=scipy.stats.sem(logs))
+    assert (cost.ratio_lo, cost.ratio_hi) == pytest.approx(tuple(np.exp(ends)))
+    assert (cost.p, quality.p) == (
+        1.0,
+        0.5,
+    )  # of four sums |±0.095 ± 2.303 ± 0.693| none is smaller; of |±1 ± 0.9 ± 1| two
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
 def record(algorithm: str, seed: int, accuracy: float | None = 0.9, **values: Any) -> Record:
     data = {
         "id": f"{algorithm}-{seed}-{values.get('finished', '')}",
@@ -143,8 +193,9 @@ def test_table_pairs_each_rule_with_the_baseline_of_its_own_group() -> None:
     figure = rows[2].figures["test/accuracy"]
     assert figure.paired is not None
     assert figure.paired.mean == pytest.approx((0.3 + 0.1) / 2)
-    assert figure.paired.ratio == pytest.approx((0.8 / 0.5 + 0.8 / 0.7) / 2)
+    assert figure.paired.ratio == pytest.approx(math.sqrt(0.8 / 0.5 * 0.8 / 0.7))
     assert figure.summary.n == 2
+    assert (rows[2].seeds, rows[2].notes) == ("2 of 3", ("Seed 5: failed: no reason was recorded.",))
     assert rows[1].figures["test/accuracy"].paired is None
     assert rows[3].figures == {}
     assert rows[4].figures["test/accuracy"].paired is None  # its mode has no baseline
@@ -237,3 +288,213 @@ def test_a_sweep_is_paired_with_the_baseline_of_its_own_settings() -> None:
     (alone,) = [row for row in compare_table([*records[:2], records[3]]) if row.algorithm == "mono"]
     assert alone.label == "mono"
     assert alone.notes == ("Its baseline is backprop with optimizer.lr=0.2.",)
+
+
+# -- what did not arrive ----------------------------------------------------------------------------------------------
+def arrival(rule: str, seed: int, seconds: float | None, spent: float = 100.0, **values: Any) -> Record:
+    """A run in mode target, which reached it after ``seconds`` or not at all."""
+    reached = {} if seconds is None else {"seconds": seconds, "samples": 10 * seconds, "joules": {"m": 5 * seconds}}
+    cost = {"train_s": spent, "samples": 10 * spent, "energy_j": {"m": 5 * spent}, "update_flops": 7.0}
+    target = {"accuracy": values.pop("target", 0.9), **reached}
+    return record(rule, seed, mode="target", target=target, cost=cost, **values)
+
+
+def test_a_rule_that_seldom_arrives_does_not_win() -> None:
+    """It arrives once, early; everywhere else it spends all that the others need, twice."""
+    records = [arrival("backprop", seed, 50.0, 50.0) for seed in range(5)]
+    records += [arrival("x", seed, 10.0 if seed == 0 else None, 10.0 if seed == 0 else 100.0) for seed in range(5)]
+    base, row = compare_table(records)
+    for name, factor in (("seconds", 1), ("samples", 10), ("joules/m", 5)):
+        figure = row.figures[f"target/{name}"]
+        assert str(figure.arrivals) == "1 of 5 reached"
+        assert figure.summary == Summary(5, pytest.approx(factor * 82.0), None)  # type: ignore[arg-type]
+        assert (figure.interval, figure.paired) == (None, None)
+        assert str(base.figures[f"target/{name}"].arrivals) == "5 of 5 reached"
+    # Nor does what the trainings cost say anything: one ended early for having arrived, and four at the cap.
+    assert row.figures["train_s"].paired is None
+    assert row.figures["energy_j/m"].paired is None
+    assert row.figures["train_s"].reason == "1 of 5 reached: no ratio"
+    assert row.figures["update_flops"].paired is not None  # of a single step
+    assert not row.complete
+    assert any("1 of 5 reached" in note for note in row.notes)
+
+
+def test_there_is_no_ratio_to_a_baseline_that_did_not_arrive() -> None:
+    records = [arrival("x", seed, 10.0) for seed in range(3)]
+    records += [arrival("backprop", seed, None if seed else 10.0) for seed in range(3)]
+    _, row = compare_table(records)
+    assert str(row.figures["target/seconds"].arrivals) == "3 of 3 reached"
+    assert row.figures["target/seconds"].paired is None
+    assert row.figures["target/seconds"].reason == "of the baseline 1 of 3 reached: no ratio"
+    together = compare_table(
+        [
+            arrival(rule, seed, seconds + seed)
+            for rule, seconds in (("x", 10.0), ("backprop", 20.0))
+            for seed in range(3)
+        ]
+    )[1].figures["target/joules/m"]
+    assert together.paired is not None
+    assert together.paired.ratio == pytest.approx((10 / 20 * 11 / 21 * 12 / 22) ** (1 / 3))
+
+
+def test_a_failed_run_has_not_arrived() -> None:
+    config = {"compare": {"target": 0.9}}
+    failed = record("x", 2, None, mode="target", target=None, status="failed", error="It diverged.", config=config)
+    rows = compare_table([arrival("x", 0, 10.0), arrival("x", 1, 20.0), failed])
+    (row,) = rows
+    assert str(row.figures["target/seconds"].arrivals) == "2 of 3 reached"
+    assert (row.seeds, row.target) == ("2 of 3", 0.9)
+    assert "Seed 2: failed: It diverged." in row.notes
+
+
+def test_failures_stand_in_the_row_and_a_run_that_went_on_is_no_second_one() -> None:
+    records = [record("x", seed) for seed in range(3)]
+    records += [record("x", 3, status="failed", error="out of memory"), record("x", 4, status="interrupted")]
+    (row,) = compare_table(records)
+    assert (row.seeds, len(row.records), [r.seed for r in row.missing]) == ("3 of 5", 3, [3, 4])
+    assert row.notes == (
+        "Seed 3: failed: out of memory.",
+        "Seed 4: interrupted: no reason was recorded.",
+    )
+    assert not row.complete
+    again = record("x", 4, finished="2027", resumed_from="x-4-")
+    (row,) = compare_table([*records, again])
+    assert (row.seeds, row.notes) == ("4 of 5", ("Seed 3: failed: out of memory.",))
+    (row,) = compare_table([*records, record("x", 3, finished="2027")])
+    assert row.notes[0] == "Seed 3 was run 2 times (1 failed); only the newest finished run is counted."
+    (row,) = compare_table([records[3]])
+    assert (row.seeds, dict(row.figures)) == ("0 of 1", {})
+
+
+def test_targets_do_not_mix() -> None:
+    records = [arrival(rule, seed, 10.0, target=t) for rule in ("backprop", "x") for seed in (0, 1) for t in (0.8, 0.9)]
+    rows = compare_table(records)
+    assert [(row.algorithm, row.target, row.terms, row.seeds) for row in rows] == [
+        ("backprop", 0.8, "target 0.8", "2"),
+        ("x", 0.8, "target 0.8", "2"),
+        ("backprop", 0.9, "target 0.9", "2"),
+        ("x", 0.9, "target 0.9", "2"),
+    ]
+    assert all(row.notes == () for row in rows)
+
+
+# -- what changes the experiment --------------------------------------------------------------------------------------
+HERE = {"cpu": "a chip", "gpus": [], "threads": 1}
+
+
+def test_the_newest_is_told_by_the_count_of_starts_and_not_by_the_clock() -> None:
+    first = record("x", 0, 0.1, serial=7, started="2027-01-01", finished="2027-01-02")
+    second = record("x", 0, 0.9, serial=8, started="2026-01-01", finished="2026-01-02")
+    for order in ([first, second], [second, first]):
+        (row,) = compare_table(order)
+        assert row.figures["test/accuracy"].summary.mean == 0.9
+    # Of another folder the count says nothing.
+    elsewhere = Record(Path("other") / "run", {**second.data, "serial": 99})
+    (row,) = compare_table([first, elsewhere])
+    assert row.figures["test/accuracy"].summary.mean == 0.1
+
+
+def test_seconds_and_joules_are_never_paired_across_machines() -> None:
+    def timed(rule: str, seed: int, hardware: dict[str, Any], **values: Any) -> Record:
+        cost = {"train_s": 10.0 + seed, "energy_j": {"m": 5.0}, "update_flops": 3.0}
+        return record(rule, seed, cost=cost, hardware=hardware, **values)
+
+    there = {**HERE, "cpu": "another"}
+    base = [timed("backprop", seed, HERE) for seed in range(4)]
+    rows = by_label(compare_table([*base, *(timed("x", seed, there if seed == 3 else HERE) for seed in range(4))]))
+    figures = rows["x"].figures
+    for name in ("train_s", "energy_j/m"):
+        pair = figures[name].paired
+        assert pair is not None
+        assert pair.n == 3
+        assert figures[name].reason == "not compared for seed 3: another machine"
+    for name in ("test/accuracy", "update_flops"):
+        pair = figures[name].paired
+        assert pair is not None
+        assert pair.n == 4
+    assert any("cpu a chip (seeds 0, 1, 2) / another (seed 3)" in note for note in rows["x"].notes)
+    assert any("cpu (a chip / another against a chip)" in note for note in rows["x"].notes)
+    none = by_label(compare_table([*base, *(timed("x", seed, there) for seed in range(4))]))["x"]
+    assert none.figures["train_s"].paired is None
+    # A card beside the processor is another machine, and a run of two parts is of none.
+    card = {**HERE, "gpus": ["a card"]}
+    for changed in ({"config": {"trainer": {"accelerator": "cpu"}}}, {"parts": [{"hardware": there}]}):
+        same = [timed("backprop", seed, card) for seed in range(3)]
+        row = by_label(compare_table([*same, *(timed("x", seed, card, **changed) for seed in range(3))]))["x"]
+        assert row.figures["train_s"].paired is None
+        assert row.figures["test/accuracy"].paired is not None
+    assert any("Seed 0 was resumed on another machine" in note for note in row.notes)
+
+
+def test_versions_commits_and_arithmetic_are_named_where_they_differ() -> None:
+    plain: dict[str, Any] = {
+        "versions": {"torch": "2.6", "plotly": "6"},
+        "source": {"commit": "a" * 40, "dirty": False},
+    }
+    other = {"versions": {"torch": "2.7", "plotly": "7"}, "source": {"commit": "a" * 40, "dirty": True}}
+    base = [record("backprop", seed, **plain) for seed in (0, 1)]
+    (_, same) = compare_table([*base, *(record("x", seed, **plain) for seed in (0, 1))])
+    assert same.notes == ()
+    (_, row) = compare_table(
+        [*base, record("x", 0, **plain), record("x", 1, **other, precision={"trainer": "bf16-mixed"})]
+    )
+    within, against = row.notes
+    for text in (
+        "torch 2.6 (seed 0) / 2.7 (seed 1)",
+        "commit aaaaaaaaaa (seed 0) / aaaaaaaaaa with uncommitted changes (seed 1)",
+        "precision (trainer) bf16-mixed (seed 1) / not recorded (seed 0)",
+    ):
+        assert text in within
+    assert "torch (2.6 / 2.7 against 2.6)" in against
+    assert "plotly" not in within + against
+
+
+def test_settings_beside_the_rule_in_which_a_baseline_differs_are_named() -> None:
+    records = [
+        run("backprop", 0, 0.5, optimizer={"lr": 0.1}, algorithm={"_target_": "a.B"}),
+        run("x", 0, 0.5, optimizer={"lr": 0.3}, algorithm={"_target_": "a.X"}),
+    ]
+    (_, row) = compare_table(records)
+    assert row.notes == ("Beside the rule it differs from its baseline in optimizer.lr (0.3 against 0.1).",)
+
+
+def test_one_and_one_point_zero_are_one_setting() -> None:
+    (row,) = compare_table([run("x", 0, 0.5, optimizer={"lr": 1}), run("x", 1, 0.5, optimizer={"lr": 1.0})])
+    assert row.notes == ()
+
+
+def test_p_values_are_corrected_over_the_rules_of_a_section() -> None:
+    values = {
+        "backprop": [0.5, 0.5, 0.5, 0.5, 0.5],
+        "x": [0.6, 0.61, 0.62, 0.63, 0.64],
+        "y": [0.4, 0.6, 0.5, 0.55, 0.52],
+    }
+    records = [record(rule, seed, value) for rule, of in values.items() for seed, value in enumerate(of)]
+    records += [record(rule, seed, 0.1 * seed, net="cnn") for rule in ("backprop", "x") for seed in range(5)]
+    pairs = {(row.net, row.label): row.figures["test/accuracy"].paired for row in compare_table(records)}
+    x, y, alone = pairs["mlp", "x"], pairs["mlp", "y"], pairs["cnn", "x"]
+    assert x is not None
+    assert y is not None
+    assert alone is not None
+    assert (x.p, x.p_least) == (0.0625, 0.0625)
+    assert (x.p_holm, y.p_holm) == (0.125, y.p)
+    assert alone.p_holm == alone.p == 1.0
+
+
+def test_incomplete_counts_are_not_compared() -> None:
+    def counted(rule: str, **cost: Any) -> Record:
+        return record(rule, 0, cost={"update_flops": 3.0, "train_s": 1.0, **cost})
+
+    (_, row) = compare_table([counted("backprop"), counted("x", uncounted=["aten::lstm"])])
+    assert row.figures["update_flops"].paired is None
+    assert row.figures["train_s"].paired is not None
+    assert any("aten::lstm" in note for note in row.notes)
+
+
+def test_a_cost_of_nothing_has_no_interval_and_says_so() -> None:
+    records = [record("x", seed, cost={"co2_g": co2, "cost": 0}) for seed, co2 in enumerate((0.0, 1.0, 2.0))]
+    (row,) = compare_table(records)
+    figure = row.figures["co2_g"]
+    assert (figure.interval, figure.summary.mean) == (None, 1.0)
+    assert figure.reason is not None
+    assert "not above 0" in figure.reason

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from locallearn.cli import commands
 from locallearn.cli.mistakes import explain
 from locallearn.cli.settings import UsageError, compose_settings
-from locallearn.cli.terminal import completion
+from locallearn.cli.terminal import completion, steady_streams
 
 __all__ = ["UsageError", "main"]
 
@@ -49,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when all went well; 1 when a run failed or an audit refuted a claim; 2 for a user's mistake; 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    with steady_streams():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(words: list[str]) -> int:
     if words and words[0] in ("-sc", "--shell-completion", "-sc=install=bash"):
         return completion(words, [command.__name__ for command in commands.COMMANDS])
     debug = "--debug" in words

@@ -124,7 +124,7 @@ def compare(words: list[str]) -> int:
     from rich.console import Console
 
     from locallearn.records import load_record, rebuild_index
-    from locallearn.report import terminal_table, write_report
+    from locallearn.report import check_place, terminal_table, write_report
     from locallearn.study.compare import compare as run_all
     from locallearn.study.train import Interrupted, check
 
@@ -139,6 +139,7 @@ def compare(words: list[str]) -> int:
             "resume goes with train: locallearn train resume=FOLDER; to go on with a comparison: compare.resume=true"
         )
     runs_dir = folder_setting(base, "runs_dir")
+    report = Path(str(base.compare.report or runs_dir / "report.html")).expanduser()
     recovered(runs_dir)
     earlier = _earlier(runs_dir) if base.compare.resume else {}
     plans, done = [], []
@@ -157,8 +158,9 @@ def compare(words: list[str]) -> int:
             make = partial(make_plan, cfg, choices, command_line("compare", words), arm)
             plans.append((f"{arm.text} seed {seed}", make))
             first.setdefault(arm.text, make)
+    check_place(report)  # told before anything is trained, as is a mistake in the settings
     for make in first.values():
-        check(make())  # a mistake in the settings is told before anything is trained
+        check(make())
     try:
         with Progress() as show:
             folders, problems = run_all(plans, show)
@@ -167,9 +169,8 @@ def compare(words: list[str]) -> int:
         return 130
     records = [*done, *(load_record(folder) for folder in folders)]
     rebuild_index(runs_dir)
+    write_report(records, report, title="locallearn compare")  # before anything is printed, which may fail
     Console().print(terminal_table(records))
-    report = Path(base.compare.report or runs_dir / "report.html").expanduser()
-    write_report(records, report, title="locallearn compare")
     for problem in problems:
         print(f"locallearn: {problem}", file=sys.stderr)
     print(report)
@@ -362,12 +363,14 @@ def report(words: list[str]) -> int:
         raise UsageError("; ".join([f"there are no records in {', '.join(map(str, roots))}", *found.problems[:1]]))
     if os.access(roots[0], os.W_OK) and not folders and not cfg.report.records:
         rebuild_index(roots[0])
-    out = Path(cfg.report.out or roots[0] / "report.html").expanduser()
-    if found.problems:
-        count = len(found.problems)
-        print(
-            f"locallearn: {count} {'record' if count == 1 else 'records'} left out, the page says why", file=sys.stderr
-        )
+    out = Path(str(cfg.report.out or roots[0] / "report.html")).expanduser()
+    for count, what in (
+        (found.left_out, "left out"),
+        (len(found.problems) - found.left_out, "with values that cannot be used"),
+    ):
+        if count:
+            records = "record" if count == 1 else "records"
+            print(f"locallearn: {count} {records} {what}, the page says why", file=sys.stderr)
     print(write_report(found.records, out, title=cfg.report.title, problems=found.problems))
     return 0
 

@@ -1,12 +1,110 @@
-"""What the terminal shows while runs go on, and shell completion."""
+"""What the terminal shows while runs go on, streams that lose no work by failing, and shell completion."""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import io
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+# Signs of the tables as plain ASCII, for terminals that have no others.
+_ASCII = {
+    **{"±": "+-", "\N{MULTIPLICATION SIGN}": "x", "\N{EN DASH}": "-", "\N{MINUS SIGN}": "-", "·": "|"},
+    **{"≥": ">=", "…": "...", "→": "->", "₂": "2"},
+}
+_ERRORS = "locallearn.plain"
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """What stands for signs that a stream has no code for."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_ASCII.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_ERRORS, _plain)
+
+
+class Steady(io.TextIOBase):
+    """A stream that whoever prints need not fear: what it cannot encode is replaced, and when it fails it falls silent.
+
+    A comparison of hours must not be lost because a terminal knows no Greek, a pipe was closed or a disk is full.
+
+    Args:
+        stream: where to write; ``None`` (a stream that was closed before Python started) is silent from the beginning.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.failure: str | None = None
+
+    def write(self, text: str) -> int:
+        """Write as much as can be written."""
+        if self._stream is not None:
+            with self._guard():
+                try:
+                    self._stream.write(text)
+                except UnicodeEncodeError:
+                    encoding = getattr(self._stream, "encoding", None) or "ascii"
+                    self._stream.write(text.encode(encoding, _ERRORS).decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand over what is buffered."""
+        if self._stream is not None:
+            with self._guard():
+                self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether people look at it."""
+        return self._stream is not None and bool(self._stream.isatty())
+
+    def fileno(self) -> int:
+        """Number of the open file, where there is one."""
+        if self._stream is None:
+            raise io.UnsupportedOperation("the stream is closed")
+        return int(self._stream.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The stream's."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    @property
+    def buffer(self) -> Any:
+        """The bytes below, for those who write them themselves."""
+        return self._stream.buffer
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: somebody has closed it
+            self.failure = str(error)
+            with contextlib.suppress(OSError, ValueError):
+                # What is still buffered must not fail once more when Python ends.
+                number = self._stream.fileno()
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), number)
+            self._stream = None
+
+
+@contextlib.contextmanager
+def steady_streams() -> Iterator[None]:
+    """Standard output and standard error as :class:`Steady` ones; a failure of the former is told on the latter."""
+    out, err = Steady(sys.stdout), Steady(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.flush()
+            if out.failure is not None and "Broken pipe" not in out.failure:
+                print(f"locallearn: standard output failed ({out.failure}), what was printed is lost", file=err)
+            err.flush()
 
 
 class Progress:

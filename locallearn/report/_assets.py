@@ -79,8 +79,10 @@ SCRIPT = """
     place.dataset.drawn = "yes";
     const figure = charts[Number(place.dataset.chart)];
     drawn.push(place);
+    // The wanted buttons by name: a later version's new ones (this one's uploads the chart) stay away.
     Plotly.newPlot(place, figure.data, {...figure.layout, template: template()}, {responsive: true, displaylogo: false,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]});
+      showSendToCloud: false, plotlyServerURL: "", showLink: false, showEditInChartStudio: false,
+      modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]]});
   };
   const places = [...document.querySelectorAll("[data-chart]")];
   // Charts are drawn when they come near the window: a page of hundreds opens at once.

@@ -17,7 +17,8 @@ from locallearn.report._columns import (
     ratio_text,
     significant,
 )
-from locallearn.statistics import Row
+from locallearn.statistics import Figure as Numbers
+from locallearn.statistics import PairedDifference, Row, is_cost
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; the baseline is grey, and every rule has its own
 # marker too, so that colour is never the only sign.
@@ -74,13 +75,15 @@ def cost_charts(rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str
 
 def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Mapping[str, tuple[str, str]]) -> Chart:
     known = [row for row in rows if cost.key in row.figures and metric.key in row.figures]
-    data: list[Figure] = [_front(known, cost, metric)]
+    front, verdicts = pareto(known, cost, metric)
+    data: list[Figure] = [_front_line(front)]
     table = []
-    for row in known:
+    for row, verdict in zip(known, verdicts, strict=True):
         colour, symbol = style[row.label]
         x, y = row.figures[cost.key], row.figures[metric.key]
         seeds = [seed for seed in x.by_seed if seed in y.by_seed]
-        common = {"type": "scatter", "mode": "markers", "legendgroup": escape(row.label), "name": escape(row.label)}
+        told = f"{row.seeds} seeds, {verdict}"
+        common = {"type": "scatter", "mode": "markers", "legendgroup": _plain(row.label), "name": _plain(row.label)}
         if len(seeds) > 1:
             data.append(
                 {
@@ -95,54 +98,109 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Mappin
         data.append(
             {
                 **common,
-                "x": [_scaled(x.summary.mean, cost)],
-                "y": [_scaled(y.summary.mean, metric)],
-                "error_x": _error_bar(x.summary.mean, x.interval, cost.scale, colour),
-                "error_y": _error_bar(y.summary.mean, y.interval, metric.scale, colour),
-                "marker": {"color": colour, "symbol": symbol, "size": 12, "line": {"width": 1, "color": "#fff"}},
+                "x": [_scaled(x.centre, cost)],
+                "y": [_scaled(y.centre, metric)],
+                "error_x": _error_bar(x, cost.scale, colour),
+                "error_y": _error_bar(y, metric.scale, colour),
+                "marker": {
+                    "color": colour,
+                    "symbol": symbol if x.interval and y.interval and row.complete else f"{symbol}-open",
+                    "size": 12,
+                    "line": {"width": 1, "color": "#fff"}
+                    if x.interval and y.interval and row.complete
+                    else {"width": 2},
+                },
                 "text": [
-                    f"<b>{escape(row.label)}</b><br>{escape(metric.title)} {metric.summary(y)} {metric.unit}"
-                    f"<br>{escape(cost.title)} {cost.summary(x)} {cost.unit}<br>n = {y.summary.n}"
+                    f"<b>{_plain(row.label)}</b><br>{_plain(metric.title)} {metric.summary(y)} {metric.unit}"
+                    f"<br>{_plain(cost.title)} {cost.summary(x)} {cost.unit}<br>{_plain(told)}"
                 ],
                 "hovertemplate": "%{text}<extra></extra>",
             }
         )
         table.append(
-            (row.label, str(y.summary.n), metric.summary(y), metric.interval(y), cost.summary(x), cost.interval(x))
+            (
+                *(row.label, row.seeds, metric.number(y.centre), metric.interval(y)),
+                *(cost.number(x.centre), cost.interval(x), verdict),
+            )
         )
-    xs = [row.figures[cost.key].summary.mean or 0.0 for row in known]
+    xs = [row.figures[cost.key].centre or 0.0 for row in known]
     wide = bool(xs) and min(xs) > 0 and max(xs) / min(xs) > 20
     layout = {
-        "xaxis": {"title": {"text": escape(cost.heading)}, "type": "log" if wide else "linear"},
-        "yaxis": {"title": {"text": escape(metric.heading)}},
+        "xaxis": {"title": {"text": _plain(cost.heading)}, "type": "log" if wide else "linear"},
+        "yaxis": {"title": {"text": _plain(metric.heading)}},
     }
-    header = ("Rule", "Seeds", metric.heading, "95 % interval", cost.heading, "95 % interval")
+    header = ("Rule", "Seeds", metric.heading, "95 % interval", cost.heading, "95 % interval", "Pareto front")
     missing = [row.label for row in rows if row not in known]
-    note = f"Not shown, for lack of a figure: {', '.join(missing)}." if missing else ""
+    note = "Means (of costs geometric ones) with 95 % t-intervals; an open marker has none, or seeds are missing."
+    note += f" Not shown, for lack of a figure: {', '.join(missing)}." if missing else ""
     return Chart(
         f"{metric.title} against {_lower(cost.title)}", note, _figure(data, layout), header, table, 380 + 7 * len(known)
     )
 
 
-def _front(rows: Sequence[Row], cost: Column, metric: Column) -> Figure:
-    """The means that no other rule beats in both cost and quality."""
+def pareto(rows: Sequence[Row], cost: Column, metric: Column) -> tuple[list[tuple[float, float]], list[str]]:
+    """The front of the means, and what can be said of every row.
+
+    A row is beaten only by another that is better in cost and quality beyond the intervals of both (a figure that does not
+    vary has an interval without width). Where seeds are missing, means are those of survivors: such a row is not placed.
+
+    Returns:
+        The front's corners in the units of the columns, from cheap to dear; a verdict for every row.
+    """
     sign = 1 if metric.lower else -1
+    placed = {i: row for i, row in enumerate(rows) if row.complete}
     points = sorted(
         (x, sign * y)
-        for row in rows
-        if (x := _scaled(row.figures[cost.key].summary.mean, cost)) is not None
-        and (y := _scaled(row.figures[metric.key].summary.mean, metric)) is not None
+        for row in placed.values()
+        if (x := _scaled(row.figures[cost.key].centre, cost)) is not None
+        and (y := _scaled(row.figures[metric.key].centre, metric)) is not None
     )
     front: list[tuple[float, float]] = []
     for x, badness in points:
         if not front or badness < front[-1][1]:
             front.append((x, badness))
+    boxes = {i: _box(row, cost, metric, sign) for i, row in placed.items()}
+    verdicts = []
+    for i, row in enumerate(rows):
+        box = boxes.get(i)
+        if i not in placed:
+            verdicts.append("not placed: not every seed finished or arrived")
+        elif box is None:
+            verdicts.append("cannot be told: no interval")
+        elif any(_beats(other, box) for other in boxes.values() if other is not None):
+            verdicts.append("beaten beyond the intervals")
+        else:
+            at = (
+                _scaled(row.figures[cost.key].centre, cost),
+                sign * (_scaled(row.figures[metric.key].centre, metric) or 0.0),
+            )
+            verdicts.append("on it" if at in front else "not beaten beyond the intervals")
+    return [(x, sign * badness) for x, badness in front], verdicts
+
+
+# Least and largest cost, least and largest badness.
+_Box = tuple[float, float, float, float]
+
+
+def _box(row: Row, cost: Column, metric: Column, sign: int) -> _Box | None:
+    x, y = row.figures[cost.key].interval, row.figures[metric.key].interval
+    if x is None or y is None:
+        return None
+    return (*x, *sorted((sign * y[0], sign * y[1])))  # type: ignore[return-value]  # two of two
+
+
+def _beats(one: _Box, other: _Box) -> bool:
+    """Whether ``one`` is better on one axis beyond both intervals, and on the other axis too or exactly equal."""
+    return one[1] <= other[0] and one[3] <= other[2] and (one[1] < other[0] or one[3] < other[2])
+
+
+def _front_line(front: Sequence[tuple[float, float]]) -> Figure:
     return {
         "type": "scatter",
         "mode": "lines",
         "name": "Pareto front",
         "x": [x for x, _ in front],
-        "y": [sign * badness for _, badness in front],
+        "y": [y for _, y in front],
         "line": {"color": "#808080", "width": 1.5, "dash": "dot", "shape": "hv"},
         "hoverinfo": "skip",
     }
@@ -154,13 +212,25 @@ def _front(rows: Sequence[Row], cost: Column, metric: Column) -> Figure:
 def paired_charts(
     rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str, tuple[str, str]], baseline: str
 ) -> list[Chart]:
-    """The difference in the headline metric and the ratios in cost, paired by seed, with their intervals."""
+    """The difference in the headline metric and the ratios in cost, paired by seed, with their intervals and tests."""
     metric, energy = headline_metric(shown, rows[0].metric), best_energy(shown, rows)
-    costs = ("train_s", energy.key if energy else "", "update_flops", "activation_peak_bytes")
-    charts = [_difference_chart(rows, metric, style, baseline)] if metric else []
     by_key = {column.key: column for column in shown}
-    charts += [_ratio_chart(rows, by_key[key], style, baseline) for key in costs if key in by_key]
+    flops = "train_flops" if "train_flops" in by_key else "update_flops"
+    costs = ("train_s", energy.key if energy else "", flops, "activation_peak_bytes")
+    targets = [key for key in by_key if key.startswith("target/") and is_cost(key)]
+    charts = [_difference_chart(rows, metric, style, baseline)] if metric else []
+    charts += [_ratio_chart(rows, by_key[key], style, baseline) for key in (*targets, *costs) if key in by_key]
     return [chart for chart in charts if chart.table]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A rule against the baseline, in the unit of its chart."""
+
+    label: str
+    pair: PairedDifference
+    middle: float
+    interval: tuple[float, float] | None
 
 
 def _difference_chart(
@@ -169,11 +239,10 @@ def _difference_chart(
     unit = "percentage points" if metric.unit == "%" else metric.unit
     points = []
     for row in rows:
-        figure = row.figures.get(metric.key)
-        if figure and figure.paired and figure.paired.mean is not None:
-            pair = figure.paired
-            interval = None if pair.lo is None or pair.hi is None else (pair.lo / metric.scale, pair.hi / metric.scale)
-            points.append((row.label, pair.n, figure.paired.mean / metric.scale, interval))
+        pair = _pair(row, metric)
+        if pair and pair.mean is not None:
+            ends = None if pair.lo is None or pair.hi is None else (pair.lo / metric.scale, pair.hi / metric.scale)
+            points.append(_Point(row.label, pair, pair.mean / metric.scale, ends))
     axis = f"difference to {baseline}" + (f" ({unit})" if unit else "")
     chart = _interval_chart(
         f"{metric.title}: {axis}", axis, points, style, 0.0, lambda value: f"{value:+.{metric.digits}f}"
@@ -184,50 +253,66 @@ def _difference_chart(
 def _ratio_chart(rows: Sequence[Row], cost: Column, style: Mapping[str, tuple[str, str]], baseline: str) -> Chart:
     points = []
     for row in rows:
-        figure = row.figures.get(cost.key)
-        if figure and figure.paired and figure.paired.ratio is not None:
-            pair = figure.paired
-            interval = None if pair.ratio_lo is None or pair.ratio_hi is None else (pair.ratio_lo, pair.ratio_hi)
-            points.append((row.label, pair.n, figure.paired.ratio, interval))
+        pair = _pair(row, cost)
+        if pair and pair.ratio is not None:
+            ends = None if pair.ratio_lo is None or pair.ratio_hi is None else (pair.ratio_lo, pair.ratio_hi)
+            points.append(_Point(row.label, pair, pair.ratio, ends))
     axis = f"ratio to {baseline}"
     return _interval_chart(f"{cost.title}: {axis}", axis, points, style, 1.0, ratio_text)
+
+
+def _pair(row: Row, column: Column) -> PairedDifference | None:
+    figure = row.figures.get(column.key)
+    return figure.paired if figure else None
 
 
 def _interval_chart(
     title: str,
     axis: str,
-    points: Sequence[tuple[str, int, float, tuple[float, float] | None]],
+    points: Sequence[_Point],
     style: Mapping[str, tuple[str, str]],
     reference: float,
     write: Callable[[float], str],
 ) -> Chart:
     """Dots with intervals, one line per rule, and a line where there is no difference."""
     data, table = [], []
-    for label, n, mean, interval in points:
-        colour, symbol = style[label]
-        span = f"[{write(interval[0])}, {write(interval[1])}]" if interval else "none, n = 1"
-        table.append((label, str(n), write(mean), span))
+    for point in points:
+        colour, symbol = style[point.label]
+        ends, pair = point.interval, point.pair
+        span = f"[{write(ends[0])}, {write(ends[1])}]" if ends else f"none, n = {pair.n}"
+        # What is the same for every seed (a count, say) is no sample of anything.
+        tested = pair.p is not None and not (ends and ends[0] == ends[1])
+        ps = [_p(p) if tested else UNKNOWN for p in (pair.p, pair.p_least, pair.p_holm)]
+        table.append((point.label, str(pair.n), write(point.middle), span, *ps))
+        said = f"<br>sign-flip p {ps[0]} (at least {ps[1]}), Holm {ps[2]}" if tested else ""
         data.append(
             {
                 "type": "scatter",
                 "mode": "markers",
-                "x": [mean],
-                "y": [escape(label)],
-                "error_x": _error_bar(mean, interval, 1.0, colour),
-                "marker": {"color": colour, "symbol": symbol + ("" if interval else "-open"), "size": 11},
-                "text": [f"<b>{escape(label)}</b><br>{write(mean)}<br>95 % interval {span}<br>n = {n}"],
+                "x": [point.middle],
+                "y": [_plain(point.label)],
+                "error_x": _bar(point.middle, ends, 1.0, colour),
+                "marker": {"color": colour, "symbol": symbol + ("" if ends else "-open"), "size": 11},
+                "text": [
+                    f"<b>{_plain(point.label)}</b><br>{write(point.middle)}<br>95 % interval {span}{said}<br>n = {pair.n}"
+                ],
                 "hovertemplate": "%{text}<extra></extra>",
                 "showlegend": False,
             }
         )
     line = {"type": "line", "x0": reference, "x1": reference, "yref": "paper", "y0": 0, "y1": 1}
     layout = {
-        "xaxis": {"title": {"text": escape(axis)}},
+        "xaxis": {"title": {"text": _plain(axis)}},
         "yaxis": {"type": "category", "range": [len(points) - 0.5, -0.5]},
         "shapes": [{**line, "line": {"color": "#808080", "width": 1.5, "dash": "dot"}}],
     }
-    header = ("Rule", "Pairs", axis[:1].upper() + axis[1:], "95 % interval")
+    heading = axis[:1].upper() + axis[1:]
+    header = ("Rule", "Pairs", heading, "95 % interval", "Sign-flip p", "Smallest possible p", "p after Holm")
     return Chart(title, "", _figure(data, layout), header, table, 130 + 36 * len(points))
+
+
+def _p(p: float | None) -> str:
+    return UNKNOWN if p is None else f"{p:.2g}"
 
 
 # ------------------------------------------------------------------------------------------- memory
@@ -246,7 +331,7 @@ def _bar_chart(rows: Sequence[Row], column: Column, style: Mapping[str, tuple[st
             "type": "bar",
             "orientation": "h",
             "x": [_scaled(row.figures[column.key].summary.mean, column)],
-            "y": [escape(row.label)],
+            "y": [_plain(row.label)],
             "marker": {"color": style[row.label][0]},
             "text": [column.number(row.figures[column.key].summary.mean)],
             "textposition": "auto",
@@ -256,7 +341,7 @@ def _bar_chart(rows: Sequence[Row], column: Column, style: Mapping[str, tuple[st
         for row in known
     ]
     layout = {
-        "xaxis": {"title": {"text": escape(column.heading)}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": _plain(column.heading)}, "rangemode": "tozero"},
         "yaxis": {"autorange": "reversed", "type": "category"},
         "bargap": 0.35,
     }
@@ -283,7 +368,7 @@ def metric_chart(
         data += _band(row.label, known[name], metric, style[row.label][0], points)
     if not series:
         return None
-    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": escape(_lower(metric.heading))}}}
+    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": _plain(_lower(metric.heading))}}}
     header, table = _curve_table(
         series,
         points,
@@ -296,7 +381,7 @@ def metric_chart(
 def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, colour: str, points: int) -> list[Figure]:
     epochs = thin(sorted(values), points)
     factor = 1 / metric.scale
-    line = {"type": "scatter", "mode": "lines", "x": epochs, "legendgroup": escape(label)}
+    line = {"type": "scatter", "mode": "lines", "x": epochs, "legendgroup": _plain(label)}
     edge = {**line, "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
     band = [
         {**edge, "y": [_round(factor * max(values[epoch])) for epoch in epochs]},
@@ -309,7 +394,7 @@ def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, col
     ]
     mean = {
         **line,
-        "name": escape(label),
+        "name": _plain(label),
         "y": [_round(factor * _mean(values[epoch])) for epoch in epochs],
         "line": {"color": colour, "width": 2},
         "hovertemplate": "%{fullData.name}<br>epoch %{x}: "
@@ -368,14 +453,14 @@ def _block_chart(
         trace = {
             "type": "scatter",
             "mode": "lines",
-            "name": escape(block),
+            "name": _plain(block),
             "x": epochs,
             "y": [_round(factor * _mean(values[epoch])) for epoch in epochs],
             "line": {"color": _ramp(i, len(series)), "width": 2, "dash": ("solid", "dash", "dot", "dashdot")[i % 4]},
             "hovertemplate": what + " %{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
         }
         data.append(_dotted_when_single(trace, epochs))
-    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": escape(axis)}}}
+    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": _plain(axis)}}}
     header, table = _curve_table(series, points, lambda values: significant(factor * _mean(values)))
     return Chart(title, "", _figure(data, layout), header, table, 330 + 5 * len(series))
 
@@ -383,7 +468,7 @@ def _block_chart(
 def _block_names(row: Row, curves: Curves) -> list[str]:
     """Blocks in the network's order, then those that only the metrics know."""
     logged = [name.split("/", 1)[1].rpartition("/")[0] for name in curves if name.startswith("block/")]
-    listed = row.records[-1].data.get("blocks")
+    listed = row.newest.data.get("blocks")
     first = [str(name) for name in listed] if isinstance(listed, list) else []
     return list(dict.fromkeys([name for name in first if name in logged] + logged))
 
@@ -417,12 +502,21 @@ def _figure(data: Sequence[Figure], layout: Figure) -> Figure:
     return {"data": list(data), "layout": layout}
 
 
-def _error_bar(mean: float | None, interval: tuple[float, float] | None, scale: float, colour: str) -> Figure:
-    if mean is None or interval is None:
+def _error_bar(figure: Numbers, scale: float, colour: str) -> Figure:
+    return _bar(figure.centre, figure.interval, scale, colour)
+
+
+def _bar(middle: float | None, interval: tuple[float, float] | None, scale: float, colour: str) -> Figure:
+    if middle is None or interval is None:
         return {"visible": False}
-    up, down = [(interval[1] - mean) / scale], [(mean - interval[0]) / scale]
+    up, down = [(interval[1] - middle) / scale], [(middle - interval[0]) / scale]
     shape = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 5, "color": colour}
     return {**shape, "array": up, "arrayminus": down}
+
+
+def _plain(text: str) -> str:
+    """Text for Plotly, which reads some markup in labels; one line of it."""
+    return escape(" ".join(text.split()))
 
 
 def _dotted_when_single(trace: Figure, epochs: Sequence[int]) -> Figure:
@@ -434,11 +528,11 @@ def _scaled(value: float | None, column: Column) -> float | None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return math.fsum(value / len(values) for value in values)  # a sum of large ones would overflow
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.5g}")
+def _round(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def _lower(title: str) -> str:

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from locallearn.records import Quality
+from locallearn.records import COST_COLUMNS, Quality
 from locallearn.statistics import Figure, Row
 
 UNKNOWN = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+AT_LEAST = "\N{GREATER-THAN OR EQUAL TO}"
 LEGEND = (
-    f"Mean ± standard deviation over seeds; {TIMES} is the ratio to {{baseline}}, paired by seed; {UNKNOWN} is unknown."
+    f"Mean ± standard deviation over the seeds that finished; {TIMES} is the geometric mean of the ratios to {{baseline}}, "
+    f"paired by seed; {UNKNOWN} is unknown."
 )
 
 _SECONDS = ((1.0, "s"), (3600.0, "h"))
@@ -21,6 +23,7 @@ _BYTES = ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"))
 _PREFIXES = ((1e-3, "m"), (1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P"))
 _COUNTS = ((1.0, ""), (1e3, "thousand"), (1e6, "million"), (1e9, "billion"))
 _PERCENTAGES = ("accuracy", "auc")
+_LONG = 1e15  # numbers with more digits are shown with an exponent
 _ABBREVIATIONS = {"auc": "AUC", "mse": "MSE"}
 
 
@@ -28,13 +31,23 @@ def _si(unit: str) -> tuple[tuple[float, str], ...]:
     return tuple((size, prefix + unit) for size, prefix in _PREFIXES)
 
 
+# Units of a figure without a heading of its own, by the end of its name.
+_ENDS = {"_s": _SECONDS, "_j": _si("J"), "_g": _si("g"), "_flops": _si("FLOP")[1:], "_bytes": _BYTES, "": _COUNTS}
+
 # Heading and units of the figures with fixed names, in the order of the headline table.
 _COSTS: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
     "train_s": ("Training time", _SECONDS),
     "energy": ("Energy", _si("J")),
+    "train_flops": ("Training FLOPs", _si("FLOP")[1:]),
     "update_flops": ("Update FLOPs", _si("FLOP")[1:]),
+    "once_flops": ("One-off FLOPs", _si("FLOP")[1:]),
+    "inference_flops": ("Inference FLOPs", _si("FLOP")[1:]),
     "activation_peak_bytes": ("Peak activations", _BYTES),
     "allocated_peak_bytes": ("Peak allocated", _BYTES),
+    "cache_bytes": ("Cached outputs", _BYTES),
+    "state_bytes": ("Weights and buffers", _BYTES),
+    "gradient_bytes": ("Gradients", _BYTES),
+    "optimizer_bytes": ("Optimizer state", _BYTES),
     "params": ("Parameters", _COUNTS),
     "extra_params": ("Added parameters", _COUNTS),
     "samples": ("Samples per unit", _COUNTS),
@@ -43,7 +56,6 @@ _COSTS: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
 }
 _TARGETS: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
     "target/seconds": ("Time to target", _SECONDS),
-    "target/joules": ("Energy to target", _si("J")),
     "target/samples": ("Samples to target", _COUNTS),
 }
 
@@ -80,11 +92,16 @@ class Column:
 
     def number(self, value: float | None) -> str:
         """``value`` in this column's unit; a dash for unknown."""
-        return UNKNOWN if value is None else f"{value / self.scale:,.{self.digits}f}"
+        if value is None:
+            return UNKNOWN
+        shown = value / self.scale
+        return f"{shown:.4g}" if abs(shown) >= _LONG else f"{shown:,.{self.digits}f}"
 
     def summary(self, figure: Figure) -> str:
-        """Mean, with the standard deviation where there is one and it is not 0."""
+        """Mean, with the standard deviation where there is one and it is not 0; a restricted mean is a least value."""
         mean, std = figure.summary.mean, figure.summary.std
+        if figure.censored:
+            return f"{AT_LEAST} {self.number(mean)}"
         return f"{self.number(mean)} ± {self.number(std)}" if std else self.number(mean)
 
     def ratio(self, ratio: float | None) -> str:
@@ -92,9 +109,9 @@ class Column:
         return ratio_text(ratio, 4 if self.key.startswith(("test/", "validation/")) else 3)
 
     def interval(self, figure: Figure) -> str:
-        """The 95 % interval of the mean, or that there is only one value."""
+        """The 95 % interval around :attr:`Figure.centre`, or why there is none."""
         if figure.interval is None:
-            return "n = 1"
+            return figure.reason or f"none, n = {figure.summary.n}"
         return f"[{self.number(figure.interval[0])}, {self.number(figure.interval[1])}]"
 
 
@@ -110,10 +127,15 @@ def columns(rows: Sequence[Row]) -> list[Column]:
             costs += [_energy(key, "Energy net of idle", units, rows) for key in _ordered(keys, "energy_net_j/", set())]
         elif name in keys:
             costs.append(_column(name, title, units, rows))
+    for name in COST_COLUMNS:
+        if name in keys and name not in _COSTS:
+            end = next(end for end in _ENDS if name.endswith(end))
+            costs.append(_column(name, metric_title(name.removesuffix(end)).capitalize(), _ENDS[end], rows))
     targets = [metric_column(key, rows) for name in sorted(judges) if (key := f"target/{name}") in keys]
     if targets:
         keys.add("target/seconds")  # even if nobody reached the target, which is then seen
     targets += [_column(key, title, units, rows) for key, (title, units) in _TARGETS.items() if key in keys]
+    targets += [_energy(key, "Energy to target", _si("J"), rows) for key in _ordered(keys, "target/joules", set())]
     losses = [column for column in metrics if column.key.endswith("/loss") and "loss" not in judges]
     return [column for column in metrics if column not in losses] + costs + targets + losses
 
@@ -172,8 +194,8 @@ def ratio_text(ratio: float | None, digits: int = 3) -> str:
     """A ratio with ``digits`` significant digits and a multiplication sign; empty for unknown."""
     if ratio is None:
         return ""
-    if ratio == 0 or not math.isfinite(ratio):
-        return f"{ratio:g}{TIMES}"
+    if not 1e-6 < abs(ratio) < _LONG:
+        return f"{ratio:.{digits}g}{TIMES}"
     return f"{ratio:.{min(6, max(0, digits - 1 - _magnitude(ratio)))}f}{TIMES}"
 
 
@@ -188,13 +210,13 @@ def _ordered(keys: set[str], prefix: str, first: set[str]) -> list[str]:
 
 
 def _energy(key: str, title: str, units: Sequence[tuple[float, str]], rows: Sequence[Row]) -> Column:
-    source = key.partition("/")[2]
+    source = key.removeprefix("target/").partition("/")[2]
     return _column(key, f"{title}, {source}, {quality(source, rows)}", units, rows)
 
 
 def _column(key: str, title: str, units: Sequence[tuple[float, str]], rows: Sequence[Row]) -> Column:
     means = _means(key, rows)
-    middle = median(means) if means else 0.0
+    middle = _middle(means)
     scale, unit = max((pair for pair in units if pair[0] <= middle), default=units[0])
     if middle == 0:
         scale, unit = next((pair for pair in units if pair[0] == 1.0), units[0])
@@ -204,12 +226,20 @@ def _column(key: str, title: str, units: Sequence[tuple[float, str]], rows: Sequ
 
 def _means(key: str, rows: Sequence[Row]) -> list[float]:
     means = [abs(row.figures[key].summary.mean or 0.0) for row in rows if key in row.figures]
-    return [mean for mean in means if mean > 0]
+    return [mean for mean in means if 0 < mean < math.inf]
 
 
 def _digits(means: Sequence[float], wanted: int, most: int = 6) -> int:
     """Decimals that give the middle value ``wanted`` significant digits."""
-    return max(0, min(most, wanted - 1 - _magnitude(median(means)))) if means else 0
+    return max(0, min(most, wanted - 1 - _magnitude(_middle(means)))) if means else 0
+
+
+def _middle(values: Sequence[float]) -> float:
+    """The median; of two that are too large to be added the larger one."""
+    if not values:
+        return 0.0
+    middle = median(values)
+    return middle if math.isfinite(middle) else max(value for value in values if math.isfinite(value))
 
 
 def _magnitude(value: float) -> int:

@@ -14,9 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
-from locallearn.records import SCHEMA, Record
+from locallearn.records import SCHEMA, Record, plain_file
 from locallearn.report._assets import SCRIPT, STYLE
 from locallearn.report._charts import (
     Chart,
@@ -29,10 +27,16 @@ from locallearn.report._charts import (
     paired_charts,
     styles,
 )
-from locallearn.report._columns import LEGEND, UNKNOWN, Column, columns, metric_title
-from locallearn.statistics import Row, compare_table
+from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, metric_title
+from locallearn.report._library import plotly
+from locallearn.statistics import Row, age, compare_table
 
 _BASELINE = "backprop"
+_HOW = (
+    "Intervals are 95 % t-intervals over seeds, of costs on a logarithmic scale, none below three seeds. The sign-flip p "
+    "asks how rarely random signs of the paired differences do as much; it cannot fall below its smallest value, and is also "
+    "given after Holm's correction over the rules of the table."
+)
 _MODES = {
     "own": "Every rule trains until its own validation metric stops improving, under one patience and one cap.",
     "matched": "The same number of samples passes through every unit.",
@@ -43,6 +47,7 @@ _CURVE_POINTS = 40_000
 _BLOCK_LINES = 1_000
 _CONFIGS = 100
 _CONFIG_CHARACTERS = 20_000
+_ERROR_CHARACTERS = 2_000
 _PICTURE_BYTES = 1_500_000
 _PICTURE = "reconstructions.png"
 _PICTURE_NOTE = "Test images above, what the network made of them below; of every rule its newest run."
@@ -68,17 +73,40 @@ def write_report(
     Raises:
         ValueError: ``out`` is a folder.
     """
-    if out.is_dir():
-        raise ValueError(f"the report cannot be written to {out}, which is a folder; give a file such as report.html.")
+    check_place(out)
     page = _render(records, title, problems)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    aside = _aside(out)
     try:
-        aside.write_text(page, encoding="utf-8")
+        # Half characters, of odd file names, are shown as escapes.
+        aside.write_text(page, encoding="utf-8", errors="backslashreplace")
         os.replace(aside, out)
     finally:
         aside.unlink(missing_ok=True)
     return out
+
+
+def check_place(out: Path) -> None:
+    """Whether a page can be written to ``out``: makes its folder, and writes and removes an empty file in it.
+
+    Raises:
+        ValueError: it cannot; the sentence says why.
+    """
+    if out.is_dir():
+        raise ValueError(f"the report cannot be written to {out}, which is a folder; give a file such as report.html.")
+    aside = _aside(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        aside.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"the report cannot be written to {out} ({error.strerror}: {error.filename}); give another place for it."
+        ) from None
+
+
+def _aside(out: Path) -> Path:
+    """Where a page is written before it takes the place of ``out``; its name is short, for there is a longest one."""
+    return out.with_name(f".{secrets.token_hex(8)}.html.part")
 
 
 def _render(records: Sequence[Record], title: str, problems: Sequence[str]) -> str:
@@ -94,13 +122,15 @@ def _render(records: Sequence[Record], title: str, problems: Sequence[str]) -> s
     sections, links = [], []
     order = groupby(
         zip(rows, curves, pictures, strict=True),
-        key=lambda item: (item[0].dataset, item[0].net, item[0].task, item[0].mode),
+        key=lambda item: item[0].section,
     )
     for number, (_, items) in enumerate(order):
         members, known, seen = zip(*items, strict=True)
         name, mode = members[0].place, members[0].mode
-        links.append(f'<li><a href="#s{number}">{escape(name)}{f" ({escape(mode)})" if mode else ""}</a></li>')
-        sections.append(_section(f"s{number}", name, mode, members, known, seen, style, points, figures))
+        links.append(
+            f'<li><a href="#s{number}">{escape(name)}{f" ({escape(members[0].terms)})" if mode else ""}</a></li>'
+        )
+        sections.append(_section(f"s{number}", members, known, seen, style, points, figures))
     body = "".join([*sections, *map(_bench, benches)]) or "<p>There is no finished run to show yet.</p>"
     nav = f'<nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>' if len(links) > 1 else ""
     unfinished = _unfinished(records, [*problems, *damaged, *unseen])
@@ -108,7 +138,7 @@ def _render(records: Sequence[Record], title: str, problems: Sequence[str]) -> s
 
 
 def _document(title: str, head: str, body: str, figures: Sequence[Mapping[str, Any]]) -> str:
-    library = get_plotlyjs()
+    library = plotly()
     # Only these two scripts may run and nothing may be fetched, whatever a record smuggles into the page.
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in (library, SCRIPT))
     policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
@@ -139,8 +169,17 @@ def _document(title: str, head: str, body: str, figures: Sequence[Mapping[str, A
 
 def _embed(data: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _finite(data: Any) -> Any:
+    """The same with ``None`` for what JSON has no number for: a figure too large for its unit, say."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def _digest(script: str) -> str:
@@ -167,9 +206,11 @@ def _count(n: int, word: str) -> str:
 def _bench(record: Record) -> str:
     """The table that ``locallearn bench`` printed."""
     bench = record.part("bench")
-    head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in bench.get("columns", []))
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in _texts(bench.get("columns")))
+    rows = bench.get("rows")
     lines = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in bench.get("rows", [])
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _texts(row)) + "</tr>"
+        for row in (rows if isinstance(rows, list) else [])
     )
     where = " · ".join(filter(None, (record.text("dataset"), record.text("net"), record.text("started"))))
     return (
@@ -184,8 +225,6 @@ def _bench(record: Record) -> str:
 
 def _section(
     anchor: str,
-    name: str,
-    mode: str | None,
     rows: Sequence[Row],
     curves: Sequence[Curves],
     pictures: Sequence[str],
@@ -193,9 +232,10 @@ def _section(
     points: int,
     figures: list[Mapping[str, Any]],
 ) -> str:
+    name, mode = rows[0].place, rows[0].mode
     shown = columns(rows)
     metric = metric_title(rows[0].metric.name)
-    badge = f'<span class="badge">mode: {escape(mode or "not stated")}</span>'
+    badge = f'<span class="badge">mode: {escape(rows[0].terms)}</span>'
     learning = metric_chart(rows, curves, style, points)
     groups = [
         (f"{metric[:1].upper()}{metric[1:]} against cost", cost_charts(rows, shown, style)),
@@ -223,11 +263,11 @@ def _headline(rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str, 
     head = "".join(f'<th scope="col">{_heading(column)}</th>' for column in shown)
     lines = []
     for row in rows:
-        locality = row.records[-1].text("locality")
+        locality = row.newest.text("locality")
         below = f"<small>{escape(locality)}</small>" if locality else ""
         dot = f'<span class="dot" style="background:{style[row.label][0]}"></span>'
         cells = "".join(f"<td>{_cell(row, column)}</td>" for column in shown)
-        lines.append(f'<tr><th scope="row">{dot}{escape(row.label)}{below}</th><td>{len(row.records)}</td>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{dot}{escape(row.label)}{below}</th><td>{row.seeds}</td>{cells}</tr>')
     return (
         '<div class="scroll" role="region" aria-label="Headline figures" tabindex="0"><table><thead><tr>'
         f'<th scope="col">Rule</th><th scope="col">Seeds</th>{head}</tr></thead>'
@@ -245,30 +285,53 @@ def _cell(row: Row, column: Column) -> str:
     if figure is None:
         return UNKNOWN
     std = figure.summary.std
-    text = column.number(figure.summary.mean)
+    least = f"{AT_LEAST} " if figure.censored or ("flops" in column.key and row.newest.uncounted) else ""
+    text = least + column.number(figure.summary.mean)
     text += f' <span class="sd">± {column.number(std)}</span>' if std else ""
-    below = [column.ratio(figure.paired.ratio)] if figure.paired and figure.paired.ratio is not None else []
-    below += [f"n = {figure.summary.n}"] if figure.summary.n != len(row.records) else []
+    below = [] if figure.arrivals is None else [str(figure.arrivals)]
+    below += (
+        [f"n = {figure.summary.n}"] if figure.summary.n != len(row.records) else []
+    )  # else it is in the column before
+    pair = figure.paired
+    if pair is not None and pair.ratio is not None:
+        over = "" if pair.n == figure.summary.n else f" (of {_count(pair.n, 'pair')})"
+        below.insert(0, f"{column.ratio(pair.ratio)}{over}")
     return text + (f"<small>{', '.join(below)}</small>" if below else "")
 
 
 def _notes(rows: Sequence[Row], shown: Sequence[Column]) -> str:
-    words = [LEGEND.format(baseline=_BASELINE)]
-    if all(row.algorithm != _BASELINE for row in rows):
-        words.append(f"There is no {_BASELINE} run here, so there is nothing to compare with.")
-    single = [row.label for row in rows if len(row.records) == 1]
-    if single:
-        words.append(f"One seed only, so no spread and no interval: {', '.join(single)}.")
+    words = [LEGEND.format(baseline=_BASELINE), _HOW]
+    if all(row.algorithm != _BASELINE or not row.records for row in rows):
+        words.append(f"There is no {_BASELINE} run here that finished, so there is nothing to compare with.")
+    for n, what in ((1, "One seed only, so no spread and no interval"), (2, "Two seeds only, so no interval")):
+        few = [row.label for row in rows if len(row.records) == n]
+        words += [f"{what}: {', '.join(few)}."] if few else []
     words += [f"{row.label}: {note}" for row in rows for note in row.notes]
     for row in rows:
         pairs = {figure.paired.n for figure in row.figures.values() if figure.paired}
         if pairs and min(pairs) < len(row.records):
-            words.append(f"{row.label}: paired with {_BASELINE} over {min(pairs)} of its {len(row.records)} seeds.")
+            words.append(
+                f"{row.label}: paired with {_BASELINE} over {min(pairs)} of its {len(row.records)} seeds; means are over all "
+                "that finished, ratios over the pairs."
+            )
+        words += _reasons(row, shown)
     machines = {_settled(record.part("hardware")) for row in rows for record in row.records}
     if len(machines) > 1:
         words.append(f"The runs come from {len(machines)} machines; time and energy compare only within one.")
     words += _meter_notes(rows, shown)
     return f'<ul class="plain note">{"".join(f"<li>{escape(word)}</li>" for word in dict.fromkeys(words))}</ul>'
+
+
+def _reasons(row: Row, shown: Sequence[Column]) -> list[str]:
+    """Why intervals or comparisons are missing, one sentence for all figures of one reason."""
+    titles: dict[str, list[str]] = {}
+    for column in shown:
+        figure = row.figures.get(column.key)
+        pair = figure.paired if figure else None
+        reason = figure.reason if figure and figure.reason else pair.reason if pair else None
+        if reason:
+            titles.setdefault(reason, []).append(column.title)
+    return [f"{row.label}: {', '.join(names)}: {reason}." for reason, names in titles.items()]
 
 
 def _meter_notes(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
@@ -354,20 +417,23 @@ def _read_pictures(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     used, dropped = 0, 0
     for row in rows:
         figures.append("")
-        kept = [record for record in row.records if (record.path / _PICTURE).is_file()]
+        kept = [record for record in row.records if os.path.lexists(record.path / _PICTURE)]
         if not kept:
             continue
-        newest = max(kept, key=lambda record: (record.text("finished") or "", record.id))
+        newest = max(kept, key=lambda record: age(record, kept))
         path = newest.path / _PICTURE
-        size = path.stat().st_size
-        if used + size > _PICTURE_BYTES:
+        try:
+            content = plain_file(path, _PICTURE_BYTES)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(f"{error}.")
+            continue
+        if used + len(content) > _PICTURE_BYTES:
             dropped += 1
             continue
-        content = path.read_bytes()
         if not content.startswith(_PNG):
             problems.append(f"{path} is not a PNG picture.")
             continue
-        used += size
+        used += len(content)
         name = f"{row.label}, seed {newest.seed}"
         figures[-1] = (
             f'<figure><h4>{escape(name)}</h4><img class="picture" alt="Reconstructions by {escape(name)}: test images above, '
@@ -384,7 +450,7 @@ def _read_pictures(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
 
 
 def _unfinished(records: Sequence[Record], problems: Sequence[str]) -> str:
-    others = [record for record in records if record.status != "done"]
+    others = [record for record in records if record.status != "done" and not record.part("bench")]
     foreign = sum(record.data.get("schema") != SCHEMA for record in records)
     words = list(dict.fromkeys(problems))
     if foreign:
@@ -393,11 +459,11 @@ def _unfinished(records: Sequence[Record], problems: Sequence[str]) -> str:
     if others:
         lines = "".join(
             f'<tr><th scope="row">{escape(record.id)}</th><td class="left">{escape(record.status)}</td>'
-            f'<td class="left wrap">{escape(record.text("error") or "No reason was recorded.")}</td></tr>'
+            f'<td class="left wrap">{escape((record.text("error") or "No reason was recorded.")[:_ERROR_CHARACTERS])}</td></tr>'
             for record in others
         )
         parts.append(
-            f"<h2>Runs that did not finish</h2><p class='note'>They are in no figure above.</p>"
+            f"<h2>Runs that did not finish</h2><p class='note'>They are in no mean above; their rules' rows count them.</p>"
             f'<div class="scroll" role="region" aria-label="Runs that did not finish" tabindex="0"><table><thead><tr>'
             f'<th scope="col">Run</th><th scope="col" class="left">Status</th><th scope="col" class="left">Why</th>'
             f"</tr></thead><tbody>{lines}</tbody></table></div>"
@@ -417,21 +483,25 @@ def _provenance(records: Sequence[Record], rows: Sequence[Row]) -> str:
             record.algorithm,
             str(record.seed),
             record.status,
+            ", ".join(_texts(record.data.get("epochs"))) or UNKNOWN,
             (record.text("started") or "")[:19].replace("T", " "),
             record.text("resumed_from") or UNKNOWN,
             record.text("command") or UNKNOWN,
         )
         for record in records
     ]
-    header = ("Run", "Rule", "Seed", "Status", "Started (UTC)", "Resumed from", "Command")
+    header = ("Run", "Rule", "Seed", "Status", "Epochs", "Started (UTC)", "Resumed from", "Command")
     notes = [f"{record.id}: {note}" for record in records for note in _texts(record.data.get("notes"))]
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
         "<h2>Provenance</h2>"
         + _settings(records, "hardware", "Hardware")
         + _settings(records, "versions", "Versions")
+        + _settings(records, "source", "Source")
+        + _settings(records, "precision", "Arithmetic")
         + f"<details><summary>Runs and commands ({len(runs)})</summary>{_table(header, runs, 'Runs')}</details>"
         + (f'<details><summary>Notes</summary><ul class="plain">{items}</ul></details>' if notes else "")
+        + "".join(_stages(row) for row in rows[:_CONFIGS])
         + "".join(_config(row) for row in rows[:_CONFIGS])
         + ("<p class='note'>Further configurations are in the runs' folders.</p>" if len(rows) > _CONFIGS else "")
     )
@@ -443,6 +513,8 @@ def _settings(records: Sequence[Record], key: str, title: str) -> str:
     for record in records:
         text = _settled(record.part(key))
         counts[text] = counts.get(text, 0) + 1
+    if not any(record.part(key) for record in records):
+        return ""
     parts = []
     for text, count in counts.items():
         values = json.loads(text)
@@ -451,13 +523,26 @@ def _settings(records: Sequence[Record], key: str, title: str) -> str:
     return f'<h3>{title}</h3><ul class="plain">{"".join(parts)}</ul>'
 
 
+def _stages(row: Row) -> str:
+    """What every stage of a training cost, of the row's last run; empty where the record does not say."""
+    stages = row.newest.part("cost").get("stages")
+    lines = [stage for stage in stages if isinstance(stage, Mapping)] if isinstance(stages, list) else []
+    if not lines:
+        return ""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    table = [(str(number), *(_word(line.get(name)) for name in names)) for number, line in enumerate(lines, start=1)]
+    title = f"Cost per stage: {' · '.join(filter(None, (row.place, row.label)))}, seed {row.newest.seed}"
+    return f"<details><summary>{escape(title)}</summary>{_table(('Stage', *names), table, title)}</details>"
+
+
 def _config(row: Row) -> str:
-    text = json.dumps(row.records[0].part("config"), indent=2, ensure_ascii=False)
+    first = (row.records or row.missing)[0]
+    text = json.dumps(first.part("config"), indent=2, ensure_ascii=False)
     if len(text) > _CONFIG_CHARACTERS:
         text = text[:_CONFIG_CHARACTERS] + "\n… cut here; the whole is in the run's folder"
-    place = " · ".join(filter(None, (row.place, row.mode, row.label)))
+    place = " · ".join(filter(None, (row.place, row.terms if row.mode else "", row.label)))
     return (
-        f"<details><summary>Configuration: {escape(place)}, seed {row.records[0].seed}</summary>"
+        f"<details><summary>Configuration: {escape(place)}, seed {first.seed}</summary>"
         f'<pre tabindex="0"><code>{escape(text)}</code></pre></details>'
     )
 

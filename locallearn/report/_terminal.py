@@ -10,25 +10,32 @@ from rich.table import Table
 from rich.text import Text
 
 from locallearn.records import Record
-from locallearn.report._columns import LEGEND, UNKNOWN, Column, columns, headline_metric
+from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, headline_metric
 from locallearn.statistics import Row, compare_table
 
 _BASELINE = "backprop"
-_SHORT = {"train_s": "train", "update_flops": "update", "activation_peak_bytes": "peak activ."}
+_SHORT = {
+    "train_s": "train",
+    "train_flops": "training",
+    "update_flops": "update",
+    "activation_peak_bytes": "peak activ.",
+}
+_NOTES = 12
 
 
 def terminal_table(records: Sequence[Record]) -> Table:
     """The figures of the report's headline table that fit a terminal, one line per rule.
 
-    Each cell holds the mean ± standard deviation over seeds and below it the ratio to backprop, paired by seed.
+    Each cell holds the mean ± standard deviation over seeds and below it the ratio to backprop, paired by seed. What a row
+    must not be read without stands below the table.
     """
     rows = compare_table(records, _BASELINE)
     shown = _selection(columns(rows), rows)
-    note = LEGEND.format(baseline=_BASELINE)
-    table = Table(
-        caption=Text(note), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
-    if not rows:
+    notes = list(dict.fromkeys(f"{row.label}: {note}" for row in rows for note in row.notes))
+    more = [f"{len(notes) - _NOTES} more notes are in the report."] if len(notes) > _NOTES else []
+    caption = Text("\n".join([LEGEND.format(baseline=_BASELINE), *notes[:_NOTES], *more]))
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    if not any(row.records for row in rows):
         return Table("There is no finished run to show.")
     table.add_column("rule", no_wrap=True, max_width=32)
     table.add_column("n", justify="right")
@@ -42,7 +49,7 @@ def terminal_table(records: Sequence[Record]) -> Table:
             table.add_section()
             table.add_row(Text(name, style="italic", no_wrap=False, overflow="fold"))
         for row in members:
-            table.add_row(Text(row.label), str(len(row.records)), *(_cell(row, column) for column in shown))
+            table.add_row(Text(row.label), row.seeds, *(_cell(row, column) for column in shown))
     return table
 
 
@@ -55,12 +62,13 @@ def _heading(column: Column) -> str:
 
 
 def _place(row: Row) -> str:
-    return f"{row.place} · mode {row.mode or 'not stated'}"
+    return f"{row.place} · mode {row.terms}"
 
 
 def _selection(every: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
     metrics = [headline_metric(every, quality) for quality in {row.metric for row in rows}]
-    wanted = {"train_s", "update_flops", "activation_peak_bytes", *(metric.key for metric in metrics if metric)}
+    flops = "train_flops" if any(column.key == "train_flops" for column in every) else "update_flops"
+    wanted = {"train_s", flops, "activation_peak_bytes", *(metric.key for metric in metrics if metric)}
     prefixes = ("energy_j/", "target/")
     return [column for column in every if column.key in wanted or column.key.startswith(prefixes)]
 
@@ -70,9 +78,13 @@ def _cell(row: Row, column: Column) -> Text:
     if figure is None:
         return Text(UNKNOWN)
     # In a narrow terminal the line breaks at the space: before the sign, not after it.
-    text = Text(column.summary(figure).replace("± ", "±"))
-    if figure.paired and figure.paired.ratio is not None:
-        text.append(f"\n{column.ratio(figure.paired.ratio)}", style="dim")
-    if figure.summary.n != len(row.records):
+    text = Text(column.summary(figure).replace("± ", "±").replace(f"{AT_LEAST} ", AT_LEAST))
+    pair = figure.paired
+    if pair and pair.ratio is not None:
+        over = "" if pair.n == figure.summary.n else f" ({pair.n} pairs)"
+        text.append(f"\n{column.ratio(pair.ratio)}{over}", style="dim")
+    if figure.arrivals is not None:
+        text.append(f"\n{figure.arrivals}", style="dim")
+    elif figure.summary.n != len(row.records):
         text.append(f"\nn = {figure.summary.n}", style="dim")
     return text

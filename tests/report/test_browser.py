@@ -1,5 +1,7 @@
-"""The page in a real browser: charts appear, and nothing a record holds runs."""
+"""The page in a real browser: charts appear, nothing a record holds runs, and nobody is asked for anything."""
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from locallearn.records import Record
-from locallearn.report import write_report
+from locallearn.report import _page, write_report
 
 Make = Callable[..., Record]
 NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -23,6 +25,7 @@ def dom(page: Path, profile: Path, height: int = 12_000) -> str:
     assert BROWSER is not None
     options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     options += f" --disable-component-update --disable-sync --window-size=1280,{height} --virtual-time-budget=20000"
+    options += f" --log-net-log={profile}.json"
     command = [BROWSER, *options.split(), f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
@@ -61,3 +64,57 @@ def test_five_hundred_runs_open(make: Make, tmp_path: Path) -> None:
     page = write_report(records, tmp_path / "r.html")
     assert page.stat().st_size < 8_000_000
     assert drawn(dom(page, tmp_path / "profile", 3000)) >= 2
+
+
+# Clicks on every button of every chart and on every dialogue that comes of it, and writes down what the page would open.
+CLICKS = """
+"use strict";
+(() => {
+  const opened = [];
+  window.open = (place) => { opened.push(String(place)); return null; };
+  addEventListener("securitypolicyviolation", (event) => opened.push(event.blockedURI));
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest ? event.target.closest("a[href]") : null;
+    if (!link || link.getAttribute("href").startsWith("#")) return;
+    if (!link.hasAttribute("download")) opened.push(link.href);
+    event.preventDefault();
+  }, true);
+  const note = document.createElement("pre");
+  const buttons = new Set();
+  const clicks = () => {
+    for (const one of document.querySelectorAll(".modebar-btn,summary,.chart a,.chart button,[class*=dialog] button")) {
+      buttons.add(one.dataset.title || one.getAttribute("data-attr") || one.tagName);
+      one.dispatchEvent(new MouseEvent("click", {bubbles: true, cancelable: true}));
+    }
+    note.id = "clicked";
+    note.textContent = JSON.stringify({opened, buttons: [...buttons]});
+    document.body.append(note);
+  };
+  for (const after of [3000, 6000, 9000]) setTimeout(clicks, after);
+})();
+"""
+
+
+def test_whatever_is_clicked_nothing_is_asked_for_or_sent(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_page, "SCRIPT", _page.SCRIPT + CLICKS)
+    records = [make(a, seed) for a in ("mono_forward", "backprop") for seed in (0, 1, 2)]
+    page = write_report(records, tmp_path / "r.html")
+    text = dom(page, tmp_path / "profile")
+    assert drawn(text) > 5
+    found = json.loads(html.unescape(text.rpartition('<pre id="clicked">')[2].partition("</pre>")[0]))
+    assert found["opened"] == []
+    assert set(found["buttons"]) == {
+        *("Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes", "SUMMARY"),
+    }
+    log = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8", errors="replace"))
+    kinds = {number: name for name, number in log["constants"]["logEventTypes"].items()}
+    asked = {
+        event["params"]["url"]
+        for event in log["events"]
+        if kinds[event["type"]] == "URL_REQUEST_START_JOB" and "url" in event.get("params", {})
+    }
+    own = {address for address in asked if address.startswith(("file:", "data:", "blob:", "chrome"))}
+    # The browser's own wishes (is there a new version?) are not the page's.
+    assert not [address for address in asked - own if "google" not in address]

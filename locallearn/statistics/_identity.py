@@ -1,0 +1,178 @@
+"""Which runs are the same experiment: their settings, and what they ran on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from locallearn.records import Record
+
+# Settings that may differ between runs of one group without making them different experiments: places, what is measured
+# beside training, and those of other commands (a target is part of the group itself).
+_FREE_SETTINGS = frozenset(
+    {
+        *("data_dir", "dataset.data_dir", "runs_dir", "resume"),
+        *("meter", "logger", "trainer.probe_samples", "trainer.checkpoint_s"),
+        *("compare", "tune", "report", "bench", "hydra"),
+    }
+)
+# Packages that decide no number of a run.
+_IDLE_PACKAGES = frozenset({"hydra-core", "optuna", "plotly"})
+_MACHINE = ("cpu", "machine", "usable_cores", "threads", "gpus")
+
+
+# ------------------------------------------------------------------------------------------- settings
+
+
+def settings(record: Record) -> dict[str, str]:
+    """The settings of a run that make it the experiment it is, by dotted name."""
+    return dict(_leaves(record.part("config")))
+
+
+def differing(flats: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names whose values are not the same in all of these settings."""
+    names = {name for flat in flats for name in flat}
+    return sorted(name for name in names if len({flat.get(name, "") for flat in flats}) > 1)
+
+
+def apart(group: Sequence[Record]) -> dict[str, list[Record]]:
+    """The group, split by the settings in which runs of one seed differ; keys name them, ``""`` where nothing differs."""
+    flats = [settings(record) for record in group]
+    names: set[str] = set()
+    for seed in {record.seed for record in group}:
+        same = [flat for flat, record in zip(flats, group, strict=True) if record.seed == seed]
+        names.update(differing(same))
+    told: list[str] = []
+    for name in sorted(names, key=lambda name: (not name.endswith("._target_"), name)):
+        # Another optimizer has other settings of its own, which need not be told unless two runs differ in them alone.
+        implied = f"{name.rpartition('.')[0]}._target_" in told
+        if not implied or _kinds(flats, [*told, name]) > _kinds(flats, told):
+            told.append(name)
+    parts: dict[str, list[Record]] = {}
+    for flat, record in zip(flats, group, strict=True):
+        label = ", ".join(_setting(name, flat[name]) for name in told if name in flat)
+        parts.setdefault(label, []).append(record)
+    return parts
+
+
+def distance(one: Record, other: Record) -> int:
+    """In how many settings two runs of different rules differ, those of the rules left out."""
+    return len(beside_the_rule(one, other))
+
+
+def beside_the_rule(one: Record, other: Record) -> list[str]:
+    """Settings in which two runs differ, those of the rules left out."""
+    return [name for name in differing([settings(one), settings(other)]) if not name.startswith("algorithm.")]
+
+
+def spoken(value: str | None) -> str:
+    """A setting's value as it would be typed; of a class its last name."""
+    if value is None:
+        return "not set"
+    return {"None": "null", "True": "true", "False": "false"}.get(value, value.strip("'"))
+
+
+def _kinds(flats: Sequence[Mapping[str, str]], names: Sequence[str]) -> int:
+    return len({tuple(flat.get(name) for name in names) for flat in flats})
+
+
+def _setting(name: str, value: str) -> str:
+    owner, _, key = name.rpartition(".")
+    return f"{owner}={spoken(value).rpartition('.')[2]}" if key == "_target_" else f"{name}={spoken(value)}"
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if key == "seed" or name in _FREE_SETTINGS:
+            continue
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{name}.")
+        elif isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+            yield name, repr(int(value))  # 1 and 1.0 are one setting
+        else:
+            yield name, repr(value)
+
+
+# ------------------------------------------------------------------------------------------- the newest of several
+
+
+def age(record: Record, others: Iterable[Record]) -> tuple[int, str, str, str]:
+    """A key that is larger for the run that started later.
+
+    Runs of one folder are numbered when they start, which no clock that was set back can disturb; anything else goes by
+    the clock.
+    """
+    serial = record.data.get("serial")
+    counted = type(serial) is int and len({other.path.parent for other in others}) == 1
+    return (
+        serial if counted else -1,  # type: ignore[return-value]  # counted means that it is a number
+        record.text("started") or "",
+        record.text("finished") or "",
+        record.id,
+    )
+
+
+# ------------------------------------------------------------------------------------------- circumstances
+
+
+def circumstances(record: Record) -> dict[str, str]:
+    """What a run ran on and with, beside its settings: machine, versions, commit, arithmetic; by name, known ones only.
+
+    A run that was resumed elsewhere has several values of a name, joined in order.
+    """
+    found: dict[str, list[str]] = {}
+    for part in [*_parts(record), record.data]:
+        for name, value in _circumstances(part):
+            if value not in found.setdefault(name, []):
+                found[name].append(value)
+    return {name: ", then ".join(values) for name, values in found.items()}
+
+
+def machines(record: Record) -> frozenset[tuple[str, ...]]:
+    """The machines that a run ran on: one, unless it was resumed on another."""
+    return frozenset(_machine(part) for part in [*_parts(record), record.data])
+
+
+def _machine(part: Mapping[str, Any]) -> tuple[str, ...]:
+    hardware = _mapping(part.get("hardware"))
+    return (*(str(hardware.get(name)) for name in _MACHINE), _device(part))
+
+
+def _device(part: Mapping[str, Any]) -> str:
+    """Whether a run used the graphics card or the processor of a machine that has both."""
+    wanted = _mapping(_mapping(part.get("config")).get("trainer")).get("accelerator") or "auto"
+    has = bool(_mapping(part.get("hardware")).get("gpus"))
+    return "cpu" if wanted == "cpu" or not has else "gpu"
+
+
+def _parts(record: Record) -> list[Mapping[str, Any]]:
+    """The earlier parts of a resumed run; their settings are those of the whole."""
+    parts = record.data.get("parts")
+    config = record.part("config")
+    return (
+        [{"config": config, **part} for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
+    )
+
+
+def _circumstances(part: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    hardware = _mapping(part.get("hardware"))
+    for name in _MACHINE:
+        if hardware.get(name) not in (None, []):
+            value = hardware[name]
+            yield name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if hardware:
+        yield "device", _device(part)
+    for name, value in _mapping(part.get("versions")).items():
+        if value is not None and name not in _IDLE_PACKAGES:
+            yield str(name), str(value)
+    source = _mapping(part.get("source"))
+    if source.get("commit"):
+        yield "commit", f"{str(source['commit'])[:10]}{' with uncommitted changes' if source.get('dirty') else ''}"
+    for name, value in _mapping(part.get("precision")).items():
+        if value is not None:
+            yield f"precision ({name})".replace("_", " "), str(value)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,351 @@
+"""From records to rows: grouped by experiment, compared with the baseline seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from locallearn.records import Record
+from locallearn.statistics._identity import (
+    age,
+    apart,
+    beside_the_rule,
+    circumstances,
+    differing,
+    distance,
+    machines,
+    settings,
+    spoken,
+)
+from locallearn.statistics._inference import Summary, geometric, holm, paired, summarise, t_interval
+from locallearn.statistics._rows import Arrivals, Figure, Row
+
+_SHOWN = 5
+# Figures that are those of a machine, and those of a whole training, by the beginnings of their names.
+_MACHINE_BOUND = (
+    *("train_s", "validation_s", "co2_g", "energy_j/", "energy_net_j/"),
+    *("allocated_peak_bytes", "target/seconds", "target/joules"),
+)
+_WHOLE_TRAINING = ("train_s", "validation_s", "co2_g", "energy_j/", "energy_net_j/", "samples", "train_flops")
+_TO_TARGET = ("target/seconds", "target/joules", "target/samples")
+
+# Data set, network, task, mode, target.
+_Section = tuple[str, str, str, str, float | None]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Runs of one experiment, one per seed: those that finished, and of the other seeds those that did not."""
+
+    section: _Section
+    algorithm: str
+    variant: str
+    apart: str
+    done: tuple[Record, ...]
+    missing: tuple[Record, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def order(self) -> tuple[str, str, str]:
+        return self.algorithm, self.variant, self.apart
+
+    @property
+    def newest(self) -> Record:
+        return (self.done or self.missing)[-1]
+
+
+def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list[Row]:
+    """Groups runs by data set, network, task, mode, target, rule and variant; compares each group with the baseline.
+
+    Runs of one seed with different settings (a sweep's) are different experiments: the group is split by these settings,
+    which its rows name. Of several finished runs with the same group and seed the newest is taken, and a note says so; they
+    are never pooled. A seed without a finished run stands in :attr:`Row.missing`. Benchmarks are left out. The baseline is
+    the group of the same data set, network, task, mode and target whose rule is ``baseline``, of the same variant or of
+    none; of several the one whose settings differ least from the row's, and then a note names it.
+
+    Runs are paired by seed. Figures of a machine (seconds, joules, grams) are paired only where both ran on the same one.
+    Costs to a target that not everybody reached, and costs of such trainings, are not compared at all. p-values are
+    corrected over the rows of a section, figure by figure.
+
+    Returns:
+        Rows ordered by data set, network, task, mode, target; the baseline first, then by rule, variant and settings.
+    """
+    groups = _groups(records)
+    rows: list[Row] = []
+    for group in sorted(groups, key=lambda g: (_sortable(g.section), g.algorithm != baseline, g.order)):
+        reference, notes = _reference(group, groups, baseline)
+        figures = _figures(group, reference)
+        net, task, mode = group.section[1:4]
+        said = ", ".join(filter(None, (group.variant, group.apart))) or None
+        rows.append(
+            Row(
+                *(group.section[0], net, task, group.algorithm, said, mode or None, group.done, figures),
+                notes=(*_own_notes(group, figures), *notes),
+                missing=group.missing,
+                target=group.section[4],
+            )
+        )
+    return _corrected(rows)
+
+
+def _sortable(section: _Section) -> tuple[str, str, str, str, float]:
+    return (*section[:4], -math.inf if section[4] is None else section[4])
+
+
+# ------------------------------------------------------------------------------------------- groups
+
+
+def _groups(records: Iterable[Record]) -> list[_Group]:
+    found: dict[tuple[_Section, str, str], list[Record]] = {}
+    for record in records:
+        if not record.part("bench"):
+            net, task, mode, variant = (record.text(name) or "" for name in ("net", "task", "mode", "variant"))
+            section = (record.dataset, net, task, mode, record.wanted)
+            found.setdefault((section, record.algorithm, variant), []).append(record)
+    return [
+        _Group(section, algorithm, variant, name, *_newest(part))
+        for (section, algorithm, variant), group in found.items()
+        for name, part in apart(group).items()
+    ]
+
+
+def _newest(group: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[Record, ...], tuple[str, ...]]:
+    """One finished record per seed, one record for every seed that has none, and what must be said about the choice."""
+    by_seed: dict[int, list[Record]] = {}
+    for record in sorted(group, key=lambda record: age(record, group)):
+        by_seed.setdefault(record.seed, []).append(record)
+    resumed = {record.text("resumed_from") for record in group}
+    done: list[Record] = []
+    missing: list[Record] = []
+    notes: list[str] = []
+    for seed, same in sorted(by_seed.items()):
+        finished = [record for record in same if record.status == "done"]
+        (done if finished else missing).append((finished or same)[-1])
+        # An interrupted run and the one that went on with it are one attempt.
+        attempts = [record for record in same if record.status == "done" or record.id not in resumed]
+        if len(attempts) > 1:
+            others = Counter(record.status for record in attempts if record.status != "done")
+            ended = ", ".join(f"{count} {status}" for status, count in sorted(others.items()))
+            counted = "finished run" if others else "run"
+            notes.append(
+                f"Seed {seed} was run {len(attempts)} times{f' ({ended})' if ended else ''}; "
+                + (f"only the newest {counted} is counted." if finished else "none finished.")
+            )
+    return tuple(done), tuple(missing), tuple(notes)
+
+
+def _reference(group: _Group, groups: Sequence[_Group], baseline: str) -> tuple[_Group | None, tuple[str, ...]]:
+    """The baseline of a group, and what must be said of it."""
+    found = [
+        other
+        for other in groups
+        if other.section == group.section and other.algorithm == baseline and other.variant in (group.variant, "")
+    ]
+    if not found or group.algorithm == baseline:
+        return None, ()
+    chosen = min(
+        found,
+        key=lambda other: (
+            other.variant != group.variant,
+            not other.done,
+            distance(group.newest, other.newest),
+            other.order,
+        ),
+    )
+    notes = []
+    if sum(other.variant == chosen.variant for other in found) > 1:
+        notes.append(f"Its baseline is {baseline} with {chosen.apart or 'its other settings'}.")
+    names = beside_the_rule(group.newest, chosen.newest)
+    if names:
+        mine, theirs = settings(group.newest), settings(chosen.newest)
+        told = [f"{name} ({spoken(mine.get(name))} against {spoken(theirs.get(name))})" for name in names]
+        notes.append(f"Beside the rule it differs from its baseline in {_listed(told)}.")
+    notes += _against(group.done, chosen.done)
+    return chosen, tuple(notes)
+
+
+# ------------------------------------------------------------------------------------------- notes
+
+
+def _own_notes(group: _Group, figures: Mapping[str, Figure]) -> tuple[str, ...]:
+    notes = list(group.notes)
+    names = differing([settings(record) for record in group.done])
+    if names:
+        notes.append(f"Its runs differ in more than the seed ({_listed(names)}); the spread mixes both.")
+    known = [circumstances(record) for record in group.done]
+    unlike = differing(known)
+    if unlike:
+        told = [f"{name} {_by_value(name, known, group.done)}" for name in unlike]
+        notes.append(f"Its runs were not made alike, and their means pool over it: {_listed(told)}.")
+    for record in group.done:
+        if len(machines(record)) > 1:
+            notes.append(
+                f"Seed {record.seed} was resumed on another machine; its seconds and joules are sums over both."
+            )
+    notes += [_ended(record) for record in group.missing]
+    uncounted = sorted({name for record in group.done for name in record.uncounted})
+    if uncounted:
+        notes.append(f"FLOPs are incomplete, for want of a formula for {_listed(uncounted)}.")
+    censored = next((figure.arrivals for figure in figures.values() if figure.censored), None)
+    if censored is not None:
+        notes.append(
+            f"The target: {censored}. Costs to it are restricted means (who did not arrive counts with all it spent), so "
+            "they are too low, and there is no ratio."
+        )
+    return tuple(notes)
+
+
+def _ended(record: Record) -> str:
+    reason = (record.text("error") or "no reason was recorded").strip().rstrip(".")
+    word = record.status if record.status in ("failed", "interrupted") else f"not finished ({record.status})"
+    return f"Seed {record.seed}: {word}: {reason[:200]}."
+
+
+def _by_value(name: str, known: Sequence[Mapping[str, str]], records: Sequence[Record]) -> str:
+    """The values of a circumstance with the seeds of each."""
+    seeds: dict[str, list[str]] = {}
+    for one, record in zip(known, records, strict=True):
+        seeds.setdefault(one.get(name, "not recorded"), []).append(str(record.seed))
+    return " / ".join(
+        f"{value} (seed{'s' if len(of) > 1 else ''} {_listed(of, ', ')})" for value, of in sorted(seeds.items())
+    )
+
+
+def _against(mine: Sequence[Record], theirs: Sequence[Record]) -> list[str]:
+    """In what else than the rule and its settings two groups were not made alike."""
+    if not mine or not theirs:
+        return []
+    told = []
+    ours, base = ([circumstances(record) for record in records] for records in (mine, theirs))
+    for name in sorted({name for one in [*ours, *base] for name in one}):
+        values, others = ({one.get(name, "not recorded") for one in of} for of in (ours, base))
+        if values != others:
+            told.append(f"{name} ({' / '.join(sorted(values))} against {' / '.join(sorted(others))})")
+    return [f"It and its baseline were not made alike: {_listed(told)}."] if told else []
+
+
+def _listed(words: Sequence[str], separator: str = "; ") -> str:
+    separator = ", " if all(" " not in word for word in words) else separator
+    return separator.join(words[:_SHOWN]) + (" …" if len(words) > _SHOWN else "")
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+def _figures(group: _Group, reference: _Group | None) -> dict[str, Figure]:
+    base = {} if reference is None else _by_seed(reference.done)
+    arrivals = _arrivals(group)
+    others = None if reference is None else _arrivals(reference)
+    result: dict[str, Figure] = {}
+    for name, values in _by_seed(group.done).items():
+        if name.startswith(_TO_TARGET) and arrivals is not None and not arrivals.all:
+            mean = summarise(values.items()).mean
+            result[name] = Figure(
+                values,
+                Summary(len(values), mean, None),
+                None,
+                None,
+                mean,
+                arrivals,
+                f"{arrivals}: no interval, no ratio",
+            )
+            continue
+        figure = _figure(name, values, arrivals if name.startswith(_TO_TARGET) else None)
+        if reference is not None:
+            reason = _incomparable(name, group, reference, arrivals, others)
+            figure = _compared(name, figure, base.get(name, {}), group, reference, reason)
+        result[name] = figure
+    return result
+
+
+def _figure(name: str, values: Mapping[int, float], arrivals: Arrivals | None) -> Figure:
+    """A figure by itself: a cost with its geometric mean, anything else with its mean."""
+    summary = summarise(values.items())
+    interval = t_interval(values.values())
+    centre, reason = summary.mean, None
+    if is_cost(name) and min(values.values()) > 0:
+        centre, interval = geometric([math.log(value) for value in values.values()])
+        if len(set(values.values())) == 1:  # exactly, not but for the rounding of a logarithm
+            centre = next(iter(values.values()))
+            interval = None if interval is None else (centre, centre)
+    elif is_cost(name) and len(set(values.values())) > 1:
+        interval, reason = None, "no interval on a logarithmic scale, for a value is not above 0"
+    return Figure(values, summary, interval, None, centre, arrivals, reason)
+
+
+def _compared(
+    name: str, figure: Figure, base: Mapping[int, float], group: _Group, reference: _Group, reason: str | None
+) -> Figure:
+    if reason is not None:
+        return replace(figure, reason=reason)
+    if name.startswith("target/") and not is_cost(name):
+        return figure  # what was asked for, not what came of it
+    values: Mapping[int, float] = figure.by_seed
+    if name.startswith(_MACHINE_BOUND):
+        where = {record.seed: machines(record) for record in reference.done}
+        same = {r.seed for r in group.done if len(machines(r)) == 1 and machines(r) == where.get(r.seed)}
+        left = [str(seed) for seed in values if seed in base and seed not in same]
+        values = {seed: value for seed, value in values.items() if seed in same}
+        if left:
+            figure = replace(
+                figure,
+                reason=f"not compared for seed{'s' if len(left) > 1 else ''} {', '.join(left)}: another machine",
+            )
+    comparison = paired(values, base, log=is_cost(name))
+    return replace(figure, paired=comparison if comparison.n else None)
+
+
+def _incomparable(
+    name: str, group: _Group, reference: _Group, arrivals: Arrivals | None, others: Arrivals | None
+) -> str | None:
+    """Why a figure cannot be compared with the baseline's at all."""
+    whole = name.startswith((*_TO_TARGET, *_WHOLE_TRAINING))
+    for who, found in (("", arrivals), ("of the baseline ", others)):
+        if whole and found is not None and not found.all:
+            return f"{who}{found}: no ratio"
+    if "flops" in name and any(record.uncounted for record in (*group.done, *reference.done)):
+        return "operators without a formula: no ratio"
+    return None
+
+
+def is_cost(name: str) -> bool:
+    """Whether a figure is compared by ratios, on a logarithmic scale: all but metrics and losses."""
+    return not name.startswith(("test/", "validation/")) and (
+        not name.startswith("target/") or name.startswith(_TO_TARGET)
+    )
+
+
+def _arrivals(group: _Group) -> Arrivals | None:
+    """Who reached the target; ``None`` in another mode."""
+    if group.section[3] != "target":
+        return None
+    return Arrivals(sum(record.arrived for record in group.done), len(group.done) + len(group.missing))
+
+
+def _by_seed(records: Sequence[Record]) -> dict[str, dict[int, float]]:
+    """Figures by seed; where a run did not reach its target, the costs to it are all that it spent."""
+    values: dict[str, dict[int, float]] = {}
+    for record in records:
+        figures = record.figures() | (record.spent() if record.text("mode") == "target" and not record.arrived else {})
+        for name, value in figures.items():
+            if value is not None:
+                values.setdefault(name, {})[record.seed] = value
+    return values
+
+
+def _corrected(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their p-values corrected by Holm, over the rows of a section, figure by figure."""
+    families: dict[tuple[_Section, str], list[int]] = {}
+    for i, row in enumerate(rows):
+        for name, figure in row.figures.items():
+            if figure.paired is not None and figure.paired.p is not None:
+                families.setdefault((row.section, name), []).append(i)
+    figures = [dict(row.figures) for row in rows]
+    for (_, name), members in families.items():
+        found = [figures[i][name] for i in members]
+        for i, figure, p in zip(members, found, holm([f.paired.p for f in found if f.paired]), strict=True):
+            assert figure.paired is not None
+            figures[i][name] = replace(figure, paired=replace(figure.paired, p_holm=p))
+    return [replace(row, figures=new) for row, new in zip(rows, figures, strict=True)]
