@@ -338,3 +338,28 @@ def selected(batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:
     if batch.rows.ndim == 2:
         return (outputs[batch.rows[0]] * outputs[batch.rows[1]]).sum(1), batch.targets
     return outputs[batch.rows], batch.targets[batch.rows]
+
+
+def refuse_made_weights(name: str, layer: nn.Module, owner: str) -> None:
+    """Make sure that a linear or convolutional layer multiplies by the very parameters that it holds.
+
+    Weight and spectral normalisation, pruning and other parametrizations make a layer's weight from other parameters in every
+    pass. A rule that steps the weight itself, or mirrors it, would train something that the next pass overwrites.
+
+    Args:
+        name: of the block, for the message.
+        layer: an ``nn.Linear`` or ``nn.Conv2d``.
+        owner: the rule that asks.
+
+    Raises:
+        ValueError: it holds other parameters than weight and bias, or has a forward of its own.
+    """
+    held = {key for key, p in layer.named_parameters() if p is not None}
+    plain = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
+    if held not in ({"weight"}, {"weight", "bias"}) or not plain:
+        made = ", ".join(sorted(held - {"weight", "bias"})) or ("no parameter of that name" if plain else "its forward")
+        raise ValueError(
+            f"{name!r} has a {type(layer).__name__} that makes its weight from something else ({made}: weight or spectral "
+            f"normalisation, pruning, quantisation?), and {owner} works with the weight itself: make it plain "
+            "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove), or use another algorithm"
+        )
