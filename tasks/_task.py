@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from locallearn.algorithms.base import Algorithm, TaskInfo, selected
 from locallearn.batch import Batch
-from locallearn.nets.blocks import Blocks
+from locallearn.nets.blocks import Blocks, rest
 
 
 class Task(pl.LightningModule, ABC):
@@ -49,6 +49,7 @@ class Task(pl.LightningModule, ABC):
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._sums: Tensor | None = None
+        self._resting: frozenset[str] = frozenset()
 
     @abstractmethod
     def info(self) -> TaskInfo:
@@ -101,7 +102,20 @@ class Task(pl.LightningModule, ABC):
         return outputs
 
     @override
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of everything that learns; frozen parts stay in eval mode, as under an algorithm."""
+        super().train(mode)
+        self._resting = frozenset()
+        self._rest()
+        return self
+
+    def _rest(self) -> None:
+        if self.training and self.algorithm is None:
+            self._resting = rest(self.net, self._resting, (), ())
+
+    @override
     def training_step(self, raw: Any, batch_idx: int) -> Tensor:
+        self._rest()
         batch = self.to_batch(raw)
         return self.info().loss(*selected(batch, self.net(batch.inputs, *batch.context)))
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from functools import wraps
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from locallearn.batch import Batch
-from locallearn.nets.blocks import Blocks, evaluating
+from locallearn.nets.blocks import Blocks, evaluating, rest
 
 ParamGroup = dict[str, Any]
 """What a torch optimizer takes: ``{"params": [...]}`` and, where a unit wants its own, options such as ``lr``."""
@@ -123,6 +124,21 @@ class Algorithm(nn.Module, ABC):
         self.batches_seen = 0  # for rules in which something is due every so often; kept in the checkpoint
         self._generators: dict[str, torch.Generator] = {}
         self._active: frozenset[str] | None = None
+        self._resting: frozenset[str] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Have every rule look for frozen parts before a batch, whoever wrote its :meth:`updates`."""
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("updates")
+        if own is not None:
+
+            @wraps(own)
+            def updates(self: Algorithm, batch: Batch) -> Iterator[Update]:
+                self._rest()
+                learned: Iterator[Update] = own(self, batch)
+                return learned
+
+            type.__setattr__(cls, "updates", updates)
 
     @property
     @abstractmethod
@@ -246,6 +262,30 @@ class Algorithm(nn.Module, ABC):
         """Whether this unit is trained now."""
         return self._active is None or unit in self._active
 
+    # -- frozen parts ------------------------------------------------------------------------------------------------
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of everything that learns; parts all of whose weights are frozen stay in eval mode.
+
+        A frozen part is its weights and its buffers, so normalisation statistics rest, too, and so does dropout. Weights
+        that are frozen or thawed later are seen at the next call, or by the next :meth:`updates`.
+        """
+        super().train(mode)
+        self._resting = frozenset()
+        self._rest()
+        return self
+
+    def _rest(self) -> None:
+        if self.training:
+            self._resting = rest(self, self._resting, self._asleep(), self._held())
+
+    def _asleep(self) -> Container[str]:
+        """Paths of parts that rest although their weights are not frozen. Default: none."""
+        return ()
+
+    def _held(self) -> Container[int]:
+        """Ids of parameters that the rule itself never trains; a part is not frozen by these. Default: none."""
+        return ()
+
     # -- randomness --------------------------------------------------------------------------------------------------
     def rng(self, device: torch.device | str) -> torch.Generator:
         """The rule's own generator on ``device``, seeded from ``seed`` and kept in the checkpoint."""
@@ -305,3 +345,28 @@ def selected(batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:
     if batch.rows.ndim == 2:
         return (outputs[batch.rows[0]] * outputs[batch.rows[1]]).sum(1), batch.targets
     return outputs[batch.rows], batch.targets[batch.rows]
+
+
+def refuse_made_weights(name: str, layer: nn.Module, owner: str) -> None:
+    """Make sure that a linear or convolutional layer multiplies by the very parameters that it holds.
+
+    Weight and spectral normalisation, pruning and other parametrizations make a layer's weight from other parameters in every
+    pass. A rule that steps the weight itself, or mirrors it, would train something that the next pass overwrites.
+
+    Args:
+        name: of the block, for the message.
+        layer: an ``nn.Linear`` or ``nn.Conv2d``.
+        owner: the rule that asks.
+
+    Raises:
+        ValueError: it holds other parameters than weight and bias, or has a forward of its own.
+    """
+    held = {key for key, p in layer.named_parameters() if p is not None}
+    plain = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
+    if held not in ({"weight"}, {"weight", "bias"}) or not plain:
+        made = ", ".join(sorted(held - {"weight", "bias"})) or ("no parameter of that name" if plain else "its forward")
+        raise ValueError(
+            f"{name!r} has a {type(layer).__name__} that makes its weight from something else ({made}: weight or spectral "
+            f"normalisation, pruning, quantisation?), and {owner} works with the weight itself: make it plain "
+            "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove), or use another algorithm"
+        )

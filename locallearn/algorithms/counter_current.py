@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -116,6 +116,7 @@ class CounterCurrent(Algorithm):
         self.clip = clip
         self.feedback_lr = feedback_lr
         self.kind: str = loss  # build() says what "auto" is
+        self._norms: list[str] = []  # whose scale and shift the rule holds back, while their statistics go on
         if warmup_steps > 0:
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
@@ -176,13 +177,18 @@ class CounterCurrent(Algorithm):
         for (name, _), layers in zip(stages, traced, strict=True):
             self.feedback.append(_mirror(name, layers, before))
             before = layers
-        for module in self.blocks.modules():
-            if isinstance(module, _NORMS):
+        for path, module in self.blocks.named_modules():
+            if isinstance(module, _NORMS) and any(p.requires_grad for p in module.parameters()):
                 module.requires_grad_(False)
+                self._norms.append(path)
         self.feedback.to(parameter.device, parameter.dtype)
         self._initialise()
         self.feedback.requires_grad_(not self.frozen)
         self._check_mirror(stages, shapes, task)
+
+    def _held(self) -> Container[int]:
+        """Scales and shifts of normalisations."""
+        return {id(p) for path in self._norms for p in self.blocks.get_submodule(path).parameters()}
 
     def units(self) -> dict[str, list[ParamGroup]]:
         """A block with the feedback layer that makes its partner, the readout, and the last feedback layer ("input")."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from locallearn.algorithms._error_path import Fault, error_path, inside_checkpoint
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import feedback_alignment as fa
 from locallearn.functional.feedback_alignment import Geometry
-from locallearn.nets.blocks import NORMALISATIONS
 
 Mode = Literal["fa", "dfa", "usf", "brsf", "frsf", "weight_mirror", "kolen_pollack"]
 
@@ -104,12 +104,16 @@ class FeedbackChain(Algorithm):
     During the training forward pass every ``F.linear`` and ``F.conv2d`` whose weight is one of the network's is run by
     the rule's :meth:`carrier` instead. The network's modules are neither changed nor exchanged; what stands between those
     layers (normalisation, activations, pooling, sums) is differentiated exactly; inference is the plain forward pass.
+    Every training pass is checked by its graph (:mod:`locallearn.algorithms._error_path`): whatever else would send the
+    error through a matrix is refused by name, whether it was there when the rule was attached or not.
 
     The first layer has no feedback weights, because nothing below it learns.
     """
 
     layers: dict[str, Layer]
     feedback: nn.ModuleDict
+    _lowest: list[str]  # paths of the weights that have nothing below that learns
+    _products: list[str]  # layers below products of activations, which were warned of
     angle_name = "weight_angle"
 
     @property
@@ -150,12 +154,72 @@ class FeedbackChain(Algorithm):
         return {"network": [{"params": [*self.blocks.parameters(), *self.feedback.parameters()]}]}
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        """The task's loss on the network's output."""
+        """The task's loss on the network's output.
+
+        Raises:
+            ValueError: in this pass the error would go through a matrix as in backpropagation; names the layer.
+        """
         # By the identity of the weight, found anew for every batch, so that copies of the algorithm find their own.
         known = {id(self._weight(name)): name for name in self.layers}
-        with _Intercept(known, self.carrier()):
-            outputs = self.blocks(batch.inputs, *batch.context)
+        outputs = self._run(batch, self.carrier(), known)
         yield Update("network", self._loss(*selected(batch, outputs)))
+
+    def _run(self, batch: Batch, carrier: Carrier, known: Mapping[int, str]) -> Tensor:
+        """A forward pass; what it really did is looked at in autograd's graph, every time.
+
+        Args:
+            batch: what to run on.
+            carrier: runs the known layers.
+            known: names of layers by the identity of their weights.
+        """
+        lowest = {id(self.blocks.get_parameter(path)): _name(path) for path in self._lowest}
+        outputs: Tensor
+        with _Intercept(known, lowest, carrier) as intercept:
+            outputs = self.blocks(batch.inputs, *batch.context)
+        path = error_path(outputs)
+        for fault in path.faults:
+            raise ValueError(self._refusal(fault, intercept.ran))
+        for name in intercept.ungraded - path.carried.keys():
+            raise ValueError(
+                f"layer {name!r} was run without gradients in a training pass, so that it learns nothing, or will be run once "
+                "more by a backward pass of somebody's own: let F.linear and F.conv2d record what they do"
+            )
+        for name in path.products:
+            if name not in self._products:
+                self._products.append(name)
+                warnings.warn(
+                    f"attention after layer {name!r}: its products of queries, keys and values are differentiated exactly, "
+                    "only the layers around it send the error through feedback weights",
+                    stacklevel=3,
+                )
+        return outputs
+
+    def _refusal(self, fault: Fault, ran: Container[str]) -> str:
+        """What stands in the error's way, in a sentence; ``ran`` names the layers that were carried."""
+        paths = {id(p): path for path, p in self.blocks.named_parameters()}
+        known = [paths[id(p)] for p in fault.weights if id(p) in paths]
+        matrices = [path for path in known if self.blocks.get_parameter(path).ndim > 1]
+        order = list(paths.values())
+        through = min(matrices or known, key=order.index, default=None)
+        after = f" after layer {fault.after[0]!r}" if fault.after else ""
+        if through is None:
+            return (
+                f"{fault.function}{after} multiplies activations by a matrix that takes no gradient (a buffer, a constant, "
+                "something detached), so the error would go through its transpose as in backpropagation: make it the weight "
+                "of an nn.Linear with requires_grad_(False), which gets feedback weights of its own, or use another algorithm"
+            )
+        if _name(through) in ran or _name(through) in self.layers or through in self._lowest:
+            return (
+                f"the weight of layer {_name(through)!r} is also used outside of F.linear and F.conv2d, or made into something "
+                f"else before (DropConnect, noise, quantisation?): {fault.function}{after}, where the error would go through "
+                "it as in backpropagation: give that place a weight of its own, and F.linear the weight itself"
+            )
+        owner = type(self.blocks.get_submodule(through.rpartition(".")[0])).__name__
+        return (
+            f"{_name(through)!r} ({owner}) meets the activations{after} neither as the weight of F.linear or F.conv2d nor "
+            f"entry by entry, but by way of {fault.function}, so the error would go through it as in backpropagation: use a "
+            "network of linear layers and Conv2d, each run with the weight itself"
+        )
 
     def weights(self, name: str) -> FeedbackWeights:
         """The feedback weights of a layer, by its dotted path inside the network."""
@@ -179,84 +243,46 @@ class FeedbackChain(Algorithm):
         """Run the network once and note the layers above the first, in the order of the forward pass.
 
         Raises:
-            ValueError: a weight that is neither a linear layer's nor a 2-d convolution's, or not only that; a layer that
-                the backward pass runs again.
+            ValueError: the error would pass a matrix as in backpropagation; a layer that the backward pass runs again.
         """
-        normalisations = {id(p) for m in self.blocks.modules() if isinstance(m, NORMALISATIONS) for p in m.parameters()}
-        paths: dict[int, str] = {}
         for path, parameter in self.blocks.named_parameters():
             if is_lazy(parameter):
                 raise ValueError(
                     f"layer {_name(path)!r} is lazy, so its feedback weights have no shape yet: run the network once before "
                     "it is trained"
                 )
-            if parameter.ndim > 1 and id(parameter) not in normalisations:
-                paths[id(parameter)] = path
         feature_sizes(self.blocks, example)  # tells which block it is that cannot run
-        first = next(self.blocks.parameters())
-        anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
+        parameter = next(self.blocks.parameters())
+        inputs = example.inputs.to(parameter.device)
+        inputs = inputs.to(parameter.dtype) if inputs.is_floating_point() else inputs
+        frozen = [p for p in self.blocks.parameters() if not p.requires_grad and p.is_floating_point()]
+        self.layers, self._lowest, self._products = {}, [], []
+        lowest: dict[str, None] = {}
         found: dict[str, Layer] = {}
         runs: Counter[str] = Counter()
 
-        def note(path: str, call: Call) -> Tensor:
-            output = fa.forward(*call)
-            runs[path] += 1
+        def note(name: str, call: Call) -> Tensor:
+            output = fa.carry(*call[:3], call.weight.detach(), call.geometry)
+            runs[name] += 1
+            path = paths[id(call.weight)]
             if call.inputs.requires_grad:  # something below it learns
-                found[path] = Layer(path, call.inputs.shape, output.shape, call.geometry, runs[path])
-            return output + anchor  # even where the weight itself is frozen
+                found[name] = Layer(path, call.inputs.shape, output.shape, call.geometry, runs[name])
+            else:
+                lowest[path] = None
+            return output
 
-        inputs = example.inputs.to(first.device)
-        inputs = inputs.to(first.dtype) if inputs.is_floating_point() else inputs
-        with torch.enable_grad(), _Watch(paths, note) as watch:
-            outputs = self.blocks(inputs, *example.context)
-        for path in paths.values():
-            if path not in runs:
-                owner = type(self.blocks.get_submodule(path.rpartition(".")[0])).__name__
-                raise ValueError(
-                    f"{_name(path)!r} ({owner}) was run neither by F.linear nor by F.conv2d, so the error would go through "
-                    "it as in backpropagation: use a network of linear layers (on dense features) and Conv2d"
-                )
-        if watch.astray:
-            raise ValueError(
-                f"the weight of layer {_name(min(watch.astray))!r} is also used outside of F.linear and F.conv2d, where the "
-                "error would go through it as in backpropagation: give that place a weight of its own"
-            )
-        for path in watch.attending:
-            warnings.warn(
-                f"attention after layer {_name(path)!r}: its products of queries, keys and values are differentiated exactly, "
-                "only the layers around it send the error through feedback weights",
-                stacklevel=2,
-            )
-        again = self._run_by_backward(outputs, paths.values())
-        if again:
-            raise ValueError(
-                f"layer {_name(again[0])!r} runs once more in the backward pass (activation checkpointing?), where the error "
-                "would go through its weight as in backpropagation: take the checkpointing out"
-            )
-        return {layer.name: layer for layer in found.values()}
-
-    def _run_by_backward(self, outputs: Tensor, paths: Iterable[str]) -> list[str]:
-        """Weights of these paths whose modules a backward pass from here runs; gradients are as they were."""
-        if not outputs.requires_grad:
-            return []
-        ran: list[str] = []
-        # By hooks, because a TorchFunctionMode is off inside of backward().
-        hooks = [
-            self.blocks.get_submodule(path.rpartition(".")[0]).register_forward_pre_hook(
-                lambda module, args, path=path: ran.append(path)
-            )
-            for path in paths
-        ]
-        gradients = [(p, p.grad) for p in self.blocks.parameters()]
-        self.blocks.zero_grad(set_to_none=True)
+        paths = {id(p): path for path, p in self.blocks.named_parameters()}
         try:
-            torch.autograd.backward(outputs.sum())
+            for p in frozen:  # they may learn later
+                p.requires_grad_(True)
+            with torch.enable_grad():
+                self._run(example._replace(inputs=inputs), note, {key: _name(path) for key, path in paths.items()})
         finally:
-            for hook in hooks:
-                hook.remove()
-            for p, gradient in gradients:
-                p.grad = gradient
-        return ran
+            for p in frozen:
+                p.requires_grad_(False)
+        carried = {layer.parameter for layer in found.values()}
+        self._lowest = [path for path in lowest if path not in carried]
+        return found
 
 
 class FeedbackAlignment(FeedbackChain):
@@ -399,48 +425,55 @@ class _Intercept(TorchFunctionMode):
 
     Hooks on the modules would have to be put there and taken away for every batch, would miss layers that are run by
     their weights alone, and could not tell how a convolution pads; the call itself says everything.
+
+    Args:
+        known: names of layers by the identity of their weights.
+        lowest: the same of layers with nothing below that learns; they only have their name put to their graph.
+        carrier: runs the known ones.
+
+    Attributes:
+        ran: names of the layers that it has run.
+        ungraded: those among them that learn and were run without gradients at least once.
     """
 
-    def __init__(self, known: Mapping[int, str], carrier: Carrier) -> None:
+    def __init__(self, known: Mapping[int, str], lowest: Mapping[int, str], carrier: Carrier) -> None:
         super().__init__()
         self._known = known
+        self._lowest = lowest
         self._carrier = carrier
+        self._grading = torch.is_grad_enabled()
+        self.ran: set[str] = set()
+        self.ungraded: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear or func is F.conv2d:
             call = (_linear_call if func is F.linear else _conv2d_call)(*args, **(kwargs or {}))
-            name = self._known.get(id(call.weight))
+            name = self._known.get(id(call.weight)) or self._lowest.get(id(call.weight))
             if name is not None:
-                return self._carrier(name, call)
+                return self._run(name, call)
         return func(*args, **(kwargs or {}))
 
-
-class _Watch(_Intercept):
-    """The same, and it notes what the rule does not carry.
-
-    Attributes:
-        astray: names of known weights that another function makes something of that is differentiated.
-        attending: names of known weights that ran last before an attention.
-    """
-
-    def __init__(self, known: Mapping[int, str], carrier: Carrier) -> None:
-        def note(name: str, call: Call) -> Tensor:
-            self._latest = name
-            return carrier(name, call)
-
-        super().__init__(known, note)
-        self.astray: set[str] = set()
-        self.attending: list[str] = []
-        self._latest = ""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
-        if func is F.scaled_dot_product_attention and self._latest:
-            self.attending.append(self._latest)
-        elif func is not F.linear and func is not F.conv2d and isinstance(result, Tensor) and result.requires_grad:
-            given = (*args, *(kwargs or {}).values())
-            self.astray |= {self._known[id(x)] for x in given if id(x) in self._known and x is not result}
-        return result
+    def _run(self, name: str, call: Call) -> Tensor:
+        self.ran.add(name)
+        if self._grading and inside_checkpoint():
+            raise ValueError(
+                f"layer {name!r} runs once more in the backward pass (activation checkpointing?), where the error "
+                "would go through its weight as in backpropagation: take the checkpointing out"
+            )
+        if self._grading and not torch.is_grad_enabled() and call.weight.requires_grad:
+            self.ungraded.add(name)
+        if id(call.weight) in self._known:
+            output = self._carrier(name, call)
+        elif call.inputs.requires_grad:
+            raise ValueError(
+                f"layer {name!r} has no feedback weights, because nothing below it learned when the rule was attached, and now "
+                "something does: attach the rule to a network that is as it will be trained"
+            )
+        else:
+            output = fa.carry(*call[:3], None, call.geometry)
+        if output.grad_fn is not None:
+            output.grad_fn.layer = name  # type: ignore[attr-defined]
+        return output
 
 
 def _linear_call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -120,6 +120,13 @@ class ForwardForward(LayerLocal):
             for i in range(len(self.blocks)):
                 _last_relu(self.blocks, i).register_forward_pre_hook(self._keep_pre_activation)
 
+    def _asleep(self) -> Container[str]:
+        """The blocks that do not train now, and the mean activities of all that rest."""
+        still = [i for i, block in enumerate(self.blocks) if not any(p.requires_grad for p in block.parameters())]
+        names = self.blocks.names
+        idle = [i for i, name in enumerate(names) if not self.trains(name)]
+        return {*(f"blocks.members.{names[i]}" for i in idle), *(f"local.{i}" for i in (*still, *idle))}
+
     def block_groups(self, index: int) -> list[ParamGroup]:
         """Weights, and biases without weight decay, as in the Matlab code."""
         weights = [p for p in self.blocks[index].parameters() if p.ndim > 1]
@@ -225,7 +232,7 @@ class ForwardForward(LayerLocal):
         return int(widths[-1])
 
     def _keep_pre_activation(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled() and module.training:
+        if torch.is_grad_enabled() and self.training:  # the module itself rests in a frozen block
             self._pre_activation = args[0]
 
 

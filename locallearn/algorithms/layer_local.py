@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import partial
 
 import torch
@@ -126,14 +126,9 @@ class LayerLocal(Algorithm):
         super().train_only(units)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> LayerLocal:
-        """Set the mode of every block that trains now; frozen blocks stay in eval mode."""
-        super().train(mode)
-        if "blocks" in self._modules:
-            for name, block in zip(self.blocks.names, self.blocks, strict=True):
-                if not self.trains(name):
-                    block.eval()
-        return self
+    def _asleep(self) -> Container[str]:
+        """The blocks that do not train now."""
+        return {f"blocks.members.{name}" for name in self.blocks.names if not self.trains(name)}
 
     def cache_frozen(self, keep: bool) -> None:
         """Keep the outputs of frozen blocks for every training sample seen, or forget them.

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, refuse_made_weights
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import pepita
@@ -67,8 +68,10 @@ class Pepita(Algorithm):
         sign_of_error: modulate with the sign of e, and with F ten times smaller.
         dropout: share of every hidden layer's entries that is set to zero in training, by one mask for both passes.
         feedback_scale: F is drawn from U(−b, b), b = feedback_scale·√(6/d_0).
-        normalise: divide every hidden activity by the Frobenius norm of the whole batch, in training and prediction.
-        reduction: over the positions of a convolution's map, ``"sum"`` or ``"mean"``.
+        normalise: divide every hidden activity, after dropout, by the Frobenius norm of the whole batch, in training and
+            prediction.
+        reduction: over the positions of a convolution's map, ``"sum"`` or ``"mean"``; ``"code"``: as in the code of the
+            first paper, see :func:`locallearn.functional.pepita.conv_correlation`.
         mirror_steps: steps of weight mirroring before the first update. Any mirroring makes F a product of one matrix
             per layer; it needs a network of linear layers only, and ``sign="minus"``.
         mirror_every: batches from one step of weight mirroring to the next; ``None``: none during training.
@@ -264,6 +267,8 @@ class Pepita(Algorithm):
             yield update
 
     def _updates(self, batch: Batch) -> Iterator[Update]:
+        for layer in (*self._hidden, self._readout):
+            refuse_made_weights(layer.name, layer.weights, "PEPITA")  # pruned after it was attached, say
         self._mirror_where_due(batch.inputs)
         masks = self._masks(batch.inputs)
         two_steps = self._variant == "time_local"
@@ -300,12 +305,15 @@ class Pepita(Algorithm):
     def _run(self, layer: _Layer, x: Tensor, mask: pepita.Mask | None) -> tuple[Tensor, Tensor, Tensor]:
         """What the weights of a hidden layer read, what it answers, and what the next layer is given."""
         pre = _through(layer.before, x)
+        post = self._answer(layer, pre, mask)
+        return pre, post, _through(layer.after, post)
+
+    def _answer(self, layer: _Layer, pre: Tensor, mask: pepita.Mask | None) -> Tensor:
+        """A hidden layer's activity: activation, then dropout, then the norm of what is left."""
         post = _through(layer.activation, layer.weights(pre))
-        if self.normalise:
-            post = pepita.normalise(post)
         if mask is not None:
             mask.apply_(post)
-        return pre, post, _through(layer.after, post)
+        return pepita.normalise(post) if self.normalise else post
 
     def _step(
         self, layer: _Layer, kept: list[tuple[Tensor | None, Tensor]], pre: Tensor, post: Tensor
@@ -324,8 +332,8 @@ class Pepita(Algorithm):
 
     def _gradients(self, layer: _Layer, post: Tensor, pre: Tensor) -> dict[nn.Parameter, Tensor]:
         module = layer.weights
-        weight, *bias = module.parameters()
-        gradients = {bias[0]: pepita.bias_correlation(post, self.reduction)} if bias else {}
+        weight, bias = module.weight, module.bias
+        gradients = {} if bias is None else {bias: pepita.bias_correlation(post, self.reduction)}
         if isinstance(module, nn.Linear):
             gradients[weight] = pepita.correlation(post, pre)
         else:
@@ -361,16 +369,21 @@ class Pepita(Algorithm):
         self.batches_seen += 1
 
     def _mirror(self, inputs: Tensor) -> None:
-        """One step of weight mirroring, with as much noise as the batch has samples."""
-        mirrors = []
+        """One step of weight mirroring, with as much noise as the batch has samples.
+
+        The noise passes what activities pass, dropout by masks of its own and the norm included.
+        """
+        mirrors, masks = [], self._masks(inputs)
         for i, layer in enumerate((*self._hidden, self._readout)):
             shape = (len(inputs), layer.weights.weight.shape[1])
             noise = 0.1 * torch.randn(
                 shape, generator=self.rng(inputs.device), device=inputs.device, dtype=inputs.dtype
             )
             noise -= noise.mean()
-            answer = layer.weights(noise)
-            answer = answer.softmax(1) if layer is self._readout else _through(layer.activation, answer)
+            if layer is self._readout:
+                answer = layer.weights(noise).softmax(1)
+            else:
+                answer = self._answer(layer, noise, masks[i])
             old = self.get_buffer(f"mirror{i + 1}")
             mirrors.append(pepita.mirror_step(old, noise, answer, self.mirror_lr, self.mirror_decay))
         feedback, factor = pepita.compose(mirrors, self._deviation)
@@ -448,12 +461,13 @@ def _taken_apart(name: str, block: nn.Module) -> _Layer:
     after: list[nn.Module] = []
     weights: nn.Linear | nn.Conv2d | None = None
     for module in _members(block):
-        if type(module) in (nn.Linear, nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d) and not is_lazy(getattr(module, "weight", None)):
+            refuse_made_weights(name, module, "PEPITA")
             if weights is not None:
                 raise ValueError(
                     f"block {name!r} has two layers of weights, and PEPITA trains one per block: make it two"
                 )
-            weights = module  # type: ignore[assignment]
+            weights = module
         elif isinstance(module, nn.Flatten) and weights is None:
             before.append(module)
         elif isinstance(module, _ELEMENTWISE) and weights is not None and not after:

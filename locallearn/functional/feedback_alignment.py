@@ -91,7 +91,7 @@ def parameter_gradients(
 
 
 def carry(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor, geometry: Geometry | None = None
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor | None, geometry: Geometry | None = None
 ) -> Tensor:
     """Run a layer whose backward pass sends δ B down instead of δ W.
 
@@ -102,7 +102,7 @@ def carry(
         inputs: h, shape ``(..., d_in)`` or ``(N, channels, height, width)``.
         weight: W. It is read in the forward pass only.
         bias: b, shape ``(d_out,)``.
-        feedback: B, shape of W.
+        feedback: B, shape of W; ``None``: nothing below the layer learns.
         geometry: of a convolution; ``None``: a linear layer.
     """
     return cast(Tensor, _Carried.apply(inputs, weight, bias, feedback, geometry))
@@ -302,9 +302,14 @@ class _Carried(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor, geometry: Geometry | None
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        feedback: Tensor | None,
+        geometry: Geometry | None,
     ) -> Tensor:
-        ctx.save_for_backward(inputs, feedback)
+        ctx.save_for_backward(inputs, None if feedback is None else feedback[None])
         return _start(ctx, inputs, weight, bias, geometry)
 
     @staticmethod
@@ -312,7 +317,9 @@ class _Carried(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
         inputs, feedback = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        down = input_gradient(delta, feedback.to(delta.dtype), inputs, ctx.geometry) if wanted[0] else None
+        down = None
+        if wanted[0]:
+            down = input_gradient(delta, _opened(ctx, feedback).to(delta.dtype), inputs, ctx.geometry)
         weight, bias = _finish(ctx, delta, inputs)
         return down, weight, bias, weight if wanted[3] else None, None
 
@@ -372,7 +379,7 @@ class _Direct(torch.autograd.Function):
         last: bool,
         geometry: Geometry | None,
     ) -> Tensor:
-        ctx.save_for_backward(inputs, feedback)
+        ctx.save_for_backward(inputs, feedback[None])
         ctx.error, ctx.last = error, last
         return _start(ctx, inputs, weight, bias, geometry)
 
@@ -388,7 +395,9 @@ class _Direct(torch.autograd.Function):
                 "the error reached a hidden layer on a way that does not lead through the output layer, so direct feedback "
                 "has nothing to send: use a network with one output layer, or another mode"
             )
-        down = (error @ feedback.to(error.dtype)).reshape(inputs.shape) if ctx.needs_input_grad[0] else None
+        down = None
+        if ctx.needs_input_grad[0]:
+            down = (error @ _opened(ctx, feedback).to(error.dtype)).reshape(inputs.shape)
         return down, *_finish(ctx, delta, inputs), None, None, None, None
 
 
@@ -396,6 +405,20 @@ def _start(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, geomet
     ctx.shape, ctx.geometry = weight.shape, geometry
     # Detached, because autocast of older PyTorch would keep a copy made here for later, where it would have no gradient.
     return forward(inputs, weight.detach(), None if bias is None else bias.detach(), geometry)
+
+
+def _opened(ctx: Any, saved: Tensor | None) -> Tensor:
+    """B, which is kept with a dimension of 1 in front.
+
+    Where a forward pass is made again in the backward pass, the plain layer saves W in the very place where B was saved, and
+    in its shape: nothing else would tell the two.
+    """
+    if saved is None or saved.ndim < 3 or len(saved) != 1:
+        raise RuntimeError(
+            f"a layer with a weight of shape {tuple(ctx.shape)} has lost its feedback weights on the way to the backward "
+            "pass, because its forward pass was made again (activation checkpointing?): take that out"
+        )
+    return saved[0]
 
 
 def _finish(ctx: Any, delta: Tensor, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -22,7 +22,7 @@ from torch.nn import grad
 from locallearn.functional._angles import angle as angle
 from locallearn.functional._widths import weight_count
 
-Reduction = Literal["sum", "mean"]
+Reduction = Literal["sum", "mean", "code"]
 
 
 def feedback_matrix(inputs: int, classes: int, scale: float = 0.05, generator: Generator | None = None) -> Tensor:
@@ -149,14 +149,16 @@ def conv_correlation(
         padding: see ``stride``.
         dilation: see ``stride``.
         groups: see ``stride``.
-        reduction: over positions, ``"sum"`` as in S24 or ``"mean"`` as in D22 (whose code divides by N once more).
+        reduction: over positions, ``"sum"`` as in S24 or ``"mean"`` as in D22. ``"code"``: what D22's code does with
+            convolutions, the mean divided by N once more, and with the opposite sign. There, h̃ is that of x + e Fᵀ, so
+            that to first order in F the filters learn as with x − e Fᵀ and the plain sign.
 
     Returns:
         Shape ``(C_out, C_in / groups, *kernel_size)``, that of the convolution's weight.
     """
     shape = (post.shape[1], pre.shape[1] // groups, *kernel_size)
     total: Tensor = grad.conv2d_weight(pre, shape, post, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
-    return total.div_(len(post) * (post[0, 0].numel() if reduction == "mean" else 1))
+    return total.mul_(_share(post, reduction))
 
 
 def bias_correlation(post: Tensor, reduction: Reduction = "sum") -> Tensor:
@@ -166,14 +168,20 @@ def bias_correlation(post: Tensor, reduction: Reduction = "sum") -> Tensor:
 
     Args:
         post: shape ``(N, d)`` or ``(N, C_out, H', W')``.
-        reduction: over positions, ``"sum"`` or ``"mean"``.
+        reduction: over positions, as in `conv_correlation`.
 
     Returns:
         Shape ``(d,)`` or ``(C_out,)``.
     """
-    if post.ndim == 2:
-        return post.mean(0)
-    return post.mean((0, 2, 3)) if reduction == "mean" else post.sum((0, 2, 3)) / len(post)
+    return post.mean(0) if post.ndim == 2 else post.sum((0, 2, 3)) * _share(post, reduction)
+
+
+def _share(post: Tensor, reduction: Reduction) -> float:
+    """What a sum over the samples and positions of a map is multiplied with."""
+    samples, positions = len(post), post[0, 0].numel()
+    if reduction == "sum":
+        return 1.0 / samples
+    return 1.0 / (samples * positions) if reduction == "mean" else -1.0 / (samples * positions * samples)
 
 
 def mirror_matrices(widths: Sequence[int], scale: float = 0.05, generator: Generator | None = None) -> list[Tensor]:

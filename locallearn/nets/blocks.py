@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -146,6 +146,50 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def rest(root: nn.Module, resting: frozenset[str], asleep: Container[str], held: Container[int]) -> frozenset[str]:
+    """Put the parts of a network into eval mode that do not learn, and those back into training mode that do again.
+
+    ``requires_grad_(False)`` stops gradients and nothing else: normalisation statistics would go on moving, and dropout
+    drawing. A part rests if it has parameters and none of them learns; what is inside of it (layers without parameters,
+    too) rests with it. Whatever else was put into eval mode by hand stays so.
+
+    Args:
+        root: in training mode; its parts are looked at, not ``root`` itself.
+        resting: what the last call returned; empty where ``root.train()`` was called since.
+        asleep: paths of parts that rest whether frozen or not.
+        held: ids of parameters that do not count, frozen or not.
+
+    Returns:
+        Paths of the parts that rest, the uppermost ones.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def learns(module: nn.Module, path: str) -> bool | None:
+        own = [p.requires_grad for p in module._parameters.values() if p is not None and id(p) not in held]
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            inner = f"{path}.{name}" if path else name
+            if inner in asleep:
+                found[inner] = child
+                continue
+            state = learns(child, inner)
+            if state is False:
+                for nested in [known for known in found if known.startswith(f"{inner}.")]:
+                    del found[nested]
+                found[inner] = child
+            if state is not None:
+                own.append(state)
+        return any(own) if own else None
+
+    learns(root, "")
+    for path in resting - found.keys():
+        root.get_submodule(path).train()
+    for path in found.keys() - resting:
+        found[path].eval()
+    return frozenset(found)
 
 
 def _children(module: nn.Module) -> str:

@@ -172,6 +172,39 @@ class AlgorithmConformance:
                 if id(p) in before:  # what the rule added to a frozen part may have nothing to learn
                     assert torch.equal(p, before[id(p)]) is (id(p) in still), f"a weight of unit {unit!r}"
 
+    @pytest.mark.parametrize("part", ["first", "last", "readout"])
+    def test_a_frozen_part_rests(self, attached: Callable[..., Algorithm], batches: list[Batch], part: str) -> None:
+        """Buffers that every training pass would move stay bit-equal in a frozen part, and move again in a thawed one."""
+        algorithm = attached()
+        blocks = algorithm.blocks
+        frozen = {"first": blocks[0], "last": blocks[len(blocks) - 1], "readout": blocks.readout}[part]
+        if frozen is None:
+            pytest.skip("this network has no readout")
+
+        def count(module: torch.nn.Module, args: Any) -> None:
+            if module.training:
+                module.get_buffer("passes").add_(1)
+
+        for module in blocks.modules():  # what normalisations do, in networks that have none, too
+            module.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+            module.register_forward_pre_hook(count)
+        inside = [module for module in frozen.modules() if module is not frozen or not list(frozen.children())]
+        algorithm.train()
+        plain_loop(algorithm, batches[:1], _sgd)
+        seen = [int(module.get_buffer("passes")) for module in inside]
+        for learn, train in ((False, False), (False, True), (True, False)):
+            frozen.requires_grad_(learn)  # seen by the next updates, whether or not train() is called
+            if train:
+                algorithm.train()
+            for update in algorithm.updates(batches[1]):
+                update.backward()
+                algorithm.zero_grad()
+            now = [int(module.get_buffer("passes")) for module in inside]
+            assert learn or now == seen
+        assert any(seen) or part == "readout", "no layer of the part was run"
+        assert all(after > before for after, before in zip(now, seen, strict=True) if before)
+        assert all(module.training for module in inside)
+
     def test_stages_cover_the_units(self, attached: Callable[..., Algorithm], batches: list[Batch]) -> None:
         """A sequential schedule reaches every unit once, and a stage trains nothing else."""
         algorithm = attached()

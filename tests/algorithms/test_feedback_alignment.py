@@ -472,9 +472,16 @@ def test_other_misfits_are_named() -> None:
         attached(Blocks({"only": nn.Linear(12, CLASSES)}), FeedbackAlignment())
     with pytest.raises(ValueError, match="layer 'odd' is lazy"):
         FeedbackAlignment().attach(_around(nn.LazyLinear(12)), TaskInfo(ROWS, CLASSES, F.cross_entropy))
+
+
+def test_a_table_of_rows_learns_as_in_backpropagation_because_no_error_passes_it() -> None:
     words = nn.Sequential(nn.Embedding(5, 12), nn.Flatten())
-    with pytest.raises(ValueError, match=r"'odd.0' \(Embedding\)"):
-        FeedbackAlignment().attach(
-            Blocks({"odd": words}, nn.Linear(12, CLASSES)),
-            TaskInfo(Batch(torch.zeros(2, 1, dtype=torch.int64), ROWS.targets[:2]), CLASSES, F.cross_entropy),
-        )
+    batch = Batch(torch.arange(5)[:, None], torch.arange(5) % CLASSES)
+    net = Blocks({"words": words, "next": nn.Linear(12, 12)}, nn.Linear(12, CLASSES))
+    algorithm = FeedbackAlignment()
+    algorithm.attach(net.double(), TaskInfo(batch, CLASSES, F.cross_entropy))
+    assert list(algorithm.layers) == ["next", "readout"]
+    _tie(algorithm)
+    mine = gradients_of(algorithm, batch)
+    F.cross_entropy(net(batch.inputs), batch.targets).backward()
+    assert _same(mine, {name: p.grad for name, p in net.named_parameters() if p.grad is not None})

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
+from torch.nn.utils import prune
 
 from locallearn.algorithms import TaskInfo
 from locallearn.algorithms.pepita import Pepita
@@ -77,9 +78,8 @@ def _by_hand(algorithm: Pepita, batch: Batch = BATCH, masks: Sequence[Tensor] = 
                 seen.append(torch.exp(z) / torch.exp(z).sum(1, keepdim=True))
             else:
                 h = z * (z > 0)
-                if o.get("normalise"):
-                    h = h / (h**2).sum() ** 0.5
-                seen.append(h * masks[i] if masks else h)
+                h = h * masks[i] if masks else h
+                seen.append(h / (h**2).sum() ** 0.5 if o.get("normalise") else h)
         return seen
 
     with torch.no_grad():
@@ -145,7 +145,15 @@ def test_a_step_is_that_of_the_equations(options: dict[str, Any], bias: bool) ->
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"variant": "hebbian"}, {"reduction": "mean"}, {"presynaptic": "original"}], ids=str
+    "options",
+    [
+        {},
+        {"variant": "hebbian"},
+        {"reduction": "mean"},
+        {"reduction": "code", "sign": "plus"},
+        {"presynaptic": "original"},
+    ],
+    ids=str,
 )
 def test_a_convolution_learns_from_its_map_before_pooling(options: dict[str, Any]) -> None:
     """Property 9, inside a network: two convolutions with poolings, the patches laid out by unfold."""
@@ -164,7 +172,8 @@ def test_a_convolution_learns_from_its_map_before_pooling(options: dict[str, Any
         h = run(IMAGES.inputs)
         readout = _weights(algorithm)[0]
         error = (h[-1] @ readout.weight.T).softmax(1) - F.one_hot(IMAGES.targets, CLASSES)
-        t = run(IMAGES.inputs - (error @ algorithm.feedback.T).view(16, 2, 12, 12))
+        sign = 1 if options.get("sign") == "plus" else -1
+        t = run(IMAGES.inputs + sign * (error @ algorithm.feedback.T).view(16, 2, 12, 12))
         gradients = _gradients(algorithm, IMAGES)
         for i, (conv, name) in enumerate(((one, "conv1.0"), (two, "conv2.0"))):
             pre = [F.unfold(x[2 * i], 3, padding=1) for x in (h, t)]
@@ -175,7 +184,8 @@ def test_a_convolution_learns_from_its_map_before_pooling(options: dict[str, Any
             else:
                 read = pre[0] if options.get("presynaptic") == "original" else pre[1]
                 total = ((post[0] - post[1]) @ read.transpose(1, 2)).sum(0)
-            scale = 16 * (pre[0].shape[2] if options.get("reduction") == "mean" else 1)
+            positions = pre[0].shape[2]
+            scale = 16 * {"sum": 1, "mean": positions, "code": -16 * positions}[options.get("reduction", "sum")]
             torch.testing.assert_close(gradients[f"{name}.weight"], (total / scale).view_as(conv.weight))
             torch.testing.assert_close(gradients[f"{name}.bias"], (post[0] - post[1]).sum((0, 2)) / scale)
 
@@ -406,6 +416,31 @@ def test_mirroring_turns_every_mirror_to_its_weights_and_keeps_the_size_of_the_f
     torch.testing.assert_close(torch.linalg.multi_dot(mirrors), algorithm.feedback)
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_the_noise_of_mirroring_passes_dropout_and_norm_as_activities_do(normalise: bool) -> None:
+    """One step by hand: ζ = softmax at the output, else masked, then divided by the norm of the batch."""
+    algorithm = _attached(mirror_steps=1, dropout=0.4, normalise=normalise, seed=3)
+    draw = Generator().manual_seed(3)
+    masks = [_factors(width, 0.4, draw) for width in HIDDEN]
+    mirrors = []
+    with torch.no_grad():
+        for i, layer in enumerate(_weights(algorithm)):
+            noise = 0.1 * torch.randn(16, layer.in_features, generator=draw, dtype=torch.float64)
+            noise -= noise.mean()
+            answer = noise @ layer.weight.T
+            if i < len(HIDDEN):
+                answer = answer.clamp(min=0) * masks[i]
+                answer = answer / answer.square().sum().sqrt() if normalise else answer
+            else:
+                answer = answer.softmax(1)
+            old = algorithm.get_buffer(f"mirror{i + 1}")
+            mirrors.append(old + 0.1 * (noise.T @ answer / 16 - 0.5 * old))
+    list(algorithm.updates(BATCH))
+    for i, mirror in enumerate(mirrors):
+        got = algorithm.get_buffer(f"mirror{i + 1}")
+        torch.testing.assert_close(got / got.norm(), mirror / mirror.norm(), rtol=1e-9, atol=1e-12)
+
+
 # -- learning ---------------------------------------------------------------------------------------------------------
 def _digits() -> tuple[list[Batch], Tensor, Tensor]:
     data = load_digits()
@@ -481,6 +516,36 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], messag
         Pepita(**options)
 
 
+class Halved(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight / 2)
+
+
+def _pruned(layer: nn.Linear) -> nn.Module:
+    pruned: nn.Module = prune.l1_unstructured(layer, "weight", 0.5)
+    return pruned
+
+
+MADE: list[Callable[[nn.Linear], nn.Module]] = [
+    nn.utils.parametrizations.weight_norm,
+    nn.utils.parametrizations.spectral_norm,
+    nn.utils.parametrizations.orthogonal,
+    nn.utils.spectral_norm,
+    _pruned,
+    lambda layer: Halved(layer.in_features, layer.out_features),
+]
+
+
+@pytest.mark.parametrize("make", MADE[:-1])
+def test_a_weight_that_is_made_from_another_after_all_is_refused(make: Callable[[nn.Linear], nn.Module]) -> None:
+    algorithm = _attached()
+    make(algorithm.blocks[1][0])
+    with pytest.raises(ValueError, match="'layer2' has a .*Linear that makes its weight from something else"):
+        next(algorithm.updates(BATCH))
+
+
 def _net(*layers: nn.Module, readout: nn.Module | None = None) -> Blocks:
     head = nn.Linear(8, CLASSES) if readout is None else readout
     return Blocks({"first": nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU()), "odd": nn.Sequential(*layers)}, head)
@@ -492,6 +557,8 @@ def _net(*layers: nn.Module, readout: nn.Module | None = None) -> Blocks:
         (_net(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "block 'odd' has two layers of weights"),
         (_net(nn.Linear(8, 8), nn.Dropout(0.1)), "block 'odd' has an nn.Dropout, .* set algorithm.dropout"),
         (_net(nn.Linear(8, 8), nn.BatchNorm1d(8)), "block 'odd' has a BatchNorm1d"),
+        *((_net(make(nn.Linear(8, 8))), "'odd' has a .* that makes its weight from something else") for make in MADE),
+        (_net(nn.LazyLinear(8)), "block 'odd' has a LazyLinear"),
         (_net(nn.Linear(8, 8), nn.PReLU()), "block 'odd' has a PReLU"),
         (_net(nn.ReLU(), nn.Linear(8, 8)), "block 'odd' has a ReLU where"),
         (_net(nn.MultiheadAttention(8, 2)), "block 'odd' has a MultiheadAttention"),

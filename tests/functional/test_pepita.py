@@ -56,7 +56,7 @@ def test_a_linear_step_is_the_mean_over_samples() -> None:
     torch.testing.assert_close(pepita.correlation(post, pre), expected)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "code"])
 @pytest.mark.parametrize(
     ("stride", "padding", "dilation", "groups"), [(1, 0, 1, 1), ((2, 1), (1, 2), 1, 1), (1, 1, 2, 1), (2, 1, 1, 2)]
 )
@@ -70,12 +70,13 @@ def test_a_convolution_steps_like_a_linear_layer_at_every_patch(
     patches = F.unfold(pre, kernel, dilation=dilation, padding=padding, stride=stride)  # (N, C·i·j, positions)
     patches = patches.view(3, groups, -1, patches.shape[-1])
     expected = torch.einsum("ngkp,ngcp->gkc", post.view(3, groups, 6 // groups, -1), patches).reshape(weight.shape) / 3
-    expected = expected / (patches.shape[-1] if reduction == "mean" else 1)
+    positions = patches.shape[-1]
+    expected = expected / {"sum": 1, "mean": positions, "code": -3 * positions}[reduction]
     got = pepita.conv_correlation(post, pre, kernel, stride, padding, dilation, groups, reduction)  # type: ignore[arg-type]
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "code"])
 def test_biases_step_like_the_weights_of_an_input_that_is_one(reduction: pepita.Reduction) -> None:
     linear, maps = _normal(5, 3), _normal(5, 3, 4, 2)
     ones = torch.ones(5, 1, dtype=torch.float64)

@@ -1,0 +1,237 @@
+"""Which way an error takes down a network: what autograd's graph of one forward pass shows of it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Functions of autograd that multiply matrices, and the edges of those whose last or first operand is only added.
+_PRODUCTS = re.compile(
+    r"(mm|mv|linear|convolution\w*|conv\d\w*|convnd\w*)$|^(dot|vdot|addr|cdist|pdist|trilinear)$|dotproduct|attention"
+)
+_RECURRENT = re.compile(r"rnn|lstm|gru")
+_ADDED = {"addmm": 0, "addmv": 0, "baddbmm": 0, "addbmm": 0, "addr": 0, "sparseaddmm": 0}
+_BIASED = re.compile(r"^linear$|^mkldnnlinear$|conv")
+# Functions that take a weight and activations entry by entry, or add up, or put one beside the other.
+_ENTRYWISE = re.compile(
+    r"^(r?sub|add|mul|div|addcmul|addcdiv|lerp|pow|atan2|hypot|where|maximum|minimum|max|min|fmax|fmin|clamp(min|max)?|logaddexp2?"
+    r"|copysign|xlogy|prelu(kernel)?|cat|stack|maskedfill|maskedscatter|indexput(impl)?|index(add|copy)|scatter(add)?"
+    r"|(slice|select)scatter|copy(slices)?|native(layer|group|batch)norm|(cudnn|miopen)?batchnorm|(fused)?rmsnorm|mseloss)$"
+)
+_SPREADING = frozenset(("expand", "repeat", "repeatinterleave", "unsqueeze", "broadcastto"))
+
+
+class Fault(NamedTuple):
+    """A place where an error would pass a matrix as in backpropagation.
+
+    Attributes:
+        function: autograd's name of what is computed there.
+        weights: the weights that it would pass, or those that are in doubt; none: a matrix that takes no gradient.
+        after: the carried layers that come next below.
+    """
+
+    function: str
+    weights: list[Tensor]
+    after: list[str]
+
+
+class ErrorPath(NamedTuple):
+    """What a graph shows.
+
+    Attributes:
+        faults: see there, from the input to the output.
+        products: carried layers right below products of activations (attention).
+        carried: how often each layer is carried.
+    """
+
+    faults: list[Fault]
+    products: list[str]
+    carried: dict[str, int]
+
+
+class _Below(NamedTuple):
+    """What the graph below a function holds.
+
+    Attributes:
+        carried: a carried layer.
+        product: a product of matrices, so that this is no weight any more but activations.
+    """
+
+    carried: bool
+    product: bool
+
+    @property
+    def activations(self) -> bool:
+        return self.carried or self.product
+
+
+def error_path(output: Tensor) -> ErrorPath:
+    """Walk the graph of a forward pass.
+
+    Nodes whose attribute ``layer`` is a name are carried layers. Anything else that multiplies activations by something
+    that learns, or by a matrix that takes no gradient, sends the error through its transpose; so may a function that is
+    not known here. Where activations and weights meet entry by entry, as in normalisations, scales and positional
+    parameters, the gradient of each is local and nothing is wrong.
+
+    Args:
+        output: of the network.
+    """
+    root = output.grad_fn
+    path = ErrorPath([], [], {})
+    if root is None:
+        return path
+    below: dict[Any, _Below] = {}
+    pending: list[Any] = [root]
+    while pending:  # operands first, without recursion: graphs are deep
+        node = pending[-1]
+        if node in below:
+            pending.pop()
+            continue
+        operands = [operand for operand, _ in node.next_functions if operand is not None]
+        unseen = [operand for operand in operands if operand not in below]
+        if unseen:
+            pending += unseen
+            continue
+        pending.pop()
+        below[node] = _looked_at(node, below, path)
+    return path
+
+
+def _looked_at(node: Any, below: Mapping[Any, _Below], path: ErrorPath) -> _Below:
+    layer = getattr(node, "layer", None)
+    edges = [operand for operand, _ in node.next_functions]
+    if isinstance(layer, str):
+        path.carried[layer] = path.carried.get(layer, 0) + 1
+        return _Below(True, True)
+    name = _plain(node)
+    somebodys = isinstance(node, torch.autograd.function.BackwardCFunction)
+    learning = [edge for edge in edges if edge is not None]
+    carried = any(below[edge].carried for edge in learning)
+    if somebodys:
+        mixed = len(learning) > 1 and not all(below[edge].activations for edge in learning)
+        unknown = mixed or "checkpoint" in name
+        if unknown and (len(learning) > 1 or carried):
+            path.faults.append(_fault(node, learning, below))
+        return _Below(carried, any(below[edge].product for edge in learning))
+    recurrent = _RECURRENT.search(name) is not None
+    if not recurrent and _PRODUCTS.search(name) is None:
+        met = [edge for edge in learning if not below[edge].activations]
+        if len(met) < len(learning) and met and (_ENTRYWISE.match(name) is None or _spreads(name, node, below)):
+            path.faults.append(_fault(node, met, below))
+        elif name in ("sum", "mean"):
+            path.faults.extend(_summed(node, below))
+        looked_up = name.startswith("embedding")  # a row per token: activations
+        return _Below(carried, looked_up or any(below[edge].product for edge in learning))
+    if name in _ADDED:
+        factors = [edge for i, edge in enumerate(edges) if i != _ADDED[name] and edge is not None]
+    else:
+        factors = [edge for edge in (edges[:2] if _BIASED.search(name) else edges) if edge is not None]
+    if len(factors) > 1 and all(below[edge].carried for edge in factors):
+        path.products.extend(_nearest(factors))
+    elif len(factors) > 1:
+        path.faults.append(_fault(node, [e for e in factors if not below[e].carried], below))
+    elif factors and below[factors[0]].activations and not name.startswith("sparse"):
+        weights = [] if carried else _leaves(factors)
+        path.faults.append(Fault(node.name(), weights, _nearest(factors)))
+    return _Below(carried, True)
+
+
+def _fault(node: Any, through: Iterable[Any], below: Mapping[Any, _Below]) -> Fault:
+    return Fault(node.name(), _leaves(through), _nearest([edge for edge, _ in node.next_functions if edge in below]))
+
+
+def _spreads(name: str, node: Any, below: Mapping[Any, _Below]) -> bool:
+    """Whether activations are repeated so that each meets several entries of a weight: a matrix product in disguise."""
+    if name not in ("mul", "div"):
+        return False
+    size = _entries(node, 0)
+    for operand, output in node.next_functions:
+        if operand is None or not below[operand].activations:
+            continue
+        while _plain(operand) in _SPREADING:
+            inner, output = operand.next_functions[0]
+            if inner is None:
+                break
+            operand = inner
+        if _entries(operand, output) < size:
+            return True
+    return False
+
+
+def _summed(node: Any, below: Mapping[Any, _Below]) -> Iterator[Fault]:
+    """A sum of entries times weights that differ along it: a matrix of one row in disguise."""
+    factor = node.next_functions[0][0]
+    if factor is None or _plain(factor) != "mul":
+        return
+    size = _shape(factor, 0)
+    over = getattr(node, "_saved_dim", None) or range(len(size))
+    dims = {dim % len(size) if dim < 2**63 else (dim - 2**64) % len(size) for dim in over} if size else set()
+    edges = [(edge, output) for edge, output in factor.next_functions if edge is not None]
+    weights = [(edge, output) for edge, output in edges if not below[edge].activations]
+    if len(edges) < 2 or len(weights) != 1:
+        return
+    shape = _shape(*weights[0])
+    shape = torch.Size([1] * (len(size) - len(shape)) + list(shape))
+    if any(shape[dim] > 1 for dim in dims):
+        yield _fault(factor, [weights[0][0]], below)
+
+
+def _plain(node: Any) -> str:
+    """Name of what a node differentiates, in small letters."""
+    return re.sub(r"backward\d*$", "", node.name().rpartition("::")[2].lower())
+
+
+def _shape(node: Any, output: int) -> torch.Size:
+    return torch.Size(node._input_metadata[output].shape)
+
+
+def _entries(node: Any, output: int) -> int:
+    return int(_shape(node, output).numel())
+
+
+def _leaves(nodes: Iterable[Any]) -> list[Tensor]:
+    """Weights below these nodes, as far as no carried layer stands between."""
+    found: dict[int, Tensor] = {}
+    pending, seen = list(nodes), set()
+    while pending:
+        node = pending.pop()
+        if node in seen or isinstance(getattr(node, "layer", None), str):
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        pending += [operand for operand, _ in node.next_functions if operand is not None]
+    return list(found.values())
+
+
+def _nearest(nodes: Sequence[Any]) -> list[str]:
+    """Carried layers that a way down from these nodes meets first."""
+    found: dict[str, None] = {}
+    pending, seen = list(nodes), set()
+    while pending:
+        node = pending.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        layer = getattr(node, "layer", None)
+        if isinstance(layer, str):
+            found[layer] = None
+        else:
+            pending += [operand for operand, _ in node.next_functions if operand is not None]
+    return list(found)
+
+
+def inside_checkpoint() -> bool:
+    """Whether the caller runs inside of ``torch.utils.checkpoint``, so that it will run once more in the backward pass."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
