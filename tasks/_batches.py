@@ -108,7 +108,9 @@ class BatchLoader:
     run stopped between two batches goes on with exactly the next one.
 
     Without augmentation the samples are kept as float32, scaled once, if that fits ``memory_budget``; otherwise they
-    are kept as they came and scaled batch by batch. Both give the same numbers. Unshuffled batches are views.
+    are kept as they came and scaled batch by batch. Both give the same numbers. Unshuffled batches are views, and are not
+    to be written into: blocks get copies where they would (:class:`~locallearn.nets.inplace.InputGuard`), and whoever else
+    writes is told with the next batch.
 
     Args:
         images: ``(N, ...)``; uint8 stands for 0 … 1 and is divided by 255, floating point is taken as it is.
@@ -162,6 +164,7 @@ class BatchLoader:
         self._ready = augment is None and images.numel() * 4 <= memory_budget
         if self._ready:
             self._images = self._scaled(self._images)
+        self._kept = Untouched(self._images, self._labels)
         self._epoch_batches = len(self) if epoch_batches is None else min(epoch_batches, len(self))
         self._epoch, self._batch = 0, 0
         self._resuming = False
@@ -207,8 +210,10 @@ class BatchLoader:
 
     def _make(self, epoch: int, number: int, order: Tensor | None) -> Batch:
         here = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        self._kept.check()
         if order is None:
             images, labels = self._images[here], self._labels[here]
+            images = images if self._augment is None else images.clone()
             index = None if self._positions is None else self._positions[here]
         else:
             chosen = order[here]
@@ -234,6 +239,35 @@ class BatchLoader:
 
     def _per_channel(self, values: Sequence[float], images: Tensor) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, *[1] * (images.dim() - 2))
+
+
+class Untouched:
+    """Tensors that nobody may write into, with the state they were in.
+
+    Args:
+        tensors: what is kept.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._versions = [self._version(tensor) for tensor in tensors]
+
+    def check(self) -> None:
+        """Costs nothing on any device: PyTorch counts the writes.
+
+        Raises:
+            ValueError: one of them was written into.
+        """
+        for tensor, version in zip(self._tensors, self._versions, strict=True):
+            if self._version(tensor) != version:
+                raise ValueError(
+                    f"data of shape {tuple(tensor.shape)} were written into after they had been given to a loader: whoever "
+                    "changes a batch (a callback, a loss) must change a copy of it, batch.inputs.clone()"
+                )
+
+    @staticmethod
+    def _version(tensor: Tensor) -> int:
+        return 0 if tensor.is_inference() else tensor._version
 
 
 def stream_generator(seed: int, epoch: int, stream: int) -> torch.Generator:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from locallearn.batch import Batch
-from locallearn.tasks._batches import BatchLoader, stream_generator
+from locallearn.tasks._batches import BatchLoader, Untouched, stream_generator
 
 
 class WholeGraph:
@@ -20,13 +20,19 @@ class WholeGraph:
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
+        self._kept = Untouched(*(t for t in (*batch, *batch.context) if isinstance(t, Tensor)))
 
     def __len__(self) -> int:
         """One."""
         return 1
 
     def __iter__(self) -> Iterator[Batch]:
-        """The graph."""
+        """The graph.
+
+        Raises:
+            ValueError: somebody wrote into it.
+        """
+        self._kept.check()
         yield self._batch
 
 

@@ -193,6 +193,7 @@ class Algorithm(nn.Module, ABC):
         self.blocks = blocks
         self.outputs = task.outputs
         with evaluating(blocks), torch.random.fork_rng(devices=[]):  # the first for the dry runs of build()
+            blocks.try_out(task.example.inputs, task.example.context)
             torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reseed the GPUs, too
             self.build(task)
 

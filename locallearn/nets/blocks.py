@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locallearn.nets.inplace import InputGuard, try_out
+
 # A layer of these kinds belongs to the layer before it: it normalises that layer's output.
 NORMALISATIONS = (
     nn.modules.batchnorm._NormBase,
@@ -29,7 +31,8 @@ class Blocks(nn.Module):
     block, Forward-Forward has no use for it.
 
     ``forward(x, *context)`` runs all blocks in order and then the readout: plain inference and plain backpropagation.
-    ``context`` is handed unchanged to every block and to the readout (a graph's edge index, say).
+    ``context`` is handed unchanged to every block and to the readout (a graph's edge index, say). A block that works in
+    place gets copies of what it writes into, whoever runs it (:class:`~locallearn.nets.inplace.InputGuard`).
 
     Args:
         blocks: the blocks by name, in the order of the forward pass. At least one, each with parameters of its own.
@@ -59,6 +62,12 @@ class Blocks(nn.Module):
         _refuse_sharing({**blocks, **({"readout": readout} if readout is not None else {})})
         self.members = nn.ModuleDict(blocks)
         self.readout = readout
+        for name, block in self._runnable.items():
+            InputGuard(name).watch(block)
+
+    @property
+    def _runnable(self) -> dict[str, nn.Module]:
+        return {**self.members, **({} if self.readout is None else {"readout": self.readout})}
 
     @property
     def names(self) -> list[str]:
@@ -85,6 +94,14 @@ class Blocks(nn.Module):
         for block in self:
             inputs = block(inputs, *context)
         return inputs if self.readout is None else self.readout(inputs, *context)
+
+    def try_out(self, inputs: Tensor, context: tuple[Any, ...]) -> None:
+        """Find out on copies, in training mode, which blocks write into what they are given, before training starts.
+
+        Graphs of more than 16 million entries are not run for this; there the first step of training finds it out.
+        """
+        if not context or inputs.numel() <= 2**24:
+            try_out(self._runnable, inputs, context)
 
     @classmethod
     def cut(
@@ -259,7 +276,7 @@ def _refuse_leftovers(module: nn.Module, blocks: Blocks) -> None:
 def _check_chain(module: nn.Module, blocks: Blocks, example: Tensor) -> None:
     """Run the blocks in a chain in eval mode and compare with the module's own forward."""
     with evaluating(module), torch.no_grad():
-        want = module(example)
+        want = module(example.clone())  # its first layer may work in place
         x, at = example, "the input"
         for name, block in [*blocks.members.items(), ("readout", blocks.readout)]:
             if block is None:

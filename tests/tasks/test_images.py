@@ -805,3 +805,12 @@ def test_batches_on_a_gpu_are_those_on_the_cpu(augment: Augment | None) -> None:
         assert theirs.inputs.is_cuda
         torch.testing.assert_close(theirs.inputs.cpu(), ours.inputs)
         assert _index(theirs) == _index(ours)
+
+
+def test_whoever_writes_into_a_batch_that_is_a_view_is_told() -> None:
+    loader = BatchLoader(torch.rand(6, 4), torch.zeros(6).long(), 2, shuffle=False)
+    first = next(iter(loader))
+    next(iter(loader))
+    first.inputs.mul_(2)
+    with pytest.raises(ValueError, match=r"data of shape \(6, 4\) were written into"):
+        next(iter(loader))
