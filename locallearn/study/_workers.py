@@ -6,6 +6,7 @@ however it ends, and no clock that is set makes a living one look dead. They hol
 
 from __future__ import annotations
 
+import glob
 import os
 import uuid
 from collections.abc import Iterator
@@ -27,8 +28,11 @@ class Worker:
 
     def __enter__(self) -> Worker:
         self._storage.parent.mkdir(parents=True, exist_ok=True)
-        self._own = os.open(self._file(self.name), os.O_CREAT | os.O_RDWR)
-        _lock(self._own)
+        with self.alone():  # so that nobody sees a file that is there and not yet locked
+            for left in self._storage.parent.glob(f"{glob.escape(self._file('').name)}*"):
+                self.is_at_work(left.name.rpartition(".")[2])
+            self._own = os.open(self._file(self.name), os.O_CREAT | os.O_RDWR)
+            _lock(self._own)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -148,13 +148,14 @@ class _Search:
                     trial = self._claim(study, number)
                     if trial is not None:
                         self._try(algorithm, study, trial, number)
-            running = sum(len(self._running(study)) for study in self.studies.values())
-            if not running:
+            if all(len(_finished(study)) >= self.trials for study in self.studies.values()):
                 return
-            if not told and self.say is not None:
-                self.say(f"waiting for {running} trial{'s' * (running > 1)} of other processes")
-            told = True
-            time.sleep(_LOOK_AGAIN_S)
+            running = sum(len(self._running(study)) for study in self.studies.values())
+            if running:  # else its process has died meanwhile, and it is free
+                if not told and self.say is not None:
+                    self.say(f"waiting for {running} trial{'s' * (running > 1)} of other processes")
+                told = True
+                time.sleep(_LOOK_AGAIN_S)
 
     def _claim(self, study: optuna.Study, number: int) -> Trial | None:
         """A trial for this process, its settings drawn; ``None`` where more than ``number`` are taken already."""
