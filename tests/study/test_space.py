@@ -35,6 +35,13 @@ def test_ranges_that_cannot_be_searched(settings: dict[str, Any], said: str) -> 
         Range(**settings)
 
 
+@pytest.mark.parametrize("values", [(), ("a",), ("a", "b", "a")])
+def test_choices_that_are_none(values: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="at least two, each of them once"):
+        Choices(values)
+    assert Choices(("a", "b")).values == ("a", "b")
+
+
 @pytest.mark.parametrize(
     ("part", "values"),
     [
