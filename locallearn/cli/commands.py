@@ -12,7 +12,8 @@ from typing import Any
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan
 from locallearn.cli.saved import evaluate, load, read_inputs, recovered, run_folder, saved_settings, table
-from locallearn.cli.settings import GROUPS, Arm, UsageError, check_arguments, check_words, compose_settings
+from locallearn.cli.settings import GROUPS, Arm, UsageError, check_words, compose_settings
+from locallearn.cli.spaces import quoted, read_space
 from locallearn.cli.terminal import Progress
 
 
@@ -221,9 +222,7 @@ def _signature(config: Any, algorithm: str) -> str:
 
 def tune(words: list[str]) -> int:
     """Search settings on equal budgets, on validation data only."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from locallearn.study.space import corners
     from locallearn.study.train import Interrupted, check
     from locallearn.study.tune import study_name
     from locallearn.study.tune import tune as search
@@ -234,20 +233,28 @@ def tune(words: list[str]) -> int:
         raise UsageError(f"tune.trials is {base.tune.trials}, expected a whole number of at least 1")
     if base.resume is not None:
         raise UsageError("resume goes with train; an interrupted search goes on when tune is called again")
-    space = _space(base.tune.space)
+    runs_dir = folder_setting(base, "runs_dir")
     fixed = [
         word for word in shared if not word.startswith(("tune.trials=", "tune.algorithms=", "runs_dir=", "data_dir="))
     ]
-    runs_dir = folder_setting(base, "runs_dir")
+
+    def compose(algorithm: str, settings: Sequence[str] = ()) -> Any:
+        return compose_settings([*shared, *arms[algorithm].overrides, *settings])
 
     def make(algorithm: str, settings: Sequence[str]) -> Any:
-        cfg, choices = compose_settings([*shared, *arms[algorithm].overrides, *settings])
+        cfg, choices = compose(algorithm, settings)
         # Trials have a folder of their own: a report on runs_dir must not mix them with what they were searched for.
         cfg.runs_dir = str(runs_dir / "tune")
         return make_plan(cfg, choices, command_line("tune", words), arms[algorithm])
 
-    for name in arms:  # a mistake in the settings is told before anything is trained
-        check(make(name, [f"{key}={wanted.low!r}" for key, wanted in space.items()]))
+    space = read_space(base.tune.space, [compose(name)[0] for name in arms])
+    for name in arms:  # a mistake in the settings, or in what may be drawn, is told before anything is trained
+        for place, point in enumerate(corners(space)):
+            try:
+                check(make(name, point))
+            except RuntimeError:  # too large for this machine, say: a trial of the search may fail
+                if place == 0:
+                    raise
     try:
         with Progress() as show:
             found = search(
@@ -258,42 +265,56 @@ def tune(words: list[str]) -> int:
                 runs_dir / "tune.sqlite",
                 study_name(chosen["dataset"], chosen["net"], fixed),
                 show=show,
+                say=lambda sentence: print(f"locallearn: {sentence}", file=sys.stderr),
             )
     except Interrupted:
         print("locallearn: interrupted; the same command goes on where the search stopped", file=sys.stderr)
         return 130
-    metric = found[0].metric
-    table = Table(title=f"best of {base.tune.trials} trials each, by validation {metric}", title_justify="left")
+    return _recommend(found, arms, shared)
+
+
+def _recommend(found: Sequence[Any], arms: dict[str, Arm], shared: Sequence[str]) -> int:
+    """Print the best settings of every algorithm, as commands that run them; 1 where one has none."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    metric = next((best.metric for best in found if best.metric is not None), "metric")
+    table = Table(title=f"best of {found[0].trials} trials each, by validation {metric}", title_justify="left")
     for heading in ("algorithm", "trials", f"validation {metric}", "settings"):
         table.add_column(heading, overflow="fold")
+    good = [best for best in found if best.value is not None]
     for best in found:
-        table.add_row(best.algorithm, str(best.trials), f"{best.value:.4f}", " ".join(best.settings))
+        value = "none" if best.value is None else f"{best.value:.4f}"
+        table.add_row(best.algorithm, str(best.trials), value, Text(" ".join(best.settings)))
     Console().print(table)
-    named = [best for best in found if "(" not in best.algorithm]  # Hydra's dictionaries take plain words as keys
-    kept = ",".join(best.algorithm + ":[" + ",".join(f'"{s}"' for s in best.settings) + "]" for best in named)
-    own = ",".join(f'"{best.algorithm[:-1]},{",".join(best.settings)})"' for best in found if best not in named)
-    print(
-        "to compare them: locallearn compare ..."
-        + (f" 'compare.overrides={{{kept}}}'" if named else "")
-        + (f" and in compare.algorithms: '{own}'" if own else "")
+    for best in found:
+        if best.failures:
+            all_or_some = "all" if best.value is None else str(len(best.failures))
+            advice = "; nothing can be recommended, search elsewhere" if best.value is None else ""
+            print(
+                f"locallearn: {all_or_some} of the {best.trials} trials of {best.algorithm} failed or diverged, "
+                f"e.g. {best.failures[0]}{advice}",
+                file=sys.stderr,
+            )
+    own = [word for word in shared if not word.startswith(("tune.", "compare.", "report.", "bench."))]
+    for best in good:
+        print(command_line("train", [*own, *arms[best.algorithm].overrides, *best.settings]))
+    if good:
+        print(f"to compare them: locallearn compare ...{_overrides(good)}")
+    return 0 if len(good) == len(found) else 1
+
+
+def _overrides(good: Sequence[Any]) -> str:
+    """What ``compare`` takes to run the best settings, ready for a shell."""
+    import shlex
+
+    named = [best for best in good if "(" not in best.algorithm]  # Hydra's dictionaries take plain words as keys
+    kept = ",".join(f"{best.algorithm}:[{','.join(map(quoted, best.settings))}]" for best in named)
+    own = [quoted(f"{best.algorithm[:-1]},{','.join(best.settings)})") for best in good if best not in named]
+    return (f" {shlex.quote(f'compare.overrides={{{kept}}}')}" if named else "") + (
+        f" and in compare.algorithms: {shlex.quote(','.join(own))}" if own else ""
     )
-    return 0
-
-
-def _space(given: Any) -> dict[str, Any]:
-    """Ranges to search, by setting."""
-    from collections.abc import Mapping
-
-    from locallearn.study.tune import Range
-
-    space = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}} if given is None else given
-    if not isinstance(space, Mapping) or not space:
-        raise UsageError(f"tune.space is {space}, expected ranges by setting: {{optimizer.lr:{{low:1e-4,high:1e-2}}}}")
-    for key, ends in space.items():
-        if not isinstance(ends, Mapping) or not {"low", "high"} <= set(ends) <= {"low", "high", "log"}:
-            raise UsageError(f"tune.space.{key} is {ends}, expected {{low:NUMBER,high:NUMBER,log:true}}")
-        check_arguments(Range, dict(ends), f"tune.space.{key}")
-    return {str(key): Range(**ends) for key, ends in space.items()}
 
 
 def arms_of(command: str, words: Sequence[str]) -> tuple[Any, dict[str, str], list[Arm], list[str]]:

@@ -172,11 +172,10 @@ class Arm:
 def check_arguments(made: Any, values: dict[str, Any], where: str) -> None:
     """Values against the signature of what they are handed to."""
     import inspect
-    from typing import get_type_hints
 
     try:
         parameters = inspect.signature(made).parameters
-        hints = get_type_hints(vars(made).get("__init__", made) if isinstance(made, type) else made)
+        hints = hints_of(made)
     except (NameError, TypeError, ValueError):
         return  # somebody else's signature that cannot be read
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -189,6 +188,13 @@ def check_arguments(made: Any, values: dict[str, Any], where: str) -> None:
             )
         if key in hints and not isinstance(value, dict) and not _fits(value, hints[key]):
             raise UsageError(f"{where}.{key} is {value!r}, expected {_spoken(hints[key]) or hints[key]}")
+
+
+def hints_of(made: Any) -> dict[str, Any]:
+    """Types of the arguments of a class or function."""
+    from typing import get_type_hints
+
+    return get_type_hints(vars(made).get("__init__", made) if isinstance(made, type) else made)
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

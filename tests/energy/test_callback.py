@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from locallearn.energy import EnergyCallback, EnergyMonitor, ReplayMeter
+from locallearn.energy import CodeCarbonMeter, EnergyCallback, EnergyMonitor, ReplayMeter
 
 TRAIN_S, VALIDATE_S, SAVE_S, BATCHES, POWER_W = 1.0, 10.0, 100.0, 3, 5.0
 
@@ -208,6 +208,48 @@ def test_the_meters_learn_the_device_of_the_fit(clock: Any, constant: Any, devic
     energy.on_train_start(trainer, None)  # type: ignore[arg-type]
     energy.on_train_end(trainer, None)  # type: ignore[arg-type]
     assert told == [device]
+
+
+def _fake(device: str = "cpu") -> Any:
+    return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+
+
+def test_before_a_fit_there_is_nothing(clock: Any) -> None:
+    energy = EnergyCallback(EnergyMonitor([], clock=clock))
+    assert (energy.seconds, energy.validation_seconds, energy.co2_g, energy.readings) == (0.0, 0.0, None, [])
+    energy.on_exception(_fake(), None, ValueError())  # type: ignore[arg-type]  # before training, say
+    with pytest.raises(RuntimeError, match="before on_train_start"):
+        energy.on_train_epoch_start(_fake(), None)  # type: ignore[arg-type]
+
+
+def test_fetching_the_first_batch_of_an_epoch_is_training(clock: Any) -> None:
+    energy, module = EnergyCallback(EnergyMonitor([], clock=clock)), None
+    hooks: Any = energy
+    hooks.on_train_start(_fake(), module)
+    hooks.on_train_epoch_end(_fake(), module)
+    clock.pass_by(100)
+    hooks.on_train_epoch_start(_fake(), module)
+    clock.pass_by(3)
+    hooks.on_train_batch_start(_fake(), module, None, 0)
+    hooks.on_train_end(_fake(), module)
+    hooks.on_exception(_fake(), module, ValueError())  # of another callback's, after the end
+    assert energy.seconds == 3.0
+
+
+def test_co2_of_both_parts(stopped: Any, tracker: Any) -> None:
+    """50 W at 400 g/kWh for 20 and 70 seconds."""
+    module: Any = None
+    first, second = (EnergyCallback(EnergyMonitor([CodeCarbonMeter()])) for _ in range(2))
+    for energy, seconds in ((first, 20), (second, 70)):
+        energy.on_train_start(_fake(), module)
+        stopped.pass_by(seconds)
+        state = energy.state_dict()  # up to date, though the window is open
+        assert state["co2_g"] == pytest.approx(50 / 3.6e6 * 400 * (20 if energy is first else 90))
+        energy.on_train_end(_fake(), module)
+        assert energy.state_dict()["co2_g"] == pytest.approx(state["co2_g"])
+        second.load_state_dict(first.state_dict())
+        assert second.seconds == (20.0 if energy is first else 90.0)
+    assert second.co2_g == pytest.approx(50 * 90 / 3.6e6 * 400)
 
 
 def test_a_clock_that_goes_back_gives_no_negative_validation(clock: Any) -> None:

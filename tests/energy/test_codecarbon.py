@@ -120,6 +120,30 @@ def test_only_resumed_stretches_are_counted(stopped: Any, tracker: Any) -> None:
     assert window.co2_g == pytest.approx(50 * 30 / 3.6e6 * 400)
 
 
+def test_closing_counts_what_is_running_and_keeps_the_first_reason(
+    stopped: Any, tracker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError("boom")
+
+    monkeypatch.setattr(tracker, "stop", fail)
+    for wrong, said in (
+        (False, "CodeCarbon did not stop: OSError: boom"),
+        (True, "CodeCarbon failed during the window"),
+    ):
+        meter = CodeCarbonMeter()
+        meter.open()
+        ticker = meter._ticker
+        assert ticker is not None
+        meter.resume()
+        stopped.pass_by(10)
+        tracker.answers = {"emissions": None} if wrong else {}
+        meter.close()
+        assert ticker._stop.is_set()
+        assert meter._joules == pytest.approx({"cpu": 300.0, "ram": 200.0})
+        assert str(meter.readings()[0].reason).startswith(said)
+
+
 def test_every_figure_says_by_what_it_is_modelled(stopped: Any, tracker: Any) -> None:
     """Memory is a constant times seconds; so is a processor that CodeCarbon knows no load of."""
     tracker.watts["gpu"], tracker.gpu_count = 5.0, 1
@@ -171,7 +195,7 @@ def test_the_most_that_is_believed(stopped: Any, tracker: Any) -> None:
     assert _joules(window.readings)["codecarbon:cpu"] == pytest.approx(43_600)
 
 
-@pytest.mark.parametrize("grams", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("grams", [float("nan"), float("inf"), -1.0, -1e-6])
 def test_co2_that_cannot_be_right_costs_the_co2(stopped: Any, tracker: Any, grams: float) -> None:
     with EnergyMonitor([CodeCarbonMeter()]).window("w") as window:
         tracker.answers["emissions"] = grams

@@ -160,10 +160,11 @@ def test_visible_devices(
 
 def test_devices_are_counted_among_the_visible(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
-    first, second = _read(NvmlMeter([1, 5]))
+    first, second, third = _read(NvmlMeter([1, 5, 2]))
     assert first.detail["nvml_index"] == 1
-    assert second.source == "nvml:5"
-    assert "only 2 NVIDIA GPU(s) are visible" in str(second.reason)
+    assert [second.source, third.source] == ["nvml:5", "nvml:2"]
+    for reading in (second, third):
+        assert "only 2 NVIDIA GPU(s) are visible" in str(reading.reason)
 
 
 def test_no_driver(nvml: FakeNvml) -> None:
@@ -257,6 +258,18 @@ def test_the_board_of_the_run_is_found_by_its_address(nvml: FakeNvml, monkeypatc
     (reading,) = _read_for("cuda:5", NvmlMeter())
     assert reading.source == "nvml:5 NVIDIA H200"
     assert reading.detail["nvml_index"] == 2
+
+
+def test_cuda_without_a_number_is_the_current_device(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    _cuda(monkeypatch, uuid="ccc3")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 4)
+    assert _read_for("cuda", NvmlMeter())[0].source == "nvml:4 NVIDIA H200"
+
+
+def test_a_board_that_tells_no_address_is_not_the_one(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml.unsupported |= {"nvmlDeviceGetPciInfo", "nvmlDeviceGetMaxMigDeviceCount"}
+    _cuda(monkeypatch, uuid="dddd", pci_domain_id=0, pci_bus_id=17, pci_device_id=0)
+    assert "none of NVML's 3 boards" in str(_read_for("cuda:0", NvmlMeter())[0].reason)
 
 
 def test_without_uuid_and_address_the_order_counts(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:

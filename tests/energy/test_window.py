@@ -147,12 +147,12 @@ def test_idle_co2_is_taken_off(stopped: Any, tracker: Any, monkeypatch: pytest.M
 
 def test_a_short_idle_watch_is_flagged(clock: Any, constant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("locallearn.energy._window.time.sleep", clock.pass_by)
-    for idle_s, flagged in ((9.0, True), (10.0, False)):
+    for idle_s, flagged in ((0.5, True), (9.0, True), (10.0, False)):
         meter = ReplayMeter(constant(1.0), clock=clock)
         meter.tick_s = 0.1
         with EnergyMonitor([meter], idle_s=idle_s, clock=clock).window("w") as window:
             clock.pass_by(10.0)
-        wanted = ("idle power was watched for 9.0 s only: the net figure is rough",) if flagged else ()
+        wanted = (f"idle power was watched for {idle_s:.1f} s only: the net figure is rough",) if flagged else ()
         assert window.readings[0].flags == wanted
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +21,7 @@ import pytest
 import torch
 
 from locallearn.cli import main
-from locallearn.cli.settings import compose_settings
+from locallearn.cli.settings import UsageError, compose_settings
 from locallearn.records import load_record
 from locallearn.strategies import Diverged
 from locallearn.study import tune as module
@@ -251,6 +255,196 @@ def test_nothing_to_search_is_refused(runs: FakeRuns, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failing_trial_counts_and_the_search_goes_on(runs: FakeRuns, tmp_path: Path) -> None:
+    """Whatever it raises, when it is made or when it is run, but for the user's own stop and a full disk."""
+    said: list[str] = []
+
+    def answer(algorithm: str, settings: dict[str, float]) -> float:
+        if len(runs.asked) == 2:
+            raise torch.OutOfMemoryError("tried to allocate 40 GiB\nfree: none")
+        return 0.1 * len(runs.asked)
+
+    def make(algorithm: str, settings: Sequence[str]) -> Any:
+        made.append(list(settings))
+        if len(made) == 1:
+            raise UsageError("net.hidden is odd")
+        return original(algorithm, settings)
+
+    made: list[list[str]] = []
+    original, runs.make = runs.make, make  # type: ignore[method-assign]
+    runs.answer = answer
+    [best] = _tune(runs, tmp_path, 4, ["a"], say=said.append)
+    assert len(made) == 4
+    study = optuna.load_study(study_name="a-study", storage=f"sqlite:///{tmp_path / 'tune.sqlite'}")
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+    assert best == Best("a", made[3], "accuracy", pytest.approx(0.3), 4, best.failures)
+    sentences = ["UsageError: net.hidden is odd", "OutOfMemoryError: tried to allocate 40 GiB"]
+    assert list(best.failures) == [f"trial {n}: {text}" for n, text in zip((1, 3), sentences, strict=True)]
+    assert said == [
+        f"trial {n} of a failed, the search goes on: {text}" for n, text in zip((1, 3), sentences, strict=True)
+    ]
+    assert len({line for (line,) in made}) == 4
+    assert _tune(runs, tmp_path, 4, ["a"]) == [best]
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize("how", ["diverged", "nan", "failed"])
+def test_where_nothing_came_to_an_end_nothing_is_recommended(how: str, runs: FakeRuns, tmp_path: Path) -> None:
+    def answer(algorithm: str, settings: dict[str, float]) -> float:
+        if algorithm == "b":
+            return 0.5
+        if how == "nan":
+            return math.nan
+        error = Diverged("unit 'layer1' diverged") if how == "diverged" else MemoryError()
+        error.run_folder = None  # type: ignore[union-attr]
+        raise error
+
+    runs.answer = answer
+    bad, good = _tune(runs, tmp_path, 2)
+    said = {
+        "diverged": "unit 'layer1' diverged",
+        "nan": "validation accuracy is nan",
+        "failed": "MemoryError: no message",
+    }
+    metric = None if how == "failed" else "accuracy"
+    assert bad == Best("a", [], metric, None, 2, tuple(f"trial {n}: {said[how]}" for n in (1, 2)))
+    assert (good.value, good.failures) == (0.5, ())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_no_ones_settings_fault(number: int, runs: FakeRuns, tmp_path: Path) -> None:
+    def full(algorithm: str, settings: dict[str, float]) -> float:
+        raise OSError(number, "No space left on device")
+
+    runs.answer = full
+    with pytest.raises(OSError, match="No space"):
+        _tune(runs, tmp_path, 1, ["a"])
+    runs.answer = lambda algorithm, settings: 0.5
+    [best] = _tune(runs, tmp_path, 1, ["a"])
+    assert (best.value, best.failures) == (0.5, ())
+    assert runs.values()[0] == runs.values()[1]
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+def _worker(runs: FakeRuns, folder: Path, trials: int, answer: Answer) -> int:
+    """Number of a process that searches, and notes what it was asked for in a file of its own."""
+
+    def noted(algorithm: str, settings: dict[str, float]) -> float:
+        with (folder / f"asked-{os.getpid()}").open("a") as file:
+            file.write(f"{algorithm} {settings['optimizer.lr']!r}\n")
+        return answer(algorithm, settings)
+
+    (folder / "search").mkdir(exist_ok=True)
+    process = os.fork()
+    if process:
+        return process
+    code = 3
+    try:
+        runs.answer = noted
+        found = _tune(runs, folder / "search", trials)
+        code = 0 if [best.trials for best in found] == [trials, trials] else 4
+    finally:
+        os._exit(code)
+
+
+def _asked(folder: Path) -> list[str]:
+    return [line for file in sorted(folder.glob("asked-*")) for line in file.read_text().splitlines()]
+
+
+def _end(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@forks
+def test_processes_share_a_budget_and_draw_differently(runs: FakeRuns, tmp_path: Path) -> None:
+    """Three of them make the tables, and 2 x 3 trials, none twice."""
+
+    def answer(algorithm: str, settings: dict[str, float]) -> float:
+        time.sleep(0.05)
+        return settings["optimizer.lr"]
+
+    workers = [_worker(runs, tmp_path, 3, answer) for _ in range(3)]
+    assert [_end(worker) for worker in workers] == [0, 0, 0]
+    asked = _asked(tmp_path)
+    assert len(asked) == 6
+    for algorithm in ("a", "b"):
+        assert len({line for line in asked if line.startswith(algorithm)}) == 3
+    assert [path.name for path in (tmp_path / "search").iterdir()] == ["tune.sqlite"]
+    assert [best.trials for best in _tune(runs, tmp_path / "search", 3)] == [3, 3]
+    assert runs.asked == []
+
+
+@forks
+def test_a_killed_trial_is_neither_lost_nor_counted_twice(runs: FakeRuns, tmp_path: Path) -> None:
+    """The second process waits for the trial that the first one was killed in, and runs it with the same settings."""
+
+    def killed(algorithm: str, settings: dict[str, float]) -> float:
+        if (tmp_path / "killed").exists():
+            return 0.5
+        (tmp_path / "killed").touch()
+        time.sleep(600)
+        return 0.0
+
+    first = _worker(runs, tmp_path, 2, killed)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = _worker(runs, tmp_path, 2, killed)
+    while len(_asked(tmp_path)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(first, signal.SIGKILL)
+    assert [_end(first), _end(second)] == [-signal.SIGKILL, 0]
+    asked = _asked(tmp_path)
+    assert (len(asked), len(set(asked))) == (5, 4)
+    study = optuna.load_study(study_name="a-study", storage=f"sqlite:///{tmp_path / 'search' / 'tune.sqlite'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
+    assert [path.name for path in (tmp_path / "search").iterdir()] == ["tune.sqlite"]
+
+
+@forks
+def test_a_trial_that_kills_its_process_is_given_up_in_the_end(runs: FakeRuns, tmp_path: Path) -> None:
+    """As the system does when the machine's memory is out; it must not be the end of every search to come."""
+
+    def fatal(algorithm: str, settings: dict[str, float]) -> float:
+        if algorithm == "b":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0.5
+
+    assert [_end(_worker(runs, tmp_path, 1, fatal)) for _ in range(4)] == [-signal.SIGKILL] * 3 + [0]
+    good, bad = _tune(runs, tmp_path / "search", 1)
+    assert (good.value, bad.value) == (0.5, None)
+    assert bad.failures == ("trial 1: its process died 3 times",)
+    assert [path.name for path in (tmp_path / "search").iterdir()] == ["tune.sqlite"]  # nor are the dead remembered
+
+
+def test_a_users_stop_is_no_attempt(runs: FakeRuns, tmp_path: Path) -> None:
+    def stop(algorithm: str, settings: dict[str, float]) -> float:
+        raise KeyboardInterrupt
+
+    runs.answer = stop
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            _tune(runs, tmp_path, 1, ["a"])
+    runs.answer = lambda algorithm, settings: 0.5
+    assert _tune(runs, tmp_path, 1, ["a"])[0].value == 0.5
+    assert len(set(runs.values())) == 1
+
+
+@pytest.mark.parametrize("name", ["a?b#c%20", "with spaces {x} ü", "mode=memory&cache=shared", ":memory:"])
+def test_a_path_is_a_path(runs: FakeRuns, tmp_path: Path, name: str) -> None:
+    _tune(runs, tmp_path / name, 1)
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["tune.sqlite"]
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+    assert len(runs.asked) == 2
+    _tune(runs, tmp_path / name, 1)
+    assert len(runs.asked) == 2
+
+
 # -- with real runs ---------------------------------------------------------------------------------------------------
 
 
@@ -324,9 +518,69 @@ def test_the_command_prints_what_compare_accepts(here: Path, capsys: pytest.Capt
         assert (tuned.optimizer.lr, tuned.optimizer.weight_decay) == (own["lr"], own["weight_decay"])
 
 
+def test_whole_numbers_steps_and_choices(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the search draws is what the settings take, and what it prints can be pasted into a shell."""
+    space = (
+        "tune.space={dataset.batch_size:{low:16,high:64,step:16},optimizer.weight_decay:{low:0,high:1},"
+        "net.hidden:{choices:[[8],[8,8]]},trainer.gradient_clip_val:{choices:[null,1]},optimizer:{choices:[adam,sgd]}}"
+    )
+    words = ["runs_dir=my runs?", "dataset.limit_train=100", *SMALL]
+    assert main(["tune", *words, "tune.trials=4", space, "tune.algorithms=[backprop]"]) == 0
+    out = capsys.readouterr().out
+    records = [load_record(path.parent) for path in (here / "my runs?" / "tune").glob("*/record.json")]
+    configs = [record.data["config"] for record in records]
+    assert len(configs) == 4
+    assert all(type(config["dataset"]["batch_size"]) is int for config in configs)
+    assert {config["dataset"]["batch_size"] for config in configs} <= {16, 32, 48, 64}
+    assert all(type(config["optimizer"]["weight_decay"]) is float for config in configs)
+    assert all(config["net"]["hidden"] in ([8], [8, 8]) for config in configs)
+    assert {config["trainer"]["gradient_clip_val"] for config in configs} <= {None, 1}
+    program, command, *printed = shlex.split(out.splitlines()[-2])
+    assert (program, command) == ("locallearn", "train")
+    best = max(records, key=lambda record: float(record.data["validation"]["accuracy"]))
+    again, choices = compose_settings(printed)
+    assert choices["algorithm"] == "backprop"
+    for group in ("dataset", "net", "optimizer", "trainer"):
+        assert again[group] == best.data["config"][group], group
+    assert again.runs_dir == "my runs?"
+    overrides = shlex.split(out.splitlines()[-1])[-1]
+    tuned, _ = compose_settings(list(compose_settings([overrides])[0].compare.overrides["backprop"]))
+    assert tuned.net.hidden == best.data["config"]["net"]["hidden"]
+
+
+def test_nothing_is_recommended_where_all_diverged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    space = "tune.space={optimizer.lr:{low:1e29,high:1e30}}"
+    words = ["dataset.limit_train=200", "tune.trials=2", space, "tune.algorithms=[backprop]"]
+    assert main(["tune", *SMALL, "optimizer=sgd", *words]) == 1
+    out, err = capsys.readouterr()
+    assert "to compare them" not in out
+    assert "locallearn train" not in out
+    assert "all of the 2 trials of backprop failed or diverged" in err
+    assert "nothing can be recommended" in err
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
+        (
+            ["tune.space={dataset.batch_size:{low:16.5,high:64}}"],
+            "tune.space.dataset.batch_size: whole numbers are drawn",
+        ),
+        (["tune.space={dataset.batch_size:{low:16,high:64,step:7}}"], "steps of 7 do not lead from 16 to 64"),
+        (
+            ["tune.space={dataset.batch_size:{low:16,high:64,type:float}}"],
+            "dataset.batch_size is 16.0, expected a whole",
+        ),
+        (["tune.space={dataset.batch_size:{low:0,high:64}}"], "batch_size"),
+        (["tune.space={optimizer.lr:{low:0.1,high:1,log:true,step:0.1}}"], "take out log, or step=0.1"),
+        (["tune.space={optimizer.lr:{low:0.1,high:1,type:text}}"], "type is 'text', expected int or float"),
+        (["tune.space={optimizer.lr:{low:0.1,high:1,log:1}}"], "log is 1, expected true or false"),
+        (["tune.space={optimizer.lr:{low:true,high:1}}"], "low is True, expected a number"),
+        (["tune.space={optimizer.lr:{low:0.1,high:1,choices:[1]}}"], "tune.space.optimizer.lr is {"),
+        (["tune.space={optimizer.lr:{choices:[0.1,0.2,0.1]}}"], "the choices are 0.1, 0.2, 0.1; expected"),
+        (["tune.space={optimizer.lr:{choices:[0.1]}}"], "expected at least two"),
+        (["tune.space={optimizer.lr:{choices:[0.1,0.2,much]}}"], "optimizer.lr is 'much'"),
+        (["tune.space={optimizer:{choices:[adam,none]}}"], "there is no optimizer 'none'"),
         (["tune.trials=0"], "tune.trials is 0"),
         (["tune.trials=abc"], "tune.trials is abc"),
         (["tune.space={optimizer.lr:{low:1e-2,high:1e-3}}"], "from 0.01 to 0.001"),

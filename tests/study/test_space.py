@@ -1,0 +1,147 @@
+"""What a search may draw: what is refused, what is drawn, and how it is written."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import optuna
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from locallearn.cli.settings import UsageError, compose_settings
+from locallearn.cli.spaces import read_space, written
+from locallearn.study.space import Choices, Range, corners, text, words
+
+NOBODY: Any = ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"low": 1, "high": 2, "step": 0}, "steps of 0 do not lead"),
+        ({"low": 1, "high": 2, "step": -1}, "steps of -1 do not lead"),
+        ({"low": 0.0, "high": 1.0, "step": 0.3}, "steps of 0.3 do not lead from 0.0 to 1.0"),
+        ({"low": 1, "high": 2, "step": 2}, "steps of 2 do not lead"),
+        ({"low": 1.0, "high": 2.0, "log": True, "step": 0.5}, "has no step"),
+        ({"low": 1.5, "high": 2, "whole": True}, "have to be whole"),
+        ({"low": 1, "high": 2.5, "whole": True}, "have to be whole"),
+        ({"low": 1, "high": 2, "step": 0.5, "whole": True}, "have to be whole"),
+        ({"low": 0, "high": 8, "log": True, "whole": True}, "low above 0 for log"),
+    ],
+)
+def test_ranges_that_cannot_be_searched(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Range(**settings)
+
+
+@pytest.mark.parametrize("values", [(), ("a",), ("a", "b", "a")])
+def test_choices_that_are_none(values: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="at least two, each of them once"):
+        Choices(values)
+    assert Choices(("a", "b")).values == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        (Range(0.0, 0.3, step=0.1), [0.0, 0.1, 0.2, 0.3]),
+        (Range(2, 4, whole=True), [2, 3, 4]),
+        (Range(16, 64, step=16, whole=True), [16, 32, 48, 64]),
+        (Range(1, 3, log=True, whole=True), [1, 2, 3]),
+        (Choices(("adam", "[8,8]", "null")), ["adam", "[8,8]", "null"]),
+    ],
+)
+def test_both_ends_are_drawn_and_nothing_else(part: Range | Choices, values: list[Any]) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [study.ask({"x": part.distribution}).params["x"] for _ in range(60)]
+    assert (
+        sorted(set(drawn)) == pytest.approx(sorted(values))
+        if isinstance(values[0], float)
+        else set(drawn) == set(values)
+    )
+    assert {type(value) for value in drawn} == {type(values[0])}
+    assert {text(value) for value in (values[0], values[-1])} <= set(part.extremes)
+
+
+def test_corners_reach_every_end_and_every_choice() -> None:
+    space = {"a": Range(1, 2), "b": Choices(("x", "y", "z")), "c": Range(3, 4, whole=True)}
+    assert corners(space) == [["a=1.0", "b=x", "c=3"], ["a=2.0", "b=z", "c=4"], ["a=1.0", "b=y", "c=3"]]
+
+
+def test_words() -> None:
+    assert words({"a": 1e-05, "b": 3, "c": "[8,8]"}) == ["a=1e-05", "b=3", "c=[8,8]"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            None,
+            True,
+            False,
+            3,
+            -2,
+            1e-5,
+            0.1,
+            "adam",
+            "a b",
+            "null",
+            "True",
+            "inf",
+            "",
+            "3",
+            "1e3",
+            "it's",
+            'say "so"',
+        ),
+        *(
+            "a,b",
+            "back\\slash",
+            "${x}",
+            "a=b",
+            [8, 8],
+            [],
+            ["a b", None, [1.5]],
+            {"_target_": "torch.optim.SGD", "lr": 0.1},
+        ),
+    ],
+)
+def test_a_choice_is_read_as_it_was_written(value: Any) -> None:
+    override = OverridesParser.create().parse_override(f"key={written(value)}")
+    found = override.value()
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, object()])
+def test_what_is_nothing_to_choose(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"tune\.space\.x: "):
+        read_space({"x": {"choices": [1, value]}}, NOBODY)
+
+
+def test_a_setting_says_whether_it_takes_whole_numbers() -> None:
+    """By its signature, else by its present value, else by how the ends are written."""
+    config, _ = compose_settings(["scheduler={_target_:torch.optim.lr_scheduler.StepLR,_partial_:true,step_size:10}"])
+    ends = {"low": 1, "high": 4}
+    wanted = {
+        "dataset.batch_size": True,
+        "optimizer.lr": False,
+        "optimizer.weight_decay": False,
+        "trainer.max_epochs": True,
+        "trainer.gradient_clip_val": True,  # null: written as whole numbers
+        "trainer.checkpoint_s": True,
+        "seed": True,
+        "scheduler.step_size": True,
+    }
+    found = read_space(dict.fromkeys(wanted, ends), [config])
+    assert {key: part.whole for key, part in found.items()} == wanted
+    real = read_space({"trainer.gradient_clip_val": {"low": 0.5, "high": 4}}, [config])["trainer.gradient_clip_val"]
+    assert not real.whole
+    said = read_space({"optimizer.lr": {**ends, "type": "int"}, "nothing.here": {**ends, "type": "float"}}, [config])
+    assert [part.whole for part in said.values()] == [True, False]
+    assert read_space(None, [config]) == {"optimizer.lr": Range(1e-4, 1e-2, log=True)}
+    # 1e2 is a float in YAML, and as good as 100.
+    assert read_space({"dataset.batch_size": {"low": 1e1, "high": 1e2}}, [config]) == {
+        "dataset.batch_size": Range(10, 100, whole=True)
+    }
