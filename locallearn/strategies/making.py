@@ -57,14 +57,14 @@ class Closure:
         self._forward, self._differentiate = forward, differentiate
         self.calls = 0
 
-    def __call__(self) -> Tensor | None:
-        """The loss, detached; the gradients are in ``parameter.grad``."""
+    def __call__(self) -> Tensor:
+        """The loss, detached, or zero where there is none; the gradients are in ``parameter.grad``."""
         self.calls += 1
         update = self._update
         with torch.enable_grad():  # some optimizers step under no_grad
             if self.calls == 1:
                 update.backward(self._differentiate)
-                return update.loss
+                return torch.zeros(()) if update.loss is None else update.loss
             if update.again is None:
                 raise ValueError(
                     f"the optimizer {type(self._optimizer).__name__} asks for the loss again within one step, but this rule "
