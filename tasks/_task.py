@@ -9,7 +9,7 @@ from typing import Any, Self
 import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
 from locallearn.algorithms.base import Algorithm, TaskInfo, selected
@@ -122,7 +122,13 @@ class Task(pl.LightningModule, ABC):
     @override
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer(self.net.parameters())
-        return optimizer if self._scheduler is None else ([optimizer], [self._scheduler(optimizer)])
+        if self._scheduler is None:
+            return optimizer
+        scheduler = self._scheduler(optimizer)
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            return [optimizer], [scheduler]
+        monitor = "validation/loss" if scheduler.mode == "min" else f"validation/{self.metric}"
+        return [optimizer], [{"scheduler": scheduler, "monitor": monitor}]
 
     # -- validation and test: sums are read from the device once per pass, not once per batch ----------------------------
     @override

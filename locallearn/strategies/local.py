@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
@@ -13,14 +14,16 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
-from locallearn.algorithms.base import Algorithm, TaskInfo, Update
+from locallearn.algorithms.base import Algorithm, TaskInfo
 from locallearn.batch import Batch
 from locallearn.cost import to_device
 from locallearn.nets.blocks import Blocks
 from locallearn.strategies.making import (
     AFTER_VALIDATION,
+    Closure,
     OptimizerFactory,
     SchedulerFactory,
     check_length,
@@ -30,6 +33,7 @@ from locallearn.strategies.making import (
 
 __all__ = [
     "PRECISIONS",
+    "Closure",
     "Diverged",
     "LocalStrategy",
     "LocalTask",
@@ -192,17 +196,13 @@ class LocalStrategy(SingleDeviceStrategy):
                 f"the precision plugin is a {type(plugin).__name__}, which may do to a unit's step what nobody here knows: "
                 f"use precision={plugin.precision!r} without a plugin"
             )
-        accumulated = [
-            trainer.accumulate_grad_batches,
-            *(
-                n
-                for c in trainer.callbacks
-                if isinstance(c, GradientAccumulationScheduler)
-                for n in c.scheduling.values()
-            ),
-        ]
-        self._check_accumulation(max(accumulated))
-        for callback in trainer.callbacks:
+        self._check_accumulation(trainer.accumulate_grad_batches)
+        callbacks: list[pl.Callback] = vars(trainer)[
+            "callbacks"
+        ]  # set from outside the class, where mypy does not see it
+        for callback in callbacks:
+            if isinstance(callback, GradientAccumulationScheduler):
+                self._check_accumulation(max(callback.scheduling.values()))
             if isinstance(callback, LearningRateFinder | StochasticWeightAveraging):
                 raise ValueError(
                     f"{type(callback).__name__} works on the one optimizer of a module, and LocalStrategy has one per unit, "
@@ -265,7 +265,7 @@ class LocalStrategy(SingleDeviceStrategy):
     @override
     def on_train_start(self) -> None:
         trainer = cast(pl.LightningModule, self.lightning_module).trainer
-        epochs = float("inf") if trainer.max_epochs in (None, -1) else cast(int, trainer.max_epochs)
+        epochs = float("inf") if trainer.max_epochs in (None, -1) else trainer.max_epochs
         steps = float("inf") if trainer.max_steps == -1 else trainer.max_steps
         if trainer.global_step == 0:
             check_length(self.lr_scheduler_configs, epochs, min(steps, epochs * trainer.num_training_batches))
@@ -285,7 +285,9 @@ class LocalStrategy(SingleDeviceStrategy):
             if update is None:
                 break
             optimizer = self._unit_optimizers[update.unit]
-            closure = _Closure(self, update, optimizer)
+            closure = Closure(
+                update, optimizer, self.precision_plugin.train_step_context, partial(self._differentiate, optimizer)
+            )
             self.precision_plugin.optimizer_step(optimizer, model=module, closure=closure)
             if not closure.calls:
                 raise ValueError(
@@ -300,6 +302,9 @@ class LocalStrategy(SingleDeviceStrategy):
         self._check_finite()
         # Lightning wants a loss; a rule without one (closed form, zeroth order) reports zero.
         return torch.zeros((), device=self.root_device) if total is None else total
+
+    def _differentiate(self, optimizer: Optimizer, loss: Tensor) -> None:
+        Strategy.backward(self, loss, optimizer)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -342,7 +347,7 @@ class LocalStrategy(SingleDeviceStrategy):
                     raise ValueError(
                         f"the task logs no {config.monitor!r}, which ReduceLROnPlateau watches; it logs {sorted(metrics)}"
                     )
-                config.scheduler.step(float(metrics[config.monitor]))
+                cast(ReduceLROnPlateau, config.scheduler).step(float(metrics[config.monitor]))
 
     def feed(self, batch: Batch) -> Batch:
         """A batch as the training loop hands it over: in the dtype of the precision, on the device."""
@@ -381,34 +386,3 @@ class LocalStrategy(SingleDeviceStrategy):
                     f"unit {unit!r} diverged: its loss is {float(total)} at step {step}; a smaller learning rate or "
                     "gradient clipping (trainer.gradient_clip_val) may help"
                 )
-
-
-class _Closure:
-    """Works out the loss and the gradients of one unit, for its optimizer; the update is made anew where it asks again."""
-
-    def __init__(self, strategy: LocalStrategy, update: Update, optimizer: Optimizer) -> None:
-        self._strategy, self._update, self._optimizer = strategy, update, optimizer
-        self.calls = 0
-
-    def __call__(self) -> Tensor | None:
-        self.calls += 1
-        update, strategy = self._update, self._strategy
-        if self.calls == 1:
-            update.backward(self._differentiate)
-            return update.loss
-        if update.again is None:
-            raise ValueError(
-                f"the optimizer {type(self._optimizer).__name__} asks for the loss again within one step, but "
-                f"{type(strategy.algorithm).__name__} works out an update of unit {update.unit!r} only once per batch: use "
-                "an optimizer that asks once, such as Adam or SGD"
-            )
-        self._optimizer.zero_grad()
-        with torch.enable_grad():
-            with strategy.precision_plugin.train_step_context():
-                loss = update.again()
-            if loss.requires_grad:  # else it is a frozen unit's
-                self._differentiate(loss)
-        return loss.detach()
-
-    def _differentiate(self, loss: Tensor) -> None:
-        Strategy.backward(self._strategy, loss, self._optimizer)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from locallearn.algorithms.base import Algorithm, ParamGroup
+from locallearn.algorithms.base import Algorithm, ParamGroup, Update
 
 OptimizerFactory = Callable[[list[ParamGroup]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -26,6 +28,55 @@ _WRITTEN_SO = {
     "schedulers": "its parts need the optimizer, too: write a function that takes the optimizer and makes all of them, and "
     "name that function instead (in YAML as _target_, with _partial_: true)",
 }
+
+
+class Closure:
+    """Works out loss and gradients of one unit for its optimizer; the update is made anew where the optimizer asks again.
+
+    Args:
+        update: of the unit.
+        optimizer: the unit's.
+        forward: context in which losses are made, a precision's autocast, say.
+        differentiate: differentiates a loss.
+
+    Attributes:
+        calls: how often the optimizer has asked.
+
+    Raises:
+        ValueError: on a second call, where the update cannot be made anew.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        optimizer: Optimizer,
+        forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        differentiate: Callable[[Tensor], None] = Tensor.backward,
+    ) -> None:
+        self._update, self._optimizer = update, optimizer
+        self._forward, self._differentiate = forward, differentiate
+        self.calls = 0
+
+    def __call__(self) -> Tensor:
+        """The loss, detached, or zero where there is none; the gradients are in ``parameter.grad``."""
+        self.calls += 1
+        update = self._update
+        with torch.enable_grad():  # some optimizers step under no_grad
+            if self.calls == 1:
+                update.backward(self._differentiate)
+                return torch.zeros(()) if update.loss is None else update.loss
+            if update.again is None:
+                raise ValueError(
+                    f"the optimizer {type(self._optimizer).__name__} asks for the loss again within one step, but this rule "
+                    f"works out the update of unit {update.unit!r} only once per batch: use an optimizer that asks once, such "
+                    "as Adam or SGD"
+                )
+            self._optimizer.zero_grad()
+            with self._forward():
+                loss = update.again()
+            if loss.requires_grad:  # else it is a frozen unit's
+                self._differentiate(loss)
+            return loss.detach()
 
 
 def make_optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optimizer]:

@@ -19,6 +19,9 @@ from locallearn.strategies.local import LocalStrategy, LocalTask
 
 _log = logging.getLogger(__name__)
 
+_WHEN = ("check_val_every_n_epoch", "val_check_batch", "_val_check_time_interval")
+"""What the Trainer's loop decides by whether a validation is due."""
+
 
 class Schedule(pl.Callback):
     """Train all units together, or one after another, each to the same stopping rule.
@@ -91,7 +94,7 @@ class Schedule(pl.Callback):
         self._best_weights: dict[str, Tensor] = {}
         self._judged_step: int | None = None  # what the last validation has seen
         self._cap: int | None = None
-        self._usual: tuple[Any, Any, Any] | None = None  # when validations come, while one is called out of turn
+        self._usual: dict[str, Any] | None = None  # when validations come, while one is called out of turn
 
     def stages(self, algorithm: Algorithm) -> list[list[str]]:
         """Units of every stage.
@@ -172,7 +175,9 @@ class Schedule(pl.Callback):
             self.epochs = done
             if self._validates(trainer) and (self._ends(trainer, pl_module) or _is_due(trainer)):
                 self._validate(trainer)
-        if self.epochs and self._ends(trainer, pl_module):
+        progress = trainer.fit_loop.epoch_progress.current
+        between = progress.ready == progress.processed  # else the end of the epoch that was begun will come
+        if between and self.epochs and self._ends(trainer, pl_module):
             self._end_stage(trainer, pl_module)
 
     @override
@@ -185,13 +190,8 @@ class Schedule(pl.Callback):
         self.epochs = trainer.current_epoch + 1 - sum(self.epochs_by_stage)
         if self._validates(trainer) and (stops or self._ends(trainer, pl_module)):
             # The best weights are chosen among all validations, so the last weights need one.
-            self._usual = (
-                trainer.check_val_every_n_epoch,
-                trainer.val_check_batch,
-                trainer._val_check_time_interval,
-            )
-            trainer.check_val_every_n_epoch, trainer.val_check_batch = 1, batch_idx + 1
-            trainer._val_check_time_interval = None
+            self._usual = {name: getattr(trainer, name) for name in _WHEN}
+            _set(trainer, dict(zip(_WHEN, (1, batch_idx + 1, None), strict=True)))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -287,7 +287,10 @@ class Schedule(pl.Callback):
                 "nothing ends the first stage of this sequential schedule: set max_epochs of the Trainer (epochs of every "
                 "unit), or patience"
             )
-        for callback in trainer.callbacks:
+        callbacks: list[pl.Callback] = vars(trainer)[
+            "callbacks"
+        ]  # set from outside the class, where mypy does not see it
+        for callback in callbacks:
             if self.restore_best and isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise ValueError(
                     f"{type(callback).__name__} validates averaged weights and ends with them, but the schedule gives back "
@@ -347,7 +350,7 @@ class Schedule(pl.Callback):
 
     def _validate_as_usual(self, trainer: pl.Trainer) -> None:
         if self._usual is not None:
-            trainer.check_val_every_n_epoch, trainer.val_check_batch, trainer._val_check_time_interval = self._usual
+            _set(trainer, self._usual)
             self._usual = None
 
     def _weights(self, module: pl.LightningModule) -> dict[str, Tensor]:
@@ -382,6 +385,11 @@ class Schedule(pl.Callback):
             algorithm.train_only(None)
             if self.cache and isinstance(algorithm, LayerLocal):
                 algorithm.cache_frozen(False)
+
+
+def _set(trainer: pl.Trainer, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(trainer, name, value)
 
 
 def _stops(trainer: pl.Trainer) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from locallearn.algorithms.base import Algorithm
+from locallearn.precision import effective_precision
 from locallearn.strategies.local import Diverged, LocalStrategy, LocalTask
 from locallearn.strategies.making import check_length
 from locallearn.study.plan import Interrupted, Plan
@@ -40,6 +41,12 @@ def make_trainer(plan: Plan, algorithm: Algorithm, callbacks: list[pl.Callback],
     }
     with quiet():
         return pl.Trainer(**{**arguments, **plan.trainer, **other})
+
+
+def precision_of(trainer: pl.Trainer, asked: str) -> dict[str, str]:
+    """What a Trainer computes with, and what float32 products become under the settings of the process, for a record."""
+    effective = effective_precision(trainer.strategy.root_device)
+    return {"trainer": str(trainer.precision_plugin.precision), "matmul": asked, **effective}
 
 
 def rehearse(plan: Plan, task: pl.LightningModule) -> None:
@@ -130,7 +137,7 @@ class _One:
 def _draws_put_back() -> Iterator[None]:
     """Leave all generators of the process as they were."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield
         finally:

@@ -6,9 +6,9 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -16,13 +16,15 @@ from rich.table import Table
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from locallearn.algorithms.base import Algorithm
+from locallearn.algorithms.base import Algorithm, Update
 from locallearn.batch import Batch
-from locallearn.cost import measure_update, to_device
+from locallearn.cost import measure_update
 from locallearn.precision import multiplying
 from locallearn.records import RunFolder, hardware, versions
-from locallearn.strategies.local import LocalStrategy, make_optimizers
-from locallearn.study.train import Plan, attached_task, quiet
+from locallearn.strategies.local import Closure, LocalStrategy
+from locallearn.strategies.making import make_optimizers
+from locallearn.study._rehearsal import make_trainer, precision_of, quiet
+from locallearn.study.train import Plan, attached_task
 
 Make = Callable[..., Plan]
 """Makes a plan: ``make(contender, *settings)``; a contender is an algorithm, perhaps with settings of its own."""
@@ -98,10 +100,13 @@ def bench(
             timings = _alternate(contenders, rounds)
             sheet = _timing_table(what, timings, steps)
             figures = {"steps": steps, "rounds": rounds, "contenders": [timing.to_dict() for timing in timings]}
+        precision = _precision(plan)
+    sheet = replace(sheet, title=f"{sheet.title}; {precision['trainer']}, products in {precision['matmul_in_effect']}")
     folder = RunFolder.create(
         plan.runs_dir,
         {
             **plan.names,
+            "precision": precision,
             "algorithm": "bench",
             "task": "bench",
             "seed": plan.seed,
@@ -133,13 +138,14 @@ def _table(sheet: _Sheet) -> Table:
     return table
 
 
+def _precision(plan: Plan) -> dict[str, str]:
+    """What the plan's Trainer computes with."""
+    trainer = make_trainer(plan, plan.algorithm, [], logger=False)
+    return precision_of(trainer, plan.matmul_precision)
+
+
 def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def _device(plan: Plan) -> torch.device:
-    wants_gpu = plan.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
 
 
 @dataclass
@@ -170,12 +176,40 @@ def _alternate(contenders: Sequence[_Contender], rounds: int) -> list[Timing]:
     ]
 
 
-def _prepare(plan: Plan) -> tuple[Any, Algorithm, dict[str, Optimizer], torch.device]:
-    """Network, attached algorithm and optimizers on the device, as the plain loop wants them."""
+@dataclass
+class _Loop:
+    """What a plain loop over an algorithm's updates needs, on the device and in the precision of the plan's Trainer."""
+
+    task: Any
+    algorithm: Algorithm
+    optimizers: dict[str, Optimizer]
+    strategy: LocalStrategy
+
+    @property
+    def device(self) -> torch.device:
+        return self.strategy.root_device
+
+    def step(self, batch: Batch) -> None:
+        """One batch, already fed."""
+        updates = self.algorithm.updates(batch)
+        while True:
+            with self.strategy.precision_plugin.train_step_context():
+                update = next(updates, None)
+            if update is None:
+                return
+            self.optimizers[update.unit].step(self.closure(update))  # type: ignore[arg-type]
+            self.optimizers[update.unit].zero_grad()
+
+    def closure(self, update: Update) -> Closure:
+        """Works out the gradients of an update for its optimizer."""
+        return Closure(update, self.optimizers[update.unit], self.strategy.precision_plugin.train_step_context)
+
+
+def _prepare(plan: Plan) -> _Loop:
     task = attached_task(plan)
-    device = _device(plan)
-    task.to(device).train()
-    return task, plan.algorithm, make_optimizers(plan.algorithm, plan.optimizer), device
+    strategy = cast(LocalStrategy, make_trainer(plan, plan.algorithm, [], logger=False).strategy)
+    strategy.precision_plugin.convert_module(task).to(strategy.root_device).train()
+    return _Loop(task, plan.algorithm, make_optimizers(plan.algorithm, plan.optimizer), strategy)
 
 
 def _loader(plan: Plan) -> Any:
@@ -185,23 +219,16 @@ def _loader(plan: Plan) -> Any:
     return plan.data.train_dataloader()
 
 
-def _batches(plan: Plan, task: Any, device: torch.device, count: int) -> list[Batch]:
-    """The first batches, each moved to the device once: what a graph's rule keeps is looked up by the very tensors."""
-    moved: dict[int, Batch] = {}
+def _batches(plan: Plan, loop: _Loop, count: int) -> list[Batch]:
+    """The first batches, each fed once: what a graph's rule keeps is looked up by the very tensors."""
+    fed: dict[int, Batch] = {}
     given = list(itertools.islice(_endless(_loader(plan)), count))
-    return [moved.setdefault(id(raw), to_device(task.to_batch(raw), device)) for raw in given]
+    return [fed.setdefault(id(raw), loop.strategy.feed(loop.task.to_batch(raw))) for raw in given]
 
 
 def _endless(loader: Any) -> Iterator[Batch]:
     while True:
         yield from loader
-
-
-def _loop(algorithm: Algorithm, optimizers: dict[str, Optimizer], batch: Batch) -> None:
-    for update in algorithm.updates(batch):
-        update.backward()
-        optimizers[update.unit].step()
-        optimizers[update.unit].zero_grad()
 
 
 def _now(device: torch.device) -> float:
@@ -216,25 +243,23 @@ def _step(algorithms: Sequence[str], make: Make, steps: int) -> list[_Contender]
     contenders = []
     for name in algorithms:
         plan = make(name)
-        task, algorithm, optimizers, device = _prepare(plan)
-        batches = _batches(plan, task, device, min(steps, 16))
+        loop = _prepare(plan)
+        batches = _batches(plan, loop, min(steps, 16))
         stages: list[frozenset[str] | None] = [None]
         if plan.schedule.sequential:
-            stages = [frozenset(stage) for stage in plan.schedule.stages(algorithm)]
+            stages = [frozenset(stage) for stage in plan.schedule.stages(plan.algorithm)]
 
         def one_round(
-            algorithm: Algorithm = algorithm,
-            optimizers: dict[str, Optimizer] = optimizers,
+            loop: _Loop = loop,
             batches: list[Batch] = batches,
-            device: torch.device = device,
             stages: list[frozenset[str] | None] = stages,
         ) -> float:
-            start = _now(device)
+            start = _now(loop.device)
             for stage in stages:  # of a sequential schedule so many steps each, what it keeps of frozen blocks included
-                algorithm.train_only(stage)
+                loop.algorithm.train_only(stage)
                 for number in range(steps):
-                    _loop(algorithm, optimizers, batches[number % len(batches)])
-            return _now(device) - start
+                    loop.step(batches[number % len(batches)])
+            return _now(loop.device) - start
 
         contenders.append(_Contender(name, "backprop", one_round))
     return contenders
@@ -258,38 +283,22 @@ def _strategy(algorithms: Sequence[str], make: Make, steps: int) -> list[_Conten
     contenders = []
     for name in algorithms:
         plan = make(name)
-        task, algorithm, optimizers, device = _prepare(plan)
-        loader = _loader(plan)
+        loop, loader = _prepare(plan), _loader(plan)
 
-        def plain(
-            task: Any = task,
-            algorithm: Algorithm = algorithm,
-            optimizers: dict[str, Optimizer] = optimizers,
-            loader: Any = loader,
-            device: torch.device = device,
-        ) -> float:
-            start = _now(device)
+        def plain(loop: _Loop = loop, loader: Any = loader) -> float:
+            start = _now(loop.device)
             for batch in itertools.islice(loader, steps):
-                _loop(algorithm, optimizers, task.to_batch(batch))
-            return _now(device) - start
+                loop.step(loop.strategy.feed(loop.task.to_batch(batch)))
+            return _now(loop.device) - start
 
         def trained(name: str = name, loader: Any = loader) -> float:
             plan = make(name)
             task = attached_task(plan)
             clock = _EpochClock()
+            plan.scheduler = None  # the plain loop has none either
+            once = {"max_epochs": 1, "limit_train_batches": steps, "limit_val_batches": 0, "logger": False}
+            trainer = make_trainer(plan, plan.algorithm, [clock], **once)
             with quiet():
-                trainer = pl.Trainer(
-                    strategy=LocalStrategy(plan.algorithm, plan.optimizer),
-                    max_epochs=1,
-                    limit_train_batches=steps,
-                    limit_val_batches=0,
-                    callbacks=[clock],
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                    **plan.trainer,
-                )
                 trainer.fit(task, train_dataloaders=loader)
             return clock.seconds
 
@@ -322,17 +331,17 @@ def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[_Sheet, d
     rows = []
     for name in algorithms:
         plan = make(name)
-        task, algorithm, optimizers, device = _prepare(plan)
-        loader = _loader(plan)
+        loop, loader = _prepare(plan), _loader(plan)
         epochs, shares = [], []
         for number in range(rounds + 1):
-            waited, start = 0.0, _now(device)
+            waited, start = 0.0, _now(loop.device)
             batches, before = iter(loader), start
             for batch in batches:
-                waited += _now(device) - before
-                _loop(algorithm, optimizers, task.to_batch(batch))
-                before = _now(device)
-            taken = _now(device) - start
+                fed = loop.strategy.feed(loop.task.to_batch(batch))
+                waited += _now(loop.device) - before
+                loop.step(fed)
+                before = _now(loop.device)
+            taken = _now(loop.device) - start
             if number > 0:
                 epochs.append(taken)
                 shares.append(waited / taken)
@@ -366,9 +375,10 @@ def _memory(algorithms: Sequence[str], make: Make, depths: Sequence[int]) -> tup
         peaks = []
         for depth in depths:
             plan = make(name, f"net.hidden={[width] * depth}")
-            task, algorithm, _, device = _prepare(plan)
-            [batch] = _batches(plan, task, device, 1)
-            peaks.append(measure_update(algorithm, batch, plan.schedule.sequential).activation_peak_bytes)
+            loop = _prepare(plan)
+            [batch] = _batches(plan, loop, 1)
+            with loop.strategy.precision_plugin.train_step_context():
+                peaks.append(measure_update(plan.algorithm, batch, plan.schedule.sequential).activation_peak_bytes)
         ratio = peaks[-1] / peaks[0]
         rows.append({"name": name, "activation_peak_bytes": peaks, "ratio": ratio})
         lines.append([name, *(f"{peak:,}" for peak in peaks), f"{ratio:.2f}"])

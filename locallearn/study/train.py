@@ -15,12 +15,12 @@ from torch import Tensor
 
 from locallearn.cost import measure_update
 from locallearn.energy import EnergyCallback, EnergyMonitor
-from locallearn.precision import effective_precision, multiplying
+from locallearn.precision import multiplying
 from locallearn.records import Record, RunFolder, hardware, load_record, source, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask
 from locallearn.strategies.making import make_optimizers, make_schedulers
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
-from locallearn.study._rehearsal import make_trainer, quiet, rehearse
+from locallearn.study._rehearsal import make_trainer, precision_of, quiet, rehearse
 from locallearn.study.plan import CHECKPOINT, MODEL, SAMPLES, Interrupted, Plan
 
 __all__ = ["CHECKPOINT", "MODEL", "SAMPLES", "Interrupted", "Plan", "attached_task", "check", "quiet", "run"]
@@ -221,11 +221,7 @@ def _start(plan: Plan, task: LocalTask, trainer: pl.Trainer, earlier: _Earlier |
         "metric": {"name": task.metric, "maximise": task.maximise},
         "locality": str(algorithm.locality),
         "mode": plan.mode,
-        "precision": {
-            "trainer": trainer.precision_plugin.precision,
-            "matmul": plan.matmul_precision,
-            **effective_precision(trainer.strategy.root_device),
-        },
+        "precision": precision_of(trainer, plan.matmul_precision),
         "blocks": algorithm.blocks.names,
         "config": plan.config,
         "command": plan.command,

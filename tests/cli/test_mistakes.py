@@ -102,6 +102,36 @@ _TRAIN: list[tuple[list[str], tuple[str, ...]]] = [
     (["trainer.matmul_precision=tf32"], ("tf32", "highest", "high", "medium")),
     (["trainer.matmul_precision=null"], ("None", "highest", "high", "medium")),
     (["trainer.precision=foo"], ("foo", "32-true")),
+    (["+trainer.accumulate_grad_batches=2"], ("trainer.accumulate_grad_batches is 2", "batch_size")),
+    (["+trainer.num_nodes=2"], ("trainer.num_nodes is 2", "one device")),
+    (["+trainer.fast_dev_run=true"], ("trainer.fast_dev_run is True", "dataset.limit_train")),
+    (["+trainer.overfit_batches=2"], ("trainer.overfit_batches is 2", "dataset.limit_train")),
+    (["+trainer.barebones=true"], ("trainer.barebones is True",)),
+    (["+trainer.strategy=ddp"], ("trainer.strategy is ddp", "LocalStrategy")),
+    (["+trainer.callbacks=[]"], ("trainer.callbacks is []",)),
+    (["+trainer.plugins=[]"], ("trainer.plugins is []", "trainer.precision")),
+    (["+trainer.num_sanity_val_steps=2"], ("trainer.num_sanity_val_steps is 2",)),
+    (["+trainer.limit_test_batches=0.1"], ("trainer.limit_test_batches is 0.1", "whole")),
+    (["+trainer.limit_val_batches=0"], ("trainer.limit_val_batches is 0", "none of")),
+    (["+trainer.reload_dataloaders_every_n_epochs=1"], ("trainer.reload_dataloaders_every_n_epochs is 1",)),
+    (["trainer.check_val_every_n_epoch=0"], ("trainer.check_val_every_n_epoch is 0", "at least 1")),
+    (["+trainer.max_steps=0"], ("trainer.max_steps is 0", "at least 1")),
+    # schedulers
+    (["scheduler_interval=batch"], ("scheduler_interval is batch", "epoch or step")),
+    (["scheduler={_target_:torch.optim.lr_scheduler.StepLR,_partial_:true}"], ("StepLR lacks step_size",)),
+    (
+        ["scheduler={_target_:torch.optim.lr_scheduler.LambdaLR,_partial_:true}"],
+        ("LambdaLR lacks lr_lambda", "hydra.utils.get_method"),
+    ),
+    (
+        [
+            "scheduler={_target_:torch.optim.lr_scheduler.OneCycleLR,_partial_:true,max_lr:0.1,total_steps:3}",
+            "scheduler_interval=step",
+        ],
+        ("OneCycleLR ends after 3 steps", "total_steps to 21"),
+    ),
+    # what the first batch tells
+    (["net=autoencoder", "net.hidden=[8]"], ()),
     # places
     (["resume=nowhere"], ("nowhere", "record.json")),
     (["runs_dir="], ("runs_dir", "folder")),

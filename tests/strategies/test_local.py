@@ -12,9 +12,16 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 
 from locallearn.algorithms import (
@@ -46,6 +53,10 @@ RULES: dict[str, Callable[[], Algorithm]] = {
     "mono_forward": MonoForward,
     "forward_forward": partial(ForwardForward, negatives="hard", peer=0.03),
 }
+
+
+class _OwnPrecision(Precision):
+    """Nobody knows what it does."""
 
 
 def _weights(algorithm: nn.Module) -> dict[str, Tensor]:
@@ -206,12 +217,30 @@ def test_mean_losses_are_those_of_every_unit(make_module: Maker, make_trainer: M
     assert strategy.mean_losses() == {}
 
 
+def test_the_loss_of_a_batch_is_the_sum_over_units(make_module: Maker, make_trainer: Maker, train: Any) -> None:
+    seen: list[float] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, *_: Any) -> None:
+            seen.append(float(outputs["loss"]))
+
+    strategy = LocalStrategy(MonoForward(), partial(torch.optim.SGD, lr=0.0))
+    make_trainer(strategy=strategy, max_epochs=1, callbacks=[Watch()]).fit(module := make_module(), train)
+    expected = [sum(float(u.loss.detach()) for u in module.algorithm.updates(batch)) for batch in train.batches]
+    assert seen == pytest.approx(expected)
+
+
 # -- refusals -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"precision": "16-true"}, "precision is '16-true'"),
         ({"accumulate_grad_batches": 2}, "accumulate_grad_batches is 2"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1, 3: 2})]}, "accumulate_grad_batches is 2"),
+        ({"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging works on the one optimizer"),
+        ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder works on the one optimizer"),
+        ({"num_nodes": 2}, "num_nodes=2"),
+        ({"plugins": [_OwnPrecision()]}, "_OwnPrecision, which may do"),
     ],
 )
 def test_what_cannot_work_is_refused(
@@ -219,6 +248,37 @@ def test_what_cannot_work_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=1, **options).fit(make_module(), train)
+
+
+def test_accumulation_that_begins_later_is_refused(make_module: Maker, make_trainer: Maker, train: Any) -> None:
+    class Later(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            trainer.accumulate_grad_batches = 1 + trainer.current_epoch
+
+    trainer = make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=3, callbacks=[Later()])
+    with pytest.raises(ValueError, match="accumulate_grad_batches is 2"):
+        trainer.fit(make_module(), train)
+    assert trainer.global_step == len(train)
+
+
+def _step_oneself(module: pl.LightningModule, *args: Any, **options: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("own", "sentence"),
+    [
+        ({"optimizer_step": _step_oneself}, "Own has an optimizer_step of its own"),
+        ({"automatic_optimization": False}, "Own has automatic_optimization=False"),
+    ],
+    ids=["optimizer_step", "manual"],
+)
+def test_a_module_that_steps_itself_is_refused(
+    own: dict[str, Any], sentence: str, make_net: Maker, make_trainer: Maker, train: Any
+) -> None:
+    module = type("Own", (Classification,), own)(make_net(), torch.zeros(2, 12), 3)
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=1).fit(module, train)
 
 
 def test_clipping_by_value_is_refused_where_steps_must_be_linear(

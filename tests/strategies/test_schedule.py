@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from locallearn.algorithms import Algorithm, Backprop, ForwardForward, MonoForward
@@ -31,6 +32,7 @@ class Diary(pl.Callback):
         self.loss: list[float] = []
         self.weights: list[dict[str, Tensor]] = []
         self.training: list[dict[str, bool]] = []
+        self.epochs: list[int] = []
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
         modes = {name: m.training for name, m in module.net.members.named_children()}
@@ -41,6 +43,7 @@ class Diary(pl.Callback):
         self.accuracy.append(float(trainer.callback_metrics["validation/accuracy"]))
         self.loss.append(float(trainer.callback_metrics["validation/loss"]))
         self.weights.append(_state(module))
+        self.epochs.append(trainer.current_epoch)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -69,15 +72,18 @@ def fit(make_module: Maker, make_trainer: Maker, train: Any, validation: Any) ->
         callbacks: tuple[pl.Callback, ...] = (),
         scheduler: Any = None,
         data: Any = None,
+        trainer: dict[str, Any] | None = None,
         **options: Any,
     ) -> tuple[pl.Trainer, Classification, Diary]:
         diary = Diary()
         if module is None:
             module = make_module(optimizer=optimizer)
         strategy = "auto" if algorithm is None else LocalStrategy(algorithm, optimizer, scheduler)
-        trainer = make_trainer(strategy=strategy, max_epochs=epochs, callbacks=[diary, *callbacks, schedule])
-        trainer.fit(module, train if data is None else data, validation, **options)
-        return trainer, module, diary
+        made = make_trainer(
+            strategy=strategy, max_epochs=epochs, callbacks=[diary, *callbacks, schedule], **(trainer or {})
+        )
+        made.fit(module, train if data is None else data, validation, **options)
+        return made, module, diary
 
     return run
 
@@ -170,6 +176,109 @@ def test_forward_forward_trains_its_readout_last(fit: Maker) -> None:
     assert _changed(diary.weights[-2], diary.weights[-1]) == {"algorithm.readout.weight"}
 
 
+# -- validations that do not come with every epoch, and trainings that something else ends --------------------------------
+_WHEN_VALIDATED: list[dict[str, Any]] = [
+    {"check_val_every_n_epoch": 2},
+    {"check_val_every_n_epoch": 5},
+    {"val_check_interval": 0.5},
+    {"val_check_interval": 3},
+    {"val_check_interval": 3, "check_val_every_n_epoch": None},
+    {"val_check_interval": "00:01:00:00"},
+    {"limit_train_batches": 3},
+]
+
+
+@pytest.mark.parametrize("options", _WHEN_VALIDATED, ids=str)
+def test_a_stage_has_its_epochs_whenever_validations_come(options: dict[str, Any], fit: Maker) -> None:
+    schedule, algorithm = Schedule(sequential=True), MonoForward()
+    trainer, module, diary = fit(schedule, algorithm, epochs=3, optimizer=wild, trainer=options)
+    assert schedule.epochs_by_stage == [3, 3, 3]
+    assert trainer.current_epoch == 9
+    assert algorithm.active is None
+    assert trainer.check_val_every_n_epoch == options.get("check_val_every_n_epoch", 1)
+    kept = {name: _state(module)[name] for name in _unit(algorithm, module, "layer3")}
+    validations = [i for i, epoch in enumerate(diary.epochs) if epoch >= 6]  # of the last stage
+    assert diary.epochs[-1] == 8
+    assert not _changed(kept, {n: diary.weights[max(validations, key=lambda i: diary.accuracy[i])][n] for n in kept})
+
+
+@pytest.mark.parametrize("make", [Backprop, None], ids=["backprop", "auto"])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_steps": 7}, {"max_steps": 7, "check_val_every_n_epoch": 5}, {"val_check_interval": 3}],
+    ids=str,
+)
+def test_the_best_weights_come_back_whatever_ends_the_training(make: Any, options: dict[str, Any], fit: Maker) -> None:
+    schedule = Schedule()
+    _, module, diary = fit(schedule, make and make(), epochs=6, optimizer=wild, trainer=options)
+    best = diary.accuracy.index(max(diary.accuracy))
+    assert not _changed(_state(module), diary.weights[best])
+    assert schedule.epochs_by_stage == [2 if "max_steps" in options else 6]
+
+
+class _StopIn(pl.Callback):
+    """Stops the training in one hook of an epoch, as EarlyStopping or a time limit does."""
+
+    def __init__(self, hook: str, epoch: int) -> None:
+        self.epoch = epoch
+        setattr(self, hook, self._stop)
+
+    def _stop(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("hook", "epochs"), [("on_train_batch_end", 2), ("on_validation_end", 1), ("on_train_epoch_end", 2)]
+)
+@pytest.mark.parametrize("last", [False, True], ids=["before", "after"])
+def test_who_stops_a_sequential_training_ends_all_of_it(
+    hook: str, epochs: int, last: bool, make_module: Maker, make_trainer: Maker, train: Any, validation: Any
+) -> None:
+    schedule, algorithm, diary = Schedule(sequential=True), MonoForward(), Diary()
+    stop = _StopIn(hook, 2 + epochs)
+    callbacks = [diary, schedule, stop] if last else [diary, stop, schedule]
+    module = make_module()
+    strategy = LocalStrategy(algorithm, wild)
+    trainer = make_trainer(strategy=strategy, max_epochs=3, check_val_every_n_epoch=2, callbacks=callbacks)
+    trainer.fit(module, train, validation)
+    assert schedule.epochs_by_stage == [3, epochs]
+    assert schedule.untrained(algorithm) == ["layer3"]
+    assert algorithm.active is None
+    kept = {name: _state(module)[name] for name in _unit(algorithm, module, "layer2")}
+    second = [i for i, epoch in enumerate(diary.epochs) if epoch >= 3]
+    best = max(second, key=lambda i: diary.accuracy[i])
+    assert not _changed(kept, {name: diary.weights[best][name] for name in kept})
+    with schedule.as_far_as_trained(algorithm):
+        assert algorithm.active == {"layer2"}
+    assert algorithm.active is None
+
+
+def test_patience_waits_for_the_least_number_of_epochs(fit: Maker) -> None:
+    still = partial(torch.optim.SGD, lr=0.0)
+    schedule = Schedule(sequential=True, patience=1)
+    fit(schedule, MonoForward(), epochs=9, optimizer=still, trainer={"min_epochs": 4})
+    assert schedule.epochs_by_stage == [4, 4, 4]
+    joint = Schedule(patience=1)
+    fit(joint, MonoForward(), epochs=9, optimizer=still, trainer={"min_steps": 18})
+    assert joint.epochs_by_stage == [5]
+
+
+def test_no_number_is_never_the_best(make_module: Maker, make_trainer: Maker, train: Any, validation: Any) -> None:
+    class Blind(Classification):
+        def figures(self, sums: list[float]) -> dict[str, float]:
+            blind = self.trainer.current_epoch in (0, 2)
+            return {name: float("nan") if blind else value for name, value in super().figures(sums).items()}
+
+    plain = make_module()
+    module = Blind(plain.net, torch.zeros(2, 12), 3)
+    schedule, diary = Schedule(patience=9, monitor="validation/loss"), Diary()
+    trainer = make_trainer(strategy=LocalStrategy(MonoForward(), wild), max_epochs=3, callbacks=[diary, schedule])
+    trainer.fit(module, train, validation)
+    assert schedule.best == pytest.approx(diary.loss[1])
+    assert not _changed(_state(module), diary.weights[1])
+
+
 # -- frozen blocks ----------------------------------------------------------------------------------------------------
 def _normalised() -> Blocks:
     torch.manual_seed(0)
@@ -242,12 +351,12 @@ class _SaveAt(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("step", [10, 20, 30, 34])
+@pytest.mark.parametrize("step", [10, 12, 20, 30, 34])
 @pytest.mark.parametrize("make", [MonoForward, ForwardForward])
 def test_resuming_a_sequential_schedule_is_exact(
     make: Callable[[], Algorithm], step: int, fit: Maker, train: Any, tmp_path: Path
 ) -> None:
-    """12 steps a stage, 4 an epoch: inside the first, the second and the last stage."""
+    """12 steps a stage, 4 an epoch: inside the first, at its end, inside the second and the last stage."""
     path = tmp_path / "half.ckpt"
     whole, first, _ = fit(Schedule(sequential=True), make(), optimizer=wild, callbacks=(_SaveAt(step, path),))
     schedule = Schedule(sequential=True)
@@ -273,6 +382,48 @@ def test_a_checkpoint_between_stages_resumes_with_the_next(fit: Maker, train: An
     assert not _changed(_state(first), _state(second))
 
 
+@pytest.mark.parametrize("make", [MonoForward, None], ids=["mono_forward", "auto"])
+@pytest.mark.parametrize("cap", [5, 3])
+def test_resuming_where_nothing_is_left_to_train_ends_with_the_best_weights(
+    make: Any, cap: int, fit: Maker, train: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "fifth.ckpt"
+
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 4:
+                trainer.save_checkpoint(path)
+
+    _, _, diary = fit(Schedule(), make and make(), epochs=8, optimizer=wild, callbacks=(Save(),))
+    best = max(range(5), key=lambda epoch: diary.accuracy[epoch])
+    assert best < 4, "the fifth epoch was the best, so this run shows nothing"
+    schedule = Schedule()
+    data = type(train)(train.batches)
+    trainer, module, _ = fit(schedule, make and make(), epochs=cap, optimizer=wild, data=data, ckpt_path=path)
+    assert schedule.epochs_by_stage == [5]
+    assert trainer.global_step == 20
+    assert not _changed(_state(module), diary.weights[best])
+
+
+def test_a_lower_cap_at_a_resume_ends_the_stage_at_once_and_not_the_next(
+    fit: Maker, train: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "third.ckpt"
+    fit(Schedule(sequential=True), MonoForward(), epochs=5, callbacks=(_SaveAt(14, path),))
+    schedule, data = Schedule(sequential=True), type(train)(train.batches)
+    fit(schedule, MonoForward(), epochs=2, data=data, ckpt_path=path)
+    assert schedule.epochs_by_stage == [4, 2, 2]  # the fourth epoch had begun
+
+
+def test_a_finished_training_that_is_given_more_epochs_goes_on(fit: Maker, train: Any, validation: Any) -> None:
+    schedule = Schedule()
+    trainer, module, diary = fit(schedule, MonoForward(), epochs=3, optimizer=wild)
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(module, train, validation)
+    assert schedule.epochs_by_stage == [5]
+    assert schedule.best == max(diary.accuracy)
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "sentence"),
@@ -289,6 +440,15 @@ def test_settings_that_cannot_work_are_refused(options: dict[str, Any], sentence
 
 
 def test_combinations_that_cannot_work_are_refused(fit: Maker) -> None:
+    with pytest.raises(ValueError, match="nothing ends the first stage"):
+        fit(Schedule(sequential=True), MonoForward(), epochs=-1, trainer={"max_steps": 9})
+    with pytest.raises(ValueError, match="there is none under this strategy"):
+        fit(Schedule(sequential=True))
+    with pytest.raises(ValueError, match="barebones"):
+        fit(Schedule(), MonoForward(), trainer={"barebones": True})
+    averaged = WeightAveraging(avg_fn=lambda old, new, _: (old + new) / 2)
+    with pytest.raises(ValueError, match="WeightAveraging"):
+        fit(Schedule(), MonoForward(), callbacks=(averaged,))
     with pytest.raises(ValueError, match="no sequential schedule"):
         fit(Schedule(sequential=True), Backprop())
     steps = partial(torch.optim.lr_scheduler.StepLR, step_size=1)

@@ -151,6 +151,46 @@ def test_products_are_timed_in_the_precision_asked_for(make_plan: MakePlan) -> N
     assert torch.get_float32_matmul_precision() == before
 
 
+@pytest.mark.parametrize("what", KINDS)
+@pytest.mark.parametrize(
+    ("precision", "inputs", "weights"),
+    [
+        ("bf16-true", torch.bfloat16, torch.bfloat16),
+        ("64-true", torch.float64, torch.float64),
+        ("bf16-mixed", torch.float32, torch.float32),
+    ],
+)
+def test_what_is_measured_computes_in_the_precision_of_the_trainer(
+    what: str,
+    precision: str,
+    inputs: torch.dtype,
+    weights: torch.dtype,
+    make_plan: MakePlan,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = set()
+    forward = torch.nn.Linear.forward
+
+    def spy(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen.add((x.dtype, layer.weight.dtype, torch.is_autocast_enabled("cpu")))
+        return forward(layer, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", spy)
+    trainer = {"accelerator": "cpu", "devices": 1, "precision": precision}
+
+    def make(name: str, *settings: str) -> Plan:
+        return make_plan(name, trainer=trainer, config={"net": {"hidden": [16]}})
+
+    table, folder = bench(what, ["backprop"], make, rounds=1, steps=2, depths=[1])
+    mixed = precision == "bf16-mixed"
+    first = {entry for entry in seen if entry[0] == inputs}
+    assert first == {(inputs, weights, mixed)}
+    assert {entry[1:] for entry in seen} == {(weights, mixed)}
+    assert precision in str(table.title)
+    assert load_record(folder).data["precision"]["trainer"] == precision
+
+
 def test_strategy_runs_the_same_batches_in_the_loop_and_in_the_trainer(make_plan: MakePlan) -> None:
     calls: list[Plan] = []
     _, folder = bench(
