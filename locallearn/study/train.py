@@ -195,15 +195,16 @@ def read_tensors(path: Path) -> Any:
         ValueError: it is anything else, or damaged.
         OSError: it cannot be read.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # a file that is no archive can fail in any way; PyTorch's advice is not passed on
-        raise ValueError(
-            f"{path} cannot be read: it is empty, cut short, or holds something else than tensors, numbers and text "
-            f"({type(error).__name__})"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # what is no archive can fail in any way; PyTorch's advice is not passed on
+            raise ValueError(
+                f"{path} cannot be read: it is empty, cut short, or holds something else than tensors, numbers and text "
+                f"({type(error).__name__})"
+            ) from error
 
 
 def _list(value: Any) -> list[Any]:
