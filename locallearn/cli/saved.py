@@ -12,6 +12,16 @@ from locallearn.cli.settings import GROUPS, UsageError, compose_settings
 from locallearn.cli.trust import check_trusted
 
 
+def reindexed(runs_dir: Path) -> None:
+    """Rebuild the index, which is only a cache: that it cannot be written costs nobody a table or a page."""
+    from locallearn.records import rebuild_index
+
+    try:
+        rebuild_index(runs_dir)
+    except OSError as error:
+        print(f"locallearn: the index could not be written ({error.strerror}): {error.filename}", file=sys.stderr)
+
+
 def recovered(runs_dir: Path) -> None:
     """Adopt the folders of killed runs; say which could not be."""
     from locallearn.records import recover
@@ -78,6 +88,15 @@ def saved_settings(record: Any, trust: bool) -> tuple[Any, dict[str, str]]:
     return OmegaConf.create(whole), {group: str(record.data.get(group)) for group in GROUPS}
 
 
+def move(cfg: Any, key: str, place: Any) -> None:
+    """Give ``data_dir`` or ``runs_dir`` of settings that are resolved already, with what was taken from it."""
+    before = cfg[key]
+    cfg[key] = place
+    for group, name in (("dataset", "data_dir"), ("logger", "save_dir")):
+        if cfg.get(group) and name in cfg[group] and cfg[group][name] == before:
+            cfg[group][name] = place
+
+
 class Saved:
     """What a finished run trained, as it was at the end.
 
@@ -142,14 +161,16 @@ class Saved:
             return torch.cat([self.algorithm.predict(plugin.convert_input(part), *moved) for part in given])
 
 
-def load(run: str | Path, *, trust: bool = False, accelerator: str = "cpu", changes: Sequence[str] = ()) -> Saved:
+def load(
+    run: str | Path, *, trust: bool = False, data_dir: str | Path | None = None, accelerator: str = "cpu"
+) -> Saved:
     """What a finished run trained, from the run's folder.
 
     Args:
         run: the folder, as ``train`` printed it.
         trust: build whatever the record's settings name (:mod:`locallearn.cli.trust` has what is built without).
+        data_dir: where the data are here; ``None``: where they were.
         accelerator: where predictions are made, as ``trainer.accelerator``.
-        changes: settings that differ here, e.g. ``["data_dir=/data"]``.
 
     Raises:
         UsageError: there is no such run, or its record asks for something that it may not.
@@ -175,7 +196,8 @@ def load(run: str | Path, *, trust: bool = False, accelerator: str = "cpu", chan
     if not isinstance(model, dict) or model.get("format") != 1 or not isinstance(model.get("state_dict"), dict):
         raise ValueError(f"{folder / MODEL} holds no model that a run of locallearn has kept")
     cfg, choices = saved_settings(record, trust)
-    cfg.merge_with_dotlist(list(changes))
+    if data_dir is not None:
+        move(cfg, "data_dir", str(data_dir))
     # Nothing is logged or metered here, and the machine may be another one.
     cfg.logger, cfg.meter, cfg.resume = None, {"idle_s": 0, "sources": {}}, None
     cfg.trainer.accelerator, cfg.trainer.devices = accelerator, 1

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from locallearn.algorithms import MonoForward
+from locallearn.cli.saved import move
+from locallearn.cli.settings import compose_settings
 from locallearn.records import RunFolder, recover
 from locallearn.study._callbacks import _Keeper
 from locallearn.study.train import Interrupted
@@ -384,3 +388,27 @@ def test_a_full_disk_before_the_run_leaves_nothing(cli: Cli, monkeypatch: pytest
     assert "record.json could not be written" in failed.err
     assert "make room" in failed.err
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_an_index_that_cannot_be_written_costs_no_page(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> Any:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    cli("train", "dataset.limit_train=64")
+    monkeypatch.setattr(sqlite3, "connect", full)
+    outcome = cli("report")
+    assert outcome.code == 0
+    assert outcome.err == "locallearn: the index could not be written (database or disk is full): runs/index.sqlite\n"
+    assert Path("runs/report.html").is_file()
+
+
+def test_places_that_were_moved_move_what_was_taken_from_them() -> None:
+    cfg, _ = compose_settings(["dataset=mnist", "logger=csv", "data_dir=/there", "runs_dir=/then"])
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    move(resolved, "data_dir", "/here")
+    move(resolved, "runs_dir", "2026")
+    assert (resolved.data_dir, resolved.dataset.data_dir) == ("/here", "/here")
+    assert (resolved.runs_dir, resolved.logger.save_dir) == ("2026", "2026")
+    resolved.dataset.data_dir = "/elsewhere"  # said apart
+    move(resolved, "data_dir", "/new")
+    assert resolved.dataset.data_dir == "/elsewhere"
