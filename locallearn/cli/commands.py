@@ -407,7 +407,7 @@ def predict(words: list[str]) -> int:
     asked = compose_settings([*own, *changes])[0]
     part, source, out = asked.predict.part, asked.predict.inputs, asked.predict.out
     _check_predict(part, source, out, any(word.startswith("predict.part=") for word in own))
-    accelerator = asked.trainer.accelerator if any(word.startswith("trainer.") for word in changes) else "cpu"
+    accelerator = asked.trainer.accelerator if any(word.startswith("trainer.") for word in changes) else None
     saved = load(runs[0], trust=trust, data_dir=asked.data_dir, accelerator=accelerator)
     if source is None:
         found = evaluate(saved, part)

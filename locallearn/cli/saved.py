@@ -54,7 +54,7 @@ def run_folder(given: str | Path) -> Path:
         raise UsageError(
             why[0] if why else f"{part} is still going on in another process: wait for it, or stop it first"
         )
-    raise UsageError(f"there is no folder {final}: name the folder of a run, as train printed it")
+    raise UsageError(f"there is no folder {final} with a record.json: name the folder of a run, as train printed it")
 
 
 def saved_settings(record: Any, trust: bool) -> tuple[Any, dict[str, str]]:
@@ -162,7 +162,7 @@ class Saved:
 
 
 def load(
-    run: str | Path, *, trust: bool = False, data_dir: str | Path | None = None, accelerator: str = "cpu"
+    run: str | Path, *, trust: bool = False, data_dir: str | Path | None = None, accelerator: str | None = "cpu"
 ) -> Saved:
     """What a finished run trained, from the run's folder.
 
@@ -170,7 +170,7 @@ def load(
         run: the folder, as ``train`` printed it.
         trust: build whatever the record's settings name (:mod:`locallearn.cli.trust` has what is built without).
         data_dir: where the data are here; ``None``: where they were.
-        accelerator: where predictions are made, as ``trainer.accelerator``.
+        accelerator: where predictions are made, as ``trainer.accelerator``; ``None``: where the run was, if that is here.
 
     Raises:
         UsageError: there is no such run, or its record asks for something that it may not.
@@ -200,7 +200,9 @@ def load(
         move(cfg, "data_dir", str(data_dir))
     # Nothing is logged or metered here, and the machine may be another one.
     cfg.logger, cfg.meter, cfg.resume = None, {"idle_s": 0, "sources": {}}, None
-    cfg.trainer.accelerator, cfg.trainer.devices = accelerator, 1
+    asked = accelerator or str(cfg.trainer.accelerator)
+    here = asked not in ("gpu", "cuda", "mps") or torch.cuda.is_available() or torch.backends.mps.is_available()
+    cfg.trainer.accelerator, cfg.trainer.devices = asked if accelerator or here else "cpu", 1
     with torch.random.fork_rng(devices=[]), quiet():
         plan = make_saved_plan(cfg, choices, record)
         task = attached_task(plan)
@@ -212,7 +214,7 @@ def load(
             enable_model_summary=False,
             **plan.trainer,
         )
-        task = trainer.precision_plugin.convert_module(task)
+        task = trainer.precision_plugin.convert_module(task).to(trainer.strategy.root_device)
     try:
         task.load_state_dict(model["state_dict"])
     except Exception as error:
