@@ -217,6 +217,7 @@ def load(
         task = trainer.precision_plugin.convert_module(task).to(trainer.strategy.root_device)
     try:
         task.load_state_dict(model["state_dict"])
+        plan.algorithm.train_only(None if model["active"] is None else frozenset(model["active"]))
     except Exception as error:
         raise ValueError(
             f"{folder / MODEL} does not fit what the run's settings build: {' '.join(str(error).split())}"

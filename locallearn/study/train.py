@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import threading
@@ -17,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from locallearn.algorithms.base import Algorithm
 from locallearn.cost import measure_update, to_device
 from locallearn.energy import EnergyCallback, EnergyMonitor
 from locallearn.precision import multiplying
@@ -91,8 +93,10 @@ def _end(folder: RunFolder, status: str, reason: str, error: BaseException) -> N
 def _save_model(task: pl.LightningModule, place: Path) -> None:
     """What was trained, readable without running anybody's code; the record beside it says what to build around it."""
     state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in task.state_dict().items()}
-    with place.open("wb") as file:
-        torch.save({"format": 1, "state_dict": state}, file)
+    active = cast(Algorithm, cast(LocalTask, task).algorithm).active  # a training that a target ended in the middle
+    content = io.BytesIO()  # PyTorch's own words for a full disk do not say that it is full
+    torch.save({"format": 1, "state_dict": state, "active": None if active is None else sorted(active)}, content)
+    place.write_bytes(content.getbuffer())
 
 
 def check(plan: Plan) -> None:

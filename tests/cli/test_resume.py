@@ -19,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from locallearn.algorithms import MonoForward
+from locallearn.cli.mistakes import explain
 from locallearn.cli.saved import move
 from locallearn.cli.settings import compose_settings
 from locallearn.records import RunFolder, recover
@@ -376,6 +377,13 @@ def test_the_reason_is_not_masked_by_the_failure_to_write_it(
     (final,) = recover(tmp_path / "runs")
     assert _read(final)["status"] == ("done" if what == "the new name" else "interrupted")
     assert (_read(final)["test"] == {}) == (what == "every record")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_that_names_no_file_is_told_as_well(number: int) -> None:
+    code, sentence = explain(OSError(number, os.strerror(number)), [])
+    assert code == 2
+    assert sentence.startswith("the disk is full: a file could not be written")
 
 
 def test_a_full_disk_before_the_run_leaves_nothing(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
