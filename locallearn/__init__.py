@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["Batch", "Blocks", "__version__", "load"]
 
 
-def load(run: str | Path, *, trust: bool = False) -> Any:
+def load(run: str | Path, *, trust: bool = False, data_dir: str | Path | None = None) -> Any:
     """What a finished run trained, from the folder that ``locallearn train`` printed.
 
     ``predict(inputs)`` of what is returned gives outputs by the rule's own inference, ``(N, ...)``; ``net`` is the
@@ -26,10 +26,11 @@ def load(run: str | Path, *, trust: bool = False) -> Any:
         run: the run's folder.
         trust: build whatever the record's settings name, instead of nothing but parts of locallearn, PyTorch's optimizers
             and layers, and convolutions of PyTorch Geometric.
+        data_dir: where the data are here, for rules that need them (on a graph); ``None``: where they were.
 
     Raises:
         locallearn.cli.UsageError: there is no such run, or its record asks for something that it may not.
         ValueError: its model is damaged, or does not fit its settings.
     """
     # Here, because it needs Lightning and Hydra.
-    return import_module("locallearn.cli.saved").load(run, trust=trust)
+    return import_module("locallearn.cli.saved").load(run, trust=trust, data_dir=data_dir)

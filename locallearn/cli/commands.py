@@ -11,7 +11,17 @@ from typing import Any
 
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan
-from locallearn.cli.saved import evaluate, load, read_inputs, recovered, run_folder, saved_settings, table
+from locallearn.cli.saved import (
+    evaluate,
+    load,
+    move,
+    read_inputs,
+    recovered,
+    reindexed,
+    run_folder,
+    saved_settings,
+    table,
+)
 from locallearn.cli.settings import GROUPS, Arm, UsageError, check_words, compose_settings
 from locallearn.cli.spaces import quoted, read_space
 from locallearn.cli.terminal import Progress
@@ -32,6 +42,8 @@ def train(words: list[str]) -> int:
 
 def _resumed(words: list[str], trust: bool) -> tuple[Any, dict[str, str]] | None:
     """Configuration of the run to go on with: its own, so that nothing has to be said twice."""
+    from omegaconf import OmegaConf
+
     from locallearn.records import load_record
 
     named = [word.partition("=")[2] for word in words if word.startswith("resume=")]
@@ -56,7 +68,11 @@ def _resumed(words: list[str], trust: bool) -> tuple[Any, dict[str, str]] | None
                 f"{word!r} cannot be changed on resume: the run goes on with its own settings; only "
                 f"{', '.join(a.rstrip('=') for a in allowed)} can be given"
             )
-        cfg.merge_with_dotlist([word])
+        key = word.partition("=")[0]
+        if key in ("data_dir", "runs_dir"):
+            move(cfg, key, OmegaConf.from_dotlist([word])[key])
+        else:
+            cfg.merge_with_dotlist([word])
     cfg.resume = str(folder)  # a killed run has got another name
     return cfg, choices
 
@@ -124,7 +140,7 @@ def compare(words: list[str]) -> int:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from locallearn.records import load_record, rebuild_index
+    from locallearn.records import load_record
     from locallearn.report import check_place, terminal_table, write_report
     from locallearn.study.compare import compare as run_all
     from locallearn.study.train import Interrupted, check
@@ -169,7 +185,7 @@ def compare(words: list[str]) -> int:
         print("locallearn: interrupted; the same command with compare.resume=true goes on", file=sys.stderr)
         return 130
     records = [*done, *(load_record(folder) for folder in folders)]
-    rebuild_index(runs_dir)
+    reindexed(runs_dir)
     write_report(records, report, title="locallearn compare")  # before anything is printed, which may fail
     Console().print(terminal_table(records))
     for problem in problems:
@@ -368,7 +384,7 @@ def _distinct(values: Any, kind: type) -> bool:
 
 def report(words: list[str]) -> int:
     """Write one page from records."""
-    from locallearn.records import rebuild_index, scan
+    from locallearn.records import scan
     from locallearn.report import write_report
 
     folders = [word for word in words if "=" not in word and not word.startswith("-")]
@@ -383,7 +399,7 @@ def report(words: list[str]) -> int:
     if not found.records:
         raise UsageError("; ".join([f"there are no records in {', '.join(map(str, roots))}", *found.problems[:1]]))
     if os.access(roots[0], os.W_OK) and not folders and not cfg.report.records:
-        rebuild_index(roots[0])
+        reindexed(roots[0])
     out = Path(str(cfg.report.out or roots[0] / "report.html")).expanduser()
     for count, what in (
         (found.left_out, "left out"),
@@ -415,13 +431,8 @@ def predict(words: list[str]) -> int:
     asked = compose_settings([*own, *changes])[0]
     part, source, out = asked.predict.part, asked.predict.inputs, asked.predict.out
     _check_predict(part, source, out, any(word.startswith("predict.part=") for word in own))
-    named = [word.partition("=")[2] for word in changes if word.startswith("trainer.accelerator=")]
-    saved = load(
-        runs[0],
-        trust=trust,
-        accelerator=named[-1] if named else "cpu",
-        changes=[word for word in changes if word.startswith("data_dir=")],
-    )
+    accelerator = asked.trainer.accelerator if any(word.startswith("trainer.") for word in changes) else None
+    saved = load(runs[0], trust=trust, data_dir=asked.data_dir, accelerator=accelerator)
     if source is None:
         found = evaluate(saved, part)
         _say(saved.record, part, found[0])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from locallearn.cli.settings import GROUPS, UsageError, compose_settings, options, setting_names
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # no room, or none left for this user
+
 
 def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
     """Exit code and one sentence for whatever went wrong."""
@@ -36,7 +38,7 @@ def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
         return 2, _instantiation(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return 2, _configuration(error, words)
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):
         return 2, _unusable(error)
     if isinstance(error, pickle.UnpicklingError):  # PyTorch's own message advises to run what is in the file
         return 2, "a file cannot be read as tensors: it is damaged, or holds Python objects, which are never loaded"
@@ -51,10 +53,10 @@ def _unusable(error: OSError) -> str:
     """A file that cannot be read or written: which, what is lost, and how to go on."""
     from locallearn.study.train import CHECKPOINT
 
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in _FULL
     what = f"{error.filename} cannot be used ({error.strerror})"
     if full:
-        what = f"the disk is full: {error.filename} could not be written ({error.strerror})"
+        what = f"the disk is full: {error.filename or 'a file'} could not be written ({error.strerror})"
     folder = getattr(error, "run_folder", None)
     if folder is None:
         return what + (

@@ -12,6 +12,16 @@ from locallearn.cli.settings import GROUPS, UsageError, compose_settings
 from locallearn.cli.trust import check_trusted
 
 
+def reindexed(runs_dir: Path) -> None:
+    """Rebuild the index, which is only a cache: that it cannot be written costs nobody a table or a page."""
+    from locallearn.records import rebuild_index
+
+    try:
+        rebuild_index(runs_dir)
+    except OSError as error:
+        print(f"locallearn: the index could not be written ({error.strerror}): {error.filename}", file=sys.stderr)
+
+
 def recovered(runs_dir: Path) -> None:
     """Adopt the folders of killed runs; say which could not be."""
     from locallearn.records import recover
@@ -44,7 +54,7 @@ def run_folder(given: str | Path) -> Path:
         raise UsageError(
             why[0] if why else f"{part} is still going on in another process: wait for it, or stop it first"
         )
-    raise UsageError(f"there is no folder {final}: name the folder of a run, as train printed it")
+    raise UsageError(f"there is no folder {final} with a record.json: name the folder of a run, as train printed it")
 
 
 def saved_settings(record: Any, trust: bool) -> tuple[Any, dict[str, str]]:
@@ -76,6 +86,15 @@ def saved_settings(record: Any, trust: bool) -> tuple[Any, dict[str, str]]:
     if missing:
         raise UsageError(f"the settings of {record.path} lack {', '.join(missing)}: the record is damaged")
     return OmegaConf.create(whole), {group: str(record.data.get(group)) for group in GROUPS}
+
+
+def move(cfg: Any, key: str, place: Any) -> None:
+    """Give ``data_dir`` or ``runs_dir`` of settings that are resolved already, with what was taken from it."""
+    before = cfg[key]
+    cfg[key] = place
+    for group, name in (("dataset", "data_dir"), ("logger", "save_dir")):
+        if cfg.get(group) and name in cfg[group] and cfg[group][name] == before:
+            cfg[group][name] = place
 
 
 class Saved:
@@ -142,14 +161,16 @@ class Saved:
             return torch.cat([self.algorithm.predict(plugin.convert_input(part), *moved) for part in given])
 
 
-def load(run: str | Path, *, trust: bool = False, accelerator: str = "cpu", changes: Sequence[str] = ()) -> Saved:
+def load(
+    run: str | Path, *, trust: bool = False, data_dir: str | Path | None = None, accelerator: str | None = "cpu"
+) -> Saved:
     """What a finished run trained, from the run's folder.
 
     Args:
         run: the folder, as ``train`` printed it.
         trust: build whatever the record's settings name (:mod:`locallearn.cli.trust` has what is built without).
-        accelerator: where predictions are made, as ``trainer.accelerator``.
-        changes: settings that differ here, e.g. ``["data_dir=/data"]``.
+        data_dir: where the data are here; ``None``: where they were.
+        accelerator: where predictions are made, as ``trainer.accelerator``; ``None``: where the run was, if that is here.
 
     Raises:
         UsageError: there is no such run, or its record asks for something that it may not.
@@ -175,10 +196,13 @@ def load(run: str | Path, *, trust: bool = False, accelerator: str = "cpu", chan
     if not isinstance(model, dict) or model.get("format") != 1 or not isinstance(model.get("state_dict"), dict):
         raise ValueError(f"{folder / MODEL} holds no model that a run of locallearn has kept")
     cfg, choices = saved_settings(record, trust)
-    cfg.merge_with_dotlist(list(changes))
+    if data_dir is not None:
+        move(cfg, "data_dir", str(data_dir))
     # Nothing is logged or metered here, and the machine may be another one.
     cfg.logger, cfg.meter, cfg.resume = None, {"idle_s": 0, "sources": {}}, None
-    cfg.trainer.accelerator, cfg.trainer.devices = accelerator, 1
+    asked = accelerator or str(cfg.trainer.accelerator)
+    here = asked not in ("gpu", "cuda", "mps") or torch.cuda.is_available() or torch.backends.mps.is_available()
+    cfg.trainer.accelerator, cfg.trainer.devices = asked if accelerator or here else "cpu", 1
     with torch.random.fork_rng(devices=[]), quiet():
         plan = make_saved_plan(cfg, choices, record)
         task = attached_task(plan)
@@ -190,9 +214,10 @@ def load(run: str | Path, *, trust: bool = False, accelerator: str = "cpu", chan
             enable_model_summary=False,
             **plan.trainer,
         )
-        task = trainer.precision_plugin.convert_module(task)
+        task = trainer.precision_plugin.convert_module(task).to(trainer.strategy.root_device)
     try:
         task.load_state_dict(model["state_dict"])
+        plan.algorithm.train_only(None if model["active"] is None else frozenset(model["active"]))
     except Exception as error:
         raise ValueError(
             f"{folder / MODEL} does not fit what the run's settings build: {' '.join(str(error).split())}"

@@ -361,7 +361,9 @@ class LocalStrategy(SingleDeviceStrategy):
     @losses.setter
     def losses(self, losses: Mapping[str, tuple[float, int]]) -> None:
         device = self.root_device
-        self._loss_sums = {unit: torch.tensor(total, device=device) for unit, (total, _) in losses.items()}
+        self._loss_sums = {
+            unit: torch.tensor(total, dtype=torch.float32, device=device) for unit, (total, _) in losses.items()
+        }
         self._loss_counts = {unit: count for unit, (_, count) in losses.items()}
 
     def mean_losses(self) -> Mapping[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import threading
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from locallearn.algorithms.base import Algorithm
 from locallearn.cost import measure_update
 from locallearn.energy import EnergyCallback, EnergyMonitor
 from locallearn.precision import multiplying
@@ -93,8 +95,10 @@ def _end(folder: RunFolder, status: str, reason: str, error: BaseException) -> N
 def _save_model(task: pl.LightningModule, place: Path) -> None:
     """What was trained, readable without running anybody's code; the record beside it says what to build around it."""
     state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in task.state_dict().items()}
-    with place.open("wb") as file:
-        torch.save({"format": 1, "state_dict": state}, file)
+    active = cast(Algorithm, cast(LocalTask, task).algorithm).active  # a training that a target ended in the middle
+    content = io.BytesIO()  # PyTorch's own words for a full disk do not say that it is full
+    torch.save({"format": 1, "state_dict": state, "active": None if active is None else sorted(active)}, content)
+    place.write_bytes(content.getbuffer())
 
 
 def check(plan: Plan) -> None:
@@ -190,15 +194,16 @@ def read_tensors(path: Path) -> Any:
         ValueError: it is anything else, or damaged.
         OSError: it cannot be read.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # a file that is no archive can fail in any way; PyTorch's advice is not passed on
-        raise ValueError(
-            f"{path} cannot be read: it is empty, cut short, or holds something else than tensors, numbers and text "
-            f"({type(error).__name__})"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # what is no archive can fail in any way; PyTorch's advice is not passed on
+            raise ValueError(
+                f"{path} cannot be read: it is empty, cut short, or holds something else than tensors, numbers and text "
+                f"({type(error).__name__})"
+            ) from error
 
 
 def _list(value: Any) -> list[Any]:

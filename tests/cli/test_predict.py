@@ -96,6 +96,20 @@ def test_predictions_go_where_they_are_asked_for(cli: Cli, tmp_path: Path) -> No
     assert [line.split(",")[1] for line in lines[1:]] == [str(int(i)) for i in expected.argmax(1)]
 
 
+def test_a_training_that_was_ended_in_its_first_stage_predicts_with_what_it_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = ("compare.mode=target", "compare.target=0.01", "schedule=sequential")
+    cfg, choices = compose_settings([*_IMAGES, "algorithm=mono_forward", *target])
+    plan = make_plan(cfg, choices, "")
+    saved = locallearn.load(run(plan))
+    assert saved.algorithm.active == plan.algorithm.active
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(saved.predict(images), plan.algorithm.eval().predict(images))
+
+
 def test_links_have_a_table_of_their_own_and_pictures_none(cli: Cli, tmp_path: Path) -> None:
     words = ("dataset=karate_club", "task=link_prediction", "task.outputs=4", "algorithm=backprop")
     folder = cli("train", *words).folder

@@ -30,7 +30,7 @@ def test_every_algorithm_leaves_a_complete_record(algorithm: str, cli: Cli, tmp_
     outcome = cli("train", f"algorithm={algorithm}", "seed=3", "meter=all")
     assert outcome.code == 0
     assert outcome.folder.parent == Path("runs")
-    assert sorted(path.name for path in outcome.folder.iterdir()) == ["metrics.csv", "record.json"]
+    assert sorted(path.name for path in outcome.folder.iterdir()) == ["metrics.csv", "model.pt", "record.json"]
     record = outcome.record
     assert set(record) >= set(TEMPLATE)
     assert "process" not in record
