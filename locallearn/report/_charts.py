@@ -406,8 +406,11 @@ def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, col
 
 
 def block_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
-    """Loss and probe accuracy of every block over epochs, mean over seeds."""
+    """Loss of every block and further unit and probe accuracy of every block over epochs, mean over seeds."""
     charts = []
+    units = {
+        name.removeprefix("unit/").removesuffix("/loss"): of for name, of in curves.items() if name.startswith("unit/")
+    }
     for suffix, title, axis, factor in (
         ("loss", "local loss per block", "loss", 1.0),
         ("probe_accuracy", "probe accuracy per block", "probe accuracy (%)", 100.0),
@@ -415,6 +418,9 @@ def block_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
         series = {
             block: curves[name] for block in _block_names(row, curves) if (name := f"block/{block}/{suffix}") in curves
         }
+        if suffix == "loss" and units:
+            title = "local loss per block and unit" if series else "loss per unit"
+            series |= units
         if series:
             charts.append(_block_chart(f"{row.label}: {title}", axis, series, factor, points))
     return charts

@@ -52,7 +52,7 @@ _PICTURE_BYTES = 1_500_000
 _PICTURE = "reconstructions.png"
 _PICTURE_NOTE = "Test images above, what the network made of them below; of every rule its newest run."
 # Curves of parts of a network, which a very large page leaves out.
-_DETAILS = ("block/", "layer/")
+_DETAILS = ("block/", "unit/", "layer/")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
