@@ -4,9 +4,33 @@
 use them.
 """
 
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
 from locallearn.batch import Batch
 from locallearn.nets.blocks import Blocks
 
 __version__ = "0.1.0"
 
-__all__ = ["Batch", "Blocks", "__version__"]
+__all__ = ["Batch", "Blocks", "__version__", "load"]
+
+
+def load(run: str | Path, *, trust: bool = False, data_dir: str | Path | None = None) -> Any:
+    """What a finished run trained, from the folder that ``locallearn train`` printed.
+
+    ``predict(inputs)`` of what is returned gives outputs by the rule's own inference, ``(N, ...)``; ``net`` is the
+    network, ``algorithm`` the rule with all it has added, ``record`` the run's record (docs/records.md).
+
+    Args:
+        run: the run's folder.
+        trust: build whatever the record's settings name, instead of nothing but parts of locallearn, PyTorch's optimizers
+            and layers, and convolutions of PyTorch Geometric.
+        data_dir: where the data are here, for rules that need them (on a graph); ``None``: where they were.
+
+    Raises:
+        locallearn.cli.UsageError: there is no such run, or its record asks for something that it may not.
+        ValueError: its model is damaged, or does not fit its settings.
+    """
+    # Here, because it needs Lightning and Hydra.
+    return import_module("locallearn.cli.saved").load(run, trust=trust, data_dir=data_dir)

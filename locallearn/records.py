@@ -1,11 +1,14 @@
 """The record: one folder per run that is never changed once the run has ended, and an index rebuilt from the folders.
 
-While it runs, a run owns ``<runs_dir>/.<id>.part/``; when it ends the folder is renamed to ``<runs_dir>/<id>/``, so a
-folder with a plain name is always complete. A folder holds
+While it runs, a run owns ``<runs_dir>/.<id>.part/`` by a lock on the file ``.lock`` in it, which the kernel takes back
+when the process ends, however it ends. When the run ends its record is completed, then the folder is renamed to
+``<runs_dir>/<id>/``, and only then is anything deleted; so a folder with a plain name is always complete, and a kill
+between two steps leaves a folder that :func:`recover` finishes. A folder holds
 
 - ``record.json``: what was run, on what, and its figures (:data:`TEMPLATE` lists the keys; unknown is ``null``);
 - ``metrics.csv``: ``epoch,step,name,value``, one line per figure logged on the way;
-- whatever else the run writes beside them (the resolved configuration, a checkpoint).
+- whatever else the run writes beside them (a checkpoint, the model); files whose names start with a dot are only for
+  the time of the run.
 
 Only the standard library is used here, so records can be read where nothing is installed.
 """
@@ -15,8 +18,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import errno
+import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import numbers
@@ -27,14 +33,26 @@ import secrets
 import socket
 import sqlite3
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import subprocess
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
-from typing import Any, Final, NamedTuple, TextIO
+from typing import IO, Any, Final, NamedTuple
+
+_flock: Callable[[int, int], None] | None
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    _flock = flock
+except ImportError:  # Windows
+    _flock = None
 
 __all__ = [
+    "CHECKPOINT",
     "COST_COLUMNS",
     "SCHEMA",
     "TEMPLATE",
@@ -51,10 +69,15 @@ __all__ = [
     "rebuild_index",
     "recover",
     "scan",
+    "source",
     "versions",
+    "write_file",
 ]
 
 SCHEMA: Final = 1
+
+CHECKPOINT: Final = "resume.ckpt"
+"""Where a run keeps what ``train resume=FOLDER`` goes on from; gone once the run is done."""
 
 COST_COLUMNS: Final = (
     "train_s",
@@ -72,6 +95,7 @@ COST_COLUMNS: Final = (
 TEMPLATE: Final[Mapping[str, Any]] = {
     "id": None,
     "schema": SCHEMA,
+    "serial": None,
     "algorithm": None,
     "variant": None,
     "dataset": None,
@@ -93,17 +117,28 @@ TEMPLATE: Final[Mapping[str, Any]] = {
     "command": None,
     "versions": {},
     "hardware": {},
+    "source": {},
     "started": None,
     "finished": None,
     "resumed_from": None,
+    "parts": [],
     "notes": [],
 }
 """Every top-level key of ``record.json`` with its value when nothing is known.
 
 ``metric`` names the figure by which the run is judged: ``{"name": "mse", "maximise": false}``; ``null`` means accuracy.
+``serial`` counts the runs of one folder in the order of their starts, whatever the clock says. ``docs/records.md``
+explains every key.
 """
 
 _ENDINGS = ("done", "failed", "interrupted")
+_LOCK = ".lock"
+_NESTED = 100  # levels of a record that is no prank
+_LARGEST_BYTES = 64 * 2**20
+_CHARACTERS = 100_000  # of a text, and of a name
+_NAME = 200
+_NAMES = ("algorithm", "variant", "dataset", "net", "task", "mode", "status", "locality")
+_LONE = re.compile("[\ud800-\udfff]")
 _PACKAGES = (
     "locallearn",
     "torch",
@@ -136,19 +171,123 @@ class Quality(NamedTuple):
     maximise: bool = True
 
 
+# ---------------------------------------------------------------------------------------------------- ownership
+
+
+class _Lock:
+    """A lock on a file, held until it is released or the process ends, however that happens.
+
+    It is an ``flock``: two openings of one file exclude each other even inside one process, and containers that share
+    process numbers and host names exclude each other, too. On NFS it reaches other machines where the mount passes locks
+    on (not with ``local_lock=flock`` or ``nolock``). A forked child, a data loader's worker say, closes its copy at once;
+    else a worker that outlives its parent would keep the lock.
+    """
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self.path = path
+        self._handle: int | None = handle
+        _held.add(self)
+
+    @classmethod
+    def take(cls, path: Path, wait_s: float = 0.0) -> _Lock | None:
+        """The lock; ``None`` when somebody else still holds it after ``wait_s`` seconds.
+
+        Raises:
+            OSError: the file cannot be made, or there are no locks here.
+        """
+        if _flock is None:
+            raise OSError(errno.ENOLCK, "this system has no flock", str(path))
+        until = time.monotonic() + wait_s
+        while True:
+            # A link is not followed: it would lead out of the folder. Python opens it closed to programs started later.
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                _flock(handle, LOCK_EX | LOCK_NB)
+                # Who held it before may have moved or removed the file meanwhile: then this is a lock on nothing.
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return cls(path, handle)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    os.close(handle)
+                    return None
+                time.sleep(0.005)
+            except FileNotFoundError:
+                pass
+            except BaseException as error:
+                os.close(handle)
+                if isinstance(error, OSError) and error.filename is None:
+                    error.filename = str(path)
+                raise
+            os.close(handle)
+
+    def release(self, remove: bool = False) -> None:
+        """Lets go; with ``remove`` the file goes, too, while it is still held."""
+        if self._handle is None:
+            return
+        if remove:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        self.forget()
+
+    def forget(self) -> None:
+        """Closes the file: the lock is gone, unless another process shares this opening."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                os.close(handle)
+
+    def __del__(self) -> None:
+        self.forget()
+
+
+_held: weakref.WeakSet[_Lock] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for lock in list(_held):
+        lock.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+@contextlib.contextmanager
+def _alone(runs_dir: Path, wait_s: float = 5.0) -> Iterator[bool]:
+    """Keeps others from numbering runs and writing the index; says whether it could be done.
+
+    Where it cannot (no locks, a read-only folder, somebody who was halted), the work goes on: two runs may then share a
+    number, and nothing is lost.
+    """
+    lock: _Lock | None = None
+    with contextlib.suppress(OSError):
+        lock = _Lock.take(runs_dir / _LOCK, wait_s)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            lock.release(remove=True)
+
+
 # ---------------------------------------------------------------------------------------------------- writing
 
 
 class RunFolder:
     """The folder of a run that is going on; exactly one process writes it.
 
-    Make one with :meth:`create`. ``path`` is the folder's present place.
+    Make one with :meth:`create`.
+
+    Attributes:
+        path: the folder's present place.
+        rows: number of figures in ``metrics.csv``.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+    def __init__(self, path: Path, record: dict[str, Any], lock: _Lock | None = None) -> None:
         self.path = path
+        self.rows = 0
         self._record = record
-        self._metrics: TextIO | None = None
+        self._lock = lock
+        self._metrics: IO[bytes] | None = None
 
     @classmethod
     def create(cls, runs_dir: Path, record: Mapping[str, Any]) -> RunFolder:
@@ -157,10 +296,11 @@ class RunFolder:
         Args:
             runs_dir: the folder of all runs; made when missing.
             record: what is known at the start, in the keys of :data:`TEMPLATE`; ``algorithm``, ``dataset`` and
-                ``seed`` are required. ``id``, ``schema``, ``status`` and ``started`` are filled in here.
+                ``seed`` are required. ``id``, ``schema``, ``serial``, ``status`` and ``started`` are filled in here.
 
         Raises:
             ValueError: a required key is missing or a value cannot be written as JSON.
+            OSError: the folder cannot be made or written; then there is none.
         """
         for key, kind in (("algorithm", str), ("dataset", str), ("seed", int)):
             if not isinstance(record.get(key), kind):
@@ -168,26 +308,34 @@ class RunFolder:
                     f"a new record needs {key!r} as {kind.__name__}, but got {record.get(key)!r}; give it to create()."
                 )
         now = datetime.now(UTC)
-        stem = f"{now:%Y%m%d-%H%M%S}-{_safe(record['algorithm'])}-{_safe(record['dataset'])}-s{record['seed']}"
+        data = _plain(_merge(copy.deepcopy(dict(TEMPLATE)), record), "")
+        data |= {"schema": SCHEMA, "status": "running", "started": _stamp(now)}
+        # For whoever looks at a run that is going on; the lock, not this, says whether it still is. Removed at the end.
+        data["process"] = {"pid": os.getpid(), "host": socket.gethostname()}
+        what = (record["algorithm"], record["dataset"], f"s{record['seed']}")
+        stem = "-".join([f"{now:%Y%m%d-%H%M%S}", *map(_safe, what)])
         runs_dir.mkdir(parents=True, exist_ok=True)
         while True:
-            name = f"{stem}-{secrets.token_hex(3)}"
-            path = runs_dir / f".{name}.part"
-            if (runs_dir / name).exists():
+            data["id"] = f"{stem}-{secrets.token_hex(3)}"
+            path = runs_dir / f".{data['id']}.part"
+            if os.path.lexists(runs_dir / data["id"]):
                 continue
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 break
-        data = _merge(copy.deepcopy(dict(TEMPLATE)), record)
-        data |= {"id": name, "schema": SCHEMA, "status": "running", "started": _stamp(now)}
-        # Who is writing, so that a killed run can be told from one that is still going; removed at the end.
-        data["process"] = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "birth": _birth(os.getpid()),
-        }
-        folder = cls(path, data)
-        folder.update({})
+        lock: _Lock | None = None
+        try:
+            with contextlib.suppress(OSError):  # where there are no locks a run goes on, and recover() leaves it alone
+                lock = _Lock.take(path / _LOCK, wait_s=5.0)
+            folder = cls(path, data, lock)
+            with _alone(runs_dir):
+                folder.update({"serial": _next_serial(runs_dir)})
+        except BaseException:
+            if lock is not None:
+                lock.release(remove=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            raise
         return folder
 
     def update(self, values: Mapping[str, Any]) -> None:
@@ -195,6 +343,7 @@ class RunFolder:
 
         Raises:
             ValueError: a value cannot be written as JSON.
+            OSError: it cannot be written; the record is as it was before.
         """
         merged = _plain(_merge(self._record, values), "")
         _write_json(self.path / "record.json", merged)
@@ -207,16 +356,41 @@ class RunFolder:
             epoch: counted from 0.
             step: batches seen so far.
             values: figure by name, e.g. ``{"block/0/loss": 0.3}``; ``None`` for unknown.
+
+        Raises:
+            OSError: they cannot be written; the file is as it was before.
         """
-        if self._metrics is None:
-            self._metrics = (self.path / "metrics.csv").open("a", encoding="utf-8", newline="")
-            if self._metrics.tell() == 0:
-                self._metrics.write("epoch,step,name,value\n")
-        rows = csv.writer(self._metrics, lineterminator="\n")
-        rows.writerows(
-            (epoch, step, name, "" if value is None else repr(float(value))) for name, value in values.items()
-        )
-        self._metrics.flush()
+        path = self.path / "metrics.csv"
+        rows = [(epoch, step, name, "" if value is None else repr(float(value))) for name, value in values.items()]
+        with _naming(path):
+            if self._metrics is None:
+                self._metrics = path.open("ab", buffering=0)
+            end = self._metrics.seek(0, os.SEEK_END)
+            try:
+                _write_all(self._metrics, _csv_text(rows, header=end == 0))
+            except OSError:
+                with contextlib.suppress(OSError):  # half a line would spoil what comes after it
+                    self._metrics.truncate(end)
+                raise
+        self.rows += len(rows)
+
+    def take_over(self, earlier: Path, rows: int | None, step: int) -> list[int]:
+        """Begins ``metrics.csv`` with figures that an earlier part of this run has logged; called before :meth:`log`.
+
+        Args:
+            earlier: folder of the earlier part.
+            rows: how many figures belong to what was saved there; ``None``: those up to ``step``.
+            step: batches seen when it was saved.
+
+        Returns:
+            The epochs that are there, counted from 0.
+        """
+        kept = list(_raw_rows(earlier / "metrics.csv"))
+        kept = kept[:rows] if rows is not None else [row for row in kept if int(row[1]) <= step]
+        if kept:
+            write_file(self.path / "metrics.csv", _csv_text(kept, header=True))
+        self.rows = len(kept)
+        return sorted({int(row[0]) for row in kept})
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a further file of the run, e.g. ``config.yaml``.
@@ -228,10 +402,28 @@ class RunFolder:
             raise ValueError(
                 f"{name!r} cannot be a file of a run; use a plain file name other than record.json and metrics.csv."
             )
-        _write_text(self.path / name, text)
+        write_file(self.path / name, _encoded(text))
+
+    def write_with(self, name: str, write: Callable[[Path], None]) -> None:
+        """Writes a file of the run in one step: ``write`` is given a place beside it, which then takes its name.
+
+        What stood there before is there until the new file is complete and with the disk.
+
+        Raises:
+            OSError: it cannot be written; whatever ``write`` raises, too. Nothing half-written is left.
+        """
+        path = self.path / name
+        aside = self.path / f".{name}"
+        with _naming(path), _cleared(aside):
+            write(aside)
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
 
     def finish(self, status: str, error: str | None = None) -> Path:
         """Ends the run: writes its status, renames the folder to its final name and returns the new path.
+
+        Only then the checkpoint of a run that is done is deleted, and the lock let go of.
 
         Args:
             status: ``"done"``, ``"failed"`` or ``"interrupted"``.
@@ -240,26 +432,58 @@ class RunFolder:
         Raises:
             ValueError: the status is another word.
             FileExistsError: a folder of the final name exists; it is left alone.
+            OSError: the record cannot be written, or the folder not renamed.
         """
         if status not in _ENDINGS:
             raise ValueError(f"a run cannot end with status {status!r}; use one of {', '.join(_ENDINGS)}.")
-        final = self.path.parent / str(self._record["id"])
-        if final.exists():
-            raise FileExistsError(f"the run folder {final} exists already and is left as it is.")
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        self._final()
+        self._close_metrics()
         self._record.pop("process", None)
         self.update({"status": status, "error": error, "finished": _stamp(datetime.now(UTC))})
-        self.path.rename(final)
-        self.path = final
+        return self._publish()
+
+    def abandon(self) -> Path:
+        """Lets go of a folder that could not be finished: the next :func:`recover` finds it. Returns its path."""
+        self._close_metrics()
+        if self._lock is not None:
+            self._lock.release()
+        return self.path
+
+    def _final(self) -> Path:
+        # By the folder's own name: what a record calls itself may lead anywhere.
+        final = self.path.parent / _stem(self.path)
+        if os.path.lexists(final):
+            raise FileExistsError(f"the run folder {final} exists already and is left as it is.")
         return final
 
+    def _publish(self) -> Path:
+        """The last steps of a run whose record is complete."""
+        final = self._final()
+        self._close_metrics()
+        self.path.rename(final)
+        self.path = final
+        _tidy(final, done=self._record.get("status") == "done")
+        if self._lock is not None:
+            self._lock.path = final / _LOCK
+            self._lock.release(remove=True)
+        return final
 
-def recover(runs_dir: Path) -> list[Path]:
-    """Gives the folders of killed runs their final name, with status ``interrupted``.
+    def _close_metrics(self) -> None:
+        metrics, self._metrics = self._metrics, None
+        if metrics is not None:
+            metrics.close()
 
-    A folder is taken only when its process ran on this machine and is gone; another machine's run is left alone.
+
+def recover(runs_dir: Path, tell: Callable[[str], None] | None = None) -> list[Path]:
+    """Gives the folders of killed runs their final name, and clears away what killed processes left half-written.
+
+    A folder is taken only if its lock can be had, that is if no process works on it any more. Its status becomes
+    ``interrupted``, unless the run had ended already and only the new name was missing. Of two that recover at the same
+    moment one adopts a folder.
+
+    Args:
+        runs_dir: the folder of all runs.
+        tell: told one sentence for every folder that nobody owns and that could not be adopted, with the reason.
 
     Returns:
         The final paths of the folders that were adopted.
@@ -267,42 +491,131 @@ def recover(runs_dir: Path) -> list[Path]:
     adopted: list[Path] = []
     for path in sorted(runs_dir.glob(".*.part")):
         try:
-            data = _read_json(path)
-        except ValueError:
-            continue  # killed before its first record was written, or damaged: there is nothing to adopt
-        process = data.get("process")
-        if not isinstance(process, dict) or process.get("host") != socket.gethostname() or _alive(process):
-            continue
-        # Another process may adopt the same folder at the same moment; whoever renames first has it.
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            adopted.append(RunFolder(path, data).finish("interrupted", "The process was killed before the run ended."))
+            final = _adopt(path)
+        except (OSError, ValueError) as error:
+            if tell is not None and os.path.lexists(path):
+                tell(f"{path} is left as it is: {error}")
+        else:
+            if final is not None:
+                adopted.append(final)
+    _tidy_all(runs_dir)
     return adopted
 
 
-def _alive(process: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote a part folder still runs; when it cannot be told, it does."""
-    pid = process.get("pid")
-    if not isinstance(pid, int) or pid <= 0 or os.name != "posix":
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    birth = process.get("birth")
-    # Process numbers are used again after a restart, so the same number is not yet the same process.
-    return birth is None or birth == _birth(pid)
+def _adopt(path: Path) -> Path | None:
+    """Finishes one part folder; ``None`` when its owner lives.
 
-
-def _birth(pid: int) -> str | None:
-    """A word that only this life of ``pid`` has (boot and start tick); ``None`` where /proc does not say."""
+    Raises:
+        ValueError: there is nothing to adopt, or it leads elsewhere.
+        OSError: it cannot be locked or written.
+    """
+    if path.is_symlink() or not path.is_dir():
+        raise ValueError("it is no folder, or a link to one, and links are not followed.")
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
+        lock = _Lock.take(path / _LOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
+            raise ValueError(
+                f"its place has no file locks ({error.strerror}), so nobody can tell whether its process still runs; if it "
+                f"does not, rename the folder to {_stem(path)}."
+            ) from None
+        raise
+    if lock is None:
         return None
-    return f"{boot}:{fields[19]}" if fields[0] != "Z" else "gone"
+    try:
+        if not os.path.lexists(path / "record.json"):
+            raise ValueError(_UNRECORDED)
+        if (path / "record.json").is_symlink():
+            raise ValueError("its record.json is a link, and links are not followed.")
+        data = _read_json(path)
+        ended = data.get("status") in _ENDINGS and data.get("id") == _stem(path)
+        data["id"] = _stem(path)
+        folder = RunFolder(path, data, lock)
+        if ended:
+            return folder._publish()
+        if data.get("status") in _ENDINGS:
+            return folder.finish(str(data["status"]), Record(path, data).text("error"))
+        return folder.finish("interrupted", "The process was killed before the run ended.")
+    except BaseException:
+        lock.release(remove=True)
+        raise
+
+
+_UNRECORDED: Final = (
+    "it has no record yet: its run is just starting, or was killed before its first record was written. Then nothing "
+    "was trained in it, and it can be deleted."
+)
+
+
+def _tidy(folder: Path, done: bool) -> None:
+    """Deletes a run's work files, and the checkpoint of one that is done; the caller holds the folder's lock."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            stale = path.name.startswith(".") and path.name != _LOCK
+            if (stale or (done and path.name == CHECKPOINT)) and stat.S_ISREG(path.lstat().st_mode):
+                path.unlink(missing_ok=True)
+
+
+def _tidy_all(runs_dir: Path) -> None:
+    """The last steps of runs that were killed after they had got their name, and unfinished indices."""
+    for path in runs_dir.glob("[!.]*/" + _LOCK):
+        folder = path.parent
+        if folder.is_symlink():
+            continue
+        with contextlib.suppress(OSError):
+            lock = _Lock.take(path)
+            if lock is None:
+                continue
+            with contextlib.suppress(ValueError):
+                _tidy(folder, done=_read_json(folder).get("status") == "done")
+            lock.release(remove=True)
+    if next(runs_dir.glob(".index.*"), None) is None:
+        return
+    with _alone(runs_dir, wait_s=0.0) as alone:
+        for path in runs_dir.glob(".index.*") if alone else ():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _stem(part: Path) -> str:
+    return part.name.removeprefix(".").removesuffix(".part")
+
+
+def _next_serial(runs_dir: Path) -> int:
+    """One more than the largest start counter in the folder: deleted runs leave gaps, and no counter can be lost."""
+    largest = 0
+    for folder in runs_dir.iterdir():
+        with contextlib.suppress(OSError):
+            text = (folder / "record.json").read_bytes()
+            # Two spaces: the record's own key, not one of its configuration. Reading all of JSON would take ten times as long.
+            for found in re.findall(rb'^  "serial": (\d{1,15})\b', text, re.MULTILINE):
+                largest = max(largest, int(found))
+    return largest + 1
+
+
+def _raw_rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """The figures of a ``metrics.csv`` as text, up to the first line that is damaged or cut."""
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return
+    reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    next(reader, None)
+    while True:
+        try:
+            epoch, step, name, value = next(reader)
+            int(epoch), int(step), float(value or 0)
+        except (StopIteration, csv.Error, ValueError):
+            return
+        yield epoch, step, name, value
+
+
+def _csv_text(rows: Iterable[Sequence[Any]], header: bool) -> bytes:
+    text = io.StringIO(newline="")
+    if header:
+        text.write("epoch,step,name,value\n")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return _encoded(text.getvalue())
 
 
 def _safe(text: str) -> str:
@@ -341,16 +654,53 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, _encoded(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"))
 
 
-def _write_text(path: Path, text: str) -> None:
+def _encoded(text: str) -> bytes:
+    """UTF-8; a lone surrogate, of a name that is not UTF-8, becomes an escape that JSON reads as what it was."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file in one step: what stood there before is there until the new content is complete.
+
+    Raises:
+        OSError: it cannot be written, with the file's name; nothing half-written is left.
+    """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        aside.write_text(text, encoding="utf-8")
+    with _naming(path), _cleared(aside):
+        with aside.open("xb", buffering=0) as file:
+            _write_all(file, content)
+            os.fsync(file.fileno())
         os.replace(aside, path)
+
+
+def _write_all(file: IO[bytes], content: bytes) -> None:
+    """Writes without a buffer, which would try again, and fail again, when it is closed."""
+    while content:
+        content = content[file.write(content) :]
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the system say which file they are about: those of a full disk do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def _cleared(aside: Path) -> Iterator[None]:
+    """A file that is gone afterwards; that it cannot be deleted hides nothing of why it was not finished."""
+    try:
+        yield
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -365,7 +715,7 @@ class Record:
 
     Attributes:
         path: the run's folder.
-        data: the content of ``record.json`` as it stands, but for text: half characters are escaped, and what is longer than
+        data: the content of ``record.json`` as it stands, but for text: half characters are replaced, and what is longer than
             100,000 characters (a name longer than 200) is cut.
     """
 
@@ -487,6 +837,8 @@ class Record:
             lines = plain_file(path).decode("utf-8-sig", errors="replace").splitlines(keepends=True)
         except FileNotFoundError:
             return []
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error}); its figures are not shown.") from None
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         rows: list[Metric] = []
@@ -532,8 +884,7 @@ def load_record(path: Path) -> Record:
     data = _read_json(folder)
     for key, kind in (("id", str), ("algorithm", str), ("dataset", str), ("status", str), ("seed", int)):
         value = data.get(key)
-        large = isinstance(value, int) and not -(2**63) <= value < 2**63  # more than the index can hold
-        if not isinstance(value, kind) or isinstance(value, bool) or large:
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(
                 f"the record in {folder} has {key!r} = {_short(repr(value))}, wanted {kind.__name__}; it cannot be used."
             )
@@ -562,7 +913,9 @@ def scan(roots: Iterable[Path]) -> Scan:
                 continue
             places.add(place)
             if folder.name.endswith(".part"):
-                problems.append(f"{folder.name}: the run has not ended yet, or was killed and not recovered.")
+                unended = "the run has not ended yet, or was killed and not recovered."
+                recorded = (folder / "record.json").exists()
+                problems.append(f"{_LONE.sub('?', folder.name)}: {unended if recorded else _UNRECORDED}")
                 continue
             try:
                 record = load_record(folder)
@@ -594,7 +947,9 @@ def _age(record: Record) -> tuple[str, str]:
 
 def _run_folders(root: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
-        if "record.json" in files or "record.json" in folders:
+        # A folder that a kill left before its first record has none, and must be told all the same.
+        killed = Path(place).name.endswith(".part") and Path(place).name.startswith(".")
+        if killed or "record.json" in files or "record.json" in folders:
             folders.clear()
             yield Path(place)
         # Hidden folders are somebody else's, except the one of a run that has not ended.
@@ -604,7 +959,7 @@ def _run_folders(root: Path) -> Iterator[Path]:
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "record.json"
     try:
-        data = _tame(json.loads(plain_file(path).decode("utf-8-sig")))
+        data = _readable(json.loads(plain_file(path).decode("utf-8-sig")), _NESTED)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no record.json; give the folder of a run.") from None
     except (ValueError, RecursionError) as error:
@@ -614,7 +969,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
     return data
 
 
-def plain_file(path: Path, most: int = 2**28) -> bytes:
+def plain_file(path: Path, most: int = _LARGEST_BYTES) -> bytes:
     """The content of a file of a run.
 
     Raises:
@@ -622,39 +977,38 @@ def plain_file(path: Path, most: int = 2**28) -> bytes:
         ValueError: it is a link (which could show any file of this machine), no plain file, too large or not readable.
     """
     try:
-        state = path.lstat()
-        if not stat.S_ISREG(state.st_mode):
-            raise ValueError(f"{path} is a link, a folder or a device instead of a plain file, so it is not read")
-        if state.st_size > most:
-            raise ValueError(f"{path} has {state.st_size:,} bytes, more than the {most:,} that are read")
+        about = path.lstat()
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("it is no file of its own but a link, a folder or a device")
+        if about.st_size > most:
+            raise ValueError(f"it has {about.st_size:,} bytes, more than the {most:,} that are read")
         return path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+        raise ValueError(str(error.strerror)) from None
 
 
-_DEPTH = 40
-_CHARACTERS = 100_000
-_NAME = 200
-_NAMES = ("algorithm", "variant", "dataset", "net", "task", "mode", "status", "locality")
+def _readable(value: Any, levels: int) -> Any:
+    """What JSON holds, with text that can be written anywhere and shown: see :func:`_text`.
 
-
-def _tame(value: Any, depth: int = 0) -> Any:
-    """What JSON held, with text that can be written and shown: half characters escaped, very long text cut."""
-    if depth > _DEPTH:
-        raise ValueError(f"it is nested more than {_DEPTH} deep")
+    Raises:
+        ValueError: it is nested deeper than ``levels``, which no later reader of the record would survive.
+    """
     if isinstance(value, str):
         return _text(value)
+    if not isinstance(value, (dict, list)):
+        return value
+    if levels == 0:
+        raise ValueError(f"nested deeper than {_NESTED} levels")
     if isinstance(value, list):
-        return [_tame(item, depth + 1) for item in value]
-    if isinstance(value, dict):
-        return {_text(key, _NAME): _tame(item, depth + 1) for key, item in value.items()}
-    return value
+        return [_readable(item, levels - 1) for item in value]
+    return {_text(key, _NAME): _readable(item, levels - 1) for key, item in value.items()}
 
 
 def _text(text: str, most: int = _CHARACTERS) -> str:
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Text of which a lone surrogate has become the sign for what is unreadable, cut where it is endless."""
+    text = text if text.isascii() else _LONE.sub("\ufffd", text)
     return text if len(text) <= most else f"{text[:most]}… (cut here, {len(text):,} characters)"
 
 
@@ -705,6 +1059,8 @@ def _doubts(record: Record) -> list[str]:
     sentences = [
         f"{_short(name)} is {_short(repr(value))}, wanted {kind}; it counts as unknown." for name, value, kind in found
     ]
+    if not 0 <= record.seed < 2**63:
+        sentences.append(f"seed is {record.seed}, which no run has: wanted a whole number from 0 on.")
     if record.status not in _ENDINGS:
         sentences.append(f"status is {_short(repr(record.status))}, wanted one of {', '.join(_ENDINGS)}.")
     return sentences
@@ -744,6 +1100,7 @@ def rebuild_index(runs_dir: Path) -> Path:
 
     Raises:
         ValueError: ``runs_dir`` does not exist.
+        OSError: the index cannot be written.
     """
     fingerprint = _fingerprint(runs_dir)  # before reading: a run that ends meanwhile makes this index stale, not wrong
     rows = [_index_row(record, runs_dir) for record in scan([runs_dir]).records]
@@ -751,15 +1108,17 @@ def rebuild_index(runs_dir: Path) -> Path:
     columns += [f"{name} REAL" for name in _INDEX_NUMBERS] + ["energy_j TEXT"]
     path = runs_dir / "index.sqlite"
     aside = runs_dir / f".index.{secrets.token_hex(4)}.sqlite"
-    try:
-        with contextlib.closing(sqlite3.connect(aside)) as base, base:
-            base.execute(f"CREATE TABLE runs ({', '.join(columns)})")
-            base.execute("CREATE TABLE built (fingerprint TEXT)")
-            base.executemany(f"INSERT INTO runs VALUES ({', '.join('?' * len(columns))})", rows)
-            base.execute("INSERT INTO built VALUES (?)", (fingerprint,))
+    # Alone, so that recover() may delete what it finds of an index while it is alone itself.
+    with _naming(path), _alone(runs_dir), _cleared(aside):
+        try:
+            with contextlib.closing(sqlite3.connect(aside)) as base, base:
+                base.execute(f"CREATE TABLE runs ({', '.join(columns)})")
+                base.execute("CREATE TABLE built (fingerprint TEXT)")
+                base.executemany(f"INSERT INTO runs VALUES ({', '.join('?' * len(columns))})", rows)
+                base.execute("INSERT INTO built VALUES (?)", (fingerprint,))
+        except sqlite3.Error as error:  # a full or read-only disk, in SQLite's words
+            raise OSError(errno.EIO, str(error), str(path)) from error
         os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 
@@ -798,7 +1157,7 @@ def _index_row(record: Record, runs_dir: Path) -> list[Any]:
     return [
         _text(str(record.path.relative_to(runs_dir))),
         *(record.text(name) for name in _INDEX_TEXT),
-        record.seed,
+        record.seed if abs(record.seed) < 2**63 else None,  # SQLite's whole numbers have 64 bits
         *(figures[name] for name in _INDEX_NUMBERS),
         json.dumps(joules),
     ]
@@ -828,6 +1187,38 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+@functools.cache
+def _source() -> tuple[str | None, bool | None]:
+    package = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        # Settings of another repository, from inside a hook say, and programs that watch this one are left out.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+        command = ["git", "-c", "core.fsmonitor=false", "-C", str(package), *words]
+        quiet = {**environment, "GIT_OPTIONAL_LOCKS": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=quiet)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed into somebody's project, it is not theirs
+        commit = git("rev-parse", "HEAD")
+        # What is imported as locallearn, whether git knows it yet or not; not what runs leave in a checkout.
+        code = [f":(top){name}" for name in ("locallearn", "conf", "energy", "tasks")]
+        return commit, bool(git("status", "--porcelain", "--", *code))
+    except (OSError, subprocess.SubprocessError, UnicodeError):
+        return None, None
+
+
+def source() -> dict[str, Any]:
+    """The code that runs: ``commit`` of the checkout of locallearn, and ``dirty``: whether its code was changed since.
+
+    Both are ``None`` where locallearn is not run from a git checkout of its own: then its version says it. Looked up once
+    per process.
+    """
+    commit, dirty = _source()
+    return {"commit": commit, "dirty": dirty}
 
 
 def hardware(gpus: Sequence[str] = ()) -> dict[str, Any]:

@@ -71,6 +71,29 @@ class Task(pl.LightningModule, ABC):
         algorithm.attach(self.net, self.info())
         self.algorithm = algorithm
 
+    # A rule's own inference is part of what was trained: a checkpoint says which rule it needs, and load_from_checkpoint
+    # takes one as algorithm=, beside the arguments that make the task.
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.algorithm is not None:
+            checkpoint["algorithm"] = type(self.algorithm).__name__
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        given = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("algorithm")
+        if self.algorithm is None and isinstance(given, Algorithm):
+            self.use(given)
+        wanted = checkpoint.get("algorithm")
+        if wanted is None and any(name.startswith("algorithm.") for name in checkpoint["state_dict"]):
+            wanted = "a learning rule" if self.algorithm is None else type(self.algorithm).__name__
+        mine = None if self.algorithm is None else type(self.algorithm).__name__
+        if mine != wanted:
+            raise ValueError(
+                f"this checkpoint was trained by {wanted or 'backpropagation without a rule'}, and the task predicts with "
+                f"{mine or 'the network alone'}: give load_from_checkpoint(..., algorithm=...) the rule that trained it, made "
+                "with the same settings"
+            )
+
     @override
     def forward(self, inputs: Tensor, *context: Any) -> Tensor:
         """Outputs: the algorithm's own inference, or the network's forward pass."""

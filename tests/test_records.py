@@ -1,4 +1,6 @@
 import ast
+import errno
+import functools
 import json
 import math
 import os
@@ -25,6 +27,7 @@ from locallearn.records import (
     rebuild_index,
     recover,
     scan,
+    source,
     versions,
 )
 
@@ -190,23 +193,448 @@ def test_a_killed_run_is_adopted_and_a_living_one_is_not(tmp_path: Path) -> None
     assert recover(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "taken"),
-    [
-        ({"host": "another-machine", "birth": "another boot:1"}, False),
-        ({"birth": "another boot:1"}, True),  # the number is in use again, by another process
-        ({"birth": None}, False),
-    ],
-)
-def test_who_is_taken_for_dead(tmp_path: Path, change: dict[str, Any], taken: bool) -> None:
-    folder = RunFolder.create(tmp_path, START)
-    folder.update({"process": change})
-    assert len(recover(tmp_path)) == taken
-
-
-def test_recover_leaves_what_it_cannot_read(tmp_path: Path) -> None:
-    (tmp_path / ".empty.part").mkdir()
+def test_a_run_is_owned_by_its_lock_and_by_nothing_that_a_container_could_repeat(tmp_path: Path) -> None:
+    mine = RunFolder.create(tmp_path, START)
+    mine.update({"process": {"pid": 1, "host": "another-machine", "birth": "another boot:1"}})
     assert recover(tmp_path) == []
+    mine.abandon()  # as a kill does: the lock is gone, the record still says "running"
+    told: list[str] = []
+    (adopted,) = recover(tmp_path, told.append)
+    assert adopted.name == content(adopted)["id"]
+    assert told == []
+
+
+def test_a_forgotten_run_is_nobodys(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, START)
+    assert len(recover(tmp_path)) == 1
+
+
+def test_a_child_that_outlives_its_parent_does_not_keep_the_run(tmp_path: Path) -> None:
+    # As a data loader's worker does: forked after the run began, and alive after its parent was killed.
+    script = (
+        "import os, runpy, signal, sys, time; from pathlib import Path;"
+        "run = runpy.run_path(sys.argv[2])['RunFolder'].create("
+        "Path(sys.argv[1]), {'algorithm': 'a', 'dataset': 'd', 'seed': 0});"
+        "pid = os.fork();"
+        "pid or (print(os.getpid(), flush=True), time.sleep(60));"
+        "time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), records.__file__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        try:
+            assert recover(tmp_path) == []
+            parent.kill()
+            parent.wait()
+            os.kill(worker, 0)  # it lives
+            assert len(recover(tmp_path)) == 1
+        finally:
+            os.kill(worker, 9)
+
+
+def test_of_many_that_recover_at_once_one_adopts(tmp_path: Path) -> None:
+    for _ in range(5):
+        RunFolder.create(tmp_path, START).abandon()
+    with ThreadPoolExecutor(8) as pool:
+        adopted = [path for paths in pool.map(lambda _: recover(tmp_path), range(8)) for path in paths]
+    assert len(adopted) == len(set(adopted)) == 5
+    assert {record.status for record in find_records([tmp_path])} == {"interrupted"}
+
+
+def test_without_locks_a_run_goes_on_and_recover_says_what_it_cannot_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_flock", None)
+    folder = RunFolder.create(tmp_path, START)
+    told: list[str] = []
+    assert recover(tmp_path, told.append) == []
+    assert len(told) == 1
+    assert "no file locks" in told[0]
+    assert content(folder.finish("done"))["serial"] == 1
+
+
+# Each step is an event that Python reports before it opens, renames, makes or removes anything.
+_KILLED = """
+import itertools, os, runpy, shutil, sys
+from pathlib import Path
+records = runpy.run_path(sys.argv[2])
+create, recover, load = records["RunFolder"].create, records["recover"], records["load_record"]
+STEPS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+
+def killed(root, act, at):
+    "Runs act in a process that dies before its step number at; says whether it did, and what act told until then."
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        count = itertools.count()
+        def hook(event, args):
+            if event in STEPS and str(args[0]).startswith(str(root)) and next(count) == at:
+                os._exit(9)
+        sys.addaudithook(hook)
+        act(lambda word: os.write(tell, word.encode() + b" "))
+        os._exit(0)
+    os.close(tell)
+    with open(told) as pipe:
+        words = pipe.read().split()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, words
+
+def life(root):
+    def act(tell):
+        run = create(root, {"algorithm": "a", "dataset": "d", "seed": 0})
+        tell("created")
+        run.log(0, 1, {"loss": 1.0})
+        tell("logged")
+        for text in ("first", "second"):
+            run.write_with("resume.ckpt", lambda place: place.write_text(text))
+            tell(text)
+        run.update({"test": {"accuracy": 0.5}})
+        tell("updated")
+        run.finish("done")
+        tell("done")
+    return act
+
+def check(root, words):
+    told = []
+    recover(root, told.append)
+    runs = [path for path in root.iterdir() if not path.name.startswith(".")] if root.exists() else []
+    parts = list(root.glob(".*.part"))
+    assert len(runs) + len(parts) <= 1
+    if not runs:
+        assert "created" not in words
+        assert len(told) == len(parts), (told, parts)
+        assert all("before its first record" in sentence and str(parts[0]) in sentence for sentence in told)
+        return
+    (run,) = runs
+    assert not parts and not told
+    record = load(run)
+    assert record.status in ("done", "interrupted") and record.id == run.name
+    if "logged" in words:
+        assert [row.name for row in record.metrics()] == ["loss"]
+    if "updated" in words:
+        assert record.part("test")["accuracy"] == 0.5
+    checkpoint = run / "resume.ckpt"
+    if record.status == "done":
+        assert "updated" in words and not checkpoint.exists()
+    elif "second" in words:
+        assert checkpoint.read_text() == "second"
+    elif "first" in words:
+        assert checkpoint.read_text() in ("first", "second")
+    assert not [path for path in run.iterdir() if path.name.startswith(".")], list(run.iterdir())
+
+base = Path(sys.argv[1])
+for at in itertools.count():
+    root = base / f"run{at}"
+    root.mkdir()
+    died, words = killed(root, life(root), at)
+    # Whoever recovers may be killed as well, at any step (of which each state is tried with a third); the next one ends it.
+    for then in itertools.count(at % 3, 3):
+        copy = base / f"copy{at}.{then}"
+        shutil.copytree(root, copy, symlinks=True)
+        again, _ = killed(copy, lambda tell: recover(copy), then)
+        check(copy, words)
+        if not again:
+            break
+    check(root, words)
+    if not died:
+        break
+assert "done" in words
+print(at)
+"""
+
+
+def test_a_kill_between_any_two_steps_loses_nothing_and_is_found(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _KILLED, str(tmp_path), records.__file__]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20  # steps of one run
+
+
+def test_a_part_folder_that_says_done_is_done(tmp_path: Path) -> None:
+    path = finished(tmp_path, test={"accuracy": 0.5})
+    (path / "resume.ckpt").write_text("left over")
+    ended = content(path)["finished"]
+    path.rename(tmp_path / f".{path.name}.part")
+    assert recover(tmp_path) == [path]
+    record = load_record(path)
+    assert (record.status, record.data["finished"], record.data["error"]) == ("done", ended, None)
+    assert [entry.name for entry in path.iterdir()] == ["record.json"]
+
+
+def test_a_folder_without_a_record_is_told(tmp_path: Path) -> None:
+    (tmp_path / ".early.part").mkdir()
+    told: list[str] = []
+    assert recover(tmp_path, told.append) == []
+    for sentence in (*told, *scan([tmp_path]).problems):
+        assert ".early.part" in sentence
+        assert "before its first record" in sentence
+    assert len(told) == len(scan([tmp_path]).problems) == 1
+
+
+@pytest.mark.parametrize("name", ["../../out", "/tmp/out", "..", "a/b", "other", ".hidden.part"])
+def test_a_record_does_not_say_where_its_folder_goes(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "deep" / "runs"
+    folder = RunFolder.create(root, START)
+    own = content(folder.path)["id"]
+    folder.update({"id": name})
+    folder.abandon()
+    assert recover(root) == [root / own]
+    assert content(root / own)["id"] == own
+    assert [path.name for path in root.iterdir()] == [own]
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_links_lead_nowhere(tmp_path: Path) -> None:
+    runs, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    runs.mkdir()
+    target = RunFolder.create(elsewhere, START)
+    target.abandon()
+    before = content(target.path)
+    (runs / ".link.part").symlink_to(target.path)
+    inner = runs / ".inner.part"
+    inner.mkdir()
+    (inner / "record.json").symlink_to(target.path / "record.json")
+    locked = runs / ".locked.part"
+    locked.mkdir()
+    (locked / "record.json").write_text(json.dumps({**before, "id": "locked"}))
+    (locked / ".lock").symlink_to(elsewhere / "made")
+    hard = runs / ".hard.part"
+    hard.mkdir()
+    os.link(target.path / "record.json", hard / "record.json")
+    told: list[str] = []
+    assert recover(runs, told.append) == [runs / "hard"]
+    assert len(told) == 3
+    assert content(target.path) == before  # of two names of one file only the one in the folder was rewritten
+    assert sorted(path.name for path in elsewhere.iterdir()) == [target.path.name]
+
+
+def test_recover_clears_what_killed_processes_left_half_written(tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    dead = RunFolder.create(tmp_path, START)
+    dead.abandon()
+    alive = RunFolder.create(tmp_path, START)
+    for stale in (path / ".lock", path / ".record.json.0f0f", path / "resume.ckpt", tmp_path / ".index.ab.sqlite"):
+        stale.write_text("half")
+    for folder in (dead.path, alive.path):
+        (folder / ".resume.ckpt").write_text("half")
+        (folder / "resume.ckpt").write_text("whole")
+    (adopted,) = recover(tmp_path)
+    assert [entry.name for entry in path.iterdir()] == ["record.json"]
+    assert sorted(entry.name for entry in adopted.iterdir()) == ["record.json", "resume.ckpt"]
+    assert (alive.path / ".resume.ckpt").exists()  # somebody is at it
+    assert not list(tmp_path.glob(".index*"))
+
+
+# -- disks that are full, records that are odd -------------------------------------------------------------------------
+
+
+class _Full:
+    """A file on a disk that has room for ``left`` more bytes."""
+
+    def __init__(self, file: Any, left: int) -> None:
+        self.file, self.left = file, left
+
+    def write(self, data: bytes) -> int:
+        if self.left <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = self.file.write(data[: self.left])
+        self.left -= count
+        return int(count)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "_Full":
+        return self
+
+    def __exit__(self, *caught: object) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("left", [0, 7])
+def test_a_full_disk_names_the_file_and_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    opened = Path.open
+    folder = RunFolder.create(tmp_path, START)
+    folder.log(0, 1, {"loss": 1.0})
+    folder.write_with("resume.ckpt", lambda place: place.write_text("first") and None)
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    folder.abandon()
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: _Full(opened(path, *a, **k), left))
+
+    def save(place: Path) -> None:
+        with place.open("wb") as file:
+            while file.write(b"second and longer"):
+                pass
+
+    for name, act in (
+        ("record.json", lambda: folder.update({"task": "x"})),
+        ("metrics.csv", lambda: folder.log(1, 2, {"loss": 0.5})),
+        ("resume.ckpt", lambda: folder.write_with("resume.ckpt", save)),
+        ("record.json", lambda: folder.finish("done")),
+        ("notes.txt", lambda: folder.write_text("notes.txt", "long enough")),
+    ):
+        with pytest.raises(OSError, match="No space left") as caught:
+            act()
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == str(folder.path / name)
+    with pytest.raises(OSError, match="No space left"):
+        RunFolder.create(tmp_path, START)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == [folder.path.name]  # a run that never began leaves no folder
+    folder.abandon()
+    assert [load_record(path).metrics() for path in recover(tmp_path)] == [[Metric(0, 1, "loss", 1.0)]]
+
+
+def test_a_full_disk_does_not_break_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(tmp_path)
+    before = rebuild_index(tmp_path).read_bytes()
+
+    def full(path: Path) -> Any:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    with pytest.raises(OSError, match="disk is full") as caught:
+        rebuild_index(tmp_path)
+    assert caught.value.filename == str(tmp_path / "index.sqlite")
+    assert (tmp_path / "index.sqlite").read_bytes() == before
+
+
+_ODD: dict[str, Any] = {
+    "surrogate": {"command": "\udcff", "config": {"\udc80": ["\ud800"]}, "algorithm": "\udfff"},
+    "large": {"seed": 2**70, "cost": {"train_s": 2**70, "params": 10**400}},
+    "not finite": {"test": {"accuracy": math.nan}, "cost": {"train_s": math.inf}},
+    "wide": {"test": {"accuracy": 1e308}, "cost": {"train_s": -1e308, "samples": 5e-324}},
+    "odd parts": {"test": [1], "cost": "none", "energy": {"source": 3}, "blocks": 7, "config": None, "hardware": []},
+    "nested": {"config": functools.reduce(lambda inner, _: [inner], range(90), [])},
+}
+
+
+@pytest.mark.parametrize("odd", _ODD.values(), ids=_ODD)
+def test_an_odd_record_stops_neither_recover_nor_the_index(tmp_path: Path, odd: dict[str, Any]) -> None:
+    good = finished(tmp_path)
+    folder = RunFolder.create(tmp_path, START)
+    folder.abandon()
+    (folder.path / "record.json").write_text(json.dumps({**content(folder.path), **odd}))
+    (adopted,) = recover(tmp_path)
+    found = scan([tmp_path])
+    assert {record.path for record in found.records} == {good, adopted}
+    assert len(read_index(tmp_path)) == 2
+    for record in found.records:
+        record.figures()
+        json.dumps(record.data).encode()
+        str(record.data).encode()  # no lone surrogate is left: this can be printed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"id": ' + "[" * 200 + "]" * 200 + "}",
+        '{"id": ' + "[" * 10_000 + "]" * 10_000 + "}",
+        '{"seed": ' + "9" * 5000 + "}",
+    ],
+    ids=["deep", "deeper", "endless number"],
+)
+def test_a_prank_is_a_damaged_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / "prank").mkdir()
+    (tmp_path / "prank" / "record.json").write_text(text)
+    good = finished(tmp_path)
+    found = scan([tmp_path])
+    assert [record.path for record in found.records] == [good]
+    assert "damaged" in found.problems[0]
+
+
+def test_a_pipe_in_a_records_place_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "record.json")
+    assert "it is no file" in scan([tmp_path]).problems[0]
+
+
+def test_text_that_is_not_utf8_is_written_as_json_has_it(tmp_path: Path) -> None:
+    path = finished(tmp_path, command="caf\u00e9 \udcff", config={"data_dir": Path("\udc80")})
+    text = (path / "record.json").read_bytes().decode("utf-8")
+    assert "caf\u00e9 \\udcff" in text
+    assert json.loads(text)["command"] == "caf\u00e9 \udcff"
+    assert load_record(path).text("command") == "caf\u00e9 \ufffd"
+
+
+# -- what a resumed run takes over, and who ran ------------------------------------------------------------------------
+
+
+def test_the_curves_of_an_earlier_part_are_taken_over(tmp_path: Path) -> None:
+    first = RunFolder.create(tmp_path, START)
+    first.log(0, 5, {'odd,"name"\n\u2028': 1 / 3, "unknown": None})
+    first.log(1, 10, {"loss": 0.25})
+    first.log(2, 15, {"loss": 0.125})
+    earlier = first.finish("interrupted")
+    with (earlier / "metrics.csv").open("a") as file:
+        file.write("3,20,lo")  # cut by a kill
+    for rows, step, kept in ((3, 0, 3), (None, 10, 3), (0, 99, 0), (None, 99, 4)):
+        second = RunFolder.create(tmp_path, START)
+        epochs = second.take_over(earlier, rows, step)
+        second.log(7, 70, {"loss": 0.0})
+        assert second.rows == kept + 1
+        path = second.finish("done")
+        whole = (earlier / "metrics.csv").read_bytes().split(b"\n")
+        # a name of two lines takes two lines
+        assert (path / "metrics.csv").read_bytes().split(b"\n")[: kept + 1 + (kept > 0)] == whole[
+            : kept + 1 + (kept > 0)
+        ]
+        assert epochs == list(range(max(0, kept - 1)))
+
+
+def test_runs_are_numbered_in_the_order_of_their_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = finished(tmp_path), RunFolder.create(tmp_path, {**START, "config": {"serial": 99}})
+    monkeypatch.setattr(records, "_stamp", lambda moment: "2001-01-01T00:00:00")  # a clock that is set back
+    third = finished(tmp_path)
+    assert [content(path)["serial"] for path in (first, second.path, third)] == [1, 2, 3]
+    for path in first.iterdir():
+        path.unlink()
+    assert content(finished(tmp_path))["serial"] == 4
+    with ThreadPoolExecutor(8) as pool:
+        serials = list(pool.map(lambda _: content(finished(tmp_path))["serial"], range(16)))
+    assert sorted(serials) == list(range(5, 21))
+
+
+def test_the_source_is_that_of_locallearns_own_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        names = ["-c", "user.name=a", "-c", "user.email=b"]
+        command = ["git", "-C", str(tmp_path), *names, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def found() -> dict[str, Any]:
+        records._source.cache_clear()
+        return source()
+
+    package = tmp_path / "locallearn"
+    package.mkdir()
+    (package / "records.py").write_text("one\n")
+    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
+    try:
+        assert found() == {"commit": None, "dirty": None}
+        monkeypatch.delenv("GIT_DIR")
+        git("init")
+        (tmp_path / "theirs").write_text("x")
+        git("add", "theirs")
+        git("commit", "-m", "theirs")
+        assert found() == {"commit": None, "dirty": None}  # inside somebody else's project
+        git("add", ".")
+        git("commit", "-m", "ours")
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
+        commit = found()["commit"]
+        assert found()["dirty"] is False
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "record.json").write_text("{}")
+        assert found()["dirty"] is False  # what runs leave changes no code
+        (package / "new.py").write_text("two\n")
+        assert found() == {"commit": commit, "dirty": True}
+        monkeypatch.delenv("GIT_DIR")
+        assert commit == git("rev-parse", "HEAD")
+    finally:
+        records._source.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,17 @@ from typing import Any
 
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan
+from locallearn.cli.saved import (
+    evaluate,
+    load,
+    move,
+    read_inputs,
+    recovered,
+    reindexed,
+    run_folder,
+    saved_settings,
+    table,
+)
 from locallearn.cli.settings import GROUPS, Arm, UsageError, check_arguments, check_words, compose_settings
 from locallearn.cli.terminal import Progress
 
@@ -19,25 +30,29 @@ def train(words: list[str]) -> int:
     """Train one algorithm once; with ``-m`` once per combination."""
     if "-m" in words or "--multirun" in words:
         return _sweep([word for word in words if word not in ("-m", "--multirun")])
-    cfg, choices = _resumed(words) or compose_settings(words)
+    trust = "--trust" in words
+    settings = [word for word in words if word != "--trust"]
+    resumed = _resumed(settings, trust)
+    if resumed is None and trust:
+        raise UsageError("--trust is for the settings of a record, with resume=FOLDER: take it out")
+    cfg, choices = resumed or compose_settings(settings)
     return _train_once(cfg, choices, words)
 
 
-def _resumed(words: list[str]) -> tuple[Any, dict[str, str]] | None:
+def _resumed(words: list[str], trust: bool) -> tuple[Any, dict[str, str]] | None:
     """Configuration of the run to go on with: its own, so that nothing has to be said twice."""
     from omegaconf import OmegaConf
 
-    from locallearn.records import load_record, recover
+    from locallearn.records import load_record
 
     named = [word.partition("=")[2] for word in words if word.startswith("resume=")]
     if not named or named[-1] in ("", "null"):
         return None
-    folder = Path(named[-1])
-    recover(folder.parent)
+    folder = run_folder(named[-1])
     record = load_record(folder)
     if record.status not in ("interrupted", "failed"):
         raise UsageError(f"{folder} is {record.status}: only an interrupted or failed run can be resumed")
-    cfg = OmegaConf.create(dict(record.data["config"]))
+    cfg, choices = saved_settings(record, trust)
     allowed = (
         "resume=",
         "runs_dir=",
@@ -52,8 +67,13 @@ def _resumed(words: list[str]) -> tuple[Any, dict[str, str]] | None:
                 f"{word!r} cannot be changed on resume: the run goes on with its own settings; only "
                 f"{', '.join(a.rstrip('=') for a in allowed)} can be given"
             )
-        cfg.merge_with_dotlist([word])
-    return cfg, {group: str(record.data.get(group)) for group in GROUPS}
+        key = word.partition("=")[0]
+        if key in ("data_dir", "runs_dir"):
+            move(cfg, key, OmegaConf.from_dotlist([word])[key])
+        else:
+            cfg.merge_with_dotlist([word])
+    cfg.resume = str(folder)  # a killed run has got another name
+    return cfg, choices
 
 
 def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> int:
@@ -119,7 +139,7 @@ def compare(words: list[str]) -> int:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from locallearn.records import load_record, rebuild_index, recover
+    from locallearn.records import load_record
     from locallearn.report import check_place, terminal_table, write_report
     from locallearn.study.compare import compare as run_all
     from locallearn.study.train import Interrupted, check
@@ -136,7 +156,7 @@ def compare(words: list[str]) -> int:
         )
     runs_dir = folder_setting(base, "runs_dir")
     report = Path(str(base.compare.report or runs_dir / "report.html")).expanduser()
-    recover(runs_dir)
+    recovered(runs_dir)
     earlier = _earlier(runs_dir) if base.compare.resume else {}
     plans, done = [], []
     first: dict[str, Any] = {}
@@ -164,7 +184,7 @@ def compare(words: list[str]) -> int:
         print("locallearn: interrupted; the same command with compare.resume=true goes on", file=sys.stderr)
         return 130
     records = [*done, *(load_record(folder) for folder in folders)]
-    rebuild_index(runs_dir)
+    reindexed(runs_dir)
     write_report(records, report, title="locallearn compare")  # before anything is printed, which may fail
     Console().print(terminal_table(records))
     for problem in problems:
@@ -174,18 +194,34 @@ def compare(words: list[str]) -> int:
 
 
 def _earlier(runs_dir: Path) -> dict[str, Any]:
-    """Runs to take over, by their signature: finished ones, else interrupted ones that can be gone on with."""
-    from locallearn.records import scan
+    """Runs to take over, by their signature: finished ones, else interrupted ones that can be gone on with.
+
+    Made by the same code, for another one might give other figures: the same commit, or the same version where there is
+    no checkout.
+    """
+    from locallearn.records import scan, source, versions
     from locallearn.study.train import CHECKPOINT
 
     found: dict[str, Any] = {}
+    mine, others, dirty = (source()["commit"], versions()["locallearn"]), 0, 0
     for record in scan([runs_dir]).records if runs_dir.is_dir() else ():  # oldest first
         signature = _signature(record.part("config"), record.algorithm)
         known = found.get(signature)
         finished = record.status == "done" and record.part("test")  # a trial of a search has not seen the test set
         waits = record.status == "interrupted" and (record.path / CHECKPOINT).is_file()
         if finished or (waits and (known is None or known.status != "done")):
+            if (record.part("source").get("commit"), record.part("versions").get("locallearn")) != mine:
+                others += 1
+                continue
+            dirty += record.part("source").get("dirty") is True
             found[signature] = record
+    if others:
+        print(f"locallearn: {others} earlier runs were made by other code and are not taken over", file=sys.stderr)
+    if dirty:
+        print(
+            f"locallearn: {dirty} earlier runs were made with uncommitted changes to locallearn, perhaps not the present ones",
+            file=sys.stderr,
+        )
     return found
 
 
@@ -193,7 +229,8 @@ def _signature(config: Any, algorithm: str) -> str:
     """What has to be the same for a run to stand for another: all settings but places and those of the commands."""
     import json
 
-    kept = {k: v for k, v in config.items() if k not in ("compare", "tune", "report", "bench", "runs_dir", "resume")}
+    places = ("compare", "tune", "report", "predict", "bench", "runs_dir", "resume", "keep_model")
+    kept = {k: v for k, v in config.items() if k not in places}
     ends = [config.get("compare", {}).get(key) for key in ("mode", "target")]
     return json.dumps([algorithm, kept, ends], sort_keys=True, default=str)
 
@@ -326,7 +363,7 @@ def _distinct(values: Any, kind: type) -> bool:
 
 def report(words: list[str]) -> int:
     """Write one page from records."""
-    from locallearn.records import rebuild_index, recover, scan
+    from locallearn.records import scan
     from locallearn.report import write_report
 
     folders = [word for word in words if "=" not in word and not word.startswith("-")]
@@ -336,12 +373,12 @@ def report(words: list[str]) -> int:
         if not root.is_dir():
             raise UsageError(f"there is no folder {root} to read records from")
         if os.access(root, os.W_OK):
-            recover(root)
+            recovered(root)
     found = scan(roots)
     if not found.records:
         raise UsageError("; ".join([f"there are no records in {', '.join(map(str, roots))}", *found.problems[:1]]))
     if os.access(roots[0], os.W_OK) and not folders and not cfg.report.records:
-        rebuild_index(roots[0])
+        reindexed(roots[0])
     out = Path(str(cfg.report.out or roots[0] / "report.html")).expanduser()
     for count, what in (
         (found.left_out, "left out"),
@@ -352,6 +389,85 @@ def report(words: list[str]) -> int:
             print(f"locallearn: {count} {records} {what}, the page says why", file=sys.stderr)
     print(write_report(found.records, out, title=cfg.report.title, problems=found.problems))
     return 0
+
+
+def predict(words: list[str]) -> int:
+    """Let a finished run predict again: the test set, or inputs of one's own."""
+    trust = "--trust" in words
+    runs = [word for word in words if ("=" not in word and not word.startswith("-")) or Path(word).is_dir()]
+    settings = [word for word in words if word not in (*runs, "--trust")]
+    if len(runs) != 1:
+        raise UsageError(f"predict takes one run, and got {len(runs)}: locallearn predict RUN [predict.out=FILE]")
+    own = [word for word in settings if word.startswith("predict.")]
+    changes = [word for word in settings if word.startswith(("data_dir=", "trainer.accelerator="))]
+    for word in settings:
+        check_words([word])
+        if word not in (*own, *changes):
+            raise UsageError(
+                f"{word!r} cannot be changed for predict: the run has its own settings; only predict.part, predict.inputs, "
+                "predict.out, data_dir and trainer.accelerator can be given"
+            )
+    asked = compose_settings([*own, *changes])[0]
+    part, source, out = asked.predict.part, asked.predict.inputs, asked.predict.out
+    _check_predict(part, source, out, any(word.startswith("predict.part=") for word in own))
+    accelerator = asked.trainer.accelerator if any(word.startswith("trainer.") for word in changes) else "cpu"
+    saved = load(runs[0], trust=trust, data_dir=asked.data_dir, accelerator=accelerator)
+    if source is None:
+        found = evaluate(saved, part)
+        _say(saved.record, part, found[0])
+        batches = found[1]
+    else:
+        batches = [(None, saved.predict(read_inputs(Path(str(source)).expanduser())).cpu(), None)]
+    if out is not None or source is not None:
+        _write_predictions(batches, None if out is None else Path(str(out)).expanduser(), saved)
+    return 0
+
+
+def _check_predict(part: Any, source: Any, out: Any, chosen: bool) -> None:
+    """Everything that can be known before the run is loaded."""
+    if part not in ("test", "validation"):
+        raise UsageError(f"predict.part is {part}, expected test or validation")
+    if source is not None and chosen:
+        raise UsageError("predict.part names data of the run, and predict.inputs other ones: give one of the two")
+    if source is not None and not Path(str(source)).expanduser().is_file():
+        raise UsageError(f"there is no file {source} to read inputs from")
+    if out is not None:
+        place = Path(str(out)).expanduser()
+        if place.suffix not in (".csv", ".npy"):
+            raise UsageError(f"predict.out is {out}, expected a name that ends in .csv or .npy")
+        if place.is_dir() or not os.access(place.parent, os.W_OK):
+            raise UsageError(f"{place} cannot be written: name a file in a folder that is there and can be written to")
+
+
+def _say(record: Any, part: str, figures: dict[str, float]) -> None:
+    metric = record.metric.name
+    known = record.part(part).get(metric)
+    beside = "" if known == figures[metric] else f" (the record says {known})"
+    print(f"{record.algorithm} on {record.dataset}: {part} {metric} {figures[metric]:.4f}{beside}")
+
+
+def _write_predictions(batches: Sequence[Any], out: Path | None, saved: Any) -> None:
+    """As a file, or as a table on the terminal."""
+    import io
+
+    import numpy as np
+
+    from locallearn.records import write_file
+
+    if out is not None and out.suffix == ".npy":
+        import torch
+
+        content = io.BytesIO()
+        np.save(content, torch.cat([outputs for _, outputs, _ in batches]).float().numpy(), allow_pickle=False)
+        write_file(out, content.getvalue())
+    else:
+        text = table(batches, saved.task.info().classes)
+        if out is None:
+            print(text, end="")
+        else:
+            write_file(out, text.encode())
+    if out is not None:
+        print(out)
 
 
 def audit(words: list[str]) -> int:
@@ -436,5 +552,5 @@ def data(words: list[str]) -> int:
     return 0
 
 
-COMMANDS = (train, compare, tune, report, audit, bench, data)
+COMMANDS = (train, predict, compare, tune, report, audit, bench, data)
 """What the command line knows, in the order of the help."""

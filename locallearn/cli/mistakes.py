@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import pickle
 import re
 import traceback
 from collections.abc import Sequence
@@ -35,15 +37,45 @@ def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return 2, _configuration(error, words)
     if isinstance(error, OSError) and error.filename is not None:
-        return (
-            2,
-            f"{error.filename} cannot be used ({error.strerror}): choose another runs_dir, data_dir or place for the report",
-        )
+        return 2, _unusable(error)
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's own message advises to run what is in the file
+        return 2, "a file cannot be read as tensors: it is damaged, or holds Python objects, which are never loaded"
     if isinstance(error, ValueError | FileNotFoundError | MisconfigurationException):
-        return 2, _one_line(text)
+        return 2, _without_advice(_one_line(text))
     where = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(where.filename).name}:{where.lineno}; --debug shows all"
     return 1, f"{type(error).__name__}: {_one_line(text) or 'no message'} ({place})"
+
+
+def _unusable(error: OSError) -> str:
+    """A file that cannot be read or written: which, what is lost, and how to go on."""
+    from locallearn.study.train import CHECKPOINT
+
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = f"{error.filename} cannot be used ({error.strerror})"
+    if full:
+        what = f"the disk is full: {error.filename} could not be written ({error.strerror})"
+    folder = getattr(error, "run_folder", None)
+    if folder is None:
+        return what + (
+            "; make room, or choose another runs_dir or place for the report; nothing that was there before is lost"
+            if full
+            else ": choose another runs_dir, data_dir or place for the report"
+        )
+    if (folder / CHECKPOINT).is_file():
+        return (
+            f"{what}; {folder} keeps the run up to its last checkpoint, and what came after it is lost: when the place can be "
+            f"written again, go on with: locallearn train resume={folder}"
+        )
+    return (
+        f"{what}; {folder} keeps the figures so far, but there was no checkpoint yet, so the run has to start again when "
+        "the place can be written"
+    )
+
+
+def _without_advice(text: str) -> str:
+    """Without what PyTorch says about files it does not take, which is how to have it run what is in them."""
+    return re.sub(r"Weights only load failed.*?(?=\)|$)", "it holds more than tensors", text)
 
 
 def _one_line(text: str) -> str:

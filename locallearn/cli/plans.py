@@ -81,6 +81,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         target=cfg.compare.target if cfg.compare.mode == "target" else None,
         probe_samples=probe_samples,
         checkpoint_s=checkpoint_s,
+        keep_model=cfg.keep_model,
         resume=None if cfg.resume is None else folder_setting(cfg, "resume"),
     )
 
@@ -97,6 +98,8 @@ def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: 
             f"trainer.matmul_precision is {cfg.trainer.matmul_precision}, expected one of {', '.join(_MATMUL)}"
         )
     check_seed("seed", cfg.seed)
+    if type(cfg.keep_model) is not bool:
+        raise UsageError(f"keep_model is {cfg.keep_model}, expected true or false")
     if type(cfg.meter.idle_s) not in (int, float) or cfg.meter.idle_s < 0:
         raise UsageError(f"meter.idle_s is {cfg.meter.idle_s}, expected seconds, 0 for no idle measurement")
     mode, target = cfg.compare.mode, cfg.compare.target

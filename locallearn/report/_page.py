@@ -425,7 +425,7 @@ def _read_pictures(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         try:
             content = plain_file(path, _PICTURE_BYTES)
         except (FileNotFoundError, ValueError) as error:
-            problems.append(f"{error}.")
+            problems.append(f"{path} cannot be read ({error}).")
             continue
         if used + len(content) > _PICTURE_BYTES:
             dropped += 1

@@ -224,6 +224,17 @@ class LocalStrategy(SingleDeviceStrategy):
         """Run the closure; every unit was stepped in :meth:`training_step`."""
         return closure()
 
+    @property
+    def losses(self) -> dict[str, tuple[float, int]]:
+        """Sum of every unit's losses since :meth:`mean_losses` was called last, and their number: for a checkpoint."""
+        return {unit: (float(total), self._loss_counts[unit]) for unit, total in self._loss_sums.items()}
+
+    @losses.setter
+    def losses(self, losses: Mapping[str, tuple[float, int]]) -> None:
+        device = self.root_device
+        self._loss_sums = {unit: torch.tensor(total, device=device) for unit, (total, _) in losses.items()}
+        self._loss_counts = {unit: count for unit, (_, count) in losses.items()}
+
     def mean_losses(self) -> Mapping[str, float]:
         """Mean loss of every unit since the last call; units that reported none are left out."""
         means = {unit: float(total) / self._loss_counts[unit] for unit, total in self._loss_sums.items()}

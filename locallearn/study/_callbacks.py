@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import threading
 import time
@@ -65,12 +64,21 @@ class _Recorder(pl.Callback):
         self.samples = 0
         self.probes = probes
         self.target: dict[str, Any] | None = None
+        self.started = False
+        self._strategy: LocalStrategy | None = None
+        self._losses: dict[str, tuple[float, int]] = {}  # of the epoch in which a checkpoint was made
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started = True
+        self._strategy = cast(LocalStrategy, trainer.strategy)
+        self._strategy.losses = self._losses
 
     @override
     def on_train_batch_end(
@@ -104,12 +112,14 @@ class _Recorder(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "target": self.target}
+        losses = {} if self._strategy is None else self._strategy.losses
+        return {"samples": self.samples, "target": self.target, "rows": self.folder.rows, "losses": losses}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples = state_dict["samples"]
         self.target = state_dict["target"]
+        self._losses = state_dict["losses"]
 
     def _check_target(
         self, trainer: pl.Trainer, task: LocalTask, metrics: dict[str, float], joules: dict[str, float | None]
@@ -179,9 +189,7 @@ class _Keeper(pl.Callback):
         if not self._stop.is_set() and now - self._saved_s <= self.plan.checkpoint_s:
             return
         self._saved_s = now
-        aside = self.recorder.folder.path / f".{CHECKPOINT}"
-        trainer.save_checkpoint(aside)
-        os.replace(aside, self.recorder.folder.path / CHECKPOINT)
+        self.recorder.folder.write_with(CHECKPOINT, trainer.save_checkpoint)
         if self._stop.is_set():
             raise Interrupted
 

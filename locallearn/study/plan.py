@@ -13,13 +13,17 @@ from lightning.pytorch.loggers import Logger
 from locallearn.algorithms.base import Algorithm
 from locallearn.energy import Meter
 from locallearn.nets.blocks import Blocks
+from locallearn.records import CHECKPOINT
 from locallearn.strategies.local import OptimizerFactory, SchedulerFactory
 from locallearn.strategies.schedule import Schedule
 
-CHECKPOINT = "resume.ckpt"
-"""Where an interrupted run keeps what ``train resume=FOLDER`` goes on from."""
+MODEL = "model.pt"
+"""Where a finished run keeps what it trained; ``locallearn.load(FOLDER)`` reads it."""
 SAMPLES = "reconstructions.png"
 """Where a run keeps what its task made of some test samples."""
+
+
+__all__ = ["CHECKPOINT", "MODEL", "SAMPLES", "Interrupted", "Plan"]
 
 
 class Interrupted(Exception):
@@ -56,6 +60,7 @@ class Plan:
         probe_samples: training samples that linear probes are fitted on after every epoch; 0 for no probes.
         checkpoint_s: seconds between two checkpoints to resume from.
         evaluate_test: read the test set at the end; a tuning trial must not.
+        keep_model: keep what was trained in ``model.pt``.
         resume: folder of an interrupted run to go on from.
         progress: told ``(epoch, epochs, metrics)`` after every epoch.
     """
@@ -84,5 +89,6 @@ class Plan:
     probe_samples: int = 1000
     checkpoint_s: float = 300.0
     evaluate_test: bool = True
+    keep_model: bool = True
     resume: Path | None = None
     progress: Callable[[int, int, dict[str, float]], None] | None = None

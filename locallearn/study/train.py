@@ -8,21 +8,24 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from locallearn.cost import measure_update, to_device
 from locallearn.energy import EnergyCallback, EnergyMonitor
 from locallearn.precision import multiplying
-from locallearn.records import RunFolder, hardware, versions
+from locallearn.records import Record, RunFolder, hardware, load_record, source, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask, make_optimizers
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
-from locallearn.study.plan import CHECKPOINT, SAMPLES, Interrupted, Plan
+from locallearn.study.plan import CHECKPOINT, MODEL, SAMPLES, Interrupted, Plan
 
-__all__ = ["CHECKPOINT", "SAMPLES", "Interrupted", "Plan", "attached_task", "check", "quiet", "run"]
+__all__ = ["CHECKPOINT", "MODEL", "SAMPLES", "Interrupted", "Plan", "attached_task", "check", "quiet", "run"]
 
 
 def run(plan: Plan) -> Path:
@@ -34,35 +37,62 @@ def run(plan: Plan) -> Path:
     Raises:
         Interrupted: Ctrl-C or a termination signal; the record says ``interrupted`` and holds a checkpoint.
         Exception: whatever stopped the run; the record says ``failed`` and why. The raised error has the folder as its
-            ``run_folder``.
+            ``run_folder``; it is still the part folder where not even the record could be written.
     """
     with multiplying(plan.matmul_precision):
         return _run(plan)
 
 
 def _run(plan: Plan) -> Path:
-    resume = None if plan.resume is None else _checkpoint_of(plan.resume)
+    earlier = None if plan.resume is None else _Earlier.read(plan.resume)
     energy = EnergyCallback(EnergyMonitor(plan.meters, idle_s=plan.idle_s))
     probes = _Probes(plan)
     recorder = _Recorder(plan, energy, probes)
     task, trainer = _prepared(plan, [probes, energy, recorder, plan.schedule, _Keeper(plan, recorder)])
+    if earlier is not None:
+        earlier.check(task)
     plan.data.prepare_data()
     plan.data.setup("fit")  # missing data is told before a folder is made
-    folder = recorder.folder = RunFolder.create(plan.runs_dir, _start(plan, cast(LocalTask, task)))
+    folder = recorder.folder = RunFolder.create(plan.runs_dir, _start(plan, cast(LocalTask, task), earlier))
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        folder.update(_train(plan, task, trainer, recorder, resume))
+        if earlier is not None:
+            folder.update({"parts": earlier.hand_over(folder)})
+        folder.update(_train(plan, task, trainer, recorder, earlier))
+        if plan.keep_model:
+            folder.write_with(MODEL, partial(_save_model, task))
     except (Interrupted, KeyboardInterrupt) as error:
-        error.run_folder = folder.finish("interrupted", "stopped by the user or the system")  # type: ignore[union-attr]
+        _end(folder, "interrupted", "stopped by the user or the system", error)
         raise
     except BaseException as error:
-        error.run_folder = folder.finish("failed", _sentence(error))  # type: ignore[attr-defined]
+        _end(folder, "failed", _sentence(error), error)
         raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves Ctrl-C switched off after one
-    (folder.path / CHECKPOINT).unlink(missing_ok=True)
-    return folder.finish("done")
+    try:
+        return folder.finish("done")
+    except BaseException as error:
+        # What is in the record already must not be overwritten with another ending.
+        error.run_folder = folder.abandon()  # type: ignore[attr-defined]
+        raise
+
+
+def _end(folder: RunFolder, status: str, reason: str, error: BaseException) -> None:
+    """Finishes a run that did not end well; if that fails, too, ``error`` stays what the user must see."""
+    try:
+        ended = folder.finish(status, reason)
+    except Exception as failure:
+        ended = folder.abandon()
+        error.add_note(f"The record in {ended} could not be completed: {failure}")
+    error.run_folder = ended  # type: ignore[attr-defined]
+
+
+def _save_model(task: pl.LightningModule, place: Path) -> None:
+    """What was trained, readable without running anybody's code; the record beside it says what to build around it."""
+    state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in task.state_dict().items()}
+    with place.open("wb") as file:
+        torch.save({"format": 1, "state_dict": state}, file)
 
 
 def check(plan: Plan) -> None:
@@ -107,21 +137,85 @@ def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningMod
     return task, trainer
 
 
-def _checkpoint_of(folder: Path) -> Path:
-    checkpoint = folder / CHECKPOINT
-    if not checkpoint.is_file():
-        raise ValueError(
-            f"{folder} holds no {CHECKPOINT} to resume from: name the folder of an interrupted run (a finished one has "
-            "none)"
-        )
-    return checkpoint
+@dataclass(frozen=True)
+class _Earlier:
+    """The part of a run that a checkpoint goes on from."""
+
+    record: Record
+    path: Path
+    checkpoint: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> _Earlier:
+        """From the folder of an interrupted run.
+
+        Raises:
+            ValueError: there is no checkpoint, or nothing can be gone on from it.
+        """
+        path = folder / CHECKPOINT
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} holds no {CHECKPOINT} to resume from: name the folder of an interrupted run (a finished one has "
+                "none)"
+            )
+        checkpoint = read_tensors(path)
+        needed = {"state_dict", "optimizer_states", "loops", "callbacks", "epoch", "global_step"}
+        known = isinstance(checkpoint, dict) and needed <= checkpoint.keys()
+        if not known or _Recorder.__qualname__ not in checkpoint["callbacks"]:
+            raise ValueError(
+                f"{path} is no checkpoint of a run of locallearn: it lacks the state of the training, so nothing can be gone "
+                "on from it; start the run again"
+            )
+        return cls(load_record(folder), path, checkpoint)
+
+    def check(self, task: pl.LightningModule) -> None:
+        """Refuse a checkpoint of something else, before a folder is made."""
+        try:
+            task.load_state_dict(self.checkpoint["state_dict"])
+        except Exception as error:
+            what = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.path} does not fit what the run's settings build, so nothing can be gone on from it: {what}"
+            ) from error
+
+    def hand_over(self, folder: RunFolder) -> list[dict[str, Any]]:
+        """Begins ``folder`` with the curves up to the checkpoint; returns what the record says of all parts so far."""
+        rows = self.checkpoint["callbacks"][_Recorder.__qualname__].get("rows")
+        epochs = folder.take_over(self.record.path, rows, int(self.checkpoint["global_step"]))
+        parts = [part for part in _list(self.record.data.get("parts")) if isinstance(part, dict)]
+        before = sum(part["epochs"] for part in parts if isinstance(part.get("epochs"), int))
+        known = {key: self.record.data.get(key) for key in ("hardware", "versions", "source", "started")}
+        return [*parts, {**known, "epochs": len(epochs) - before}]
+
+
+def read_tensors(path: Path) -> Any:
+    """What ``torch.save`` wrote, if it is tensors and plain values: nobody's code is run.
+
+    Raises:
+        ValueError: it is anything else, or damaged.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # what is no archive can fail in any way; PyTorch's advice is not passed on
+            raise ValueError(
+                f"{path} cannot be read: it is empty, cut short, or holds something else than tensors, numbers and text "
+                f"({type(error).__name__})"
+            ) from error
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _sentence(error: BaseException) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def _start(plan: Plan, task: LocalTask) -> dict[str, Any]:
+def _start(plan: Plan, task: LocalTask, earlier: _Earlier | None) -> dict[str, Any]:
     """What is known of a run before it starts."""
     algorithm = plan.algorithm
     params = sum(p.numel() for p in algorithm.blocks.parameters())
@@ -137,18 +231,19 @@ def _start(plan: Plan, task: LocalTask) -> dict[str, Any]:
         "config": plan.config,
         "command": plan.command,
         "versions": versions(),
+        "source": source(),
         "hardware": {**hardware(gpus), "threads": torch.get_num_threads()},
-        "resumed_from": None if plan.resume is None else plan.resume.name,
+        "resumed_from": None if earlier is None else earlier.record.id,
         "cost": {"params": params, "extra_params": algorithm.added_parameters},
     }
 
 
 def _train(
-    plan: Plan, task: pl.LightningModule, trainer: pl.Trainer, recorder: _Recorder, resume: Path | None
+    plan: Plan, task: pl.LightningModule, trainer: pl.Trainer, recorder: _Recorder, earlier: _Earlier | None
 ) -> dict[str, Any]:
     with quiet():
         try:
-            trainer.fit(task, datamodule=plan.data, ckpt_path=resume, weights_only=True)
+            _fit(plan, task, trainer, recorder, None if earlier is None else earlier.path)
             figures = _figures(plan, cast(LocalTask, task), trainer, recorder)
             validation = trainer.validate(task, datamodule=plan.data, verbose=False)[0]
             test = trainer.test(task, datamodule=plan.data, verbose=False)[0] if plan.evaluate_test else {}
@@ -160,6 +255,20 @@ def _train(
     figures["validation"] = {name.split("/")[1]: value for name, value in validation.items()}
     figures["test"] = {name.split("/")[1]: value for name, value in test.items()}
     return figures
+
+
+def _fit(
+    plan: Plan, task: pl.LightningModule, trainer: pl.Trainer, recorder: _Recorder, checkpoint: Path | None
+) -> None:
+    try:
+        trainer.fit(task, datamodule=plan.data, ckpt_path=checkpoint, weights_only=True)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        if checkpoint is None or recorder.started:
+            raise
+        raise ValueError(
+            f"{checkpoint} is damaged, or was made by other versions of the code: the state of the training in it cannot be "
+            f"taken up ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
 
 
 def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Recorder) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _trial(study: optuna.Study, algorithm: str, make: Make, space: Mapping[str, 
     trial = study.ask()
     settings = [f"{key}={trial.suggest_float(key, r.low, r.high, log=r.log)!r}" for key, r in space.items()]
     plan = make(algorithm, settings)
-    plan.evaluate_test = False
+    plan.evaluate_test = plan.keep_model = False
     try:
         record = load_record(run(plan))
     except Diverged as error:

@@ -127,6 +127,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/architecture.md": _architecture,
     "docs/graphs.md": lambda names: bool(names["accuracy"] > 0.5 and names["auc"] > 0.7),
     "docs/own-network.md": _own_network,
+    "docs/records.md": lambda names: bool(names["same"]),
 }
 
 
@@ -178,6 +179,9 @@ def _sweep(words: list[str]) -> Iterator[list[str]]:
 
 
 def _check_command(command: str, words: list[str], extra: list[str]) -> None:
+    if command == "predict":  # its first word is a run, whose settings it has
+        compose_settings(words[1:])
+        return
     assert command in COMMANDS
     for run in _sweep(words):
         runs = [run]

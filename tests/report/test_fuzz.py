@@ -179,7 +179,7 @@ NAMED: dict[str, Callable[[dict[str, Any]], str | bytes]] = {
     "nothing at all": lambda data: "",
     "half a record": lambda data: json.dumps(data)[:500],
     "nested ten thousand deep": lambda data: '{"config":' + "[" * 10_000 + "]" * 10_000 + "}",
-    "nested sixty deep": lambda data: json.dumps({**data, "config": json.loads("[" * 60 + "]" * 60)}),
+    "nested two hundred deep": lambda data: json.dumps({**data, "config": json.loads("[" * 200 + "]" * 200)}),
     "a seed too large": lambda data: json.dumps({**data, "seed": 2**70}),
     "not UTF-8": lambda data: b"\xff\xfe" + json.dumps(data).encode("utf-16-le"),
     "seconds as text": lambda data: json.dumps({**data, "cost": {"train_s": "12"}}),
@@ -224,7 +224,7 @@ def test_only_plain_files_are_read(kind: str, name: str, runs: Path, make: Make,
     else:
         place.symlink_to(secret)
     page, _ = _through(runs, tmp_path / "r.html")
-    assert f"{place} is a link, a folder or a device" in page
+    assert f"{place} cannot be read (it is no file of its own but a link, a folder or a device)" in page
     assert "SFVTSA" not in page  # HUSH in base64
     assert "HUSH" not in page
 

@@ -212,7 +212,7 @@ def test_ctrl_c_outside_of_training_is_an_interruption_too(make_plan: MakePlan) 
 
 def test_a_finished_run_has_nothing_to_resume_from(make_plan: MakePlan) -> None:
     folder = run(make_plan("mono_forward", checkpoint_s=1e-9))
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "record.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "model.pt", "record.json"]
     with pytest.raises(ValueError, match=CHECKPOINT):
         run(make_plan("mono_forward", resume=folder))
 

@@ -1,0 +1,341 @@
+"""Runs that have been: found again, and what they trained built anew."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from locallearn.cli.plans import make_plan
+from locallearn.cli.settings import GROUPS, UsageError, compose_settings
+from locallearn.cli.trust import check_trusted
+
+
+def reindexed(runs_dir: Path) -> None:
+    """Rebuild the index, which is only a cache: that it cannot be written costs nobody a table or a page."""
+    from locallearn.records import rebuild_index
+
+    try:
+        rebuild_index(runs_dir)
+    except OSError as error:
+        print(f"locallearn: the index could not be written ({error.strerror}): {error.filename}", file=sys.stderr)
+
+
+def recovered(runs_dir: Path) -> None:
+    """Adopt the folders of killed runs; say which could not be."""
+    from locallearn.records import recover
+
+    recover(runs_dir, lambda sentence: print(f"locallearn: {sentence}", file=sys.stderr))
+
+
+def run_folder(given: str | Path) -> Path:
+    """The folder of a run that has ended, named in any way; that of a killed run gets its final name first.
+
+    Raises:
+        UsageError: there is no such run, or it is still going on.
+    """
+    from locallearn.records import CHECKPOINT, recover
+    from locallearn.study.plan import MODEL
+
+    folder = Path(given).expanduser()
+    if folder.name in ("record.json", CHECKPOINT, MODEL):
+        folder = folder.parent
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    final = folder.parent / folder.name.removeprefix(".").removesuffix(".part")
+    part = final.parent / f".{final.name}.part"
+    told: list[str] = []
+    recover(final.parent, told.append)
+    if final.is_dir():
+        return final
+    if part.exists():
+        why = [sentence for sentence in told if sentence.startswith(f"{part} ")]
+        raise UsageError(
+            why[0] if why else f"{part} is still going on in another process: wait for it, or stop it first"
+        )
+    raise UsageError(f"there is no folder {final}: name the folder of a run, as train printed it")
+
+
+def saved_settings(record: Any, trust: bool) -> tuple[Any, dict[str, str]]:
+    """The settings of a run, found harmless or vouched for, and the name chosen in every group.
+
+    Settings that have come into being since the run have their defaults.
+
+    Raises:
+        UsageError: there are none, or they ask for something that a record may not.
+    """
+    from omegaconf import OmegaConf
+
+    config = record.data.get("config")
+    if not isinstance(config, Mapping) or not config:
+        raise UsageError(
+            f"the record in {record.path} holds no settings (a run made in Python has none): build its task there, and load "
+            "the state_dict of model.pt into it"
+        )
+    check_trusted(config, str(record.path), trust)
+    defaults = OmegaConf.to_container(compose_settings([])[0], resolve=True)
+    assert isinstance(defaults, dict)
+    whole = {**defaults, **config}
+    for key in ("trainer", "compare", "meter", "schedule"):
+        if not isinstance(whole[key], Mapping):
+            raise UsageError(f"the settings of {record.path} have {key}: {whole[key]!r}, expected a mapping")
+        if key != "meter":
+            whole[key] = {**defaults[key], **whole[key]}
+    missing = [key for key in ("algorithm", "dataset", "net", "task", "optimizer") if key not in config]
+    if missing:
+        raise UsageError(f"the settings of {record.path} lack {', '.join(missing)}: the record is damaged")
+    return OmegaConf.create(whole), {group: str(record.data.get(group)) for group in GROUPS}
+
+
+def move(cfg: Any, key: str, place: Any) -> None:
+    """Give ``data_dir`` or ``runs_dir`` of settings that are resolved already, with what was taken from it."""
+    before = cfg[key]
+    cfg[key] = place
+    for group, name in (("dataset", "data_dir"), ("logger", "save_dir")):
+        if cfg.get(group) and name in cfg[group] and cfg[group][name] == before:
+            cfg[group][name] = place
+
+
+class Saved:
+    """What a finished run trained, as it was at the end.
+
+    Attributes:
+        record: the run's record.
+        task: the LightningModule, with its network and the algorithm attached.
+        algorithm: the learning rule, whose own inference :meth:`predict` uses.
+        net: the network.
+        data: the data module of the run.
+        plan: everything the run was made of; :func:`locallearn.study.train.run` would train it anew.
+    """
+
+    def __init__(self, record: Any, plan: Any, task: Any, trainer: Any) -> None:
+        self.record = record
+        self.plan = plan
+        self.task = task
+        self.trainer = trainer
+        self.algorithm = plan.algorithm
+        self.net = task.net
+        self.data = plan.data
+
+    def predict(self, inputs: Any = None, *context: Any) -> Any:
+        """Outputs by the rule's own inference, e.g. class scores ``(N, C)``, on the device that the task is on.
+
+        Where pairs of nodes are scored, these are the nodes' embeddings, and ``task(inputs, edges, pairs)`` scores pairs.
+
+        Args:
+            inputs: what the network takes, ``(N, *shape)``, a tensor or an array, normalised as the run's data are; ``None``
+                with a graph: the run's own, whole.
+            context: what every block gets beside them, e.g. the edges of a graph ``(2, E)``; of a graph its own by default.
+
+        Raises:
+            ValueError: the inputs have another shape than the run's data.
+        """
+        import torch
+
+        from locallearn.precision import multiplying
+
+        known = self.task.info().example
+        if inputs is None:
+            if not known.context:
+                raise ValueError("there is nothing to predict: give inputs, or use locallearn predict for the test set")
+            inputs = known.inputs
+        inputs = torch.as_tensor(inputs)
+        if inputs.shape[1:] != known.inputs.shape[1:] or inputs.ndim == 0:
+            wanted = ", ".join(map(str, known.inputs.shape[1:]))
+            raise ValueError(f"the inputs have shape {tuple(inputs.shape)}, expected (N, {wanted})")
+        if known.inputs.is_floating_point() and not inputs.is_floating_point():
+            raise ValueError(
+                f"the inputs are {inputs.dtype}, expected floating point numbers, normalised as the run's data are"
+            )
+        device = self.task.device
+        context = context or known.context
+        rows = [inputs] if context else inputs.split(1000)  # of a graph every node needs the others
+        plugin = self.trainer.precision_plugin
+        self.task.eval()
+        with torch.no_grad(), multiplying(self.plan.matmul_precision), plugin.val_step_context():
+            moved = [
+                plugin.convert_input(part.to(device) if isinstance(part, torch.Tensor) else part) for part in context
+            ]
+            given = [part.to(device, known.inputs.dtype) for part in rows]
+            return torch.cat([self.algorithm.predict(plugin.convert_input(part), *moved) for part in given])
+
+
+def load(
+    run: str | Path, *, trust: bool = False, data_dir: str | Path | None = None, accelerator: str = "cpu"
+) -> Saved:
+    """What a finished run trained, from the run's folder.
+
+    Args:
+        run: the folder, as ``train`` printed it.
+        trust: build whatever the record's settings name (:mod:`locallearn.cli.trust` has what is built without).
+        data_dir: where the data are here; ``None``: where they were.
+        accelerator: where predictions are made, as ``trainer.accelerator``.
+
+    Raises:
+        UsageError: there is no such run, or its record asks for something that it may not.
+        ValueError: the run keeps no model, or the model does not fit its settings.
+    """
+    import lightning.pytorch as pl
+    import torch
+
+    from locallearn.records import load_record
+    from locallearn.strategies import LocalStrategy
+    from locallearn.study.plan import MODEL
+    from locallearn.study.train import attached_task, quiet, read_tensors
+
+    folder = run_folder(run)
+    record = load_record(folder)
+    if record.status != "done":
+        raise UsageError(f"{folder} is {record.status}, and only a finished run keeps its model")
+    if not (folder / MODEL).is_file():
+        raise UsageError(
+            f"{folder} holds no {MODEL}: the run was made with keep_model=false, or before models were kept"
+        )
+    model = read_tensors(folder / MODEL)
+    if not isinstance(model, dict) or model.get("format") != 1 or not isinstance(model.get("state_dict"), dict):
+        raise ValueError(f"{folder / MODEL} holds no model that a run of locallearn has kept")
+    cfg, choices = saved_settings(record, trust)
+    if data_dir is not None:
+        move(cfg, "data_dir", str(data_dir))
+    # Nothing is logged or metered here, and the machine may be another one.
+    cfg.logger, cfg.meter, cfg.resume = None, {"idle_s": 0, "sources": {}}, None
+    cfg.trainer.accelerator, cfg.trainer.devices = accelerator, 1
+    with torch.random.fork_rng(devices=[]), quiet():
+        plan = make_saved_plan(cfg, choices, record)
+        task = attached_task(plan)
+        trainer = pl.Trainer(
+            strategy=LocalStrategy(plan.algorithm, plan.optimizer),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **plan.trainer,
+        )
+        task = trainer.precision_plugin.convert_module(task)
+    try:
+        task.load_state_dict(model["state_dict"])
+    except Exception as error:
+        raise ValueError(
+            f"{folder / MODEL} does not fit what the run's settings build: {' '.join(str(error).split())}"
+        ) from error
+    return Saved(record, plan, task.eval(), trainer)
+
+
+def evaluate(saved: Saved, part: str) -> tuple[dict[str, float], list[tuple[Any, Any, Any]]]:
+    """The task's figures on ``validation`` or ``test`` data, and what they come from.
+
+    Returns:
+        Figures by name, and for every batch ids of its rows (numbers, nodes, or pairs of nodes ``(2, M)``), outputs and
+        targets.
+    """
+    import lightning.pytorch as pl
+    import torch
+
+    from locallearn.precision import multiplying
+    from locallearn.study.train import quiet
+
+    found: list[tuple[Any, Any, Any]] = []
+    latest: list[Any] = []
+    judged: list[Any] = []
+
+    class Keep(pl.Callback):
+        def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+            batch = judged.pop() if judged else module.to_batch(batch)
+            rows, made, targets = batch.rows, latest.pop(), batch.targets
+            if rows is not None and rows.ndim == 1:
+                ids = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+                made, targets = made[rows], targets[rows]
+            else:
+                ids = rows
+            found.append((None if ids is None else ids.cpu(), made.cpu(), targets.cpu()))
+
+        def on_validation_batch_end(self, *given: Any) -> None:
+            self.on_test_batch_end(*given)
+
+    def judge(batch: Any) -> Any:
+        judged.append(batch)  # of links, what the loader gave does not say which part it is
+        return type(saved.task).judge(saved.task, batch)
+
+    hook = saved.task.register_forward_hook(lambda module, given, made: latest.append(made))
+    saved.task.judge = judge
+    saved.trainer.callbacks.append(Keep())
+    run = saved.trainer.test if part == "test" else saved.trainer.validate
+    try:
+        with quiet(), multiplying(saved.plan.matmul_precision):
+            figures = run(saved.task, datamodule=saved.data, verbose=False)[0]
+    finally:
+        hook.remove()
+        del saved.task.judge
+        saved.trainer.callbacks.pop()
+    return {name.partition("/")[2]: value for name, value in figures.items()}, found
+
+
+def read_inputs(path: Path) -> Any:
+    """A tensor from a file of NumPy or PyTorch, without running anybody's code.
+
+    Raises:
+        UsageError: it is neither, or holds something else.
+    """
+    import numpy as np
+    import torch
+
+    from locallearn.study.train import read_tensors
+
+    if path.suffix not in (".npy", ".pt"):
+        raise UsageError(f"predict.inputs is {path}, expected a file that ends in .npy or .pt")
+    if path.suffix == ".pt":
+        found = read_tensors(path)
+    else:
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UsageError(
+                f"{path} cannot be read as an array of numbers: it is damaged, or holds objects"
+            ) from error
+        found = torch.from_numpy(array) if array.dtype.kind in "fiub" else None
+    if not isinstance(found, torch.Tensor):
+        raise UsageError(f"{path} holds no tensor of numbers, (N, ...)")
+    return found
+
+
+def table(batches: Sequence[tuple[Any, Any, Any]], classes: bool) -> str:
+    """Predictions as CSV: one row per sample, node or pair of nodes.
+
+    Raises:
+        UsageError: the outputs are not one number or one row of numbers per sample.
+    """
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    start = 0
+    for ids, outputs, targets in batches:
+        if outputs.ndim > 2:
+            raise UsageError(
+                f"an output has shape {tuple(outputs.shape[1:])}, which is no row of a table: write predict.out=FILE.npy"
+            )
+        scores = outputs[:, None] if outputs.ndim == 1 else outputs
+        names = ["source", "target"] if ids is not None and ids.ndim == 2 else ["sample"]
+        places = ids.T.tolist() if len(names) == 2 else [[i] for i in range(start, start + len(scores))]
+        if ids is not None and ids.ndim == 1:
+            places = [[i] for i in ids.tolist()]
+        if not start:
+            predicted = ["predicted"] if classes and outputs.ndim == 2 else []
+            wanted = [] if targets is None else ["label"]
+            writer.writerow([*names, *predicted, *wanted, *(f"score_{i}" for i in range(scores.shape[1]))])
+        for row, place in enumerate(places):
+            best = [int(scores[row].argmax())] if predicted else []
+            label = [] if targets is None else [targets[row].item()]
+            writer.writerow([*place, *best, *label, *scores[row].tolist()])
+        start += len(scores)
+    return text.getvalue()
+
+
+def make_saved_plan(cfg: Any, choices: dict[str, str], record: Any) -> Any:
+    """The plan of a run's own settings; what is wrong with them is the record's fault."""
+    try:
+        return make_plan(cfg, choices, record.text("command") or "")
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UsageError(f"the settings of {record.path} are damaged ({type(error).__name__}: {error})") from error
