@@ -215,8 +215,7 @@ def paired_charts(
     """The difference in the headline metric and the ratios in cost, paired by seed, with their intervals and tests."""
     metric, energy = headline_metric(shown, rows[0].metric), best_energy(shown, rows)
     by_key = {column.key: column for column in shown}
-    flops = "train_flops" if "train_flops" in by_key else "update_flops"
-    costs = ("train_s", energy.key if energy else "", flops, "activation_peak_bytes")
+    costs = ("train_s", energy.key if energy else "", "train_flops", "update_flops", "activation_peak_bytes")
     targets = [key for key in by_key if key.startswith("target/") and is_cost(key)]
     charts = [_difference_chart(rows, metric, style, baseline)] if metric else []
     charts += [_ratio_chart(rows, by_key[key], style, baseline) for key in (*targets, *costs) if key in by_key]

@@ -485,7 +485,7 @@ def _provenance(records: Sequence[Record], rows: Sequence[Row]) -> str:
             record.status,
             ", ".join(_texts(record.data.get("epochs"))) or UNKNOWN,
             (record.text("started") or "")[:19].replace("T", " "),
-            record.text("resumed_from") or UNKNOWN,
+            _earlier(record),
             record.text("command") or UNKNOWN,
         )
         for record in records
@@ -505,6 +505,17 @@ def _provenance(records: Sequence[Record], rows: Sequence[Row]) -> str:
         + "".join(_config(row) for row in rows[:_CONFIGS])
         + ("<p class='note'>Further configurations are in the runs' folders.</p>" if len(rows) > _CONFIGS else "")
     )
+
+
+def _earlier(record: Record) -> str:
+    """The run that this one went on with, and when and how long its parts ran."""
+    parts = record.data.get("parts")
+    told = [
+        f"{str(part.get('started'))[:19].replace('T', ' ')} for {part.get('epochs')} epochs"
+        for part in (parts if isinstance(parts, list) else [])
+        if isinstance(part, Mapping)
+    ]
+    return "; ".join([record.text("resumed_from") or UNKNOWN, *told])
 
 
 def _settings(records: Sequence[Record], key: str, title: str) -> str:

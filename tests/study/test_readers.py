@@ -25,6 +25,8 @@ from tests.study.conftest import MakePlan
 KEPT = {
     "energy.*.detail*": "what a meter was made of",
     "energy.*.joules": "the same numbers as cost.energy_j, which the tables read",
+    **dict.fromkeys([f"parts.*.hardware.{key}" for key in ("cores", "memory_gib", "os")], "decides no number"),
+    **dict.fromkeys([f"parts.*.versions.{key}" for key in ("hydra-core", "optuna", "plotly")], "decides no number"),
     "error": "shown of runs that did not finish",
     "blocks.*": "the order of the curves, which a changed name leaves as it is",
 }
@@ -88,7 +90,10 @@ def test_every_key_of_a_record_is_read_by_somebody(runs: Path) -> None:
     assert victim.algorithm == "forward_forward"
     data = json.loads((victim.path / "record.json").read_text(encoding="utf-8"))
     assert data["target"]["joules"] == {"replay": pytest.approx(data["cost"]["energy_j"]["replay"], rel=1)}
-    before, unread = _seen(records, runs), []
+    part = {key: data[key] for key in ("hardware", "versions", "source", "started") if key in data}
+    data |= {"parts": [{**copy.deepcopy(part), "epochs": 2}], "resumed_from": "x"}  # as of a run that went on
+    victim = Record(victim.path, copy.deepcopy(data))
+    before, unread = _seen([records[0], victim, records[2]], runs), []
     for way in _leaves(data):
         name = ".".join(map(str, way))
         if any(re.fullmatch(kept.replace(".", r"\.").replace("*", ".*"), name) for kept in KEPT):
