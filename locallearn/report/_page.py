@@ -314,7 +314,7 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column]) -> str:
                 f"{row.label}: paired with {_BASELINE} over {min(pairs)} of its {len(row.records)} seeds; means are over all "
                 "that finished, ratios over the pairs."
             )
-        words += _reasons(row, shown)
+    words += _reasons(rows, shown)
     machines = {_settled(record.part("hardware")) for row in rows for record in row.records}
     if len(machines) > 1:
         words.append(f"The runs come from {len(machines)} machines; time and energy compare only within one.")
@@ -322,16 +322,20 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column]) -> str:
     return f'<ul class="plain note">{"".join(f"<li>{escape(word)}</li>" for word in dict.fromkeys(words))}</ul>'
 
 
-def _reasons(row: Row, shown: Sequence[Column]) -> list[str]:
-    """Why intervals or comparisons are missing, one sentence for all figures of one reason."""
-    titles: dict[str, list[str]] = {}
-    for column in shown:
-        figure = row.figures.get(column.key)
-        pair = figure.paired if figure else None
-        reason = figure.reason if figure and figure.reason else pair.reason if pair else None
-        if reason:
-            titles.setdefault(reason, []).append(column.title)
-    return [f"{row.label}: {', '.join(names)}: {reason}." for reason, names in titles.items()]
+def _reasons(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
+    """Why intervals or comparisons are missing, one sentence for all rules and figures of one reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        titles: dict[str, list[str]] = {}
+        for column in shown:
+            figure = row.figures.get(column.key)
+            pair = figure.paired if figure else None
+            reason = figure.reason if figure and figure.reason else pair.reason if pair else None
+            if reason:
+                titles.setdefault(reason, []).append(column.title)
+        for reason, names in titles.items():
+            found.setdefault((", ".join(names), reason), []).append(row.label)
+    return [f"{names} ({', '.join(labels)}): {reason}." for (names, reason), labels in found.items()]
 
 
 def _meter_notes(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
