@@ -133,6 +133,11 @@ explains every key.
 
 _ENDINGS = ("done", "failed", "interrupted")
 _LOCK = ".lock"
+_NESTED = 100  # levels of a record that is no prank
+_LARGEST_BYTES = 64 * 2**20
+_CHARACTERS = 100_000  # of a text, and of a name
+_NAME = 200
+_NAMES = ("algorithm", "variant", "dataset", "net", "task", "mode", "status", "locality")
 _LONE = re.compile("[\ud800-\udfff]")
 _PACKAGES = (
     "locallearn",
@@ -710,7 +715,7 @@ class Record:
 
     Attributes:
         path: the run's folder.
-        data: the content of ``record.json`` as it stands, but for text: half characters are escaped, and what is longer than
+        data: the content of ``record.json`` as it stands, but for text: half characters are replaced, and what is longer than
             100,000 characters (a name longer than 200) is cut.
     """
 
@@ -832,6 +837,8 @@ class Record:
             lines = plain_file(path).decode("utf-8-sig", errors="replace").splitlines(keepends=True)
         except FileNotFoundError:
             return []
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error}); its figures are not shown.") from None
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         rows: list[Metric] = []
@@ -877,8 +884,7 @@ def load_record(path: Path) -> Record:
     data = _read_json(folder)
     for key, kind in (("id", str), ("algorithm", str), ("dataset", str), ("status", str), ("seed", int)):
         value = data.get(key)
-        large = isinstance(value, int) and not -(2**63) <= value < 2**63  # more than the index can hold
-        if not isinstance(value, kind) or isinstance(value, bool) or large:
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(
                 f"the record in {folder} has {key!r} = {_short(repr(value))}, wanted {kind.__name__}; it cannot be used."
             )
@@ -942,8 +948,8 @@ def _age(record: Record) -> tuple[str, str]:
 def _run_folders(root: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
         # A folder that a kill left before its first record has none, and must be told all the same.
-        unended = Path(place).name.startswith(".") and Path(place).name.endswith(".part")
-        if unended or "record.json" in files or "record.json" in folders:
+        killed = Path(place).name.endswith(".part") and Path(place).name.startswith(".")
+        if killed or "record.json" in files or "record.json" in folders:
             folders.clear()
             yield Path(place)
         # Hidden folders are somebody else's, except the one of a run that has not ended.
@@ -953,7 +959,7 @@ def _run_folders(root: Path) -> Iterator[Path]:
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "record.json"
     try:
-        data = _tame(json.loads(plain_file(path).decode("utf-8-sig")))
+        data = _readable(json.loads(plain_file(path).decode("utf-8-sig")), _NESTED)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no record.json; give the folder of a run.") from None
     except (ValueError, RecursionError) as error:
@@ -963,7 +969,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
     return data
 
 
-def plain_file(path: Path, most: int = 2**28) -> bytes:
+def plain_file(path: Path, most: int = _LARGEST_BYTES) -> bytes:
     """The content of a file of a run.
 
     Raises:
@@ -971,39 +977,38 @@ def plain_file(path: Path, most: int = 2**28) -> bytes:
         ValueError: it is a link (which could show any file of this machine), no plain file, too large or not readable.
     """
     try:
-        state = path.lstat()
-        if not stat.S_ISREG(state.st_mode):
-            raise ValueError(f"{path} is a link, a folder or a device instead of a plain file, so it is not read")
-        if state.st_size > most:
-            raise ValueError(f"{path} has {state.st_size:,} bytes, more than the {most:,} that are read")
+        about = path.lstat()
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("it is no file of its own but a link, a folder or a device")
+        if about.st_size > most:
+            raise ValueError(f"it has {about.st_size:,} bytes, more than the {most:,} that are read")
         return path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+        raise ValueError(str(error.strerror)) from None
 
 
-_DEPTH = 100
-_CHARACTERS = 100_000
-_NAME = 200
-_NAMES = ("algorithm", "variant", "dataset", "net", "task", "mode", "status", "locality")
+def _readable(value: Any, levels: int) -> Any:
+    """What JSON holds, with text that can be written anywhere and shown: see :func:`_text`.
 
-
-def _tame(value: Any, depth: int = 0) -> Any:
-    """What JSON held, with text that can be written and shown: half characters escaped, very long text cut."""
-    if depth > _DEPTH:
-        raise ValueError(f"it is nested more than {_DEPTH} deep")
+    Raises:
+        ValueError: it is nested deeper than ``levels``, which no later reader of the record would survive.
+    """
     if isinstance(value, str):
         return _text(value)
+    if not isinstance(value, (dict, list)):
+        return value
+    if levels == 0:
+        raise ValueError(f"nested deeper than {_NESTED} levels")
     if isinstance(value, list):
-        return [_tame(item, depth + 1) for item in value]
-    if isinstance(value, dict):
-        return {_text(key, _NAME): _tame(item, depth + 1) for key, item in value.items()}
-    return value
+        return [_readable(item, levels - 1) for item in value]
+    return {_text(key, _NAME): _readable(item, levels - 1) for key, item in value.items()}
 
 
 def _text(text: str, most: int = _CHARACTERS) -> str:
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Text of which a lone surrogate has become the sign for what is unreadable, cut where it is endless."""
+    text = text if text.isascii() else _LONE.sub("\ufffd", text)
     return text if len(text) <= most else f"{text[:most]}… (cut here, {len(text):,} characters)"
 
 
@@ -1054,6 +1059,8 @@ def _doubts(record: Record) -> list[str]:
     sentences = [
         f"{_short(name)} is {_short(repr(value))}, wanted {kind}; it counts as unknown." for name, value, kind in found
     ]
+    if not 0 <= record.seed < 2**63:
+        sentences.append(f"seed is {record.seed}, which no run has: wanted a whole number from 0 on.")
     if record.status not in _ENDINGS:
         sentences.append(f"status is {_short(repr(record.status))}, wanted one of {', '.join(_ENDINGS)}.")
     return sentences

@@ -215,8 +215,7 @@ def paired_charts(
     """The difference in the headline metric and the ratios in cost, paired by seed, with their intervals and tests."""
     metric, energy = headline_metric(shown, rows[0].metric), best_energy(shown, rows)
     by_key = {column.key: column for column in shown}
-    flops = "train_flops" if "train_flops" in by_key else "update_flops"
-    costs = ("train_s", energy.key if energy else "", flops, "activation_peak_bytes")
+    costs = ("train_s", energy.key if energy else "", "train_flops", "update_flops", "activation_peak_bytes")
     targets = [key for key in by_key if key.startswith("target/") and is_cost(key)]
     charts = [_difference_chart(rows, metric, style, baseline)] if metric else []
     charts += [_ratio_chart(rows, by_key[key], style, baseline) for key in (*targets, *costs) if key in by_key]
@@ -406,8 +405,11 @@ def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, col
 
 
 def block_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
-    """Loss and probe accuracy of every block over epochs, mean over seeds."""
+    """Loss of every block and further unit and probe accuracy of every block over epochs, mean over seeds."""
     charts = []
+    units = {
+        name.removeprefix("unit/").removesuffix("/loss"): of for name, of in curves.items() if name.startswith("unit/")
+    }
     for suffix, title, axis, factor in (
         ("loss", "local loss per block", "loss", 1.0),
         ("probe_accuracy", "probe accuracy per block", "probe accuracy (%)", 100.0),
@@ -415,6 +417,9 @@ def block_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
         series = {
             block: curves[name] for block in _block_names(row, curves) if (name := f"block/{block}/{suffix}") in curves
         }
+        if suffix == "loss" and units:
+            title = "local loss per block and unit" if series else "loss per unit"
+            series |= units
         if series:
             charts.append(_block_chart(f"{row.label}: {title}", axis, series, factor, points))
     return charts

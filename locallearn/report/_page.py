@@ -52,7 +52,7 @@ _PICTURE_BYTES = 1_500_000
 _PICTURE = "reconstructions.png"
 _PICTURE_NOTE = "Test images above, what the network made of them below; of every rule its newest run."
 # Curves of parts of a network, which a very large page leaves out.
-_DETAILS = ("block/", "layer/")
+_DETAILS = ("block/", "unit/", "layer/")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -314,7 +314,7 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column]) -> str:
                 f"{row.label}: paired with {_BASELINE} over {min(pairs)} of its {len(row.records)} seeds; means are over all "
                 "that finished, ratios over the pairs."
             )
-        words += _reasons(row, shown)
+    words += _reasons(rows, shown)
     machines = {_settled(record.part("hardware")) for row in rows for record in row.records}
     if len(machines) > 1:
         words.append(f"The runs come from {len(machines)} machines; time and energy compare only within one.")
@@ -322,16 +322,20 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column]) -> str:
     return f'<ul class="plain note">{"".join(f"<li>{escape(word)}</li>" for word in dict.fromkeys(words))}</ul>'
 
 
-def _reasons(row: Row, shown: Sequence[Column]) -> list[str]:
-    """Why intervals or comparisons are missing, one sentence for all figures of one reason."""
-    titles: dict[str, list[str]] = {}
-    for column in shown:
-        figure = row.figures.get(column.key)
-        pair = figure.paired if figure else None
-        reason = figure.reason if figure and figure.reason else pair.reason if pair else None
-        if reason:
-            titles.setdefault(reason, []).append(column.title)
-    return [f"{row.label}: {', '.join(names)}: {reason}." for reason, names in titles.items()]
+def _reasons(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
+    """Why intervals or comparisons are missing, one sentence for all rules and figures of one reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        titles: dict[str, list[str]] = {}
+        for column in shown:
+            figure = row.figures.get(column.key)
+            pair = figure.paired if figure else None
+            reason = figure.reason if figure and figure.reason else pair.reason if pair else None
+            if reason:
+                titles.setdefault(reason, []).append(column.title)
+        for reason, names in titles.items():
+            found.setdefault((", ".join(names), reason), []).append(row.label)
+    return [f"{names} ({', '.join(labels)}): {reason}." for (names, reason), labels in found.items()]
 
 
 def _meter_notes(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
@@ -425,7 +429,7 @@ def _read_pictures(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         try:
             content = plain_file(path, _PICTURE_BYTES)
         except (FileNotFoundError, ValueError) as error:
-            problems.append(f"{error}.")
+            problems.append(f"{path} cannot be read ({error}).")
             continue
         if used + len(content) > _PICTURE_BYTES:
             dropped += 1
@@ -485,7 +489,7 @@ def _provenance(records: Sequence[Record], rows: Sequence[Row]) -> str:
             record.status,
             ", ".join(_texts(record.data.get("epochs"))) or UNKNOWN,
             (record.text("started") or "")[:19].replace("T", " "),
-            record.text("resumed_from") or UNKNOWN,
+            _earlier(record),
             record.text("command") or UNKNOWN,
         )
         for record in records
@@ -505,6 +509,17 @@ def _provenance(records: Sequence[Record], rows: Sequence[Row]) -> str:
         + "".join(_config(row) for row in rows[:_CONFIGS])
         + ("<p class='note'>Further configurations are in the runs' folders.</p>" if len(rows) > _CONFIGS else "")
     )
+
+
+def _earlier(record: Record) -> str:
+    """The run that this one went on with, and when and how long its parts ran."""
+    parts = record.data.get("parts")
+    told = [
+        f"{str(part.get('started'))[:19].replace('T', ' ')} for {part.get('epochs')} epochs"
+        for part in (parts if isinstance(parts, list) else [])
+        if isinstance(part, Mapping)
+    ]
+    return "; ".join([record.text("resumed_from") or UNKNOWN, *told])
 
 
 def _settings(records: Sequence[Record], key: str, title: str) -> str:

@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from locallearn.records import Record, scan
 
@@ -67,6 +69,19 @@ def test_accuracies_are_those_of_the_records(folder: str, algorithm: str, seeds:
     assert len(accuracies) == seeds
     row = next(line for line in PAGE.splitlines() if f"records/{folder})" in line and f"`{algorithm}`" in line)
     assert _cell(accuracies) in row
+
+
+def test_the_paired_difference_is_that_of_the_records() -> None:
+    """Mono-Forward against backpropagation on MNIST, seed by seed, worked out by SciPy."""
+    rules = [_records("mono_forward_mnist", algorithm) for algorithm in ("mono_forward", "backprop")]
+    by_seed = [{record.seed: 100 * float(record.data["test"]["accuracy"]) for record in records} for records in rules]
+    assert by_seed[0].keys() == by_seed[1].keys()
+    differences = np.array([by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0]])
+    tested = scipy.stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    flips = scipy.stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    line = " ".join(PAGE.partition("Mono-Forward minus backpropagation on MNIST")[2].partition("\n\n")[0].split())
+    assert f"{differences.mean():.3f} points, 95 % paired t-interval {tested.low:.3f} to {tested.high:+.3f}" in line
+    assert f"sign-flip p {flips.pvalue:.2f} ({2 / 2 ** len(differences):.2f} is the smallest" in line
 
 
 def test_the_search_of_counter_current_learning_is_that_of_the_records() -> None:

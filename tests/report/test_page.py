@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import scipy.stats
 
-from locallearn.records import Record
-from locallearn.report import write_report
+from locallearn.records import COST_COLUMNS, Record
+from locallearn.report import _library, write_report
 from locallearn.statistics import compare_table
 
 Make = Callable[..., Record]
@@ -164,6 +164,30 @@ def test_the_page_fetches_nothing(make: Make, tmp_path: Path) -> None:
     assert text.count("plotly.js v") == 1
 
 
+def test_the_page_holds_no_address_and_names_its_buttons(make: Make, tmp_path: Path) -> None:
+    """Nothing can be sent anywhere or asked for, by whichever button: Plotly's script knows of no place."""
+    text = write_report(
+        [make(a, s) for a in ("mono_forward", "backprop") for s in (0, 1, 2)], tmp_path / "r.html"
+    ).read_text()
+    assert not re.findall(r"\b(?:https?|wss?|ftp):(?://|\\/\\/).{0,40}", text)
+    assert not re.findall(r"""["'`(=]\s*//[a-z0-9-]+\.[a-z]{2,}""", text)
+    assert text.count("http:\\u002f\\u002fwww.w3.org/2000/svg") > 1  # names of namespaces are no addresses, and needed
+    (settings,) = re.findall(r"modeBarButtons: (.*)\}\);", text)
+    buttons = {name for group in json.loads(settings) for name in group}
+    assert buttons == {"toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"}
+    assert 'plotlyServerURL: ""' in text
+
+
+def test_an_address_in_plotly_of_any_kind_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """a="https://x.org/a";b='http://www.w3.org/2000/svg';c="wss://y";d="https:\\/\\/z";e="https:"""
+    monkeypatch.setattr(_library, "get_plotlyjs", lambda: script)
+    _library.plotly.cache_clear()
+    wanted = """a="about:blank#x.org/a";b='http:\\u002f\\u002fwww.w3.org/2000/svg';"""
+    wanted += """c="about:blank#y";d="about:blank#z";e="https:"""
+    assert _library.plotly() == wanted
+    _library.plotly.cache_clear()
+
+
 def test_no_records_is_a_page_that_says_so(show: Callable[..., Page]) -> None:
     page = show([], problems=["runs/x/record.json cannot be read; the record is damaged."])
     assert "No records were found." in page.text
@@ -265,6 +289,104 @@ def test_the_same_records_give_the_same_page_and_an_older_one_is_replaced_whole(
     assert {path.name for path in tmp_path.iterdir()} == {"r.html", "again.html", "runs"}
     with pytest.raises(ValueError, match="is a folder"):
         write_report(records, tmp_path)
+
+
+# -- what the numbers rest on -----------------------------------------------------------------------------------------
+def test_intervals_and_tests_stand_below_the_paired_charts(make: Make, show: Callable[..., Page]) -> None:
+    accuracies = {"backprop": (0.90, 0.91, 0.92, 0.93, 0.94), "x": (0.95, 0.965, 0.97, 0.98, 0.99)}
+    accuracies["y"] = (0.89, 0.92, 0.92, 0.92, 0.95)
+    page = show([make(a, s, test={"accuracy": v}) for a, of in accuracies.items() for s, v in enumerate(of)])
+    (table,) = [t for t in page.tables if t[0][2].startswith("Difference to backprop")]
+    assert table[0] == [
+        *("Rule", "Pairs", "Difference to backprop (percentage points)", "95 % interval"),
+        *("Sign-flip p", "Smallest possible p", "p after Holm"),
+    ]
+    differences = [100 * (a - b) for a, b in zip(accuracies["x"], accuracies["backprop"], strict=True)]
+    lo, hi = scipy.stats.t.interval(0.95, 4, loc=sum(differences) / 5, scale=scipy.stats.sem(differences))
+    assert table[1] == ["x", "5", "+5.10", f"[{lo:+.2f}, {hi:+.2f}]", "0.062", "0.062", "0.12"]
+    assert table[2][4:] == ["1", "0.062", "1"]
+    (flops,) = [
+        t for t in page.tables if t[0][:3] == ["Rule", "Pairs", "Ratio to backprop"] and t[1][2] == f"0.691{X}"
+    ][:1]
+    assert flops[1][3:] == [f"[0.691{X}, 0.691{X}]", *3 * ["\N{EN DASH}"]]  # a count: no sample of anything
+    two = show([make(a, s) for a in ("x", "backprop") for s in (0, 1)])
+    assert "Two seeds only, so no interval: backprop, x." in two.text
+    assert "none, n = 2" in {cell for table in two.tables for line in table for cell in line}
+
+
+def test_the_front_declares_nobody_beaten_within_the_intervals(make: Make, show: Callable[..., Page]) -> None:
+    """b is dearer and worse than a beyond any doubt, c within it, d has too few seeds, e lost one."""
+    spread = (-0.01, 0.0, 0.01)
+
+    def runs(name: str, seconds: float, accuracy: float, width: float) -> list[Record]:
+        return [
+            make(
+                name,
+                seed,
+                energy=[],
+                cost={"train_s": seconds * (1 + width * d)},
+                test={"accuracy": accuracy + width * d},
+            )
+            for seed, d in enumerate(spread)
+        ]
+
+    records = [*runs("a", 10.0, 0.9, 0.1), *runs("b", 20.0, 0.8, 0.1), *runs("c", 10.01, 0.899, 2.0)]
+    records += [*runs("d", 30.0, 0.7, 0.1)[:2], *runs("e", 5.0, 0.95, 0.1)]
+    page = show([*records, make("e", 3, status="failed")])
+    (table,) = [table for table in page.tables if table[0][-1] == "Pareto front"]
+    assert {line[0]: line[-1] for line in table[1:]} == {
+        "a": "on it",
+        "b": "beaten beyond the intervals",
+        "c": "not beaten beyond the intervals",
+        "d": "cannot be told: no interval",
+        "e": "not placed: not every seed finished or arrived",
+    }
+    (time,) = [c for c in page.charts if "Training time" in c["layout"]["xaxis"].get("title", {}).get("text", "")]
+    assert [t["x"] for t in time["data"] if t["name"] == "Pareto front"] == [pytest.approx([10.0], rel=1e-3)]
+    open_ones = {t["name"] for t in time["data"] if "text" in t and t["marker"]["symbol"].endswith("-open")}
+    assert open_ones == {"d", "e"}
+
+
+def test_means_and_ratios_over_other_seeds_say_so(make: Make, show: Callable[..., Page]) -> None:
+    page = show([*(make("x", s) for s in range(5)), *(make("backprop", s) for s in range(1, 4))])
+    assert page.line(0, "x")["Training time | s"] == f"46.8 ± 1.4 | 0.750{X} (of 3 pairs)"
+    assert "x: paired with backprop over 3 of its 5 seeds; means are over all" in page.text
+
+
+def test_who_did_not_arrive_and_what_failed_stand_in_the_row(make: Make, show: Callable[..., Page]) -> None:
+    def run(name: str, seed: int, seconds: float | None, **values: Any) -> Record:
+        reached = {} if seconds is None else {"seconds": seconds, "joules": {"nvml": 5 * seconds}}
+        return make(name, seed, mode="target", target={"accuracy": 0.97, **reached}, **values)
+
+    records = [run("backprop", seed, 50.0 + seed) for seed in range(3)]
+    records += [run("x", 0, 10.0), run("x", 1, None), run("x", 2, None)]
+    config = {"compare": {"target": 0.97}}
+    records += [run("y", 0, 9.0), run("y", 1, 9.0), make("y", 2, mode="target", status="failed", config=config)]
+    page = show(records)
+    assert "mode: target 0.97" in page.text
+    base, x, y = (page.line(0, name) for name in ("backprop", "x", "y"))
+    assert base["Time to target | s"] == "51.0 ± 1.0 | 3 of 3 reached"
+    assert x["Time to target | s"] == "≥ 34.2 | 1 of 3 reached"  # (10 + 45.9 + 46.8) / 3
+    assert x["Training time | s"] == "45.9 ± 0.9"  # no ratio
+    assert (y["Seeds"], y["Time to target | s"]) == ("2 of 3", "≥ 9.0 | 2 of 3 reached")
+    assert "3 of 3 reached" in base["Energy to target, nvml, measured | J"]
+    assert "y: Seed 2: failed: Block a diverged at step 7." in page.text
+
+
+def test_incomplete_counts_are_marked(make: Make, show: Callable[..., Page]) -> None:
+    page = show([make("x", 0, cost={"update_flops": 5e9, "uncounted": ["aten::lstm"]}), make("backprop", 0)])
+    assert page.line(0, "x")["Update FLOPs | GFLOP"] == "≥ 5.00"
+    assert "x: FLOPs are incomplete, for want of a formula for aten::lstm." in page.text
+
+
+def test_every_cost_column_has_a_heading_of_its_own(make: Make, show: Callable[..., Page]) -> None:
+    (record,) = [make("x", 0, energy=[])]
+    headings = [
+        show([Record(record.path, {**record.data, "test": {}, "cost": {name: 3.0}})]).tables[0][0][2:]
+        for name in COST_COLUMNS
+    ]
+    assert [len(heading) for heading in headings] == [1] * len(COST_COLUMNS)
+    assert len({heading for (heading,) in headings}) == len(COST_COLUMNS)
 
 
 # -- figures other than accuracy --------------------------------------------------------------------------------------
