@@ -247,6 +247,11 @@ class Pepita(Algorithm):
         return {layer.name: [{"params": list(layer.weights.parameters())}] for layer in (*self._hidden, self._readout)}
 
     # -- learning -----------------------------------------------------------------------------------------------------
+    @property
+    def period(self) -> int:
+        """From one step of weight mirroring to the next."""
+        return self.mirror_every or 1
+
     @torch.no_grad()
     def updates(self, batch: Batch) -> Iterator[Update]:
         """Two passes; every layer's update comes as soon as its activity in the second pass is there.

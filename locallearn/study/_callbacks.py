@@ -20,6 +20,7 @@ from locallearn.energy import EnergyCallback
 from locallearn.probe import probe_blocks
 from locallearn.records import RunFolder
 from locallearn.strategies.local import LocalStrategy, LocalTask
+from locallearn.study._costs import _Costs
 from locallearn.study.plan import CHECKPOINT, Interrupted, Plan
 
 
@@ -59,24 +60,12 @@ class _Recorder(pl.Callback):
 
     folder: RunFolder  # made once the settings have been found good
 
-    def __init__(self, plan: Plan, energy: EnergyCallback, probes: _Probes) -> None:
+    def __init__(self, plan: Plan, energy: EnergyCallback, probes: _Probes, costs: _Costs) -> None:
         self.plan = plan
         self.energy = energy
-        self.samples = 0
         self.probes = probes
+        self.costs = costs
         self.target: dict[str, Any] | None = None
-
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.samples += len(batch[0])
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -92,7 +81,7 @@ class _Recorder(pl.Callback):
         for layer, figures in self.plan.algorithm.diagnostics().items():
             metrics |= {f"layer/{layer}/{name}": value for name, value in figures.items()}
         metrics["cost/train_s"] = self.energy.running_seconds()
-        metrics["cost/samples"] = self.samples
+        metrics["cost/samples"] = self.costs.samples
         joules = self.energy.running_joules()
         metrics |= {f"cost/energy_j/{source}": value for source, value in joules.items() if value is not None}
         self.folder.log(trainer.current_epoch, trainer.global_step, metrics)
@@ -104,11 +93,10 @@ class _Recorder(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "target": self.target}
+        return {"target": self.target}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.samples = state_dict["samples"]
         self.target = state_dict["target"]
 
     def _check_target(
@@ -120,7 +108,7 @@ class _Recorder(pl.Callback):
         self.target = {
             task.metric: wanted,
             "seconds": metrics["cost/train_s"],
-            "samples": self.samples / len(self.plan.schedule.stages(self.plan.algorithm)),
+            "samples": self.costs.samples_per_unit,
             "joules": joules,
         }
         trainer.should_stop = True
@@ -180,8 +168,9 @@ class _Keeper(pl.Callback):
             return
         self._saved_s = now
         aside = self.recorder.folder.path / f".{CHECKPOINT}"
-        trainer.save_checkpoint(aside)
-        os.replace(aside, self.recorder.folder.path / CHECKPOINT)
+        with self.recorder.energy.paused():  # not training; nor is it where a run that is to stop ends
+            trainer.save_checkpoint(aside)
+            os.replace(aside, self.recorder.folder.path / CHECKPOINT)
         if self._stop.is_set():
             raise Interrupted
 

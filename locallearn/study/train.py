@@ -14,12 +14,12 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 
-from locallearn.cost import measure_update, to_device
 from locallearn.energy import EnergyCallback, EnergyMonitor
 from locallearn.precision import multiplying
 from locallearn.records import RunFolder, hardware, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask, make_optimizers
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
+from locallearn.study._costs import _Costs
 from locallearn.study.plan import CHECKPOINT, SAMPLES, Interrupted, Plan
 
 __all__ = ["CHECKPOINT", "SAMPLES", "Interrupted", "Plan", "attached_task", "check", "quiet", "run"]
@@ -44,8 +44,9 @@ def _run(plan: Plan) -> Path:
     resume = None if plan.resume is None else _checkpoint_of(plan.resume)
     energy = EnergyCallback(EnergyMonitor(plan.meters, idle_s=plan.idle_s))
     probes = _Probes(plan)
-    recorder = _Recorder(plan, energy, probes)
-    task, trainer = _prepared(plan, [probes, energy, recorder, plan.schedule, _Keeper(plan, recorder)])
+    costs = _Costs(plan)
+    recorder = _Recorder(plan, energy, probes, costs)
+    task, trainer = _prepared(plan, [costs, probes, energy, recorder, plan.schedule, _Keeper(plan, recorder)])
     plan.data.prepare_data()
     plan.data.setup("fit")  # missing data is told before a folder is made
     folder = recorder.folder = RunFolder.create(plan.runs_dir, _start(plan, cast(LocalTask, task)))
@@ -165,26 +166,19 @@ def _train(
 def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Recorder) -> dict[str, Any]:
     """Cost of the training that has just ended; measuring an update happens after it, on a copy."""
     energy = recorder.energy
-    device = trainer.strategy.root_device
-    allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    batch = to_device(task.to_batch(next(iter(plan.data.train_dataloader()))), device)
-    with trainer.precision_plugin.train_step_context():
-        update = measure_update(plan.algorithm, batch, plan.schedule.sequential)
     return {
         "cost": {
             "train_s": energy.seconds,
             "validation_s": energy.validation_seconds,
             "co2_g": energy.co2_g,
-            "update_flops": update.flops,
-            "activation_peak_bytes": update.activation_peak_bytes,
-            "allocated_peak_bytes": allocated,
-            "samples": recorder.samples / len(plan.schedule.stages(plan.algorithm)),
+            **recorder.costs.figures(trainer, task),
             "energy_j": {reading.source: reading.joules for reading in energy.readings},
         },
         "energy": [reading.to_dict() for reading in energy.readings],
         "target": recorder.target or (None if plan.target is None else {task.metric: plan.target}),
         # The last entry is that of a stage which a target ended.
         "epochs": [*plan.schedule.epochs_by_stage, *([plan.schedule.epochs] if plan.schedule.epochs else [])],
+        **({"notes": recorder.costs.notes} if recorder.costs.notes else {}),
     }
 
 
