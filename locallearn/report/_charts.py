@@ -156,7 +156,7 @@ def paired_charts(
 ) -> list[Chart]:
     """The difference in the headline metric and the ratios in cost, paired by seed, with their intervals."""
     metric, energy = headline_metric(shown, rows[0].metric), best_energy(shown, rows)
-    costs = ("train_s", energy.key if energy else "", "update_flops", "activation_peak_bytes")
+    costs = ("train_s", energy.key if energy else "", "train_flops", "update_flops", "activation_peak_bytes")
     charts = [_difference_chart(rows, metric, style, baseline)] if metric else []
     by_key = {column.key: column for column in shown}
     charts += [_ratio_chart(rows, by_key[key], style, baseline) for key in costs if key in by_key]

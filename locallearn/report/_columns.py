@@ -32,9 +32,16 @@ def _si(unit: str) -> tuple[tuple[float, str], ...]:
 _COSTS: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
     "train_s": ("Training time", _SECONDS),
     "energy": ("Energy", _si("J")),
+    "train_flops": ("Training FLOPs", _si("FLOP")[1:]),
     "update_flops": ("Update FLOPs", _si("FLOP")[1:]),
+    "once_flops": ("FLOPs done once", _si("FLOP")[1:]),
+    "inference_flops": ("Inference FLOPs", _si("FLOP")[1:]),
     "activation_peak_bytes": ("Peak activations", _BYTES),
     "allocated_peak_bytes": ("Peak allocated", _BYTES),
+    "state_bytes": ("Weights and buffers", _BYTES),
+    "gradient_bytes": ("Peak gradients", _BYTES),
+    "optimizer_bytes": ("Optimizer state", _BYTES),
+    "cache_bytes": ("Caches", _BYTES),
     "params": ("Parameters", _COUNTS),
     "extra_params": ("Added parameters", _COUNTS),
     "samples": ("Samples per unit", _COUNTS),
@@ -109,13 +116,25 @@ def columns(rows: Sequence[Row]) -> list[Column]:
             costs += [_energy(key, title, units, rows) for key in _ordered(keys, "energy_j/", set())]
             costs += [_energy(key, "Energy net of idle", units, rows) for key in _ordered(keys, "energy_net_j/", set())]
         elif name in keys:
-            costs.append(_column(name, title, units, rows))
+            incomplete = name.endswith("_flops") and uncounted(rows)
+            costs.append(_column(name, f"{title}, incomplete" if incomplete else title, units, rows))
     targets = [metric_column(key, rows) for name in sorted(judges) if (key := f"target/{name}") in keys]
     if targets:
         keys.add("target/seconds")  # even if nobody reached the target, which is then seen
     targets += [_column(key, title, units, rows) for key, (title, units) in _TARGETS.items() if key in keys]
     losses = [column for column in metrics if column.key.endswith("/loss") and "loss" not in judges]
     return [column for column in metrics if column not in losses] + costs + targets + losses
+
+
+def uncounted(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Operators of whose work nothing is known, by the label of a row in which they ran: its FLOPs are too few."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        lists = [record.part("cost").get("uncounted") for record in row.records]
+        names = {name for some in lists if isinstance(some, list) for name in some if isinstance(name, str)}
+        if names:
+            found[row.label] = sorted(names)
+    return found
 
 
 def headline_metric(shown: Sequence[Column], quality: Quality) -> Column | None:

@@ -29,7 +29,7 @@ from locallearn.report._charts import (
     paired_charts,
     styles,
 )
-from locallearn.report._columns import LEGEND, UNKNOWN, Column, columns, metric_title
+from locallearn.report._columns import LEGEND, UNKNOWN, Column, columns, metric_title, uncounted
 from locallearn.statistics import Row, compare_table
 
 _BASELINE = "backprop"
@@ -267,6 +267,7 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column]) -> str:
     machines = {_settled(record.part("hardware")) for row in rows for record in row.records}
     if len(machines) > 1:
         words.append(f"The runs come from {len(machines)} machines; time and energy compare only within one.")
+    words += [f"{label}: FLOPs without what {', '.join(names)} did" for label, names in uncounted(rows).items()]
     words += _meter_notes(rows, shown)
     return f'<ul class="plain note">{"".join(f"<li>{escape(word)}</li>" for word in dict.fromkeys(words))}</ul>'
 
