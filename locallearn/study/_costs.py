@@ -69,7 +69,7 @@ class _Costs(pl.Callback):
         if self.plan.warmup_steps > 0:
             try:
                 with trainer.precision_plugin.train_step_context():
-                    _warm_up(self.plan, task, device)
+                    _warm_up(self.plan, _batches(self.plan, trainer, task, self.plan.warmup_steps))
             except Exception as error:
                 self.notes.append(f"no warm-up: {_said(error)}")
         self.memory = _Allocated(device, self.memory.peak)
@@ -182,11 +182,17 @@ class _Costs(pl.Callback):
         device = trainer.strategy.root_device
         try:
             fresh = cast(Algorithm, trainer.precision_plugin.convert_module(self._fresh)).to(device)
-            batch, other, recurs = _two_batches(self.plan, task, device)
+            batch, *others = _batches(self.plan, trainer, task, 2)
+            recurs = _batches(self.plan, trainer, task, 1)[0].inputs is batch.inputs
             predicted = to_device(task.info().example, device) if batch.context else None
             with trainer.precision_plugin.train_step_context():
                 return measure_update(
-                    fresh, batch, self.plan.schedule.sequential, other=other, recurs=recurs, predicted=predicted
+                    fresh,
+                    batch,
+                    self.plan.schedule.sequential,
+                    other=others[0] if others else None,
+                    recurs=recurs,
+                    predicted=predicted,
                 )
         except Exception as error:  # a meter may cost its own figure only
             self.notes.append(f"the cost of an update is unknown: {_said(error)}")
@@ -219,7 +225,7 @@ class _Allocated:
             self._running = False
 
 
-def _warm_up(plan: Plan, task: LocalTask, device: torch.device) -> None:
+def _warm_up(plan: Plan, batches: list[Batch]) -> None:
     """Some steps of every stage on a copy, so that the first measured step finds allocators, kernels and plans ready.
 
     Weights, data order and all random numbers stay as they are, even of a rule whose copy reaches back to it.
@@ -228,13 +234,10 @@ def _warm_up(plan: Plan, task: LocalTask, device: torch.device) -> None:
     before = {name: t.detach().clone() for name, t in _state(algorithm)}
     counted, generators = algorithm.batches_seen, algorithm.get_extra_state()
     try:
-        with undisturbed(device), torch.enable_grad():
+        with undisturbed(batches[0].inputs.device), torch.enable_grad():
             twin = copy.deepcopy(algorithm)
             twin.train()
             optimizers = make_optimizers(twin, plan.optimizer)
-            loader = plan.data.train_dataloader()
-            batches = [task.to_batch(raw) for raw in islice(loader, plan.warmup_steps)]
-            batches = [to_device(batch, device) for batch in batches]
             for stage in plan.schedule.stages(twin):
                 twin.train_only(frozenset(stage) if plan.schedule.sequential else None)
                 for batch in islice(chain.from_iterable(repeat(batches)), plan.warmup_steps):
@@ -255,12 +258,11 @@ def _state(algorithm: Algorithm) -> Iterator[tuple[str, Tensor]]:
     yield from chain(algorithm.named_parameters(), algorithm.named_buffers())
 
 
-def _two_batches(plan: Plan, task: LocalTask, device: torch.device) -> tuple[Batch, Batch | None, bool]:
-    """The first batch of an epoch, another one if there is, and whether the next epoch brings the very same tensors."""
-    epochs = [[task.to_batch(raw) for raw in islice(plan.data.train_dataloader(), 2)] for _ in range(2)]
-    first, *others = (to_device(batch, device) for batch in epochs[0])
-    recurs = to_device(epochs[1][0], device).inputs is first.inputs
-    return first, others[0] if others else None, recurs
+def _batches(plan: Plan, trainer: pl.Trainer, task: LocalTask, number: int) -> list[Batch]:
+    """The first batches of an epoch, as training gets them, from a loader of their own."""
+    with undisturbed(trainer.strategy.root_device):
+        raw = [trainer.precision_plugin.convert_input(batch) for batch in islice(plan.data.train_dataloader(), number)]
+    return [to_device(task.to_batch(batch), trainer.strategy.root_device) for batch in raw]
 
 
 def _labelled(batch: Batch) -> int:
