@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice, repeat
 from typing import Any, cast
@@ -17,7 +18,7 @@ from locallearn.algorithms.base import Algorithm
 from locallearn.batch import Batch
 from locallearn.cost import UpdateCost, cache_bytes, measure_update, optimizer_bytes, to_device, undisturbed
 from locallearn.strategies.local import LocalTask, make_optimizers
-from locallearn.study.plan import Plan
+from locallearn.study.plan import Interrupted, Plan
 
 
 @dataclass
@@ -70,6 +71,8 @@ class _Costs(pl.Callback):
             try:
                 with trainer.precision_plugin.train_step_context():
                     _warm_up(self.plan, _batches(self.plan, trainer, task, self.plan.warmup_steps))
+            except Interrupted:
+                raise
             except Exception as error:
                 self.notes.append(f"no warm-up: {_said(error)}")
         self.memory = _Allocated(device, self.memory.peak)
@@ -185,7 +188,7 @@ class _Costs(pl.Callback):
             batch, *others = _batches(self.plan, trainer, task, 2)
             recurs = _batches(self.plan, trainer, task, 1)[0].inputs is batch.inputs
             predicted = to_device(task.info().example, device) if batch.context else None
-            with trainer.precision_plugin.train_step_context():
+            with _untouched(self.plan.algorithm), trainer.precision_plugin.train_step_context():
                 return measure_update(
                     fresh,
                     batch,
@@ -226,25 +229,28 @@ class _Allocated:
 
 
 def _warm_up(plan: Plan, batches: list[Batch]) -> None:
-    """Some steps of every stage on a copy, so that the first measured step finds allocators, kernels and plans ready.
+    """Some steps of every stage on a copy, so that the first measured step finds allocators, kernels and plans ready."""
+    with _untouched(plan.algorithm), undisturbed(batches[0].inputs.device), torch.enable_grad():
+        twin = copy.deepcopy(plan.algorithm)
+        twin.train()
+        optimizers = make_optimizers(twin, plan.optimizer)
+        for stage in plan.schedule.stages(twin):
+            twin.train_only(frozenset(stage) if plan.schedule.sequential else None)
+            for batch in islice(chain.from_iterable(repeat(batches)), plan.warmup_steps):
+                # The class's method: one that somebody has put on the rule itself would run that rule, not its copy.
+                for update in type(twin).updates(twin, batch):
+                    update.backward()
+                    optimizers[update.unit].step()
+                    optimizers[update.unit].zero_grad()
 
-    Weights, data order and all random numbers stay as they are, even of a rule whose copy reaches back to it.
-    """
-    algorithm = plan.algorithm
+
+@contextmanager
+def _untouched(algorithm: Algorithm) -> Iterator[None]:
+    """Afterwards weights, buffers, counts and generators are those from before, even if a copy reaches back to its rule."""
     before = {name: t.detach().clone() for name, t in _state(algorithm)}
     counted, generators = algorithm.batches_seen, algorithm.get_extra_state()
     try:
-        with undisturbed(batches[0].inputs.device), torch.enable_grad():
-            twin = copy.deepcopy(algorithm)
-            twin.train()
-            optimizers = make_optimizers(twin, plan.optimizer)
-            for stage in plan.schedule.stages(twin):
-                twin.train_only(frozenset(stage) if plan.schedule.sequential else None)
-                for batch in islice(chain.from_iterable(repeat(batches)), plan.warmup_steps):
-                    for update in twin.updates(batch):
-                        update.backward()
-                        optimizers[update.unit].step()
-                        optimizers[update.unit].zero_grad()
+        yield
     finally:
         with torch.no_grad():
             for name, tensor in _state(algorithm):
