@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,8 +29,9 @@ class EnergyCallback(Callback):
     """Measures training, and training alone, in one window from ``on_train_start`` to ``on_train_end`` or an exception.
 
     The window is paused from the start of a validation, and from the end of an epoch, to the next training batch or
-    epoch: so checkpoints written after either, and the sanity check, are not in it. A checkpoint written every so
-    many training steps is. The figures go into checkpoints, and a resumed fit reports the sum of its parts. The meters
+    epoch: so checkpoints written after either, and the sanity check, are not in it. Nor is a checkpoint that is written
+    between two training steps: from there to the next batch the window rests, and :meth:`paused` leaves out anything
+    else. The figures go into checkpoints, and a resumed fit reports the sum of its parts. The meters
     are told the device of the fit, so that no board is billed to a run that does not compute on it.
 
     Args:
@@ -71,6 +74,15 @@ class EnergyCallback(Callback):
         """Joules of training so far by source; ``None`` where a source is unreadable."""
         return {reading.source: reading.joules for reading in self.readings}
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens in the ``with`` statement; without effect outside of training."""
+        if self._window is None or not self._window.is_open:
+            yield
+            return
+        with self._window.paused():
+            yield
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """A new fit counts from zero; a checkpoint's state comes after this."""
         if stage == "fit":
@@ -91,6 +103,14 @@ class EnergyCallback(Callback):
         # After a validation inside an epoch: the checkpoint callback has then done its work.
         self._open_window().resume()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning's own checkpoint callbacks come after all others; the next batch goes on counting.
+        every = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
+        if any(steps > 0 and trainer.global_step % steps == 0 for steps in every):
+            self._open_window().pause()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open_window().pause()
 
@@ -103,6 +123,11 @@ class EnergyCallback(Callback):
         if self._validation_began_s is not None:
             self._validation_seconds += max(0.0, self._monitor.now() - self._validation_began_s)
             self._validation_began_s = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Whoever saves, and when: from here to the next batch or epoch.
+        if self._window is not None and self._window.is_open:
+            self._window.pause()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()

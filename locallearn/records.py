@@ -83,14 +83,21 @@ COST_COLUMNS: Final = (
     "train_s",
     "validation_s",
     "co2_g",
+    "train_flops",
     "update_flops",
+    "once_flops",
+    "inference_flops",
     "activation_peak_bytes",
     "allocated_peak_bytes",
+    "state_bytes",
+    "gradient_bytes",
+    "optimizer_bytes",
+    "cache_bytes",
     "params",
     "extra_params",
     "samples",
 )
-"""The single-number cost columns: seconds, grams, floating-point operations per update, bytes, counts."""
+"""The single-number cost columns: seconds, grams, floating-point operations, bytes, counts (docs/studies.md)."""
 
 TEMPLATE: Final[Mapping[str, Any]] = {
     "id": None,
@@ -109,7 +116,7 @@ TEMPLATE: Final[Mapping[str, Any]] = {
     "mode": None,
     "validation": {},
     "test": {},
-    "cost": {**dict.fromkeys(COST_COLUMNS), "energy_j": {}},
+    "cost": {**dict.fromkeys(COST_COLUMNS), "energy_j": {}, "stages": [], "uncounted": []},
     "energy": [],
     "target": None,
     "blocks": [],

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from locallearn.algorithms import Algorithm, Backprop, DeepSupervision, ForwardForward, MonoForward, Pepita, TaskInfo
+from locallearn.algorithms import (
+    Algorithm,
+    Backprop,
+    DeepSupervision,
+    FeedbackAlignment,
+    ForwardForward,
+    MonoForward,
+    Pepita,
+    ProductFeedbackAlignment,
+    TaskInfo,
+)
 from locallearn.batch import Batch
 from locallearn.cost import UpdateCost, activation_bytes, drive, measure_update
 from locallearn.functional import forward_forward, mono_forward
-from locallearn.nets import mlp
+from locallearn.nets import Blocks, mlp
 
 NETS = [((20, 16), 4), ((20, 16, 12, 8), 4), ((9, 30, 7), 5)]
 
@@ -182,3 +194,129 @@ def test_drive_leaves_no_gradients() -> None:
     algorithm.attach(mlp((20,), 4, (16,)), TaskInfo(batch, 4, F.cross_entropy))
     drive(algorithm, batch)
     assert all(p.grad is None for p in algorithm.parameters())
+
+
+# -- what settles, and what is done once ------------------------------------------------------------------------------
+def _rows(samples: int, width: int, classes: int, start: int = 0) -> Batch:
+    return Batch(torch.rand(samples, width), torch.arange(samples) % classes, index=torch.arange(samples) + start)
+
+
+def _mono(widths: tuple[int, ...], classes: int, batch: Batch) -> MonoForward:
+    algorithm = MonoForward()
+    algorithm.attach(mlp((widths[0],), classes, widths[1:]), TaskInfo(batch, classes, F.cross_entropy))
+    return algorithm
+
+
+def test_frozen_activations_that_are_kept_are_computed_once_for_every_sample() -> None:
+    """A settled step of every stage costs its own block; to fill a border takes one block's forward pass per sample."""
+    widths, classes, samples = (20, 16, 12, 8), 4, 6
+    first, other = _rows(samples, 20, classes), _rows(samples, 20, classes, samples)
+    algorithm = _mono(widths, classes, first)
+    algorithm.cache_frozen(True)
+    cost = measure_update(algorithm, first, sequential=True, other=other, recurs=False)
+    assert cost.flops == 2 * mono_forward.update_macs(widths, classes)
+    assert [stage.fill_flops for stage in cost.stages] == [0, 2 * 20 * 16, 2 * 16 * 12]
+    assert [stage.once_flops for stage in cost.stages] == [0, 0, 0]
+    assert [stage.steady for stage in cost.stages] == [True] * 3
+    # Both last borders: two batches of floats, and a mark for every sample.
+    assert [stage.cache_bytes for stage in cost.stages] == [0, 12 * (4 * 16 + 1), 12 * (4 * (16 + 12) + 2)]
+    assert cost.once_flops == samples * 2 * (20 * 16 + 16 * 12)
+    warm = algorithm  # a cache that is warm already is not that of the copy
+    warm.train_only(frozenset(["layer2"]))
+    list(warm.updates(first))
+    warm.train_only(None)
+    again = measure_update(warm, first, sequential=True, other=other, recurs=False)
+    assert [stage.fill_flops for stage in again.stages] == [stage.fill_flops for stage in cost.stages]
+
+
+class _Remembers(MonoForward):
+    """Multiplies a matrix of its own in the first step it sees, and keeps the result."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        if not hasattr(self, "_kept"):
+            self._kept = torch.ones(10, 10) @ torch.ones(10, 10)
+        return batch
+
+
+def test_work_of_the_first_step_alone_is_not_that_of_a_settled_one() -> None:
+    batch = _rows(4, 20, 4)
+    algorithm = _Remembers()
+    algorithm.attach(mlp((20,), 4, (16,)), TaskInfo(batch, 4, F.cross_entropy))
+    cost = measure_update(algorithm, batch)
+    assert cost.flops == 2 * mono_forward.update_macs((20, 16), 4)
+    assert cost.once_flops == 2000
+    assert cost.cache_bytes == 400
+    assert not hasattr(algorithm, "_kept")
+
+
+def test_work_that_is_due_now_and_then_is_spread_over_its_period() -> None:
+    def flops(every: int) -> float:
+        algorithm = FeedbackAlignment("weight_mirror", mirror_every=every)
+        batch = _rows(8, 20, 4)
+        algorithm.attach(mlp((20,), 4, (16, 12)), TaskInfo(batch, 4, F.cross_entropy))
+        cost = measure_update(algorithm, batch)
+        assert cost.once_flops == 0
+        return cost.flops
+
+    mirror = 4 * (flops(1) - flops(4)) / 3  # of all steps and of a quarter
+    assert flops(2) == pytest.approx(flops(1) - mirror / 2)
+
+
+def test_work_that_grows_with_steps_is_told_from_work_that_grows_with_rows() -> None:
+    """Product feedback alignment multiplies its matrices with each other in every step, whatever the batch."""
+    batch = _rows(256, 20, 4)
+    algorithm = ProductFeedbackAlignment(expansion=2)
+    algorithm.attach(mlp((20,), 4, (16, 12)), TaskInfo(batch, 4, F.cross_entropy))
+    stage = measure_update(algorithm, batch).stages[0]
+    for samples in (256, 192, 150):
+        part = measure_update(algorithm, _rows(samples, 20, 4))
+        assert samples * part.flops == pytest.approx(stage.training(1, samples, samples))
+    assert stage.step_flops > 0
+    assert stage.training(0, 0, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "gradients"), [(Backprop, 20 * 16 + 16 + 16 * 12 + 12 + 12 * 4), (MonoForward, 20 * 16 + 16 + 16 * 4)]
+)
+def test_gradients_of_one_unit_or_of_all(make: Callable[[], Algorithm], gradients: int) -> None:
+    cost = _measured(make, (20, 16, 12), 4)
+    assert cost.gradient_bytes == 4 * gradients
+    weights = 20 * 16 + 16 + 16 * 12 + 12 + 12 * 4 + (16 * 4 if make is MonoForward else 0)
+    assert cost.state_bytes == 4 * weights
+    assert cost.cache_bytes == 0
+
+
+def test_forward_forward_predicts_in_one_pass_per_class() -> None:
+    forward = 2 * (20 * 16 + 16 * 12)
+    assert _measured(ForwardForward, (20, 16, 12), 4).inference_flops == 4 * forward
+    assert _measured(Backprop, (20, 16, 12), 4).inference_flops == forward + 2 * 12 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_data_take_the_dtype_of_the_weights(dtype: torch.dtype) -> None:
+    batch = _rows(4, 20, 4)
+    algorithm = _mono((20, 16), 4, batch).to(dtype)
+    cost = measure_update(algorithm, batch)
+    assert cost.flops == 2 * mono_forward.update_macs((20, 16), 4)
+    assert cost.state_bytes == (20 * 16 + 16 + 16 * 4) * dtype.itemsize
+    assert batch.inputs.dtype == torch.float32
+
+
+def test_random_numbers_of_all_kinds_go_on_as_if_nothing_had_been_measured() -> None:
+    class Noisy(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.dropout(x) + float(np.random.rand()) + random.random()
+
+    batch = _rows(4, 20, 4)
+    algorithm = MonoForward()
+    net = Blocks({"a": nn.Sequential(nn.Linear(20, 8), Noisy())}, nn.Linear(8, 4))
+    algorithm.attach(net, TaskInfo(batch, 4, F.cross_entropy))
+    draws = []
+    for measured in (False, True):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        if measured:
+            measure_update(algorithm, batch)
+        draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert draws[0] == draws[1]

@@ -176,6 +176,11 @@ class Algorithm(nn.Module, ABC):
         """
         return None
 
+    @property
+    def period(self) -> int:
+        """Batches after which the work of a step repeats, for rules in which something is due every so often. Default: 1."""
+        return 1
+
     def attach(self, blocks: Blocks, task: TaskInfo) -> None:
         """Build what the rule adds to each block. Called once, before devices, dtypes and checkpoints are dealt with.
 

@@ -339,6 +339,11 @@ class FeedbackAlignment(FeedbackChain):
             "away; steps that are scaled weight by weight are not the same"
         )
 
+    @property
+    def period(self) -> int:
+        """From one look of the mirror to the next."""
+        return self.mirror_every if self.mode == "weight_mirror" else 1
+
     def make(self, layer: Layer, weight: Tensor) -> FeedbackWeights:
         """Xavier-uniform in the shape of W; for ``dfa`` of shape ``(entries of δ_L, entries of the layer's input)``."""
         if self.mode in ("usf", "brsf"):

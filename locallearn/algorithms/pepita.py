@@ -250,6 +250,11 @@ class Pepita(Algorithm):
         return {layer.name: [{"params": list(layer.weights.parameters())}] for layer in (*self._hidden, self._readout)}
 
     # -- learning -----------------------------------------------------------------------------------------------------
+    @property
+    def period(self) -> int:
+        """From one step of weight mirroring to the next."""
+        return self.mirror_every or 1
+
     @torch.no_grad()
     def updates(self, batch: Batch) -> Iterator[Update]:
         """Two passes; every layer's update comes as soon as its activity in the second pass is there.
@@ -380,10 +385,8 @@ class Pepita(Algorithm):
                 shape, generator=self.rng(inputs.device), device=inputs.device, dtype=inputs.dtype
             )
             noise -= noise.mean()
-            if layer is self._readout:
-                answer = layer.weights(noise).softmax(1)
-            else:
-                answer = self._answer(layer, noise, masks[i])
+            final = layer is self._readout
+            answer = layer.weights(noise).softmax(1) if final else self._answer(layer, noise, masks[i])
             old = self.get_buffer(f"mirror{i + 1}")
             mirrors.append(pepita.mirror_step(old, noise, answer, self.mirror_lr, self.mirror_decay))
         feedback, factor = pepita.compose(mirrors, self._deviation)

@@ -93,6 +93,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         schedule=make(cfg.schedule),
         meters=list(make(cfg.meter.sources).values()),
         idle_s=cfg.meter.idle_s,
+        warmup_steps=cfg.meter.get("warmup_steps", 0),  # older records have none
         runs_dir=folder_setting(cfg, "runs_dir"),
         max_epochs=max_epochs,
         trainer={str(k): v for k, v in trainer.items()},
@@ -127,6 +128,9 @@ def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: 
         raise UsageError(f"keep_model is {cfg.keep_model}, expected true or false")
     if type(cfg.meter.idle_s) not in (int, float) or cfg.meter.idle_s < 0:
         raise UsageError(f"meter.idle_s is {cfg.meter.idle_s}, expected seconds, 0 for no idle measurement")
+    warmup = cfg.meter.get("warmup_steps", 0)
+    if type(warmup) is not int or warmup < 0:
+        raise UsageError(f"meter.warmup_steps is {warmup}, expected a whole number, 0 for no warm-up")
     mode, target = cfg.compare.mode, cfg.compare.target
     if mode not in ("own", "matched", "target"):
         raise UsageError(f"compare.mode is {mode!r}, expected own, matched or target")

@@ -18,6 +18,7 @@ from locallearn.energy import EnergyCallback
 from locallearn.probe import probe_blocks
 from locallearn.records import RunFolder
 from locallearn.strategies.local import LocalStrategy, LocalTask
+from locallearn.study._costs import _Costs
 from locallearn.study.plan import CHECKPOINT, Interrupted, Plan
 
 
@@ -57,33 +58,21 @@ class _Recorder(pl.Callback):
 
     folder: RunFolder  # made once the settings have been found good
 
-    def __init__(self, plan: Plan, energy: EnergyCallback, probes: _Probes) -> None:
+    def __init__(self, plan: Plan, energy: EnergyCallback, probes: _Probes, costs: _Costs) -> None:
         self.plan = plan
         self.energy = energy
-        self.samples = 0
         self.probes = probes
+        self.costs = costs
         self.target: dict[str, Any] | None = None
         self.started = False
         self._strategy: LocalStrategy | None = None
         self._losses: dict[str, tuple[float, int]] = {}  # of the epoch in which a checkpoint was made
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = True
         self._strategy = cast(LocalStrategy, trainer.strategy)
         self._strategy.losses = self._losses
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.samples += len(batch[0])
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -99,7 +88,7 @@ class _Recorder(pl.Callback):
         for layer, figures in self.plan.algorithm.diagnostics().items():
             metrics |= {f"layer/{layer}/{name}": value for name, value in figures.items()}
         metrics["cost/train_s"] = self.energy.running_seconds()
-        metrics["cost/samples"] = self.samples
+        metrics["cost/samples"] = self.costs.samples
         joules = self.energy.running_joules()
         metrics |= {f"cost/energy_j/{source}": value for source, value in joules.items() if value is not None}
         self.folder.log(trainer.current_epoch, trainer.global_step, metrics)
@@ -112,11 +101,10 @@ class _Recorder(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         losses = {} if self._strategy is None else self._strategy.losses
-        return {"samples": self.samples, "target": self.target, "rows": self.folder.rows, "losses": losses}
+        return {"target": self.target, "rows": self.folder.rows, "losses": losses}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.samples = state_dict["samples"]
         self.target = state_dict["target"]
         self._losses = state_dict["losses"]
 
@@ -129,7 +117,7 @@ class _Recorder(pl.Callback):
         self.target = {
             task.metric: wanted,
             "seconds": metrics["cost/train_s"],
-            "samples": self.samples / len(self.plan.schedule.stages(self.plan.algorithm)),
+            "samples": self.costs.samples_per_unit,
             "joules": joules,
         }
         trainer.should_stop = True
@@ -188,7 +176,8 @@ class _Keeper(pl.Callback):
         if not self._stop.is_set() and now - self._saved_s <= self.plan.checkpoint_s:
             return
         self._saved_s = now
-        self.recorder.folder.write_with(CHECKPOINT, trainer.save_checkpoint)
+        with self.recorder.energy.paused():  # not training; nor is it where a run that is to stop ends
+            self.recorder.folder.write_with(CHECKPOINT, trainer.save_checkpoint)
         if self._stop.is_set():
             raise Interrupted
 

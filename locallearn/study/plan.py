@@ -47,6 +47,8 @@ class Plan:
         schedule: stages and stopping rule.
         meters: sources of joules, new ones for every run.
         idle_s: seconds to watch the idle machine before training, for net joules; 0 leaves net empty.
+        warmup_steps: steps of every stage on a copy before the meters start, so that what only a first step costs is not
+            measured; weights, order of data and draws are the same with and without.
         runs_dir: where the record goes.
         max_epochs: cap of every stage.
         trainer: further arguments of ``lightning.pytorch.Trainer``.
@@ -90,6 +92,7 @@ class Plan:
     target: float | None = None
     probe_samples: int = 1000
     checkpoint_s: float = 300.0
+    warmup_steps: int = 0
     evaluate_test: bool = True
     keep_model: bool = True
     resume: Path | None = None

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from locallearn.algorithms.base import Algorithm
-from locallearn.cost import measure_update
 from locallearn.energy import EnergyCallback, EnergyMonitor
 from locallearn.precision import multiplying
 from locallearn.records import Record, RunFolder, hardware, load_record, source, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask
 from locallearn.strategies.making import make_optimizers, make_schedulers
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
+from locallearn.study._costs import _Costs
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet, rehearse
 from locallearn.study.plan import CHECKPOINT, MODEL, SAMPLES, Interrupted, Plan
 
@@ -50,8 +50,9 @@ def _run(plan: Plan) -> Path:
     earlier = None if plan.resume is None else _Earlier.read(plan.resume)
     energy = EnergyCallback(EnergyMonitor(plan.meters, idle_s=plan.idle_s))
     probes = _Probes(plan)
-    recorder = _Recorder(plan, energy, probes)
-    task, trainer = _prepared(plan, [probes, energy, recorder, plan.schedule, _Keeper(plan, recorder)])
+    costs = _Costs(plan)
+    recorder = _Recorder(plan, energy, probes, costs)
+    task, trainer = _prepared(plan, [costs, probes, energy, recorder, plan.schedule, _Keeper(plan, recorder)])
     if earlier is not None:
         earlier.check(task)
     plan.data.prepare_data()
@@ -275,21 +276,13 @@ def _fit(
 def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Recorder) -> dict[str, Any]:
     """Cost of the training that has just ended; measuring an update happens after it, on a copy."""
     energy, stages = recorder.energy, plan.schedule.stages(plan.algorithm)
-    strategy = cast(LocalStrategy, trainer.strategy)
-    device, untrained = strategy.root_device, plan.schedule.untrained(plan.algorithm)
-    allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    batch = strategy.feed(task.to_batch(next(iter(plan.data.train_dataloader()))))
-    with trainer.precision_plugin.train_step_context():
-        update = measure_update(plan.algorithm, batch, plan.schedule.sequential)
+    untrained = plan.schedule.untrained(plan.algorithm)
     return {
         "cost": {
             "train_s": energy.seconds,
             "validation_s": energy.validation_seconds,
             "co2_g": energy.co2_g,
-            "update_flops": update.flops,
-            "activation_peak_bytes": update.activation_peak_bytes,
-            "allocated_peak_bytes": allocated,
-            "samples": recorder.samples / len(stages),
+            **recorder.costs.figures(trainer, task),
             "energy_j": {reading.source: reading.joules for reading in energy.readings},
         },
         "energy": [reading.to_dict() for reading in energy.readings],
@@ -297,4 +290,5 @@ def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Record
         # One entry per stage; the last one above 0 may be that of a stage which something else than the schedule ended.
         "epochs": [*plan.schedule.epochs_by_stage, *(0 for _ in stages[plan.schedule.stage :])],
         **({"untrained": untrained} if untrained else {}),
+        **({"notes": recorder.costs.notes} if recorder.costs.notes else {}),
     }

@@ -433,18 +433,27 @@ def test_one_layer_of_top_to_loss_is_one_layer_of_single_forward() -> None:
 
 
 def test_flops_are_those_of_the_cost_section() -> None:
-    """Of docs/algorithms/forward_gnn.md, with the aggregates of the first step on top."""
+    """Of docs/algorithms/forward_gnn.md: a step reads the kept aggregates and the kept prefix, which are made once."""
     nodes, labelled = NODES + CLASSES, len(TRAIN)
     edges = EDGES.shape[1] + 2 * labelled + nodes
     loss = 6 * labelled * CLASSES * WIDTH
-    first = 2 * edges * FEATURES + 4 * nodes * FEATURES * WIDTH + loss
+    aggregate = 2 * edges * FEATURES
+    first = 4 * nodes * FEATURES * WIDTH + loss
     second = 2 * edges * WIDTH + 4 * nodes * WIDTH**2 + loss
-    algorithm = _attached("sf", depth=2)
-    assert NODES * measure_update(algorithm, NODE_BATCH).flops == first + second
-    alone = 2 * edges * FEATURES + 4 * (labelled + CLASSES) * FEATURES * WIDTH + loss
-    prefix = 2 * edges * FEATURES + 2 * nodes * FEATURES * WIDTH
-    in_turn = 2 * edges * WIDTH + 4 * (labelled + CLASSES) * WIDTH**2 + loss
-    assert NODES * measure_update(algorithm, NODE_BATCH, sequential=True).flops == alone + prefix + in_turn
+    joint = measure_update(_attached("sf", depth=2), NODE_BATCH)
+    assert NODES * joint.flops == first + second
+    assert joint.once_flops == aggregate
+    alone = 4 * (labelled + CLASSES) * FEATURES * WIDTH + loss
+    prefix = (
+        aggregate + 2 * nodes * FEATURES * WIDTH
+    )  # the first layer's aggregate is of the labelled nodes' rows alone
+    in_turn = 4 * (labelled + CLASSES) * WIDTH**2 + loss
+    cost = measure_update(_attached("sf", depth=2), NODE_BATCH, sequential=True)
+    assert [NODES * stage.update_flops for stage in cost.stages] == [alone, in_turn]
+    assert cost.once_flops == cost.stages[0].once_flops + cost.stages[1].once_flops
+    assert cost.stages[0].once_flops == aggregate
+    assert cost.stages[1].once_flops == prefix + 2 * edges * WIDTH
+    assert cost.cache_bytes > 0
 
 
 def test_a_frozen_layer_rests_and_is_run_once_for_all_steps() -> None:

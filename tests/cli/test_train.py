@@ -39,7 +39,7 @@ def test_every_algorithm_leaves_a_complete_record(algorithm: str, cli: Cli, tmp_
     assert record["locality"] == _CLAIMS[algorithm]
     for part in ("validation", "test"):
         assert 0 <= record[part]["accuracy"] <= 1
-    assert set(record["cost"]) == {*COST_COLUMNS, "energy_j"}
+    assert set(record["cost"]) == {*COST_COLUMNS, "energy_j", "stages", "uncounted"}
     assert len(record["energy"]) >= 2  # counters and a model, readable or not
     for reading in record["energy"]:
         assert reading["quality"] in ("measured", "modelled")

@@ -1,3 +1,4 @@
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,37 @@ def test_saving_without_validation_is_not_counted(clock: Any, tmp_path: Path) ->
     energy = _fit(clock, [checkpoint], epochs=2, limit_val_batches=0)
     assert energy.seconds == 2 * BATCHES * TRAIN_S
     assert energy.validation_seconds == 0.0
+
+
+@pytest.mark.parametrize("when", [{"every_n_train_steps": 2}, {"train_time_interval": timedelta(0)}])
+def test_saving_between_two_steps_is_not_counted(clock: Any, tmp_path: Path, when: dict[str, Any]) -> None:
+    class Slow(ModelCheckpoint):
+        """Writing takes 100 s, once the checkpoint has been put together."""
+
+        def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+            super()._save_checkpoint(trainer, filepath)
+            clock.pass_by(SAVE_S)
+
+    began_s = clock()
+    energy = _fit(clock, [Slow(tmp_path, save_top_k=-1, **when)], epochs=2)
+    assert clock() - began_s >= 2 * SAVE_S
+    assert energy.seconds == 2 * BATCHES * TRAIN_S
+    assert energy.readings[0].joules == pytest.approx(POWER_W * energy.seconds)
+
+
+def test_what_is_said_to_be_paused_is_not_counted(clock: Any, constant: Any) -> None:
+    energy = EnergyCallback(EnergyMonitor([ReplayMeter(constant(1.0), clock=clock)], clock=clock))
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    module: Any = None
+    with energy.paused():  # before training there is nothing to pause
+        clock.pass_by(7)
+    energy.on_train_start(trainer, module)
+    clock.pass_by(2)
+    with energy.paused():
+        clock.pass_by(100)
+    clock.pass_by(3)
+    energy.on_train_end(trainer, module)
+    assert energy.seconds == 5.0
 
 
 def test_validation_within_an_epoch(clock: Any, tmp_path: Path) -> None:

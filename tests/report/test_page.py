@@ -93,6 +93,18 @@ def test_the_headline_holds_means_spreads_and_paired_ratios(make: Make, show: Ca
     assert "mode: own" in page.text
 
 
+def test_flops_that_lack_something_are_marked_and_what_is_zero_is_shown(make: Make, show: Callable[..., Page]) -> None:
+    cost = {"train_s": 1.0, "train_flops": 4e9, "update_flops": 2e6, "once_flops": 0.0, "cache_bytes": 0}
+    lacking = cost | {"uncounted": ["aten._fft_c2c"]}
+    page = show(
+        [make(a, seed, cost=c) for a, c in (("mono_forward", lacking), ("backprop", cost)) for seed in (0, 1, 2)]
+    )
+    line = page.line(0, "mono_forward")
+    assert line["Training FLOPs, incomplete | GFLOP"].startswith("4.00")
+    assert line["FLOPs done once, incomplete | FLOP"].startswith("0")
+    assert "mono_forward: FLOPs without what aten._fft_c2c did" in page.text
+
+
 def test_every_chart_has_a_place_a_name_and_its_numbers(make: Make, show: Callable[..., Page]) -> None:
     page = show([make(a, seed) for a in ("mono_forward", "backprop") for seed in (0, 1, 2)])
     places = [attrs for tag, attrs in page.tags if "data-chart" in attrs]

@@ -124,7 +124,7 @@ def test_the_network_learns(make_plan: MakePlan) -> None:
 
 def test_the_cost_columns_are_those_of_the_protocol(make_plan: MakePlan) -> None:
     cost = _record(run(make_plan("mono_forward")))["cost"]
-    assert set(cost) == {*COST_COLUMNS, "energy_j"}
+    assert set(cost) == {*COST_COLUMNS, "energy_j", "stages", "uncounted"}
     assert cost["params"] == 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10
     assert cost["extra_params"] == 16 * 10  # the readout is the last block's projection
     assert cost["samples"] == 2 * 1293

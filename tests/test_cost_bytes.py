@@ -1,0 +1,193 @@
+"""Bytes that can be counted on one's fingers: checkpoints, contexts, hooks, caches, states."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from locallearn.cost import activation_bytes, bytes_of, cache_bytes, optimizer_bytes
+from locallearn.cost._bytes import Alive
+
+SAMPLES, WIDTH = 4, 8
+UNIT = 4 * SAMPLES * WIDTH
+
+
+def _segment() -> nn.Module:
+    """Keeps its input for the first weight, and what both squashed, for their own gradients and the second weight."""
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+
+def _peak(net: nn.ModuleList, how: dict[str, Any] | None) -> tuple[float, float, float]:
+    """In units: at the end of the forward pass, the peak, and what is left."""
+    x = torch.rand(SAMPLES, WIDTH, requires_grad=True)
+    with activation_bytes(net) as count:
+        h = x
+        for segment in net:
+            h = segment(h) if how is None else checkpoint(segment, h, **how)
+        loss = h.sum()
+        forward = count.current
+        del h
+        loss.backward()
+    return forward / UNIT, count.peak / UNIT, count.current / UNIT
+
+
+def test_a_plain_net_keeps_everything() -> None:
+    assert _peak(nn.ModuleList(_segment() for _ in range(4)), None) == (9, 9, 0)
+
+
+@pytest.mark.parametrize(
+    "how", [{"use_reentrant": False}, {"use_reentrant": True}, {"use_reentrant": False, "early_stop": False}]
+)
+def test_what_a_checkpoint_computes_again_counts(how: dict[str, Any]) -> None:
+    """Forward the inputs of all segments; backward beside them the two activations of the last one."""
+    if "early_stop" in how and torch.__version__ < "2.9":
+        pytest.skip("this release has no early_stop here")
+    forward, peak, left = _peak(nn.ModuleList(_segment() for _ in range(4)), how)
+    assert (forward, peak) == (4, 6)
+    if not how["use_reentrant"]:
+        assert left == 0
+
+
+def test_a_segment_in_a_segment_is_computed_again_in_parts() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(_segment() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.parts:
+                x = checkpoint(part, x, use_reentrant=False)
+            return x
+
+    forward, peak, left = _peak(nn.ModuleList([Outer(), Outer()]), {"use_reentrant": False})
+    # Inputs of both outer segments; of the second one its three inner inputs, one of them known; two inside the last one.
+    assert (forward, peak, left) == (2, 2 + 2 + 2, 0)
+
+
+def test_checkpoints_of_equal_parts_save_what_is_between_them() -> None:
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(16)))
+    x = torch.rand(SAMPLES, WIDTH, requires_grad=True)
+    peaks = {}
+    for parts in (1, 4):
+        with activation_bytes(net) as count:
+            y = checkpoint_sequential(net, parts, x, use_reentrant=False) if parts > 1 else net(x)
+            y.sum().backward()
+        peaks[parts] = count.peak / UNIT
+        del y
+    assert peaks[1] == 17
+    assert peaks[4] == 8  # the last part is not checkpointed: three inputs, its own one and its four activations
+
+
+class _Keeps(torch.autograd.Function):
+    """Keeps what it should save."""
+
+    how = "attribute"
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        doubled = x * 2
+        held = {
+            "attribute": doubled,
+            "list": [doubled, {"again": doubled}],
+            "object": SimpleNamespace(inside=doubled),
+            "closure": lambda: doubled,
+            "view": doubled[:1],
+        }
+        ctx.kept = held[_Keeps.how]
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+@pytest.mark.parametrize("how", ["attribute", "list", "object", "closure", "view"])
+def test_tensors_on_a_context_count_until_the_node_is_gone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Keeps, "how", how)
+    layer = nn.Linear(WIDTH, WIDTH)
+    with activation_bytes(layer) as count:
+        y = _Keeps.apply(layer(torch.rand(SAMPLES, WIDTH))).sum()
+        assert count.current == 2 * UNIT  # the layer's input, and what is kept
+        y.backward()
+        assert count.current == UNIT
+        del y
+        assert count.current == 0
+    assert torch.autograd.Function.apply.__module__ != "locallearn.cost._bytes"
+
+
+def test_hooks_of_others_are_charged_what_they_keep() -> None:
+    x = torch.rand(SAMPLES, WIDTH, requires_grad=True)
+    with activation_bytes(nn.Linear(1, 1)) as count:
+        with saved_tensors_hooks(lambda t: t.half(), lambda t: t.float()):
+            y = x.exp()
+        assert count.current == UNIT / 2
+        y.sum().backward()
+        del y
+        assert count.current == 0
+        with save_on_cpu():
+            y = x.exp()
+        assert count.current == UNIT
+        y.sum().backward()
+    with activation_bytes(nn.Linear(1, 1)) as count:
+        x.exp()
+    assert count.peak == UNIT
+
+
+def test_views_work_in_place_and_tensors_saved_twice_count_once() -> None:
+    x = torch.rand(SAMPLES, WIDTH, requires_grad=True)
+    with activation_bytes(nn.Linear(1, 1)) as count:
+        y = x * 1.0
+        whole = y[:, :2].exp() + y[:, 2:4].exp()  # two results of two columns
+        assert count.current == 2 * UNIT / 4
+        z = (x + 1).relu_()
+        again = z[:1].square() + z.square().sum()
+        assert count.current == 2 * UNIT / 4 + UNIT
+        (whole.sum() + again.sum()).backward()
+        assert count.current == 0
+
+
+def test_sparse_tensors_count_by_their_parts() -> None:
+    matrix = torch.eye(5).to_sparse()
+    right = torch.rand(5, 3, requires_grad=True)
+    with activation_bytes(nn.Linear(1, 1)) as count:
+        product = torch.sparse.mm(matrix, right)
+        assert count.current == bytes_of([matrix]) == 5 * 2 * 8 + 5 * 4
+        del product
+
+
+# -- caches and states --------------------------------------------------------------------------------------------------
+def test_what_is_kept_beside_weights_and_buffers_is_found() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    given = torch.rand(7)
+    assert cache_bytes(net) == 0
+    net[0].seen = {"a": [torch.zeros(10), given], "b": SimpleNamespace(x=torch.zeros(5), w=net[0].weight)}
+    assert cache_bytes(net, without=[given]) == 4 * 15
+    assert cache_bytes(net) == 4 * 22
+
+
+def test_bytes_of_optimizers_are_their_moments() -> None:
+    layer = nn.Linear(5, 3)
+    adam, sgd = torch.optim.Adam(layer.parameters()), torch.optim.SGD(layer.parameters(), lr=0.1)
+    assert optimizer_bytes([adam, sgd]) == 0
+    layer(torch.rand(2, 5)).sum().backward()
+    adam.step()
+    sgd.step()
+    steps = 2 * 4
+    assert optimizer_bytes([adam, sgd]) == 2 * 4 * (15 + 3) + steps
+
+
+def test_operators_get_their_keywords_under_watch() -> None:
+    with Alive(()) as alive:
+        made = torch.full((2,), 3.0, dtype=torch.float64)
+        other = made + made
+        assert made.dtype == other.dtype == torch.float64
+        assert alive.bytes() == 2 * 16
+        del made
+        assert alive.bytes() == 16
+        assert alive.bytes(without=[other]) == 0
