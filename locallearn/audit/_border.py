@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from locallearn.algorithms.base import Algorithm, Update
@@ -104,7 +103,9 @@ class Border(Trajectory):
         self._compare_label_path(twin)
         for name, now in self._gradients().items():
             before = self._before[name]
-            if name != unit and any(a is not b or m != n for (a, m), (b, n) in zip(before, now, strict=True) if b is not None):
+            if name != unit and any(
+                a is not b or m != n for (a, m), (b, n) in zip(before, now, strict=True) if b is not None
+            ):
                 self.reaches[unit].add(name)
         self._in_batch[unit] = self._in_batch.get(unit, 0) + self._engine.calls
         self.engine_ran = self.engine_ran or self._engine.calls > 0

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from locallearn.algorithms.base import Algorithm
 
-
 _LARGEST = 200_000  # objects that are looked at
 
 
@@ -180,7 +179,9 @@ def _difference(original: nn.Module, twin: nn.Module) -> str:
             return f"{name} is a {type(other).__name__} instead of a {type(module).__name__}"
         mine, its = vars(module), vars(other)
         for key in mine.keys() | its.keys():
-            simple = isinstance(mine.get(key), (bool, int, float, str)) or isinstance(its.get(key), (bool, int, float, str))
+            simple = isinstance(mine.get(key), (bool, int, float, str)) or isinstance(
+                its.get(key), (bool, int, float, str)
+            )
             a, b = mine.get(key), its.get(key)
             if simple and (type(a) is not type(b) or (a != b and a == a)):
                 return f"{key!r} of {name} is {b!r} instead of {a!r}"

@@ -32,6 +32,7 @@ class _Step(Observer):
     weights: dict[str, Tensor] = field(default_factory=dict)
     held: dict[str, Tensor] = field(default_factory=dict)
     outputs: list[bytes] = field(default_factory=list)
+    _hooks: list[Any] = field(default_factory=list)
     _network: dict[str, nn.Parameter] = field(default_factory=dict)
     _stepped: dict[str, list[nn.Parameter]] = field(default_factory=dict)
     _names: dict[int, str] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class _Step(Observer):
         named = {f"{name}.{path}": p for name, stage in stages(twin).items() for path, p in stage.named_parameters()}
         self._names = {id(p): name for name, p in named.items()}
         for module in {id(m): m for stage in stages(twin).values() for m in stage.modules()}.values():
-            module.register_forward_hook(self._note_output)
+            self._hooks.append(module.register_forward_hook(self._note_output))
         self._stepped = {unit: [p for g in groups for p in g["params"]] for unit, groups in twin.units().items()}
         self.moved = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named.items()}
         self._network = named
@@ -66,6 +67,8 @@ class _Step(Observer):
                 self.moved[self._names[id(p)]] += p.grad.detach().double().cpu()
 
     def finished(self, twin: Algorithm, number: int) -> None:
+        for hook in self._hooks:
+            hook.remove()
         self.weights = {name: p.detach().clone() for name, p in self._network.items()}
         self.held = {path: t.detach().clone() for path, t in held_by_rule(twin).items()}
 
@@ -116,9 +119,7 @@ class Effects:
         """Results that belong to the forward pass."""
         return len(self._pins)
 
-    def _run(
-        self, batch: Batch, change: Change | None = None, pinned: bool = False, late: bool = False
-    ) -> _Step:
+    def _run(self, batch: Batch, change: Change | None = None, pinned: bool = False, late: bool = False) -> _Step:
         twin = duplicate(self._algorithm)
         if change is not None and not late:
             change(twin)
@@ -195,7 +196,6 @@ class Effects:
             if place == 0:
                 continue
 
-
             def others(twin: Algorithm, later: str = later) -> None:
                 scale(matrices(stages(twin)[later]))
 
@@ -227,7 +227,7 @@ class Effects:
         return max(shares) > 0.95 if shares else otherwise
 
     def _jacobians(self, stage: str, later: str, until: str) -> tuple[Tensor, Tensor]:
-        """Derivatives of the output of ``until`` by the weights of ``stage``: as it is, and with other matrices in ``later``."""
+        """Derivatives of the output of ``until`` by the weights of ``stage``: as it is, and with others in ``later``."""
         plain, shifted = Tape(self._engine), Tape(self._engine)
         before = self._jacobian(plain, stage, until)
         self._jacobian(shifted, stage, until, moved(self.batch.inputs, 3), only_forward=True)
@@ -276,7 +276,9 @@ class Effects:
             carried |= self.changed(self.with_other(lambda twin, path=path: _zero(held_by_rule(twin)[path])))
         if not carried and not paths:
             for stage in stages(self._algorithm):
-                carried |= self.changed(self.with_other(lambda twin, stage=stage: _negate(matrices(stages(twin)[stage]))))
+                carried |= self.changed(
+                    self.with_other(lambda twin, stage=stage: _negate(matrices(stages(twin)[stage])))
+                )
             if not carried and not self._is_backpropagation():
                 return set()  # they are made anew from a seed, perhaps
         top = list(stages(self._algorithm))[-1]
@@ -364,11 +366,7 @@ def scale(tensors: Iterator[Tensor] | list[Tensor], seed: int = 5) -> None:
         tensor.mul_((0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor.device, tensor.dtype))
 
 
-
-
-def _forward(
-    plain: Tape, others: list[Tape], shifted: list[Tape], rows: int
-) -> Iterator[tuple[int, list[Tensor]]]:
+def _forward(plain: Tape, others: list[Tape], shifted: list[Tape], rows: int) -> Iterator[tuple[int, list[Tensor]]]:
     """Results of the forward pass by number: of samples, the same with ``others``' targets, not so with other inputs."""
     for number, results in enumerate(plain.results):
         if any(number >= len(t.names) or t.names[number] != plain.names[number] for t in (*others, *shifted)):

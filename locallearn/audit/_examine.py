@@ -186,7 +186,8 @@ class Examination:
                 continue
             other, _ = self._follow(hold=hold, kick=later.name)
             for name in found.parties:
-                when = next((i for i, (a, b) in enumerate(zip(plain.course[name], other.course[name])) if a != b), None)
+                course = zip(plain.course[name], other.course[name], strict=True)
+                when = next((i for i, (a, b) in enumerate(course) if a != b), None)
                 if when is not None:
                     found.since[later.name, name] = when
         found.depends = {name: found.directly(party) for name, party in found.parties.items()}
@@ -196,7 +197,10 @@ class Examination:
         self, hold: list[list[torch.Tensor]] | None = None, kick: str | None = None
     ) -> tuple[Trajectory, Algorithm]:
         return follow(
-            self._algorithm, self._driver, self._batches, Trajectory(hold, kick, self._warmup - 1 if self._warmup else -1)
+            self._algorithm,
+            self._driver,
+            self._batches,
+            Trajectory(hold, kick, self._warmup - 1 if self._warmup else -1),
         )
 
     # -- one batch ---------------------------------------------------------------------------------------------------
@@ -247,5 +251,6 @@ class Examination:
         if self._algorithm.label_path:
             seen = effects.label_path_sees()
             if seen:
-                raise Unfollowable(f"its label path does not run from the labels alone: what it computes changes with {seen}")
-
+                raise Unfollowable(
+                    f"its label path does not run from the labels alone: what it computes changes with {seen}"
+                )

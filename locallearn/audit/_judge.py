@@ -89,7 +89,9 @@ def judged(found: Findings) -> Audit:
         unit, step = found.infinite
         confirmed = False
         against = f"claims {algorithm.locality}, which cannot be confirmed"
-        reason = f"the gradients or weights of {unit!r} are not finite from step {step} on, and such values tell nothing"
+        reason = (
+            f"the gradients or weights of {unit!r} are not finite from step {step} on, and such values tell nothing"
+        )
     else:
         against = f"claims {algorithm.locality}, but is {verdict}"
     return Audit(

@@ -6,7 +6,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,9 @@ def _cloned(batch: Batch) -> Batch:
 def _varied(batch: Batch, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(batch.inputs), generator=generator)
-    some = torch.rand(len(rows), generator=generator) < 0.2  # here and there a sample comes twice and another is left out
+    some = (
+        torch.rand(len(rows), generator=generator) < 0.2
+    )  # here and there a sample comes twice and another is left out
     rows[some] = torch.randint(len(rows), (len(rows),), generator=generator)[some]
     chosen = rows_of(batch, rows)
     return chosen._replace(inputs=moved(chosen.inputs, seed))
@@ -297,10 +299,8 @@ class Driver:
                 raise _Skipped
             return update.loss
 
-        try:
+        with suppress(_Skipped):
             optimizer.step(closure)
-        except _Skipped:
-            pass
         optimizer.zero_grad()
 
 

@@ -173,9 +173,7 @@ class Tape(TorchDispatchMode):
         at_first_pin: called once, before the first operator whose result is replaced.
     """
 
-    def __init__(
-        self, engine: Engine, pins: dict[int, list[Tensor]] | None = None, names: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, engine: Engine, pins: dict[int, list[Tensor]] | None = None, names: Sequence[str] = ()) -> None:
         super().__init__()
         self.engine = engine
         self._pins = pins or {}

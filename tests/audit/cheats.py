@@ -65,7 +65,9 @@ class PerBlock(Algorithm):
     def weights(self, unit: str) -> list[nn.Parameter]:
         return list(stages(self)[unit].parameters())
 
-    def handed(self, batch: Batch, gradients: dict[nn.Parameter, Tensor], loss: Tensor | None = None) -> Iterator[Update]:
+    def handed(
+        self, batch: Batch, gradients: dict[nn.Parameter, Tensor], loss: Tensor | None = None
+    ) -> Iterator[Update]:
         for unit in self.units():
             yield Update(unit, loss, {p: gradients[p] for p in self.weights(unit)})
 
@@ -228,7 +230,9 @@ class HandedOver(PerBlock):
     def updates(self, batch: Batch) -> Iterator[Update]:
         loss = self._loss(self.blocks(batch.inputs), batch.targets)
         weights = list(self.blocks.parameters())
-        yield from self.handed(batch, dict(zip(weights, torch.autograd.grad(loss, weights), strict=True)), loss.detach())
+        yield from self.handed(
+            batch, dict(zip(weights, torch.autograd.grad(loss, weights), strict=True)), loss.detach()
+        )
 
 
 @everywhere(COUPLED, FORWARD)
@@ -254,7 +258,9 @@ class ByTheEngineItself(PerBlock):
             loss = self._loss(self.blocks(batch.inputs), batch.targets)
             engine = torch.autograd.Variable._execution_engine
             weights = tuple(stage.parameters())
-            gradients = engine.run_backward((loss,), (torch.ones(()),), False, False, weights, True, accumulate_grad=False)
+            gradients = engine.run_backward(
+                (loss,), (torch.ones(()),), False, False, weights, True, accumulate_grad=False
+            )
             yield Update(unit, loss.detach(), dict(zip(weights, gradients, strict=True)))
 
 
@@ -543,7 +549,9 @@ class LooksAhead(MonoForward):
         if index + 1 < len(self.blocks):
             weight, bias = (p.detach() for p in self.blocks[index + 1].parameters())
             above = F.linear(output, weight, bias).relu()
-            return super().local_loss(index + 1, above, batch) if index + 2 < len(self.blocks) else above.square().mean()
+            return (
+                super().local_loss(index + 1, above, batch) if index + 2 < len(self.blocks) else above.square().mean()
+            )
         return super().local_loss(index, output, batch)
 
 
@@ -591,9 +599,10 @@ class ByADefault(Leaky):
     def build(self, task: TaskInfo) -> None:
         super().build(task)
 
-        def look(last: Any = self.blocks[len(self.blocks) - 1]) -> Tensor:
+        def look(last: Any = None) -> Tensor:
             return next(last.parameters()).detach().norm()
 
+        look.__defaults__ = (self.blocks[len(self.blocks) - 1],)
         self._look = look
 
     def knows(self, batch: Batch) -> Tensor | float:
