@@ -100,13 +100,17 @@ class Effects:
         self._driver = Driver(driver.randomness, sgd, driver.context)
         self.batch = _small(algorithm, batch)
         self._engine = Engine()
-        self._rows = 1 if batch.context or batch.rows is not None else len(self.batch.inputs)
         self._pins: dict[int, list[Tensor]] = {}
         self._names: list[str] = []
-        plain = self._run(self.batch)
+        try:
+            plain = self._run(self.batch)
+        except (ValueError, RuntimeError):  # what it remembers has the size of the batches that it knows
+            self.batch = batch
+            plain = self._run(batch)
         self.moved = plain.moved
         self._names = plain.tape.names
         self.plain = plain
+        self._rows = 1 if batch.context or batch.rows is not None else len(self.batch.inputs)
         try:
             other = self._run(self.batch._replace(targets=_other(self.batch.targets))).tape
             shifted = self._run(self.batch._replace(inputs=moved(self.batch.inputs, 3))).tape
@@ -158,11 +162,11 @@ class Effects:
 
         early = self.with_other(others)
         found = self.changed(early)
-        return set() if found and self._mirrors(early, others) else found
+        return set() if found and self._mirrors(early, others, found) else found
 
-    def _mirrors(self, early: _Step, others: Change) -> bool:
-        """Whether a change acts only through what the rule learns of the matrices from noise, before the forward pass."""
-        if self.changed(self.with_other(others, late=True)):
+    def _mirrors(self, early: _Step, others: Change, found: set[str]) -> bool:
+        """Whether these weights answer only to what the rule learns of the matrices from noise, before the forward pass."""
+        if self.changed(self.with_other(others, late=True)) & found:
             return False
         followers = [path for path, t in early.held.items() if bits([t]) != bits([self.plain.held[path]])]
         copies = [path for path in followers if self._is_copy(early.held[path] - self.plain.held[path])]
@@ -200,7 +204,8 @@ class Effects:
                 scale(matrices(stages(twin)[later]))
 
             step = self.with_other(others)
-            if not self.changed(step) or self._mirrors(step, others):
+            below = {key for key in self.changed(step) if key.partition(".")[0] in names[:place]}
+            if not below or self._mirrors(step, others, below):
                 continue
             for name in names[:place]:
                 own, now = self.of_stage(self.plain, name), self.of_stage(step, name)
