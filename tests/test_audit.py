@@ -246,4 +246,4 @@ def test_the_audit_looks_at_a_network_that_has_begun_to_learn() -> None:
             return MonoForward.local_loss(self, index, output, batch)
 
     assert audit(_attached(SleepsAtFirst()), BATCH).verdict is Locality.COUPLED
-    assert audit(_attached(SleepsAtFirst()), BATCH, warmup=0).verdict is Locality.LAYER_LOCAL
+    assert audit(_attached(SleepsAtFirst()), BATCH, batches=8, warmup=0).verdict is Locality.LAYER_LOCAL

@@ -24,6 +24,8 @@ class Locality(StrEnum):
 
     LAYER_LOCAL = "layer-local"
     """No autograd edge between blocks; a unit's gradient is bit-equal whatever later blocks hold."""
+    GROUP_LOCAL = "group-local"
+    """A unit holds several blocks with one loss of its own: layer-local with larger blocks."""
     COUPLED = "gradient-isolated, parameter-coupled"
     """No autograd edge between blocks, but a unit's gradient depends on what later blocks hold."""
     FORWARD_ONLY = "forward-only"

@@ -498,6 +498,8 @@ def audit(words: list[str]) -> int:
     from rich.table import Table
 
     from locallearn.audit import audit as audited
+    from locallearn.batch import Batch
+    from locallearn.precision import multiplying
     from locallearn.strategies.local import make_optimizers
     from locallearn.study.train import attached_task
 
@@ -509,8 +511,17 @@ def audit(words: list[str]) -> int:
         generator = torch.Generator().manual_seed(plan.seed)
         labels = torch.randint(plan.data.classes, (64,), generator=generator)
         batch = task.to_batch((torch.rand(64, *plan.data.shape, generator=generator), labels))
-    result = audited(plan.algorithm, batch, optimizers=partial(make_optimizers, make=plan.optimizer))
-    table = Table(title=f"{choices['algorithm']} on {choices['net']}", title_justify="left")
+    plugin = _precision(str(plan.trainer.get("precision", "32-true")))
+    plugin.convert_module(plan.algorithm)
+    with multiplying(plan.matmul_precision):
+        result = audited(
+            plan.algorithm,
+            Batch(*plugin.convert_input(tuple(batch))),
+            optimizers=partial(make_optimizers, make=plan.optimizer),
+            context=plugin.train_step_context,
+        )
+    title = f"{choices['algorithm']} on {choices['net']}, precision {plugin.precision}"
+    table = Table(title=title, title_justify="left")
     for heading in ("unit", "weights", "gradient reaches", "changes with later", "backward calls"):
         table.add_column(heading, justify="right" if heading in ("weights", "backward calls") else "left")
     for unit in result.units:
@@ -524,9 +535,21 @@ def audit(words: list[str]) -> int:
     console = Console()
     console.print(table)
     console.print(f"broadcast to all blocks: {result.broadcast}", highlight=False)
+    console.print("not seen: " + "; ".join(result.limits), highlight=False)
     word = "confirmed" if result.confirmed else "REFUTED"
     console.print(f"claim: {result.claim}: {word}; {result.reason}", highlight=False)
     return 0 if result.confirmed else 1
+
+
+def _precision(name: str) -> Any:
+    """Lightning's plugin of this precision on a CPU, where an audit runs."""
+    from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+
+    if name in ("64-true", "64"):
+        return DoublePrecision()
+    if name == "bf16-true":
+        return HalfPrecision("bf16-true")
+    return MixedPrecision("bf16-mixed", "cpu") if name in ("bf16-mixed", "bf16") else Precision()
 
 
 def bench(words: list[str]) -> int:

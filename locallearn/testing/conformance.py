@@ -88,7 +88,7 @@ class AlgorithmConformance:
     # -- locality and memory ------------------------------------------------------------------------------------------
     def test_audit_confirms_the_claim(self, attached: Callable[..., Algorithm], batches: list[Batch]) -> None:
         """What the algorithm says about locality is what is seen."""
-        result = audit(attached(), batches[0])
+        result = audit(attached(), batches[:2], batches=5, warmup=7)
         assert result.confirmed, result.reason
 
     def test_no_graph_is_left_alive(self, attached: Callable[..., Algorithm], batches: list[Batch]) -> None:

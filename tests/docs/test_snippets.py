@@ -125,6 +125,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
         _learns_at_the_stated_cost(names) and bool(names["angle"] < 30)
     ),
     "docs/architecture.md": _architecture,
+    "docs/audit.md": lambda names: bool(names["result"].confirmed and names["result"].verdict is Locality.LAYER_LOCAL),
     "docs/graphs.md": lambda names: bool(names["accuracy"] > 0.5 and names["auc"] > 0.7),
     "docs/own-network.md": _own_network,
     "docs/records.md": lambda names: bool(names["same"]),

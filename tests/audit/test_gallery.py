@@ -1,0 +1,134 @@
+"""The gallery: every cheat is caught, every oddity is confirmed, and nobody's rule is changed by being looked at."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from locallearn.algorithms import Algorithm, Locality, MonoForward
+from locallearn.audit import audit
+from locallearn.audit._judge import STRICTNESS
+from locallearn.batch import Batch
+from tests.audit.cheats import _GLOBAL, _REGISTRY, CHEATS, attached
+from tests.audit.oddities import ODDITIES
+
+_DRAW = torch.Generator().manual_seed(0)
+BATCH = Batch(torch.randn(16, 12, generator=_DRAW), torch.randint(3, (16,), generator=_DRAW))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    yield
+    _GLOBAL.clear()
+    _REGISTRY.clear()
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_is_caught(name: str) -> None:
+    make, claim = CHEATS[name]
+    warmup = 56 if "Sixty" in name else 6
+    result = audit(attached(make(), BATCH), BATCH, batches=8, warmup=warmup)
+    assert not result.confirmed
+    assert result.claim is claim
+    assert str(claim) in result.reason
+
+
+@pytest.mark.parametrize("name", ODDITIES)
+def test_an_oddity_is_confirmed(name: str) -> None:
+    make, claim = ODDITIES[name]
+    result = audit(attached(make(), BATCH), BATCH, batches=8, warmup=6)
+    assert result.confirmed, result.reason
+    assert result.verdict is claim
+
+
+def test_the_gallery_is_large() -> None:
+    assert len(CHEATS) >= 20
+    assert len(ODDITIES) >= 10
+
+
+@pytest.mark.parametrize("name", ["NumpyNoise", "ByAClosureOfItsOwnBlock", "WithBatchNorm", "ChangesItsInputs"])
+def test_the_rule_its_data_and_all_generators_are_left_as_they_were(name: str) -> None:
+    algorithm = attached(ODDITIES[name][0](), BATCH)
+    before = {key: value.clone() for key, value in algorithm.state_dict().items() if isinstance(value, Tensor)}
+    inputs = BATCH.inputs.clone()
+    states = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    audit(algorithm, BATCH, batches=3, warmup=2)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all()
+    assert states[2] == random.getstate()
+    assert torch.equal(inputs, BATCH.inputs)
+    after = algorithm.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert all(p.grad is None for p in algorithm.parameters())
+
+
+class _NotFinite(MonoForward):
+    def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:
+        return super().local_loss(index, output, batch) + (0.0 * output.sum()).sqrt()
+
+
+def test_a_gradient_that_is_not_finite_is_told_and_no_difference_is_made_of_it() -> None:
+    result = audit(attached(_NotFinite(), BATCH), BATCH, batches=3, warmup=2)
+    assert not result.confirmed
+    assert "not finite" in result.reason
+    assert "changes with" not in result.reason
+
+
+def test_a_rate_too_large_is_made_smaller() -> None:
+    def wild(algorithm: Algorithm) -> dict[str, torch.optim.Optimizer]:
+        return {unit: torch.optim.SGD(groups, lr=1e30) for unit, groups in algorithm.units().items()}
+
+    assert audit(attached(MonoForward(), BATCH), BATCH, batches=3, warmup=3, optimizers=wild).confirmed
+
+
+_ORDER = [Locality.GLOBAL, Locality.FEEDBACK, Locality.COUPLED, Locality.GROUP_LOCAL, Locality.LAYER_LOCAL]
+
+
+def test_the_order_of_claims_is_total() -> None:
+    assert sorted(STRICTNESS, key=STRICTNESS.__getitem__) == _ORDER
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [("FrozenInTheMiddle", Locality.LAYER_LOCAL), ("ScaledByTheBlockAbove", Locality.COUPLED)],
+)
+def test_a_verdict_confirms_what_is_not_stricter_and_nothing_else(name: str, verdict: Locality) -> None:
+    for claim in _ORDER:
+        rule = type("Rule", (ODDITIES[name][0],), {"locality": property(lambda self, claim=claim: claim)})
+        result = audit(attached(rule(), BATCH), BATCH, batches=2, warmup=1)
+        assert result.verdict is verdict
+        assert result.confirmed is (_ORDER.index(claim) <= _ORDER.index(verdict)), claim
+
+
+def test_what_cannot_be_seen_is_said() -> None:
+    result = audit(attached(MonoForward(), BATCH), BATCH, batches=1, warmup=0)
+    assert result.confirmed
+    assert any("recognises the audit" in limit for limit in result.limits)
+
+
+def test_several_batches_are_taken() -> None:
+    some = [Batch(BATCH.inputs[i : i + 8], BATCH.targets[i : i + 8]) for i in (0, 8)]
+    assert audit(attached(MonoForward(), BATCH), iter(some), batches=3, warmup=2).confirmed
+    with pytest.raises(ValueError, match="needs a Batch"):
+        audit(attached(MonoForward(), BATCH), [])
+    with pytest.raises(ValueError, match="at least 1"):
+        audit(attached(MonoForward(), BATCH), BATCH, batches=0)
+
+
+def test_batches_are_the_same_the_old_ones_and_new_ones() -> None:
+    from locallearn.audit._replay import Batches
+
+    run = list(Batches([BATCH], 10))
+    assert run[1] is run[0]
+    assert run[4] is run[3]
+    assert run[5] is not run[0]
+    assert torch.equal(run[5].inputs, BATCH.inputs)
+    new = [run[2], run[3], run[7], run[8]]
+    assert all(not torch.equal(a.inputs, b.inputs) for a, b in itertools.combinations(new, 2))
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(run, Batches([BATCH], 10), strict=True))
