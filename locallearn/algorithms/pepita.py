@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, refuse_made_weights
+from locallearn.algorithms.base import (
+    Algorithm,
+    Locality,
+    ParamGroup,
+    TaskInfo,
+    Update,
+    output_layer,
+    refuse_made_weights,
+)
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import pepita
