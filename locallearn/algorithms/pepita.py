@@ -388,10 +388,8 @@ class Pepita(Algorithm):
                 shape, generator=self.rng(inputs.device), device=inputs.device, dtype=inputs.dtype
             )
             noise -= noise.mean()
-            if layer is self._readout:
-                answer = layer.weights(noise).softmax(1)
-            else:
-                answer = self._answer(layer, noise, masks[i])
+            last = layer is self._readout
+            answer = layer.weights(noise).softmax(1) if last else self._answer(layer, noise, masks[i])
             old = self.get_buffer(f"mirror{i + 1}")
             mirrors.append(pepita.mirror_step(old, noise, answer, self.mirror_lr, self.mirror_decay))
         feedback, factor = pepita.compose(mirrors, self._deviation)
