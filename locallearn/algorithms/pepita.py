@@ -340,8 +340,9 @@ class Pepita(Algorithm):
 
     def _gradients(self, layer: _Layer, post: Tensor, pre: Tensor) -> dict[nn.Parameter, Tensor]:
         module = layer.weights
-        weight, bias = module.weight, module.bias
-        gradients = {} if bias is None else {bias: pepita.bias_correlation(post, self.reduction)}
+        held = dict(module.named_parameters())  # these and no others: refused where it was taken apart
+        weight = held.pop("weight")
+        gradients = {bias: pepita.bias_correlation(post, self.reduction) for bias in held.values()}
         if isinstance(module, nn.Linear):
             gradients[weight] = pepita.correlation(post, pre)
         else:
@@ -467,7 +468,7 @@ def _taken_apart(name: str, block: nn.Module) -> _Layer:
     after: list[nn.Module] = []
     weights: nn.Linear | nn.Conv2d | None = None
     for module in _members(block):
-        if isinstance(module, nn.Linear | nn.Conv2d) and not is_lazy(getattr(module, "weight", None)):
+        if isinstance(module, nn.Linear | nn.Conv2d) and not any(map(is_lazy, module.parameters())):
             refuse_made_weights(name, module, "PEPITA")
             if weights is not None:
                 raise ValueError(
