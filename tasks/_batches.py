@@ -26,7 +26,7 @@ class Augment:
     Args:
         pad: pixels added on each side before cropping, so that an image moves by at most ``pad``; 0 never moves it.
         flip: whether to flip.
-        padding_mode: ``zeros`` pads with black, ``reflect`` mirrors the image at its border.
+        padding_mode: ``zeros`` pads with black, ``reflect`` mirrors the image at its border, ``replicate`` repeats the border.
 
     Raises:
         ValueError: for a negative ``pad``, an unknown ``padding_mode``, or settings that change nothing.
@@ -34,13 +34,13 @@ class Augment:
 
     pad: int = 4
     flip: bool = True
-    padding_mode: Literal["zeros", "reflect"] = "zeros"
+    padding_mode: Literal["zeros", "reflect", "replicate"] = "zeros"
 
     def __post_init__(self) -> None:
         if self.pad < 0:
             raise ValueError(f"Augment got pad={self.pad}; give a number of pixels of at least 0.")
-        if self.padding_mode not in ("zeros", "reflect"):
-            raise ValueError(f"Augment got padding_mode={self.padding_mode!r}; choose zeros or reflect.")
+        if self.padding_mode not in ("zeros", "reflect", "replicate"):
+            raise ValueError(f"Augment got padding_mode={self.padding_mode!r}; choose zeros or reflect, or replicate.")
         if self.pad == 0 and not self.flip:
             raise ValueError("Augment(pad=0, flip=False) changes nothing; leave the augmentation out instead.")
 
@@ -83,6 +83,10 @@ class Augment:
             return images
         if self.padding_mode == "zeros":
             return F.pad(images, (pad, pad, pad, pad))
+        if self.padding_mode == "replicate":
+            rows, columns = (torch.arange(-pad, side + pad, device=images.device) for side in images.shape[2:])
+            rows, columns = rows.clamp(0, images.shape[2] - 1), columns.clamp(0, images.shape[3] - 1)
+            return images.index_select(2, rows).index_select(3, columns)
         # torch's own reflection refuses uint8 on some devices.
         tall = torch.cat([images[:, :, 1 : pad + 1].flip(2), images, images[:, :, -pad - 1 : -1].flip(2)], dim=2)
         return torch.cat([tall[..., 1 : pad + 1].flip(3), tall, tall[..., -pad - 1 : -1].flip(3)], dim=3)

@@ -54,6 +54,9 @@ class ImageFacts:
     reader: str | None = None
 
 
+IMAGENET_SCALE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Means and standard deviations of ImageNet's channels as torchvision's models have them."""
+
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 DATASETS: Mapping[str, ImageFacts] = MappingProxyType(

@@ -12,6 +12,7 @@ from locallearn.tasks._batches import MEMORY_BUDGET_BYTES, Augment, BatchLoader
 from locallearn.tasks._data import MemoryData
 from locallearn.tasks._image_files import (
     DATASETS,
+    IMAGENET_SCALE,
     DataMissing,
     DataStatus,
     ImageFacts,
@@ -81,7 +82,7 @@ class ImageData(MemoryData):
             all seeds of a study are judged on the same samples.
         seed: of order and augmentation.
         normalize: ``unit`` gives inputs in ``[0, 1]``; ``standard`` subtracts the channel means of ``DATASETS`` and
-            divides by its standard deviations.
+            divides by its standard deviations; ``imagenet`` does so with those of ImageNet, for images of three channels.
         augment: augmentation of the training batches.
         flatten: hand out images as vectors ``(N, D)`` instead of ``(N, C, H, W)``.
         limit_train: keep only that many training samples, the same share of every class; ``None`` keeps all.
@@ -106,7 +107,7 @@ class ImageData(MemoryData):
         validation: int | float = 0.1,
         split_seed: int = 0,
         seed: int = 0,
-        normalize: Literal["unit", "standard"] = "unit",
+        normalize: Literal["unit", "standard", "imagenet"] = "unit",
         augment: Augment | None = None,
         flatten: bool = False,
         limit_train: int | None = None,
@@ -119,8 +120,10 @@ class ImageData(MemoryData):
         _check_at_least("eval_batch_size", eval_batch_size, 1)
         _check_at_least("split_seed", split_seed, 0)
         _check_at_least("seed", seed, 0)
-        if normalize not in ("unit", "standard"):
-            raise ValueError(f"normalize={normalize!r} is unknown; choose unit or standard.")
+        if normalize not in ("unit", "standard", "imagenet"):
+            raise ValueError(f"normalize={normalize!r} is unknown; choose unit or standard, or imagenet.")
+        if normalize == "imagenet" and facts.shape[0] != 3:
+            raise ValueError(f"normalize=imagenet is for images of three channels, and {name} has {facts.shape[0]}.")
         available = facts.train_samples - self._validation_samples
         if limit_train is not None and not 1 <= limit_train <= available:
             raise ValueError(f"limit_train={limit_train} is out of range; {name} leaves 1 to {available} for training.")
@@ -131,7 +134,8 @@ class ImageData(MemoryData):
         self._data_dir = data_dir
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._split_seed, self._seed = split_seed, seed
-        self._scale = (facts.mean, facts.std) if normalize == "standard" else None
+        scales = {"unit": None, "standard": (facts.mean, facts.std), "imagenet": IMAGENET_SCALE}
+        self._scale = scales[normalize]
         self._augment, self._flatten = augment, flatten
         self._limit_train, self._memory_budget = limit_train, memory_budget
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}

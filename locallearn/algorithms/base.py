@@ -359,7 +359,7 @@ def refuse_made_weights(name: str, layer: nn.Module, owner: str) -> None:
     """Make sure that a linear or convolutional layer multiplies by the very parameters that it holds.
 
     Weight and spectral normalisation, pruning and other parametrizations make a layer's weight from other parameters in every
-    pass. A rule that steps the weight itself, or mirrors it, would train something that the next pass overwrites.
+    pass. A rule that steps the weight itself would train something that the next pass overwrites.
 
     Args:
         name: of the block, for the message.

@@ -174,8 +174,10 @@ class CounterCurrent(Algorithm):
         self._loss = task.loss
         before: list[_Layer] = []
         self.feedback = nn.ModuleList()
-        for (name, _), layers in zip(stages, traced, strict=True):
-            self.feedback.append(_mirror(name, layers, before))
+        for i, ((name, _), layers) in enumerate(zip(stages, traced, strict=True)):
+            # What makes the image at the feedback network's end has its counterpart in the readout, which makes the other one.
+            counterpart = traced[-1] if i == 0 and self.kind == "autoencoder" else layers
+            self.feedback.append(_mirror(name, layers, before, biased=_weights(counterpart).bias is not None))
             before = layers
         for path, module in self.blocks.named_modules():
             if isinstance(module, _NORMS) and any(p.requires_grad for p in module.parameters()):
@@ -319,13 +321,20 @@ class CounterCurrent(Algorithm):
         return group if self.feedback_lr is None else {**group, "lr": self.feedback_lr}
 
     def _initialise(self) -> None:
-        """PyTorch's own range, or the code's for autoencoders: orthogonal, quiet where maps grow, zero at the image."""
+        """PyTorch's own range, or the code's for autoencoders: orthogonal, quiet where maps grow, zero at the image.
+
+        Biases start at zero, those of an autoencoder's feedback in PyTorch's own range.
+        """
         initialise(self.feedback, "orthogonal" if self.kind == "autoencoder" else "kaiming_uniform")
         if self.kind != "autoencoder":
             return
         with torch.no_grad():
             for i, layer in enumerate(self.feedback):
                 modules = list(layer.modules())
+                for module in modules:
+                    if isinstance(module, nn.Conv2d) and module.bias is not None:
+                        bound = module.weight[0].numel() ** -0.5
+                        nn.init.uniform_(module.bias, -bound, bound)
                 if any(isinstance(module, nn.Upsample) for module in modules):
                     for module in modules:
                         if isinstance(module, nn.Conv2d):
@@ -455,14 +464,19 @@ def _refuse_order(name: str, layers: list[_Layer]) -> None:
             raise ValueError(f"{name!r} has nn.Upsample elsewhere than right in front of its convolution: put it there")
 
 
-def _mirror(name: str, layers: list[_Layer], before: list[_Layer]) -> nn.Sequential:
+def _weights(layers: list[_Layer]) -> nn.Linear | nn.Conv2d:
+    """The layer of a block that learns."""
+    return next(layer.module for layer in layers if isinstance(layer.module, _WEIGHTS))
+
+
+def _mirror(name: str, layers: list[_Layer], before: list[_Layer], biased: bool) -> nn.Sequential:
     """The way back through a block, ending with the normalisation and activation of the block before it."""
     finish = [_finish(layer.module) for layer in before if isinstance(layer.module, (*_NORMS, *_ACTIVATIONS))]
     normed = [i for i, layer in enumerate(before) if isinstance(layer.module, _NORMS)]  # takes every bias out again
     for layer in before[normed[0] :] if normed else ():
         if isinstance(layer.module, nn.Flatten) and layer.before != layer.after:  # what is normalised are maps
             finish = [nn.Unflatten(1, tuple(layer.before)), *finish, nn.Flatten()]
-    return nn.Sequential(*_reversed(name, layers, bias=not normed), *finish)
+    return nn.Sequential(*_reversed(name, layers, bias=biased and not normed), *finish)
 
 
 def _reversed(name: str, layers: list[_Layer], bias: bool) -> Iterator[nn.Module]:
@@ -473,7 +487,7 @@ def _reversed(name: str, layers: list[_Layer], bias: bool) -> Iterator[nn.Module
                 raise ValueError(f"{name!r} flattens some dimensions only, which has no mirror here: use nn.Flatten()")
             yield nn.Unflatten(1, tuple(before))
         elif isinstance(module, nn.Linear):
-            yield nn.Linear(module.out_features, module.in_features, bias=bias and module.bias is not None)
+            yield nn.Linear(module.out_features, module.in_features, bias=bias)
         elif isinstance(module, _POOLS):
             yield nn.Upsample(size=tuple(before[1:]))
         elif isinstance(module, nn.Conv2d):
@@ -481,7 +495,7 @@ def _reversed(name: str, layers: list[_Layer], bias: bool) -> Iterator[nn.Module
             if grown is None and before[1:] != after[1:]:
                 yield nn.Upsample(size=tuple(before[1:]))
             strides = (1, 1) if grown is None else _strides(name, grown)
-            yield _reversed_convolution(name, module, strides, bias and module.bias is not None)
+            yield _reversed_convolution(name, module, strides, bias)
 
 
 def _reversed_convolution(name: str, layer: nn.Conv2d, stride: tuple[int, int], bias: bool) -> nn.Conv2d:

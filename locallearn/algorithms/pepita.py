@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, refuse_made_weights
+from locallearn.algorithms.base import (
+    Algorithm,
+    Locality,
+    ParamGroup,
+    TaskInfo,
+    Update,
+    output_layer,
+    refuse_made_weights,
+)
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import pepita
@@ -337,8 +345,9 @@ class Pepita(Algorithm):
 
     def _gradients(self, layer: _Layer, post: Tensor, pre: Tensor) -> dict[nn.Parameter, Tensor]:
         module = layer.weights
-        weight, bias = module.weight, module.bias
-        gradients = {} if bias is None else {bias: pepita.bias_correlation(post, self.reduction)}
+        held = dict(module.named_parameters())  # these and no others: refused where it was taken apart
+        weight = held.pop("weight")
+        gradients = {bias: pepita.bias_correlation(post, self.reduction) for bias in held.values()}
         if isinstance(module, nn.Linear):
             gradients[weight] = pepita.correlation(post, pre)
         else:
@@ -385,8 +394,8 @@ class Pepita(Algorithm):
                 shape, generator=self.rng(inputs.device), device=inputs.device, dtype=inputs.dtype
             )
             noise -= noise.mean()
-            final = layer is self._readout
-            answer = layer.weights(noise).softmax(1) if final else self._answer(layer, noise, masks[i])
+            last = layer is self._readout
+            answer = layer.weights(noise).softmax(1) if last else self._answer(layer, noise, masks[i])
             old = self.get_buffer(f"mirror{i + 1}")
             mirrors.append(pepita.mirror_step(old, noise, answer, self.mirror_lr, self.mirror_decay))
         feedback, factor = pepita.compose(mirrors, self._deviation)
@@ -464,7 +473,7 @@ def _taken_apart(name: str, block: nn.Module) -> _Layer:
     after: list[nn.Module] = []
     weights: nn.Linear | nn.Conv2d | None = None
     for module in _members(block):
-        if isinstance(module, nn.Linear | nn.Conv2d) and not is_lazy(getattr(module, "weight", None)):
+        if isinstance(module, nn.Linear | nn.Conv2d) and not any(map(is_lazy, module.parameters())):
             refuse_made_weights(name, module, "PEPITA")
             if weights is not None:
                 raise ValueError(

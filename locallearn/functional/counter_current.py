@@ -211,12 +211,14 @@ def drop_rows(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def centralise(gradient: Tensor) -> Tensor:
-    """Take the mean over all dimensions but the first out of a weight's gradient; vectors (biases) stay as they are.
+    """Take the mean over all dimensions but the first out of a weight's gradient.
+
+    What has one entry per output (a bias, the lengths of weight normalisation) stays as it is: nothing would be left.
 
     Args:
         gradient: shape ``(outputs, ...)``.
     """
-    if gradient.ndim < 2:
+    if gradient.ndim < 2 or gradient[0].numel() == 1:
         return gradient
     return gradient - gradient.mean(dim=tuple(range(1, gradient.ndim)), keepdim=True)
 

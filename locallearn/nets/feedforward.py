@@ -7,6 +7,7 @@ from functools import partial
 from math import prod
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from locallearn.nets.blocks import Blocks
@@ -26,12 +27,22 @@ def _lecun_normal(weight: Tensor) -> None:
     nn.init.normal_(weight, std=fan_in**-0.5)
 
 
+def _orthogonal(weight: Tensor) -> None:
+    """Over the larger of the two numbers of channels, each with the kernel's other side."""
+    if weight.ndim == 2 or weight.shape[0] >= weight.shape[1]:
+        nn.init.orthogonal_(weight)
+    else:
+        turned = nn.init.orthogonal_(weight.new_empty(weight.transpose(0, 1).shape))
+        with torch.no_grad():
+            weight.copy_(turned.transpose(0, 1))
+
+
 _INITS: dict[str, Callable[[Tensor], Any]] = {
     "kaiming_uniform": _kaiming_uniform,
     "he_uniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
     "xavier_uniform": nn.init.xavier_uniform_,
     "lecun_normal": _lecun_normal,
-    "orthogonal": nn.init.orthogonal_,
+    "orthogonal": _orthogonal,
 }
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh}
 _POOLS: dict[str, Callable[[int], nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
@@ -44,7 +55,9 @@ def initialise(module: nn.Module, init: Init) -> None:
     ``he_uniform``: U(-sqrt(6/fan_in), sqrt(6/fan_in)) (He et al. 2015).
     ``xavier_uniform``: U(-sqrt(6/(fan_in+fan_out)), ...) (Glorot and Bengio 2010).
     ``lecun_normal``: N(0, 1/fan_in), the choice of Hinton's Forward-Forward code.
-    ``orthogonal``: rows or columns orthonormal (Saxe et al. 2014).
+    ``orthogonal``: rows or columns orthonormal (Saxe et al. 2014). A convolution is laid out with its larger number of
+    channels in front, as in the code of Kao and Hariharan (arXiv 2409.19841): outputs by inputs · kernel, or inputs by
+    outputs · kernel where there are more inputs than outputs.
 
     Raises:
         ValueError: an unknown name.

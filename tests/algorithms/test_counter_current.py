@@ -466,10 +466,29 @@ def test_the_mirror_of_an_autoencoder() -> None:
     assert algorithm.blocks.readout[1].bias is not None  # type: ignore[index,union-attr]
     assert algorithm.feedback[3][0].bias is None  # type: ignore[index]  # the normalisation would take it out again
     weights = [p.detach() for p in algorithm.feedback.parameters() if p.ndim == 4]
-    norms = [float(w.flatten(1).norm(dim=1).max()) for w in weights]
+    norms = [float(_singular(w).max()) for w in weights]
     assert norms == pytest.approx(
         [0.0, 1e-3, 1.0, 1.0], rel=1e-4
     )  # orthogonal, quiet where maps grow, zero at the image
+
+
+def _singular(weight: Tensor) -> Tensor:
+    """Singular values of a convolution, its larger number of channels in front."""
+    wide = weight if weight.shape[0] >= weight.shape[1] else weight.transpose(0, 1)
+    return torch.linalg.svdvals(wide.flatten(1).double())
+
+
+def test_the_feedback_of_an_autoencoder_ends_with_a_bias_as_the_readout_does() -> None:
+    """What makes the image has a bias, drawn in PyTorch's range, and it counts in the norm that is clipped."""
+    algorithm = _autoencoder()
+    last = algorithm.feedback[0][1]  # type: ignore[index]
+    bound = last.weight[0].numel() ** -0.5
+    assert 0 < last.bias.abs().max() <= bound
+    assert all(layer.bias is None for layer in algorithm.feedback[1:].modules() if isinstance(layer, nn.Conv2d))
+    net = autoencoder((3, 16, 16), (4, 5))
+    net.readout[1].register_parameter("bias", None)  # type: ignore[index]
+    plain = _autoencoder(net)
+    assert plain.feedback[0][1].bias is None  # type: ignore[index]
 
 
 def test_a_readout_after_global_pooling_is_mirrored() -> None:

@@ -542,7 +542,7 @@ MADE: list[Callable[[nn.Linear], nn.Module]] = [
 def test_a_weight_that_is_made_from_another_after_all_is_refused(make: Callable[[nn.Linear], nn.Module]) -> None:
     algorithm = _attached()
     make(algorithm.blocks[1][0])
-    with pytest.raises(ValueError, match="'layer2' has a .*Linear that makes its weight from something else"):
+    with pytest.raises(ValueError, match=r"'layer2' has a .*Linear that makes its weight from something else"):
         next(algorithm.updates(BATCH))
 
 

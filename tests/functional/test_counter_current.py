@@ -134,6 +134,8 @@ def test_a_centralised_gradient_has_no_mean_over_inputs(shape: tuple[int, ...]) 
     moved = (gradient - central).flatten(1)
     torch.testing.assert_close(moved, moved[:, :1].expand_as(moved))  # nothing but a constant per output is gone
     assert torch.equal(ccl.centralise(gradient.flatten()), gradient.flatten())
+    lengths = gradient.flatten()[:4, None]  # of weight normalisation: one entry per output
+    assert torch.equal(ccl.centralise(lengths), lengths)
 
 
 @pytest.mark.parametrize("limit", [0.5, 100.0])

@@ -348,7 +348,7 @@ def _augment_one_by_one(images: Tensor, augment: Augment, generator: torch.Gener
     """The same draws, with torchvision's flip, pad and crop on one image after another."""
     flips = torch.randint(2, (len(images),), generator=generator) if augment.flip else torch.zeros(len(images))
     offsets = torch.randint(2 * augment.pad + 1, (2, len(images)), generator=generator)
-    mode = "constant" if augment.padding_mode == "zeros" else "reflect"
+    mode = {"zeros": "constant", "reflect": "reflect", "replicate": "edge"}[augment.padding_mode]
     results = []
     for image, flip, top, left in zip(images, flips, *offsets, strict=True):
         image = transforms.hflip(image) if flip else image
@@ -361,7 +361,14 @@ def _augment_one_by_one(images: Tensor, augment: Augment, generator: torch.Gener
 @pytest.mark.parametrize("shape", [(33, 3, 32, 32), (5, 1, 9, 12), (1, 2, 6, 5)])
 @pytest.mark.parametrize(
     "augment",
-    [Augment(), Augment(pad=2, padding_mode="reflect"), Augment(pad=0), Augment(flip=False), Augment(pad=1)],
+    [
+        Augment(),
+        Augment(pad=2, padding_mode="reflect"),
+        Augment(pad=9, padding_mode="replicate"),
+        Augment(pad=0),
+        Augment(flip=False),
+        Augment(pad=1),
+    ],
     ids=str,
 )
 def test_augmentation_equals_one_image_after_another(
@@ -766,6 +773,7 @@ def test_limit_keeps_the_share_of_every_class_and_leaves_validation_alone() -> N
         ({"limit_train": 0}, "limit_train=0"),
         ({"limit_train": 1300}, "1 to 1293"),
         ({"normalize": "minmax"}, "unit or standard"),
+        ({"normalize": "imagenet"}, "three channels"),
     ],
     ids=str,
 )
