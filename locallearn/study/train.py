@@ -20,6 +20,8 @@ from locallearn.precision import multiplying
 from locallearn.records import RunFolder, hardware, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask, make_optimizers
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
+from locallearn.tasks._checks import check_batch_sizes
+from locallearn.tasks._task import Task
 from locallearn.study.plan import CHECKPOINT, SAMPLES, Interrupted, Plan
 
 __all__ = ["CHECKPOINT", "SAMPLES", "Interrupted", "Plan", "attached_task", "check", "quiet", "run"]
@@ -78,6 +80,8 @@ def attached_task(plan: Plan) -> Any:
     torch.manual_seed(plan.seed)
     task = plan.make_task(plan.make_net())
     cast(LocalTask, task).use(plan.algorithm)
+    if isinstance(task, Task) and hasattr(plan.data, "batch_sizes"):  # foreign loaders are asked when training starts
+        check_batch_sizes(plan.data.batch_sizes(), task.net, plan.algorithm, task.info())
     return task
 
 
