@@ -223,6 +223,8 @@ class GraphBlock(nn.Module):
         return [neighbours, (cast(nn.Linear, self.conv.lin_r).weight, False)] if self.conv.root_weight else [neighbours]
 
     def _adjacent(self, x: Tensor, edges: Tensor, weights: Tensor | None) -> Tensor:
+        if weights is not None:
+            self.check(weights)
         matrix = self._adjacency(edges, weights, x.shape[-2], torch.promote_types(x.dtype, torch.float32))
         if x.ndim == 2:
             return _product(matrix, x)

@@ -20,9 +20,9 @@ from locallearn.precision import multiplying
 from locallearn.records import RunFolder, hardware, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask, make_optimizers
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
+from locallearn.study.plan import CHECKPOINT, SAMPLES, Interrupted, Plan
 from locallearn.tasks._checks import check_batch_sizes
 from locallearn.tasks._task import Task
-from locallearn.study.plan import CHECKPOINT, SAMPLES, Interrupted, Plan
 
 __all__ = ["CHECKPOINT", "SAMPLES", "Interrupted", "Plan", "attached_task", "check", "quiet", "run"]
 
