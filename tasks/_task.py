@@ -24,8 +24,8 @@ class Task(pl.LightningModule, ABC):
     """A problem. ``training_step`` is plain backpropagation of the task's loss.
 
     Data are looked at before a weight is moved by them: those in memory all at once, in front of the first batch, those of
-    other loaders batch by batch where training is on the CPU, else the first batch. What cannot be learned from is refused in one sentence, and
-    so are batches of one sample where the network cannot be trained on them.
+    other loaders batch by batch where training is on the CPU, else the first batch. What cannot be learned from is refused
+    in one sentence, and so are batches of one sample where the network cannot be trained on them.
 
     Under ``Trainer(strategy="auto")`` a task is the backpropagation baseline; under a
     :class:`~locallearn.strategies.LocalStrategy` the algorithm trains the same blocks and predicts in its own way.
@@ -159,9 +159,9 @@ class Task(pl.LightningModule, ABC):
         except Exception as error:
             raise ValueError(
                 f"the inputs of the batch are {batch.inputs.dtype} of shape {tuple(batch.inputs.shape[1:])} per sample, which "
-                f"the network does not take ({type(error).__name__}: {' '.join(str(error).split())}): give what it was made for, "
-                f"{next(self.net.parameters()).dtype} as a rule, and {example.dtype} of shape {tuple(example.shape[1:])} by its "
-                "example"
+                f"the network does not take ({type(error).__name__}: {' '.join(str(error).split())}): give what it was made "
+                f"for, {next(self.net.parameters()).dtype} as a rule, and {example.dtype} of shape "
+                f"{tuple(example.shape[1:])} by its example"
             ) from error
 
     # -- validation and test: sums are read from the device once per pass, not once per batch ----------------------------

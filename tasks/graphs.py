@@ -344,7 +344,7 @@ class GraphData(MemoryData):
     def _known_before_reading(self) -> GraphFacts | GeneratedGraph | None:
         return self._given if isinstance(self._given, GeneratedGraph) else self._facts
 
-    def _whole(self) -> _Graph:
+    def _whole(self) -> Graph:
         if self._graph is None:
             with quiet_geometric():
                 data = self._read()

@@ -37,8 +37,9 @@ class LinkPrediction(Task):
 
     Batches from the data module are whole graphs, of which only the features are used. A training batch is
     ``Batch(x, labels, (edges,), rows)`` with ``rows`` the pairs ``(2, M)`` and ``labels`` ``(M,)``, 1 for an edge and 0 for
-    none; weights or features of the edges stand behind them in the context, ``(edges, weights)``. Pairs are scored by ``algorithm.score_pairs(x, edges, pairs, *weights)``, logits ``(M,)``, where the algorithm has it, else
-    by the dot product of its outputs for both nodes.
+    none; weights or features of the edges stand behind them in the context, ``(edges, weights)``. Pairs are scored by
+    ``algorithm.score_pairs(x, edges, pairs, *weights)``, logits ``(M,)``, where the algorithm has it, else by the dot product
+    of its outputs for both nodes.
 
     Args:
         net: the network; its output is an embedding of every node, ``(N, outputs)``.

@@ -17,8 +17,8 @@ from locallearn.functional import forward_gnn as fg
 from locallearn.nets.graph import GraphBlock, check_edges, kept, sum_of
 
 _T = TypeVar("_T")
-Edges = tuple[Tensor, ...]
-"""What a block gets of a graph after its input: the edge index ``(2, E)``, and the weights ``(E,)`` of edges that have some."""
+Edges = Tensor | tuple[Tensor, ...]
+"""An edge index ``(2, E)``; with the weights ``(E,)`` of edges that have some."""
 Variant = Literal["sf", "ff_la", "ff_vn", "sf_top_to_loss", "sf_top_to_input", "ce", "ff", "ce_top_to_input"]
 _LINKS = ("ce", "ff", "ce_top_to_input")
 _FORWARD_FORWARD = ("ff_la", "ff_vn")
@@ -455,7 +455,7 @@ class ForwardGNN(LayerLocal):
         return [*self._widths[1:], 0 if self.links else self.outputs]
 
     # -- views of a graph ---------------------------------------------------------------------------------------------
-    def _view(self, inputs: Tensor, edges: Edges, rows: Tensor, labels: Tensor) -> _View:
+    def _view(self, inputs: Tensor, edges: tuple[Tensor, ...], rows: Tensor, labels: Tensor) -> _View:
         """The graph with these nodes' labels shown, one view for each row of ``labels``, ``(G, M)``."""
         nodes = len(inputs)
         if self._variant == "ff_la":
@@ -463,12 +463,13 @@ class ForwardGNN(LayerLocal):
             # A row is as long whichever label it shows, so that all views share the features. Columns of a row sum to 1.
             joint = fg.normalise(torch.cat((inputs, columns[0]), 1))
             scale = joint[:, inputs.shape[1] :].sum(1, keepdim=True)
-            return _View(joint[:, : inputs.shape[1]].contiguous(), (edges,), columns * scale)
+            return _View(joint[:, : inputs.shape[1]].contiguous(), (_edges(*edges),), columns * scale)
         raw = torch.cat((inputs, self.virtual.to(inputs.dtype)))
         x = fg.normalise(raw)
         # An edge to a virtual node weighs 1, as an edge without a weight does.
-        weights = [torch.cat((w, w.new_ones(2 * len(rows)))) for w in edges[1:]]
-        graphs = tuple((fg.join_virtual_nodes(edges[0], rows, shown, nodes), *weights) for shown in labels)
+        index, *weights = edges
+        weights = [torch.cat((w, w.new_ones(2 * len(rows)))) for w in weights]
+        graphs = tuple(_edges(fg.join_virtual_nodes(index, rows, shown, nodes), *weights) for shown in labels)
         if self._variant == "sf_top_to_loss":
             return _View(x, graphs, raw=raw)
         if self._variant != "sf_top_to_input":
@@ -482,7 +483,7 @@ class ForwardGNN(LayerLocal):
 
         def make() -> _View:
             if self.links:
-                return _View(fg.normalise(inputs), (edges,))
+                return _View(fg.normalise(inputs), (_edges(*edges),))
             rows = (self.train_labels >= 0).nonzero().flatten()
             return self._view(inputs, edges, rows, self.train_labels[rows][None])
 
@@ -500,7 +501,7 @@ class ForwardGNN(LayerLocal):
     ) -> _View:
         """What a batch shows: the right labels, and for ``ff_la`` and ``ff_vn`` the wrong ones, ``(K - 1, M)``, as well."""
         if labelled is None:
-            return _View(fg.normalise(batch.inputs), (batch.context,))
+            return _View(fg.normalise(batch.inputs), (_edges(*batch.context),))
         rows, labels = labelled
         shown = labels[None]
         if self._variant in _FORWARD_FORWARD:
@@ -546,15 +547,19 @@ class ForwardGNN(LayerLocal):
                 if more is not None:
                     terms = [a + b for a, b in zip(terms, block.project(more, x.shape[-1]), strict=True)]
                 if len(graphs) == 1:
-                    sums = block.spread(terms, *graphs[0])
+                    sums = block.spread(terms, *_apart(graphs[0]))
                 else:
-                    views = [block.spread([_of_view(t, g) for t in terms], *edges) for g, edges in enumerate(graphs)]
-                    sums = torch.stack(views)
+                    sums = torch.stack(
+                        [
+                            block.spread([_of_view(t, g) for t in terms], *_apart(edges))
+                            for g, edges in enumerate(graphs)
+                        ]
+                    )
             if sums is not None:
                 output = block.finish(sums)
                 return output if output.ndim == 3 else output[None]
         count = max(len(graphs), *(len(part) for part in parts if part.ndim == 3), 1)
-        outputs = [block(self._joined(index, g, parts), *graphs[g % len(graphs)]) for g in range(count)]
+        outputs = [block(self._joined(index, g, parts), *_apart(graphs[g % len(graphs)])) for g in range(count)]
         return torch.stack(outputs) if count > 1 else outputs[0][None]
 
     def _joined(self, index: int, view: int, parts: list[Tensor]) -> Tensor:
@@ -581,7 +586,7 @@ class ForwardGNN(LayerLocal):
         chosen = rows if block.rowwise else None
 
         def aggregate(part: Tensor) -> list[Tensor]:
-            whole = block.aggregate(part, *graphs[0])
+            whole = block.aggregate(part, *_apart(graphs[0]))
             return whole if chosen is None else [a.index_select(-2, chosen) for a in whole]
 
         # A whole graph is trained on by the same nodes in every step, so the rows need not be part of the key.
@@ -606,13 +611,13 @@ class ForwardGNN(LayerLocal):
         name = f"ForwardGNN's {self._variant}"
         if len(example.context) not in (1, 2) or not all(isinstance(c, Tensor) for c in example.context):
             raise ValueError(
-                f"ForwardGNN learns on graphs, whose batches carry an edge index and perhaps weights as context, and this task's "
-                f"carry {len(example.context)} things: choose a graph task, or another algorithm"
+                f"ForwardGNN learns on graphs, whose batches carry an edge index and perhaps weights as context, and this "
+                f"task's carry {len(example.context)} things: choose a graph task, or another algorithm"
             )
         if any(c.ndim != 1 for c in example.context[1:]):
             raise ValueError(
-                "ForwardGNN joins nodes to virtual ones, and the edges of this graph carry features, which those edges could not "
-                "have: set dataset.edge_features=false, give the graph edge_weight, or choose another algorithm"
+                "ForwardGNN joins nodes to virtual ones, and the edges of this graph carry features, which those edges could "
+                "not have: set dataset.edge_features=false, give the graph edge_weight, or choose another algorithm"
             )
         pairs = example.rows is not None and example.rows.ndim == 2
         if self.links and (task.classes or not pairs):
@@ -731,6 +736,14 @@ class _Kept:
         """Whether this is a kept result, or the input of a kept view."""
         results = [result for _, _, result in self._results.values()]
         return any(x is (result.inputs if isinstance(result, _View) else result) for result in results)
+
+
+def _edges(index: Tensor, *weights: Tensor) -> Edges:
+    return (index, *weights) if weights else index
+
+
+def _apart(edges: Edges) -> tuple[Tensor, ...]:
+    return (edges,) if isinstance(edges, Tensor) else edges
 
 
 def _of_view(part: Tensor, index: int) -> Tensor:
