@@ -266,3 +266,42 @@ def test_leaving_out_the_last_batch_may_leave_nothing() -> None:
         GraphData(graph=graph, batch_size=50, fanouts=[2], drop_last=True).batch_sizes()
     with pytest.raises(ValueError, match="the whole graph is one batch"):
         GraphData(graph=graph, drop_last=True)
+
+
+# What loaders hand out
+
+
+class _InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        return self.linear(x.mul_(2)).relu_()
+
+
+def test_the_users_own_tensors_stay_as_they_were(tmp_path: Path) -> None:
+    from torch_geometric.data import Data
+
+    x, edges = torch.rand(20, 6), torch.stack((torch.arange(20), (torch.arange(20) + 1) % 20))
+    kept = x.clone(), edges.clone()
+    graph = GraphData(graph=Data(x=x, y=torch.arange(20) % 3, edge_index=edges), normalize="none")
+    loader = BatchLoader(x, torch.arange(20) % 3, 4, shuffle=False)
+    for local in (True, False):
+        for data in ({"datamodule": graph}, {"train_dataloaders": loader, "val_dataloaders": loader}):
+            nodes = "datamodule" in data
+            net, example = Blocks({"a": _InPlace()}, _Last()), graph.example() if nodes else x[:2]
+            task = (NodeClassification if nodes else Classification)(net, example, 3, optimizer=_adam)  # type: ignore[arg-type]
+            strategy: Any = LocalStrategy(MonoForward(seed=0), _adam) if local else "auto"
+            trainer = quiet_trainer(tmp_path, strategy=strategy, max_epochs=2)
+            trainer.fit(task, **data)  # type: ignore[arg-type]
+            assert torch.equal(x, kept[0])
+            assert torch.equal(edges, kept[1])
+
+
+class _Last(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(5, 3)
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        return super().forward(x)

@@ -438,6 +438,13 @@ _MASK = torch.arange(10) < 5
         (_changed(edge_index=None), "no edges"),
         (_changed(edge_index=torch.tensor([[0, 3], [1, 10]])), "nodes 0 and 10, but its nodes are 0 to 9"),
         (_changed(edge_index=torch.tensor([[0, -1], [1, 2]])), "nodes -1 and 2"),
+        (_changed(edge_index=torch.zeros(5, 2).long()), r"torch.int64 of shape \(5, 2\), so take edge_index.T"),
+        (_changed(edge_index=torch.zeros(2, 5).int()), r"torch.int32 of shape \(2, 5\)"),
+        (_changed(x=torch.zeros(10, 8, dtype=torch.complex64)), "real numbers; it is torch.complex64"),
+        (_changed(y=torch.zeros(10, dtype=torch.complex64)), "complex64"),
+        (_changed(train_mask=torch.arange(5), val_mask=_MASK, test_mask=_MASK), r"train_mask is torch.int64 of shape \(5,\)"),
+        (_changed(train_mask=_MASK, val_mask=_MASK[:, None, None], test_mask=_MASK), r"val_mask is .* \(10, 1, 1\)"),
+        (_changed(train_mask=_MASK, val_mask=_MASK, test_mask=_MASK.float()), "test_mask is torch.float32"),
         (_changed(train_mask=_MASK), "some of train_mask"),
         (_changed(train_mask=~_MASK & _MASK, val_mask=_MASK, test_mask=~_MASK), "no train nodes"),
         (_changed(train_mask=_MASK, val_mask=_MASK, test_mask=~_MASK), "two of its masks"),
@@ -463,6 +470,24 @@ def test_a_file_that_holds_no_graph_is_told_in_one_sentence(what: str, tmp_path:
         torch.save([1] if what == "a list" else Counter, path)
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         GraphData(path=path).setup()
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # PyTorch says how to run what a file holds
+
+
+def _written_by_version_1() -> Any:
+    """Attributes in ``__dict__``, and no ``_store``."""
+    old = Data.__new__(Data)
+    vars(old).clear()
+    vars(old).update(x=torch.rand(10, 4), y=torch.arange(10) % 2, edge_index=torch.zeros(2, 0).long(), edge_attr=None)
+    return old
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_a_graph_of_torch_geometric_1_is_told_in_one_sentence(file: bool, tmp_path: Path) -> None:
+    torch.save(_written_by_version_1(), tmp_path / "old.pt")
+    data = GraphData(path=tmp_path / "old.pt") if file else GraphData(graph=_written_by_version_1())
+    with pytest.raises(ValueError, match=r"written by PyTorch Geometric 1\.x.*make a new Data") as caught:
+        data.setup()
     assert "\n" not in str(caught.value)
 
 
