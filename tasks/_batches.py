@@ -190,6 +190,15 @@ class BatchLoader:
             self._epoch, self._batch = epoch, number + 1
             yield self._make(epoch, number, order)
 
+    def batch_sizes(self) -> set[int]:
+        """How many samples there are in the batches of an epoch."""
+        whole = self._epoch_batches < len(self) or self.samples % self.batch_size == 0
+        return batch_sizes(self.samples, self.batch_size, self._drop_last or whole)
+
+    def everything(self) -> Batch:
+        """All samples as they are kept, perhaps unscaled, with their labels."""
+        return Batch(self._images, self._labels)
+
     def state_dict(self) -> dict[str, int]:
         """The place of the next batch, and what it depends on."""
         return {"epoch": self._epoch, "batch": self._batch, **self._stream()}
@@ -243,6 +252,12 @@ class BatchLoader:
 
     def _per_channel(self, values: Sequence[float], images: Tensor) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, *[1] * (images.dim() - 2))
+
+
+def batch_sizes(samples: int, batch_size: int, drop_last: bool) -> set[int]:
+    """Sizes of the batches that so many samples are handed out in; empty where there is none."""
+    full, rest = divmod(samples, batch_size)
+    return ({batch_size} if full else set()) | ({rest} if rest and not drop_last else set())
 
 
 class Untouched:

@@ -51,7 +51,7 @@ class MemoryData(LightningDataModule):
             self._train_loader = loader
         return loader
 
-    def _epoch_batches(self, samples: int, batch_size: int) -> int | None:
+    def _epoch_batches(self, samples: int, batch_size: int, drop_last: bool = False) -> int | None:
         """After how many batches the Trainer ends an epoch; ``None``: all.
 
         Raises:
@@ -66,7 +66,8 @@ class MemoryData(LightningDataModule):
                 " reload_dataloaders_every_n_epochs at 0."
             )
         limit = self.trainer.limit_train_batches
-        return int(limit * math.ceil(samples / batch_size)) if isinstance(limit, float) else limit
+        batches = samples // batch_size if drop_last else math.ceil(samples / batch_size)
+        return int(limit * batches) if isinstance(limit, float) else limit
 
     def _device(self) -> torch.device:
         """The Trainer's device, or the CPU.

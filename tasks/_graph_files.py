@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from locallearn.tasks._digests import check_file
 from locallearn.tasks._image_files import (
     CONNECT_TIMEOUT_S,
     DataMissing,
@@ -116,7 +117,8 @@ def load_graph(name: str, data_dir: Path | str | None = None) -> Any:
         A ``torch_geometric.data.Data`` with ``x``, ``y`` and ``edge_index``; features of the npz sets are 0 and 1.
 
     Raises:
-        ValueError: for an unknown name, or files that cannot be read as this graph.
+        ValueError: for an unknown name, files that are not those of this graph (their digests are known), or that cannot be
+            read.
         DataMissing: when files are missing and cannot be downloaded.
     """
     facts = graph_facts(name)
@@ -163,6 +165,11 @@ def _folder(facts: GraphFacts, data_dir: Path | str | None) -> Path:
     return root / "graphs" / str(facts.root) / facts.folder
 
 
+def _place(facts: GraphFacts, file: str) -> str:
+    """Where a raw file lies below ``data_dir``."""
+    return f"graphs/{facts.root}/{facts.folder}/{file}"
+
+
 def _missing(facts: GraphFacts, folder: Path) -> list[str]:
     return [file for file in facts.files if not (folder / file).is_file()]
 
@@ -175,6 +182,7 @@ def _read(name: str, facts: GraphFacts, folder: Path) -> Any:
         try:
             for file in facts.files:
                 shutil.copyfile(folder / file, raw / file)
+                check_file(raw / file, _place(facts, file))
             data = getattr(geometric.datasets, reader)(scratch, *arguments)[0]
             found = (data.num_nodes, data.num_node_features, int(data.y.max()) + 1)
         except Exception as error:  # whatever a reader of somebody else's makes of damaged files
@@ -199,6 +207,7 @@ def _ensure_files(name: str, facts: GraphFacts, folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             for file in missing:
                 _download(f"{facts.url}/{file}", Path(scratch) / file)
+                check_file(Path(scratch) / file, _place(facts, file))
             folder.mkdir(parents=True, exist_ok=True)
             for file in missing:
                 move_in(Path(scratch) / file, folder / file)

@@ -20,6 +20,8 @@ import platformdirs
 import torch
 from torch import Tensor
 
+from locallearn.tasks._digests import check_file
+
 CONNECT_TIMEOUT_S = 5.0
 
 
@@ -168,7 +170,8 @@ def load_images(name: str, data_dir: Path | str | None = None) -> ImageSet:
         Images as uint8 tensors ``(N, C, H, W)``, labels as int64 tensors ``(N,)``.
 
     Raises:
-        ValueError: for an unknown name, or files that cannot be read as this set.
+        ValueError: for an unknown name, files that are not those of this set (their digests are known), or that cannot be
+            read.
         DataMissing: when files are missing and cannot be downloaded.
     """
     facts = image_facts(name)
@@ -223,12 +226,18 @@ def _read(name: str, facts: ImageFacts, reader: str, root: Path) -> ImageSet:
     import torchvision
 
     dataset_class = getattr(torchvision.datasets, reader)
+    folder = root / str(facts.folder)
     try:
-        train = _tensors(dataset_class(root, train=True), facts, facts.train_samples)
-        test = _tensors(dataset_class(root, train=False), facts, facts.test_samples)
+        # From a folder that holds these files and no other: torchvision also reads what it finds beside them.
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / str(facts.folder)).mkdir(parents=True)
+            for file in facts.files:
+                check_file(folder / file, f"images/{facts.folder}/{file}")
+                (Path(scratch) / str(facts.folder) / file).symlink_to((folder / file).resolve())
+            train = _tensors(dataset_class(scratch, train=True), facts, facts.train_samples)
+            test = _tensors(dataset_class(scratch, train=False), facts, facts.test_samples)
     # What torchvision's readers raise for files cut short, overwritten or not readable.
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        folder = root / str(facts.folder)
         raise ValueError(
             f"The files in {folder} cannot be read as {name} ({reason(error)}); delete them so that they are"
             " downloaded again, or put sound copies there."

@@ -26,6 +26,14 @@ class WholeGraph:
         """One."""
         return 1
 
+    def batch_sizes(self) -> set[int]:
+        """Number of nodes."""
+        return {len(self._batch.inputs)}
+
+    def everything(self) -> Batch:
+        """The graph."""
+        return self._batch
+
     def __iter__(self) -> Iterator[Batch]:
         """The graph.
 
@@ -53,7 +61,8 @@ class NeighbourSampler:
     def __init__(self, edges: Tensor, nodes: int, fanouts: Sequence[int]) -> None:
         source, target = edges.cpu()
         self._fanouts = tuple(fanouts)
-        self._neighbours = source[target.argsort(stable=True)]
+        self._order = target.argsort(stable=True)
+        self._neighbours = source[self._order]
         self._first = torch.zeros(nodes + 1, dtype=torch.int64)
         self._first[1:] = torch.bincount(target, minlength=nodes).cumsum(0)
         self._local = torch.full(
@@ -70,22 +79,28 @@ class NeighbourSampler:
         Returns:
             Ids of all reached nodes ``(N',)``, the seeds first and in their order; edges ``(2, E')`` in positions in it.
         """
-        found, edges = [seeds], []
+        return self.draw(seeds, generator)[:2]
+
+    def draw(self, seeds: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and which of the graph's edges were drawn, ``(E',)``."""
+        found, edges, drawn = [seeds], [], []
         self._local[seeds] = torch.arange(len(seeds))
         reached, frontier = len(seeds), seeds
         for fanout in self._fanouts:
-            source, target = self._draw(frontier, fanout, generator)
+            places, target = self._draw(frontier, fanout, generator)
+            source = self._neighbours[places]
             frontier = torch.unique(source[self._local[source] < 0])
             self._local[frontier] = torch.arange(reached, reached + len(frontier))
             reached += len(frontier)
             found.append(frontier)
             edges.append(torch.stack((self._local[source], self._local[target])))
+            drawn.append(self._order[places])
         nodes = torch.cat(found)
         self._local[nodes] = -1
-        return nodes, torch.cat(edges, 1)
+        return nodes, torch.cat(edges, 1), torch.cat(drawn)
 
     def _draw(self, nodes: Tensor, fanout: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Drawn in-neighbours, and the node that each was drawn for."""
+        """Places of drawn in-neighbours, and the node that each was drawn for."""
         first = self._first[nodes]
         degree = self._first[nodes + 1] - first
         few = degree <= fanout if fanout >= 0 else torch.ones_like(degree, dtype=torch.bool)
@@ -94,7 +109,7 @@ class NeighbourSampler:
         places = torch.arange(int(counts.sum())) + (first[few] - before).repeat_interleave(counts)
         drawn = first[~few, None] + _distinct(degree[~few], fanout, generator)
         target = torch.cat((nodes[few].repeat_interleave(counts), nodes[~few].repeat_interleave(drawn.shape[1])))
-        return self._neighbours[torch.cat((places, drawn.flatten()))], target
+        return torch.cat((places, drawn.flatten())), target
 
 
 def _distinct(sizes: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -117,7 +132,7 @@ class NeighbourLoader:
 
     Every epoch goes through all seed nodes once, in a new order. A batch is
     ``Batch(x, y, (edges,), rows)``: features of the sampled nodes, their labels (-1 but for the seeds), edges in
-    positions in the batch, and the positions ``0 … S - 1`` of the seeds. It is a function of
+    positions in the batch (and behind them what these carry), and the positions ``0 … S - 1`` of the seeds. It is a function of
     ``(seed, epoch, batch number)`` alone and the same on every device; it can be stopped and resumed as
     :class:`~locallearn.tasks.images.BatchLoader`, which draws the order.
 
@@ -129,6 +144,8 @@ class NeighbourLoader:
         batch_size: seed nodes in a batch; the last one of an epoch may be smaller.
         seed: of the order and of the draws.
         epoch_batches: see :class:`~locallearn.tasks.images.BatchLoader`.
+        drop_last: leave out the last batch of an epoch if it is smaller.
+        carried: weights or features of all edges of the sampler's graph, ``(E, ...)``.
     """
 
     def __init__(
@@ -140,12 +157,21 @@ class NeighbourLoader:
         batch_size: int,
         seed: int = 0,
         epoch_batches: int | None = None,
+        drop_last: bool = False,
+        carried: Tensor | None = None,
     ) -> None:
         self._x, self._y, self._sampler, self._seed = x, y, sampler, seed
+        self._carried, self._seeds = carried, seeds
         seeds = seeds.cpu()
         # Samples without entries: only the order and its place in the epoch are wanted.
         self._order = BatchLoader(
-            torch.empty(len(seeds), 0), seeds, batch_size, shuffle=True, seed=seed, epoch_batches=epoch_batches
+            torch.empty(len(seeds), 0),
+            seeds,
+            batch_size,
+            shuffle=True,
+            seed=seed,
+            epoch_batches=epoch_batches,
+            drop_last=drop_last,
         )
 
     def __len__(self) -> int:
@@ -156,12 +182,24 @@ class NeighbourLoader:
         """Go through the next epoch, or through the rest of the one that ``load_state_dict`` has led into."""
         for chosen in self._order:
             seeds, place = chosen.targets, self._order.state_dict()
-            nodes, edges = self._sampler(seeds, stream_generator(self._seed, place["epoch"], place["batch"]))
+            draw = stream_generator(self._seed, place["epoch"], place["batch"])
+            nodes, edges, drawn = self._sampler.draw(seeds, draw)
             device = self._x.device
+            context = [edges.to(device)]
+            if self._carried is not None:
+                context.append(self._carried.index_select(0, drawn.to(device)))
             nodes, rows = nodes.to(device), torch.arange(len(seeds), device=device)
             labels = self._y.new_full((len(nodes),), -1)
             labels[rows] = self._y[nodes[rows]]
-            yield Batch(self._x.index_select(0, nodes), labels, (edges.to(device),), rows=rows)
+            yield Batch(self._x.index_select(0, nodes), labels, tuple(context), rows=rows)
+
+    def batch_sizes(self) -> set[int]:
+        """How many seed nodes there are in the batches of an epoch."""
+        return self._order.batch_sizes()
+
+    def everything(self) -> Batch:
+        """The whole graph's features and labels, without its edges, with all seed nodes as rows."""
+        return Batch(self._x, self._y, rows=self._seeds)
 
     def state_dict(self) -> dict[str, int]:
         """The place of the next batch, and what it depends on."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -14,11 +15,17 @@ from typing_extensions import override
 
 from locallearn.algorithms.base import Algorithm, TaskInfo, selected
 from locallearn.batch import Batch
-from locallearn.nets.blocks import Blocks, rest
+from locallearn.cost import to_device
+from locallearn.nets.blocks import Blocks, evaluating, rest
+from locallearn.tasks._checks import check_batch_sizes, check_finite, everything, sizes_of
 
 
 class Task(pl.LightningModule, ABC):
     """A problem. ``training_step`` is plain backpropagation of the task's loss.
+
+    Data are looked at before a weight is moved by them: those in memory all at once, in front of the first batch, those of
+    other loaders batch by batch where training is on the CPU, else the first batch. What cannot be learned from is refused
+    in one sentence, and so are batches of one sample where the network cannot be trained on them.
 
     Under ``Trainer(strategy="auto")`` a task is the backpropagation baseline; under a
     :class:`~locallearn.strategies.LocalStrategy` the algorithm trains the same blocks and predicts in its own way.
@@ -50,6 +57,7 @@ class Task(pl.LightningModule, ABC):
         self._scheduler = scheduler
         self._sums: Tensor | None = None
         self._resting: frozenset[str] = frozenset()
+        self._sound: dict[Any, bool] = {}
 
     @abstractmethod
     def info(self) -> TaskInfo:
@@ -57,7 +65,11 @@ class Task(pl.LightningModule, ABC):
 
     @abstractmethod
     def to_batch(self, raw: Any) -> Batch:
-        """What the data loader gives, as a :class:`~locallearn.batch.Batch`."""
+        """What the data loader gives, as a :class:`~locallearn.batch.Batch`.
+
+        Raises:
+            ValueError: it cannot be made one; looks at no value, so that no device is waited for.
+        """
 
     @abstractmethod
     def judge(self, batch: Batch) -> Tensor:
@@ -66,6 +78,14 @@ class Task(pl.LightningModule, ABC):
     @abstractmethod
     def figures(self, sums: list[float]) -> dict[str, float]:
         """The metric and the loss from the sums over a whole pass."""
+
+    def check(self, batch: Batch) -> None:
+        """Look at the values of a batch.
+
+        Raises:
+            ValueError: inputs that are not finite, or targets that are none; says what to do.
+        """
+        check_finite(batch.inputs)
 
     def use(self, algorithm: Algorithm) -> None:
         """Attach the algorithm to the network and predict with it from now on."""
@@ -129,6 +149,63 @@ class Task(pl.LightningModule, ABC):
             return [optimizer], [scheduler]
         monitor = "validation/loss" if scheduler.mode == "min" else f"validation/{self.metric}"
         return [optimizer], [{"scheduler": scheduler, "monitor": monitor}]
+
+    # -- what comes from the loaders is looked at before it is used ------------------------------------------------------
+    @override
+    def setup(self, stage: str) -> None:
+        self._sound = {}
+
+    @override
+    def on_train_start(self) -> None:
+        check_batch_sizes(sizes_of(self.trainer.train_dataloader), self.net, self.algorithm, self.info())
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._look(batch, self.trainer.train_dataloader)
+
+    @override
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._look(batch, self.trainer.val_dataloaders)
+
+    @override
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._look(batch, self.trainer.test_dataloaders)
+
+    def _look(self, raw: Any, loaders: Any) -> None:
+        """Look at the first batch of a stage and at all data that lie in memory; where others come, at every batch."""
+        stage = self.trainer.state.stage
+        if stage not in self._sound:
+            first = self.to_batch(raw)
+            self.check(first)
+            self._check_fit(first)
+            found = [everything(loader) for loader in (loaders if isinstance(loaders, list | tuple) else [loaders])]
+            for whole in found:
+                if whole is not None:
+                    self.check(self.to_batch(whole))
+            self._sound[stage] = all(whole is not None for whole in found)
+        elif not self._sound[stage]:
+            given = self.to_batch(raw)
+            if given.inputs.device.type == "cpu":  # elsewhere a look would have to wait
+                self.check(given)
+
+    def _check_fit(self, batch: Batch) -> None:
+        """Try inputs out that are not of the example's shape and dtype, on the network in eval mode."""
+        example = self.info().example.inputs
+        same = batch.inputs.shape[1:] == example.shape[1:] and batch.inputs.dtype == example.dtype
+        if same and batch.inputs.is_floating_point():
+            return
+        tried = batch.inputs if batch.context else batch.inputs[:2]
+        context = to_device(batch, self.device).context
+        try:
+            with evaluating(self.net), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                self.net(tried.to(self.device), *context)
+        except Exception as error:
+            raise ValueError(
+                f"the inputs of the batch are {batch.inputs.dtype} of shape {tuple(batch.inputs.shape[1:])} per sample, which "
+                f"the network does not take ({type(error).__name__}: {' '.join(str(error).split())}): give what it was made "
+                f"for, {next(self.net.parameters()).dtype} as a rule, and {example.dtype} of shape "
+                f"{tuple(example.shape[1:])} by its example"
+            ) from error
 
     # -- validation and test: sums are read from the device once per pass, not once per batch ----------------------------
     @override

@@ -15,6 +15,8 @@ from typing_extensions import override
 from locallearn.algorithms.base import TaskInfo, selected
 from locallearn.batch import Batch
 from locallearn.nets.blocks import Blocks
+from locallearn.nets.graph import check_edge_features
+from locallearn.tasks._checks import check_class_ids, check_inputs, class_ids, pair
 from locallearn.tasks._task import Task
 
 
@@ -68,11 +70,28 @@ class Classification(Task):
 
     @override
     def to_batch(self, raw: Any) -> Batch:
-        """A :class:`Batch` as it is; ``(inputs, labels)`` of an ordinary data loader is wrapped."""
+        """A :class:`Batch` as it is; ``(inputs, labels)`` of an ordinary data loader is wrapped.
+
+        Raises:
+            ValueError: it is something else, or the labels are not one class id per sample.
+        """
         if isinstance(raw, Batch):
-            return raw
-        inputs, labels = raw
-        return Batch(inputs, labels, self._example.context)
+            check_inputs(raw.inputs)
+            labels = class_ids(raw.targets, len(raw.inputs))
+            return raw if labels is raw.targets else raw._replace(targets=labels)
+        inputs, labels = pair(raw)
+        check_inputs(inputs)
+        return Batch(inputs, class_ids(labels, len(inputs)), self._example.context)
+
+    @override
+    def check(self, batch: Batch) -> None:
+        """Inputs must be finite, and labels class ids of this task.
+
+        Raises:
+            ValueError: they are not; says what to do.
+        """
+        super().check(batch)
+        check_class_ids(batch.targets if batch.rows is None else batch.targets[batch.rows], self._classes)
 
     @override
     def judge(self, batch: Batch) -> Tensor:
@@ -126,6 +145,7 @@ class NodeClassification(Classification):
         reveal_validation: bool = False,
     ) -> None:
         super().__init__(net, example, classes, optimizer, scheduler)
+        check_edge_features(net, self._example.context)
         if self._example.rows is None:
             raise ValueError(
                 "node_classification learns from some nodes of a graph, and this example names no rows: use graph data, or the "

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from locallearn.batch import Batch
+from locallearn.tasks._batches import batch_sizes
 from locallearn.tasks._data import MemoryData
 from locallearn.tasks._graph_files import GRAPHS, GraphFacts, graph_facts, graph_status, load_graph, quiet_geometric
 from locallearn.tasks._image_files import DataMissing
+from locallearn.tasks._own_graph import (
+    Graph,
+    check_parts,
+    check_written_now,
+    checked,
+    load_file,
+    masked_parts,
+    tell_unused,
+)
 from locallearn.tasks._sampling import NeighbourLoader, NeighbourSampler, WholeGraph
 
 __all__ = [
@@ -132,15 +142,6 @@ class GeneratedGraph:
             return geometric.data.Data(x=x, y=labels, edge_index=edges)
 
 
-class _Graph(NamedTuple):
-    """A graph that has been found good: features, labels, edges, and the node ids of every part; all on the CPU."""
-
-    x: Tensor
-    y: Tensor
-    edges: Tensor
-    parts: dict[str, Tensor]
-
-
 class GraphData(MemoryData):
     """One graph with training, validation and test nodes, for a Lightning ``Trainer`` or a plain loop.
 
@@ -153,8 +154,10 @@ class GraphData(MemoryData):
 
     Parts: of ``planetoid_*`` the public masks; of ``karate_club`` its four training nodes, the others in turn for
     validation and test; of graphs of one's own the masks ``train_mask``, ``val_mask`` and ``test_mask``, of which a
-    matrix ``(N, splits)`` holds one split per column; of everything else :func:`published_split`. Edge weights and edge
-    features are not used.
+    matrix ``(N, splits)`` holds one split per column; of everything else :func:`published_split`.
+
+    Where the edges of a graph of one's own carry weights or features, these come after the edge index,
+    ``Batch(x, y, (edge_index, carried), rows)``: ``edge_weight`` as ``(E,)``, ``edge_attr`` as ``(E, D)``.
 
     Args:
         name: one of ``GRAPHS``; or else give ``graph`` or ``path``.
@@ -167,6 +170,8 @@ class GraphData(MemoryData):
             is negative, ``l2`` to length 1, ``none`` leaves them; rows of zeros stay.
         batch_size: training nodes in a sampled batch; ``None`` trains on the whole graph.
         fanouts: neighbours that every node of a sampled batch draws, hop after hop, one hop per layer; -1 takes all.
+        drop_last: leave out an epoch's last sampled batch if it is smaller.
+        edge_features: hand out ``edge_weight`` or ``edge_attr`` where the graph has one; ``False`` leaves them aside.
         seed: of the order of sampled batches and their draws.
 
     Attributes:
@@ -189,6 +194,8 @@ class GraphData(MemoryData):
         normalize: Normalize = "sum",
         batch_size: int | None = None,
         fanouts: Sequence[int] | None = None,
+        drop_last: bool = False,
+        edge_features: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -211,6 +218,11 @@ class GraphData(MemoryData):
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is out of range; give at least 1.")
+        if drop_last and batch_size is None:
+            raise ValueError(
+                "drop_last=true leaves out a last batch that is smaller, but the whole graph is one batch: give batch_size and"
+                " fanouts, or leave drop_last out."
+            )
         if fanouts is not None and (not fanouts or any(fanout < 1 and fanout != -1 for fanout in fanouts)):
             raise ValueError(
                 f"fanouts={list(fanouts)} is out of range; give a number of neighbours for every layer, of at least 1, or -1"
@@ -223,8 +235,9 @@ class GraphData(MemoryData):
         self._data_dir, self._path = data_dir, path
         self._split, self._normalize = split, normalize
         self._batch_size, self._fanouts, self._seed = batch_size, fanouts, seed
-        self._graph: _Graph | None = None
-        self._tensors: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._drop_last, self._edge_features = drop_last, edge_features
+        self._graph: Graph | None = None
+        self._tensors: dict[torch.device, tuple[Tensor, ...]] = {}
         self._batches: dict[tuple[str, torch.device], Batch] = {}
         self._sampler: NeighbourSampler | None = None
 
@@ -239,6 +252,14 @@ class GraphData(MemoryData):
         """Number of classes."""
         known = self._known_before_reading()
         return int(self._whole().y.max()) + 1 if known is None else known.classes
+
+    @property
+    def edge_dim(self) -> int | None:
+        """Features of an edge; ``None``: edges carry none, or weights."""
+        if self._known_before_reading() is not None:
+            return None
+        carried = self._whole().carried
+        return carried.shape[1] if carried is not None and carried.dim() == 2 else None
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the graph once, for all stages.
@@ -259,11 +280,35 @@ class GraphData(MemoryData):
         assert batch.rows is not None
         if self._sampler is None:
             self._sampler = NeighbourSampler(self._whole().edges, len(batch.inputs), self._fanouts)
-        limit = self._epoch_batches(len(batch.rows), self._batch_size)
         loader = NeighbourLoader(
-            batch.inputs, batch.targets, batch.rows, self._sampler, self._batch_size, self._seed, limit
+            batch.inputs,
+            batch.targets,
+            batch.rows,
+            self._sampler,
+            self._batch_size,
+            self._seed,
+            self._epoch_batches(len(batch.rows), self._batch_size, self._drop_last),
+            drop_last=self._drop_last,
+            carried=batch.context[1] if len(batch.context) > 1 else None,
         )
         return self._placed(loader)
+
+    def batch_sizes(self) -> set[int]:
+        """How many training nodes there are in an epoch's sampled batches, or the nodes of the whole graph; reads the data.
+
+        Raises:
+            ValueError: there is no batch.
+        """
+        nodes = len(self._whole().parts["train"])
+        if self._batch_size is None:
+            return {len(self._whole().x)}
+        sizes = batch_sizes(nodes, self._batch_size, self._drop_last)
+        if not sizes:
+            raise ValueError(
+                f"drop_last=true leaves nothing of {nodes} training nodes in batches of {self._batch_size}; give a smaller"
+                " batch_size, or drop_last=false."
+            )
+        return sizes
 
     def val_dataloader(self) -> WholeGraph:
         """The graph with the labels of its validation nodes."""
@@ -299,24 +344,30 @@ class GraphData(MemoryData):
     def _known_before_reading(self) -> GraphFacts | GeneratedGraph | None:
         return self._given if isinstance(self._given, GeneratedGraph) else self._facts
 
-    def _whole(self) -> _Graph:
+    def _whole(self) -> Graph:
         if self._graph is None:
             with quiet_geometric():
                 data = self._read()
-            x, y, edges = _checked(data, self.name)
+            check_written_now(data, self.name)
+            x, y, edges, carried = checked(data, self.name, self._edge_features)
             parts = self._parts(data, len(x))
-            _check_parts(parts, y, self.name)
-            self._graph = _Graph(_normalised(x, self._normalize), y, edges, parts)
+            check_parts(parts, y, self.name)
+            if self._known_before_reading() is None:
+                tell_unused(data, self.name)
+            self._graph = Graph(_normalised(x, self._normalize), y, edges, carried, parts)
         return self._graph
 
     def _read(self) -> Any:
         if self._facts is not None:
             return load_graph(self.name, self._data_dir)
         if self._path is not None:
-            return _load_file(Path(self._path).expanduser())
+            return load_file(Path(self._path).expanduser())
         if isinstance(self._given, GeneratedGraph):
             return self._given.data()
-        if hasattr(self._given, "edge_index"):
+        from torch_geometric.data import Dataset
+
+        # A dataset of one graph passes for that graph, but not in everything.
+        if hasattr(self._given, "edge_index") and not isinstance(self._given, Dataset):
             return self._given
         if not hasattr(self._given, "num_node_features") or len(self._given) != 1:
             raise ValueError(
@@ -329,21 +380,8 @@ class GraphData(MemoryData):
         if self.name == "karate_club" and self._facts is not None:
             rest = (~data.train_mask).nonzero().squeeze(1)
             return {"train": data.train_mask.nonzero().squeeze(1), "validation": rest[::2], "test": rest[1::2]}
-        masks: list[Any] = [getattr(data, f"{part}_mask", None) for part in ("train", "val", "test")]
-        if all(mask is None for mask in masks):
-            return published_split(nodes, self._split)
-        if any(mask is None for mask in masks):
-            raise ValueError(
-                f"The graph {self.name!r} has some of train_mask, val_mask and test_mask: give all three, or none for a"
-                " split of 64, 16 and 20 %."
-            )
-        columns = [mask if mask.dim() == 2 else mask[:, None] for mask in masks]
-        if any(column.dtype != torch.bool or len(column) != nodes for column in columns):
-            raise ValueError(f"The graph {self.name!r} has masks that are not boolean with one row for each node.")
-        if self._split >= min(column.shape[1] for column in columns):
-            raise ValueError(f"split={self._split} is out of range; the masks of {self.name!r} have fewer splits.")
-        train, validation, test = (column[:, self._split].nonzero().squeeze(1) for column in columns)
-        return {"train": train, "validation": validation, "test": test}
+        parts = masked_parts(data, nodes, self._split, self.name)
+        return published_split(nodes, self._split) if parts is None else parts
 
     def _labels(self, part: str) -> Tensor:
         """Class ids of a part (or parts, joined by a plus), -1 elsewhere."""
@@ -353,81 +391,22 @@ class GraphData(MemoryData):
     def _rows(self, part: str) -> Tensor:
         return torch.cat([self._whole().parts[name] for name in part.split("+")]).sort().values
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Features and edges, once per device."""
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Features, edges, and what they carry, once per device."""
         if device not in self._tensors:
-            self._tensors[device] = (self._whole().x.to(device), self._whole().edges.to(device))
+            graph = self._whole()
+            kept = (graph.x, graph.edges) if graph.carried is None else (graph.x, graph.edges, graph.carried)
+            self._tensors[device] = tuple(tensor.to(device) for tensor in kept)
         return self._tensors[device]
 
     def _batch(self, part: str, device: torch.device | None = None) -> Batch:
         device = self._device() if device is None else device
         if (part, device) not in self._batches:
-            x, edges = self._on(device)
+            x, *context = self._on(device)
             self._batches[part, device] = Batch(
-                x, self._labels(part).to(device), (edges,), rows=self._rows(part).to(device)
+                x, self._labels(part).to(device), tuple(context), rows=self._rows(part).to(device)
             )
         return self._batches[part, device]
-
-
-def _load_file(path: Path) -> Any:
-    from torch_geometric.data import Data
-    from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
-    from torch_geometric.data.storage import GlobalStorage
-
-    try:
-        with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]):
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle can fail in any way
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"path={str(path)!r} cannot be read as a graph ({type(error).__name__}: {reason}); save a torch_geometric Data"
-            " of tensors there with torch.save(data, path)."
-        ) from error
-    if not isinstance(data, Data):
-        raise ValueError(f"path={str(path)!r} holds {type(data).__name__}, expected a torch_geometric Data.")
-    return data
-
-
-def _checked(data: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Features as float32 ``(N, F)``, labels as int64 ``(N,)``, edges ``(2, E)``; or a sentence that says what is wrong."""
-    x, y, edges = (getattr(data, key, None) for key in ("x", "y", "edge_index"))
-    if not isinstance(x, Tensor) or x.layout != torch.strided or x.dim() != 2 or x.numel() == 0:
-        raise ValueError(f"The graph {name!r} has no node features: give x, a dense matrix (N, F).")
-    if not bool(x.isfinite().all()):
-        raise ValueError(f"The graph {name!r} has features x that are not finite numbers: take NaN and infinity out.")
-    if not isinstance(y, Tensor):
-        raise ValueError(
-            f"The graph {name!r} has no labels: give y, a class id for each node (zeros if only edges count)."
-        )
-    y = y.squeeze(1) if y.dim() == 2 and y.shape[1] == 1 else y
-    if y.shape != x.shape[:1] or y.is_floating_point():
-        raise ValueError(
-            f"The graph {name!r} has labels y of shape {tuple(y.shape)} and {y.dtype} for {len(x)} nodes; give one class id"
-            " for each node, int64."
-        )
-    if not isinstance(edges, Tensor) or edges.dim() != 2 or len(edges) != 2 or edges.dtype != torch.int64:
-        raise ValueError(f"The graph {name!r} has no edges: give edge_index, node ids (2, E), int64.")
-    if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x):
-        raise ValueError(
-            f"The graph {name!r} has edges between nodes {int(edges.min())} and {int(edges.max())}, but its nodes are 0 to"
-            f" {len(x) - 1}: take them out of edge_index."
-        )
-    return x.float(), y.long(), edges
-
-
-def _check_parts(parts: dict[str, Tensor], y: Tensor, name: str) -> None:
-    for part, rows in parts.items():
-        if len(rows) == 0:
-            raise ValueError(f"The graph {name!r} has no {part} nodes: give its mask at least one.")
-        if int(y[rows].min()) < 0:
-            raise ValueError(
-                f"The graph {name!r} has {part} nodes without a label (below 0): take them out of the mask."
-            )
-    rows = torch.cat(list(parts.values()))
-    if len(torch.unique(rows)) != len(rows):
-        raise ValueError(
-            f"The graph {name!r} has nodes in two of its masks: training, validation and test must be apart."
-        )
 
 
 def _normalised(x: Tensor, how: Normalize) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from locallearn.tasks._batches import MEMORY_BUDGET_BYTES, Augment, BatchLoader
+from locallearn.tasks._batches import MEMORY_BUDGET_BYTES, Augment, BatchLoader, batch_sizes
 from locallearn.tasks._data import MemoryData
 from locallearn.tasks._image_files import (
     DATASETS,
@@ -74,7 +74,7 @@ class ImageData(MemoryData):
     Args:
         name: one of ``DATASETS``.
         data_dir: folder that holds ``images/``; ``None`` means ``default_data_dir()``.
-        batch_size: samples in a training batch.
+        batch_size: samples in a training batch; the last one of an epoch may be smaller.
         eval_batch_size: samples in a validation or test batch.
         validation: how much of the training data is kept for validation: a number of samples (int) or a fraction
             (float), the same share of every class.
@@ -86,6 +86,7 @@ class ImageData(MemoryData):
         augment: augmentation of the training batches.
         flatten: hand out images as vectors ``(N, D)`` instead of ``(N, C, H, W)``.
         limit_train: keep only that many training samples, the same share of every class; ``None`` keeps all.
+        drop_last: leave out an epoch's last training batch if it is smaller.
         memory_budget: bytes that the training data may take as float32; above it they are kept as uint8.
 
     Attributes:
@@ -111,6 +112,7 @@ class ImageData(MemoryData):
         augment: Augment | None = None,
         flatten: bool = False,
         limit_train: int | None = None,
+        drop_last: bool = False,
         memory_budget: int = MEMORY_BUDGET_BYTES,
     ) -> None:
         super().__init__()
@@ -127,6 +129,12 @@ class ImageData(MemoryData):
         available = facts.train_samples - self._validation_samples
         if limit_train is not None and not 1 <= limit_train <= available:
             raise ValueError(f"limit_train={limit_train} is out of range; {name} leaves 1 to {available} for training.")
+        self._train_samples = available if limit_train is None else limit_train
+        if drop_last and self._train_samples < batch_size:
+            raise ValueError(
+                f"drop_last=true leaves nothing of {self._train_samples} training samples in batches of {batch_size}; give a"
+                " smaller batch_size, or drop_last=false."
+            )
         self.name: str = name
         self.classes = facts.classes
         channels, height, width = facts.shape
@@ -137,6 +145,7 @@ class ImageData(MemoryData):
         scales = {"unit": None, "standard": (facts.mean, facts.std), "imagenet": IMAGENET_SCALE}
         self._scale = scales[normalize]
         self._augment, self._flatten = augment, flatten
+        self._drop_last = drop_last
         self._limit_train, self._memory_budget = limit_train, memory_budget
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -173,6 +182,10 @@ class ImageData(MemoryData):
         """The test set in a fixed order."""
         return self._loader("test", self._eval_batch_size, training=False)
 
+    def batch_sizes(self) -> set[int]:
+        """How many samples there are in the training batches of an epoch; needs no data."""
+        return batch_sizes(self._train_samples, self._batch_size, self._drop_last)
+
     def example(self) -> Tensor:
         """Two inputs of zeros, ``(2, *shape)``, float32 on the CPU; needs no data."""
         return torch.zeros(2, *self.shape)
@@ -190,9 +203,10 @@ class ImageData(MemoryData):
             scale=self._scale,
             flatten=self._flatten,
             device=self._device(),
+            drop_last=self._drop_last and training,
             # An augmented sample is a new one every time, so its place in the training set says nothing about its values.
             indexed=training and self._augment is None,
-            epoch_batches=self._epoch_batches(len(images), self._batch_size) if training else None,
+            epoch_batches=self._epoch_batches(len(images), self._batch_size, self._drop_last) if training else None,
             memory_budget=self._memory_budget,
         )
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 from locallearn.algorithms.base import TaskInfo
 from locallearn.batch import Batch
 from locallearn.nets.blocks import Blocks, evaluating
+from locallearn.tasks._checks import check_inputs, pair
 from locallearn.tasks._task import Task
 
 _SAMPLES = 8
@@ -69,10 +70,17 @@ class Reconstruction(Task):
 
     @override
     def to_batch(self, raw: Any) -> Batch:
-        """Images as their own targets; whatever labels the loader gave are dropped."""
+        """Images as their own targets; whatever labels the loader gave are dropped.
+
+        Raises:
+            ValueError: there are no images in it.
+        """
         if isinstance(raw, Batch):
+            check_inputs(raw.inputs)
             return raw._replace(targets=raw.inputs)
-        images = raw if isinstance(raw, Tensor) else raw[0]
+        alone = isinstance(raw, tuple | list) and len(raw) == 1
+        images = raw if isinstance(raw, Tensor) else raw[0] if alone else pair(raw)[0]
+        check_inputs(images)
         return Batch(images, images)
 
     @override

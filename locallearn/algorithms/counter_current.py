@@ -159,7 +159,8 @@ class CounterCurrent(Algorithm):
         assert readout is not None
         stages = [*zip(self.blocks.names, self.blocks, strict=True), ("readout", readout)]
         parameter = next(self.blocks.parameters())
-        x = task.example.inputs[:2].to(parameter.device, parameter.dtype)
+        # A copy, because layers are tried out one by one, those that work in place among them.
+        x = task.example.inputs[:2].to(parameter.device, parameter.dtype, copy=True)
         shapes, traced = [x.shape[1:]], []
         for name, stage in stages:
             layers, x = _trace(name, stage, x)

@@ -17,6 +17,8 @@ from locallearn.functional import forward_gnn as fg
 from locallearn.nets.graph import GraphBlock, check_edges, kept, sum_of
 
 _T = TypeVar("_T")
+Edges = Tensor | tuple[Tensor, ...]
+"""An edge index ``(2, E)``; with the weights ``(E,)`` of edges that have some."""
 Variant = Literal["sf", "ff_la", "ff_vn", "sf_top_to_loss", "sf_top_to_input", "ce", "ff", "ce_top_to_input"]
 _LINKS = ("ce", "ff", "ce_top_to_input")
 _FORWARD_FORWARD = ("ff_la", "ff_vn")
@@ -33,14 +35,14 @@ class _View(NamedTuple):
     Attributes:
         inputs: of the first block, with rows of length 1, shared by all views, ``(N, F)``; with virtual nodes
             ``(N + K, F)``.
-        graphs: edge index of every view, or one for all of them.
+        graphs: edges of every view, or one for all of them.
         columns: further columns of the first block's input by view, ``(G, N, K)`` (``ff_la``), or of the last block's,
             ``(N + K, K)`` (``sf_top_to_input``).
         raw: the inputs before their rows were scaled (``sf_top_to_loss``).
     """
 
     inputs: Tensor
-    graphs: tuple[Tensor, ...]
+    graphs: tuple[Edges, ...]
     columns: Tensor | None = None
     raw: Tensor | None = None
 
@@ -168,7 +170,7 @@ class ForwardGNN(LayerLocal):
                 self.register_buffer("negatives", fg.wrong_labels(labels, self.outputs, torch.default_generator))
             if self._variant != "ff_la":
                 self.register_buffer("virtual", torch.randn(self.outputs, features))
-        self._widths = self._check_widths(features)
+        self._widths = self._check_widths(features, weighted=len(example.context) > 1)
         if self._variant in _TOP_DOWN:
             dtype = next(self.blocks.parameters()).dtype
             view = self._right_view(example.inputs.to(dtype), *example.context)
@@ -330,13 +332,14 @@ class ForwardGNN(LayerLocal):
         rows = torch.arange(len(inputs), device=inputs.device)
         return fg.mean_log_softmax(torch.stack([self._class_logits(h, rows) for h in said]))
 
-    def score_pairs(self, inputs: Tensor, edges: Tensor, pairs: Tensor) -> Tensor:
+    def score_pairs(self, inputs: Tensor, edges: Tensor, pairs: Tensor, *weights: Tensor) -> Tensor:
         """Logit of the mean over layers of their probabilities that these pairs of nodes are joined.
 
         Args:
             inputs: features of all nodes, ``(N, F)``.
             edges: edge index that messages pass along, ``(2, E)``.
             pairs: ``(2, M)``.
+            weights: of the edges, ``(E,)``, where they have some.
 
         Returns:
             Shape ``(M,)``.
@@ -346,20 +349,20 @@ class ForwardGNN(LayerLocal):
         """
         if not self.links:
             raise ValueError(f"ForwardGNN's {self._variant} classifies nodes; edges are scored by {', '.join(_LINKS)}")
-        said = self._said(self._right_view(inputs, edges))
+        said = self._said(self._right_view(inputs, edges, *weights))
         return fg.mean_probability_logit(torch.stack([self._edge_logits(h, pairs) for h in said]))
 
     def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
         """Output of every layer at inference for the real nodes; ``ff_la`` reads label columns of 1/K for all of them."""
         if self._variant == "ff_la":
             nobody = torch.zeros(0, dtype=torch.int64, device=inputs.device)
-            view = self._view(inputs, context[0], nobody, nobody[None])
+            view = self._view(inputs, context, nobody, nobody[None])
         else:
             view = self._right_view(inputs, *context)
         for h in self._said(view, len(self.blocks))[-len(self.blocks) :]:
             yield h[: len(inputs)]
 
-    def _goodness_by_class(self, inputs: Tensor, edges: Tensor) -> Tensor:
+    def _goodness_by_class(self, inputs: Tensor, *edges: Tensor) -> Tensor:
         self._check_nodes(inputs)
         known, asked = self.known_labels, self.asked
 
@@ -368,7 +371,7 @@ class ForwardGNN(LayerLocal):
             classes = torch.arange(self.outputs, device=known.device)[:, None]
             return self._view(inputs, edges, rows, torch.where(known[rows] >= 0, known[rows], classes))
 
-        view = self._kept.get("inference", (inputs, edges, known, asked, *self._drawn), make)
+        view = self._kept.get("inference", (inputs, *edges, known, asked, *self._drawn), make)
         return sum_of(fg.goodness(output)[:, : len(inputs)] for output in self._said_upwards(view, self.depth)).T
 
     def _said(self, view: _View, depth: int | None = None) -> list[Tensor]:
@@ -452,7 +455,7 @@ class ForwardGNN(LayerLocal):
         return [*self._widths[1:], 0 if self.links else self.outputs]
 
     # -- views of a graph ---------------------------------------------------------------------------------------------
-    def _view(self, inputs: Tensor, edges: Tensor, rows: Tensor, labels: Tensor) -> _View:
+    def _view(self, inputs: Tensor, edges: tuple[Tensor, ...], rows: Tensor, labels: Tensor) -> _View:
         """The graph with these nodes' labels shown, one view for each row of ``labels``, ``(G, M)``."""
         nodes = len(inputs)
         if self._variant == "ff_la":
@@ -460,10 +463,13 @@ class ForwardGNN(LayerLocal):
             # A row is as long whichever label it shows, so that all views share the features. Columns of a row sum to 1.
             joint = fg.normalise(torch.cat((inputs, columns[0]), 1))
             scale = joint[:, inputs.shape[1] :].sum(1, keepdim=True)
-            return _View(joint[:, : inputs.shape[1]].contiguous(), (edges,), columns * scale)
+            return _View(joint[:, : inputs.shape[1]].contiguous(), (_edges(*edges),), columns * scale)
         raw = torch.cat((inputs, self.virtual.to(inputs.dtype)))
         x = fg.normalise(raw)
-        graphs = tuple(fg.join_virtual_nodes(edges, rows, shown, nodes) for shown in labels)
+        # An edge to a virtual node weighs 1, as an edge without a weight does.
+        index, *weights = edges
+        weights = [torch.cat((w, w.new_ones(2 * len(rows)))) for w in weights]
+        graphs = tuple(_edges(fg.join_virtual_nodes(index, rows, shown, nodes), *weights) for shown in labels)
         if self._variant == "sf_top_to_loss":
             return _View(x, graphs, raw=raw)
         if self._variant != "sf_top_to_input":
@@ -472,18 +478,18 @@ class ForwardGNN(LayerLocal):
         own = torch.eye(self.outputs, dtype=inputs.dtype, device=inputs.device)
         return _View(x, graphs, fg.normalise(torch.cat((columns, own))))
 
-    def _right_view(self, inputs: Tensor, edges: Tensor) -> _View:
+    def _right_view(self, inputs: Tensor, *edges: Tensor) -> _View:
         """The graph that shows the training labels; for edges the graph as it is."""
 
         def make() -> _View:
             if self.links:
-                return _View(fg.normalise(inputs), (edges,))
+                return _View(fg.normalise(inputs), (_edges(*edges),))
             rows = (self.train_labels >= 0).nonzero().flatten()
             return self._view(inputs, edges, rows, self.train_labels[rows][None])
 
         if not self.links:
             self._check_nodes(inputs)
-        return self._kept.get("right", (inputs, edges, *self._drawn), make)
+        return self._kept.get("right", (inputs, *edges, *self._drawn), make)
 
     @property
     def _drawn(self) -> tuple[Tensor, ...]:
@@ -495,13 +501,13 @@ class ForwardGNN(LayerLocal):
     ) -> _View:
         """What a batch shows: the right labels, and for ``ff_la`` and ``ff_vn`` the wrong ones, ``(K - 1, M)``, as well."""
         if labelled is None:
-            return _View(fg.normalise(batch.inputs), batch.context)
+            return _View(fg.normalise(batch.inputs), (_edges(*batch.context),))
         rows, labels = labelled
         shown = labels[None]
         if self._variant in _FORWARD_FORWARD:
             wrong = fg.wrong_labels(labels, self.outputs, self.rng(labels.device)) if wrong is None else wrong
             shown = torch.cat((shown, wrong))
-        return self._view(batch.inputs, batch.context[0], rows, shown)
+        return self._view(batch.inputs, batch.context, rows, shown)
 
     def _is_whole(self, batch: Batch, labelled: tuple[Tensor, Tensor] | None) -> bool:
         """Whether a batch is the graph that the rule was attached to, with its training labels."""
@@ -515,7 +521,7 @@ class ForwardGNN(LayerLocal):
         self,
         index: int,
         x: Tensor,
-        graphs: tuple[Tensor, ...],
+        graphs: tuple[Edges, ...],
         more: Tensor | None = None,
         rows: Tensor | None = None,
         projected: list[Tensor] | None = None,
@@ -541,15 +547,19 @@ class ForwardGNN(LayerLocal):
                 if more is not None:
                     terms = [a + b for a, b in zip(terms, block.project(more, x.shape[-1]), strict=True)]
                 if len(graphs) == 1:
-                    sums = block.spread(terms, graphs[0])
+                    sums = block.spread(terms, *_apart(graphs[0]))
                 else:
-                    views = [block.spread([_of_view(t, g) for t in terms], edges) for g, edges in enumerate(graphs)]
-                    sums = torch.stack(views)
+                    sums = torch.stack(
+                        [
+                            block.spread([_of_view(t, g) for t in terms], *_apart(edges))
+                            for g, edges in enumerate(graphs)
+                        ]
+                    )
             if sums is not None:
                 output = block.finish(sums)
                 return output if output.ndim == 3 else output[None]
         count = max(len(graphs), *(len(part) for part in parts if part.ndim == 3), 1)
-        outputs = [block(self._joined(index, g, parts), graphs[g % len(graphs)]) for g in range(count)]
+        outputs = [block(self._joined(index, g, parts), *_apart(graphs[g % len(graphs)])) for g in range(count)]
         return torch.stack(outputs) if count > 1 else outputs[0][None]
 
     def _joined(self, index: int, view: int, parts: list[Tensor]) -> Tensor:
@@ -566,7 +576,7 @@ class ForwardGNN(LayerLocal):
         index: int,
         block: GraphBlock,
         x: Tensor,
-        graphs: tuple[Tensor, ...],
+        graphs: tuple[Edges, ...],
         more: Tensor | None,
         rows: Tensor | None,
     ) -> Tensor | None:
@@ -576,7 +586,7 @@ class ForwardGNN(LayerLocal):
         chosen = rows if block.rowwise else None
 
         def aggregate(part: Tensor) -> list[Tensor]:
-            whole = block.aggregate(part, graphs[0])
+            whole = block.aggregate(part, *_apart(graphs[0]))
             return whole if chosen is None else [a.index_select(-2, chosen) for a in whole]
 
         # A whole graph is trained on by the same nodes in every step, so the rows need not be part of the key.
@@ -599,10 +609,15 @@ class ForwardGNN(LayerLocal):
     def _check_task(self, task: TaskInfo) -> None:
         example = task.example
         name = f"ForwardGNN's {self._variant}"
-        if len(example.context) != 1 or not isinstance(example.context[0], Tensor):
+        if len(example.context) not in (1, 2) or not all(isinstance(c, Tensor) for c in example.context):
             raise ValueError(
-                f"ForwardGNN learns on graphs, whose batches carry an edge index and nothing else as context, and this task's "
-                f"carry {len(example.context)} things: choose a graph task, or another algorithm"
+                f"ForwardGNN learns on graphs, whose batches carry an edge index and perhaps weights as context, and this "
+                f"task's carry {len(example.context)} things: choose a graph task, or another algorithm"
+            )
+        if any(c.ndim != 1 for c in example.context[1:]):
+            raise ValueError(
+                "ForwardGNN joins nodes to virtual ones, and the edges of this graph carry features, which those edges could "
+                "not have: set dataset.edge_features=false, give the graph edge_weight, or choose another algorithm"
             )
         pairs = example.rows is not None and example.rows.ndim == 2
         if self.links and (task.classes or not pairs):
@@ -644,7 +659,7 @@ class ForwardGNN(LayerLocal):
                 f"{len(inputs)}: predict on that graph"
             )
 
-    def _check_widths(self, features: int) -> list[int]:
+    def _check_widths(self, features: int, weighted: bool) -> list[int]:
         """Width of every block's output, from a pass of a single node through one block after the other."""
         names, dtype = self.blocks.names, next(self.blocks.parameters()).dtype
         settings = ", ".join(f"{key}={value}" for key, value in self.net_settings.items())
@@ -670,7 +685,7 @@ class ForwardGNN(LayerLocal):
             loop = torch.zeros(2, 1, dtype=torch.int64)
             try:
                 with torch.no_grad():
-                    output = block(torch.zeros(1, wanted, dtype=dtype), loop)
+                    output = block(torch.zeros(1, wanted, dtype=dtype), loop, *([torch.ones(1)] if weighted else []))
             except Exception as error:
                 hint = f": make the network with {settings}" if settings else ""
                 raise ValueError(
@@ -721,6 +736,14 @@ class _Kept:
         """Whether this is a kept result, or the input of a kept view."""
         results = [result for _, _, result in self._results.values()]
         return any(x is (result.inputs if isinstance(result, _View) else result) for result in results)
+
+
+def _edges(index: Tensor, *weights: Tensor) -> Edges:
+    return (index, *weights) if weights else index
+
+
+def _apart(edges: Edges) -> tuple[Tensor, ...]:
+    return (edges,) if isinstance(edges, Tensor) else edges
 
 
 def _of_view(part: Tensor, index: int) -> Tensor:

@@ -59,6 +59,8 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
     make = partial(instantiate, _convert_="all")  # library classes get lists and dicts, never OmegaConf's
     data, algorithm = make(cfg.dataset), make(cfg.algorithm)
     shapes = {"input_shape": data.shape, "outputs": config["task"].get("outputs", data.classes)}
+    if getattr(data, "edge_dim", None) is not None:  # a graph whose edges carry features
+        shapes["edge_dim"] = data.edge_dim
     net_settings = algorithm.net_settings
     if net_settings.keys() - accepted(cfg.net._target_, net_settings).keys():
         raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,8 +38,11 @@ def gnn(
     dropout: float = 0.0,
     label_inputs: bool = False,
     top_down: TopDown | None = None,
+    edge_dim: int | None = None,
 ) -> Blocks:
     """Blocks of ``conv -> ReLU -> dropout`` on a graph, and a readout; all take ``(x, edge_index)``.
+
+    Where edges carry weights or features, blocks take them as a third argument (:class:`GraphBlock`).
 
     Weights are drawn as PyTorch Geometric draws them. A convolution with ``heads`` (GAT) shares the hidden width out
     among them and concatenates; in the readout they are averaged, as in PyTorch Geometric's own GAT. A convolution that
@@ -56,10 +60,12 @@ def gnn(
         top_down: make every block read the output of the block above it as well, after what comes from below. Above the
             last block stand the labels (``"labels"``, ``outputs`` columns) or nothing (``"features"``). Only a rule that
             fills these inputs can run such a network; it has no readout.
+        edge_dim: features of an edge; ``None``: edges carry none, or weights. Convolutions that take features (GAT,
+            TransformerConv) are made for so many.
 
     Raises:
         ValueError: the input is not one row per node; no hidden width, or one below 1; an unknown convolution, readout
-            or ``top_down``; options that the convolution does not take.
+            or ``top_down``; options that the convolution does not take; features of edges for one that takes none.
     """
     if len(input_shape) != 1:
         raise ValueError(f"input_shape is {tuple(input_shape)}, expected (features,) of one node")
@@ -70,6 +76,10 @@ def gnn(
     if top_down not in (*get_args(TopDown), None):
         raise ValueError(f"top_down is {top_down!r}, expected 'labels', 'features' or null")
     options = dict(conv_options or {})
+    if edge_dim is not None:
+        _check_takes(conv, _named(conv), "edge_attr")
+        if "edge_dim" in inspect.signature(_named(conv).__init__).parameters:
+            options.setdefault("edge_dim", edge_dim)
     above = [*hidden[1:], outputs if top_down == "labels" else 0]
     blocks: dict[str, nn.Module] = {}
     for i, (before, width) in enumerate(zip([input_shape[0], *hidden], hidden, strict=False)):
@@ -94,6 +104,9 @@ class NodeLinear(nn.Linear):
 
 class GraphBlock(nn.Module):
     """One convolution and what follows it: ``(x, edge_index)`` to ``after(conv(x, edge_index))``.
+
+    What edges carry is a third argument: weights ``(E,)``, which the convolution gets as ``edge_weight``, or features
+    ``(E, D)``, which it gets as ``edge_attr``.
 
     A GCN and a GraphSAGE with mean are sums of terms ``A x Wᵀ``, A either a normalised adjacency (one entry per edge) or
     the identity: ``x ↦ Σ A_j x W_jᵀ + b``. Such a block is :meth:`linear`, and is computed with sparse products and the
@@ -120,23 +133,42 @@ class GraphBlock(nn.Module):
         """Whether the convolution is a sum of terms ``A x Wᵀ``, and there are sparse products where ``x`` lies."""
         return self._kind is not None and x.device.type in ("cpu", "cuda")
 
-    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
-        """``(N, in)`` and ``(2, E)`` to ``(N, width)``.
+    def forward(self, x: Tensor, edges: Tensor, carried: Tensor | None = None) -> Tensor:
+        """``(N, in)`` and ``(2, E)``, and what edges carry, to ``(N, width)``.
 
         Raises:
-            ValueError: ``x`` is not as wide as the weights, or an edge leads to a node that is not there.
+            ValueError: ``x`` is not as wide as the weights, an edge leads to a node that is not there, or the convolution
+                has no use for what edges carry.
         """
-        if not self.linear(x):
+        if carried is not None:
+            self.check(carried)
+        if not self.linear(x) or (carried is not None and carried.requires_grad):
             features = _sparse_features(x) if x.shape[-1] > self.width else None
+            given = {} if carried is None else {_argument(carried): carried}
             with nullcontext() if features is None else _SparseLinear(x, features):
-                output: Tensor = self.after(self.conv(x, edges))
+                output: Tensor = self.after(self.conv(x, edges, **given))
             return output
         wanted = self._terms()[0][0].shape[1]
         if x.shape[1:] != (wanted,):
             raise ValueError(f"input of shape {tuple(x.shape)} does not fit weights for {wanted} features of a node")
         if x.shape[1] > self.width:
-            return self.finish(self.spread(self.project(x), edges))
-        return self.finish(self.combine(self.aggregate(x, edges)))
+            return self.finish(self.spread(self.project(x), edges, carried))
+        return self.finish(self.combine(self.aggregate(x, edges, carried)))
+
+    def check(self, carried: Tensor) -> None:
+        """Refuse weights ``(E,)`` or features ``(E, D)`` of edges that the convolution would not take, or would ignore.
+
+        Raises:
+            ValueError: says which, and what to do.
+        """
+        name = _argument(carried)
+        _check_takes(type(self.conv).__name__, self.conv, name)
+        # Made without a width for them, these take features of edges and leave them aside without a word.
+        if name == "edge_attr" and None in (getattr(self.conv, key, 0) for key in ("lin_edge", "in_edge_channels")):
+            raise ValueError(
+                f"{type(self.conv).__name__} was made for edges without features, and these carry {carried.shape[1]}: make it "
+                "with edge_dim, or set dataset.edge_features=false to leave them aside"
+            )
 
     def project(self, x: Tensor, start: int = 0) -> list[Tensor]:
         """``x W_jᵀ`` of every term, for columns of the input from ``start`` on.
@@ -151,15 +183,16 @@ class GraphBlock(nn.Module):
             return [F.linear(x, w) for w in weights]
         return [_product(features, w.T) for w in weights]
 
-    def spread(self, projected: Sequence[Tensor], edges: Tensor) -> Tensor:
-        """``Σ A_j p_j`` of what :meth:`project` gave."""
+    def spread(self, projected: Sequence[Tensor], edges: Tensor, weights: Tensor | None = None) -> Tensor:
+        """``Σ A_j p_j`` of what :meth:`project` gave; with the weights ``(E,)`` of edges that carry some."""
         return sum_of(
-            self._adjacent(p, edges) if moves else p for p, (_, moves) in zip(projected, self._terms(), strict=True)
+            self._adjacent(p, edges, weights) if moves else p
+            for p, (_, moves) in zip(projected, self._terms(), strict=True)
         )
 
-    def aggregate(self, x: Tensor, edges: Tensor) -> list[Tensor]:
-        """``A_j x`` of every term, for ``x`` of shape ``(..., N, columns)``."""
-        return [self._adjacent(x, edges) if moves else x for _, moves in self._terms()]
+    def aggregate(self, x: Tensor, edges: Tensor, weights: Tensor | None = None) -> list[Tensor]:
+        """``A_j x`` of every term, for ``x`` of shape ``(..., N, columns)``; with the weights of edges that carry some."""
+        return [self._adjacent(x, edges, weights) if moves else x for _, moves in self._terms()]
 
     def combine(self, aggregated: Sequence[Tensor], start: int = 0) -> Tensor:
         """``Σ a_j W_jᵀ`` of what :meth:`aggregate` gave, for columns of the input from ``start`` on."""
@@ -189,18 +222,50 @@ class GraphBlock(nn.Module):
         neighbours: tuple[Tensor, bool] = (cast(nn.Linear, self.conv.lin_l).weight, True)
         return [neighbours, (cast(nn.Linear, self.conv.lin_r).weight, False)] if self.conv.root_weight else [neighbours]
 
-    def _adjacent(self, x: Tensor, edges: Tensor) -> Tensor:
-        matrix = self._adjacency(edges, x.shape[-2], torch.promote_types(x.dtype, torch.float32))
+    def _adjacent(self, x: Tensor, edges: Tensor, weights: Tensor | None) -> Tensor:
+        if weights is not None:
+            self.check(weights)
+        matrix = self._adjacency(edges, weights, x.shape[-2], torch.promote_types(x.dtype, torch.float32))
         if x.ndim == 2:
             return _product(matrix, x)
-        return torch.stack([self._adjacent(part, edges) for part in x])
+        return torch.stack([self._adjacent(part, edges, weights) for part in x])
 
-    def _adjacency(self, edges: Tensor, nodes: int, dtype: torch.dtype) -> _Matrix:
+    def _adjacency(self, edges: Tensor, weights: Tensor | None, nodes: int, dtype: torch.dtype) -> _Matrix:
         if self._kind == "gcn":
             improved, loops = bool(self.conv.improved), bool(self.conv.add_self_loops)
             key: Hashable = ("gcn", improved, loops, nodes, dtype)
-            return kept(edges, key, lambda: _gcn_matrix(edges, nodes, improved, loops, dtype))
+            if weights is None:
+                return kept(edges, key, lambda: _gcn_matrix(edges, None, nodes, improved, loops, dtype))
+            return _kept_of_both(
+                edges, weights, key, lambda: _gcn_matrix(edges, weights, nodes, improved, loops, dtype)
+            )
         return kept(edges, ("mean", nodes, dtype), lambda: _mean_matrix(edges, nodes, dtype))
+
+
+def check_edge_features(net: Blocks, context: Sequence[Any]) -> None:
+    """Refuse a network that has no use for what the edges of a graph carry.
+
+    Args:
+        net: the network.
+        context: what its blocks get after their input: the edge index, and perhaps weights ``(E,)`` or features ``(E, D)``.
+
+    Raises:
+        ValueError: names the block, and says how to leave weights and features aside.
+    """
+    if len(context) < 2:
+        return
+    for name, block in (*net.members.items(), ("readout", net.readout)):
+        if isinstance(block, GraphBlock):
+            block.check(context[1])
+        elif block is not None:
+            try:
+                inspect.signature(block.forward).bind(None, *context)
+            except TypeError:
+                raise ValueError(
+                    f"block {name!r} takes {inspect.signature(block.forward)}, and the edges of this graph carry "
+                    f"{_argument(context[1])} of shape {tuple(context[1].shape)}, which comes after the edge index: give its "
+                    "forward one more argument, or set dataset.edge_features=false to leave them aside"
+                ) from None
 
 
 def check_edges(edges: Tensor, nodes: int) -> None:
@@ -239,7 +304,12 @@ def _geometric() -> Any:
         return torch_geometric.nn
 
 
-def _convolution(name: str, before: int, after: int, options: Mapping[str, Any], last: bool = False) -> nn.Module:
+def _named(name: str) -> Any:
+    """The convolution of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
     known = [n for n in _geometric().conv.__all__ if n != "MessagePassing"]
     if name not in known:
         stems = {n.lower().removesuffix("conv"): n for n in known}
@@ -248,11 +318,32 @@ def _convolution(name: str, before: int, after: int, options: Mapping[str, Any],
             f"conv is {name!r}, which torch_geometric.nn does not have; "
             + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}")
         )
+    return getattr(_geometric(), name)
+
+
+def _argument(carried: Tensor) -> str:
+    """By which name convolutions take weights ``(E,)`` or features ``(E, D)`` of edges."""
+    return "edge_weight" if carried.ndim == 1 else "edge_attr"
+
+
+def _check_takes(name: str, conv: Any, argument: str) -> None:
+    takes = inspect.signature(conv.forward).parameters
+    if argument not in takes:
+        other = next((a for a in ("edge_weight", "edge_attr") if a in takes), None)
+        raise ValueError(
+            f"{name} takes no {argument}, which the edges of this graph carry"
+            + (f" (it takes {other}: name them so in the graph if they are that)" if other else "")
+            + ": choose another convolution (GCNConv takes edge_weight, GATConv edge_attr), or set "
+            "dataset.edge_features=false to leave them aside"
+        )
+
+
+def _convolution(name: str, before: int, after: int, options: Mapping[str, Any], last: bool = False) -> nn.Module:
+    make = _named(name)
     if "cached" in options:
         raise ValueError(
             "conv_options has cached, which would keep the first graph's edges for every other graph: drop it"
         )
-    make = getattr(_geometric(), name)
     parameters = inspect.signature(make.__init__).parameters
     options = dict(options)
     width = after
@@ -363,12 +454,21 @@ def _product(matrix: _Matrix, dense: Tensor) -> Tensor:
     return cast(Tensor, _Product.apply(dense, matrix))
 
 
-def _gcn_matrix(edges: Tensor, nodes: int, improved: bool, loops: bool, dtype: torch.dtype) -> _Matrix:
+def _gcn_matrix(
+    edges: Tensor, carried: Tensor | None, nodes: int, improved: bool, loops: bool, dtype: torch.dtype
+) -> _Matrix:
     """``D^-1/2 (A + I) D^-1/2``, as PyTorch Geometric weighs the edges; row: where an edge ends."""
     from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
     check_edges(edges, nodes)
-    weighted, weights = gcn_norm(edges, None, nodes, improved, loops, "source_to_target", dtype)
+    if carried is not None:
+        carried = carried.to(dtype)
+    weighted, weights = gcn_norm(edges, carried, nodes, improved, loops, "source_to_target", dtype)
+    if not bool(weights.isfinite().all()):
+        raise ValueError(
+            "edge weights below 0 leave a node with a negative sum of weights, of which GCNConv takes a root: scale them to be "
+            "positive, choose another convolution, or set dataset.edge_features=false"
+        )
     return _Matrix.of(weighted[1], weighted[0], weights, nodes, nodes)
 
 
@@ -430,3 +530,13 @@ def kept(tensor: Tensor, name: Hashable, make: Callable[[], _T]) -> _T:
         with torch.inference_mode(False), torch.no_grad():
             known[1][name] = make()
     return cast(_T, known[1][name])
+
+
+def _kept_of_both(edges: Tensor, weights: Tensor, name: Hashable, make: Callable[[], _T]) -> _T:
+    """The same for two tensors; of weights that come with an edge index, the last ones' result is kept."""
+    version = 0 if weights.is_inference() else weights._version
+    cell: list[Any] = kept(edges, ("weighted", name), list)
+    if not cell or cell[0]() is not weights or cell[1] != version:
+        with torch.inference_mode(False), torch.no_grad():
+            cell[:] = [weakref.ref(weights), version, make()]
+    return cast(_T, cell[2])

@@ -60,7 +60,8 @@ class InputGuard:
             self._open[here] = tuple(given.values())
         else:
             self._open[here] = tuple(None if n in self.written else _version(leaves[i]) for n, i in enumerate(places))
-        return tree_unflatten(leaves, layout)  # type: ignore[return-value]
+        args, kwargs = tree_unflatten(leaves, layout)
+        return args, kwargs
 
     def after(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Learn from a first pass what the block writes into; in later ones refuse what is new.

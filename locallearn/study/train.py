@@ -24,6 +24,8 @@ from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
 from locallearn.study._costs import _Costs
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet, rehearse
 from locallearn.study.plan import CHECKPOINT, MODEL, SAMPLES, Interrupted, Plan
+from locallearn.tasks._checks import check_batch_sizes
+from locallearn.tasks._task import Task
 
 __all__ = ["CHECKPOINT", "MODEL", "SAMPLES", "Interrupted", "Plan", "attached_task", "check", "quiet", "run"]
 
@@ -119,6 +121,8 @@ def attached_task(plan: Plan) -> Any:
     torch.manual_seed(plan.seed)
     task = plan.make_task(plan.make_net())
     cast(LocalTask, task).use(plan.algorithm)
+    if isinstance(task, Task) and hasattr(plan.data, "batch_sizes"):  # foreign loaders are asked when training starts
+        check_batch_sizes(plan.data.batch_sizes(), task.net, plan.algorithm, task.info())
     return task
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
+
+from locallearn.tasks import _digests
 
 
 def quiet_trainer(tmp_path: Path, **settings: Any) -> pl.Trainer:
@@ -20,3 +25,14 @@ def quiet_trainer(tmp_path: Path, **settings: Any) -> pl.Trainer:
         "log_every_n_steps": 1,
     }
     return pl.Trainer(**(defaults | settings))
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, bytes]], None]:
+    """Let made-up files, by their place below the data folder, be the ones that are known."""
+
+    def make(files: Mapping[str, bytes]) -> None:
+        digests = {place: (hashlib.sha256(content).hexdigest(),) for place, content in files.items()}
+        monkeypatch.setattr(_digests, "DIGESTS", {**_digests.DIGESTS, **digests})
+
+    return make

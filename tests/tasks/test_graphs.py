@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,8 @@ from locallearn.algorithms import Backprop, MonoForward
 from locallearn.batch import Batch
 from locallearn.nets import Blocks
 from locallearn.strategies import LocalStrategy
+from locallearn.tasks import _digests
+from locallearn.tasks._digests import DIGESTS
 from locallearn.tasks.classification import Classification, NodeClassification
 from locallearn.tasks.graphs import (
     GRAPHS,
@@ -95,8 +97,12 @@ def _citeseer() -> bytes:
     return file.getvalue()
 
 
+_CITESEER = "graphs/CitationFull/citeseer/raw/citeseer.npz"
+
+
 @pytest.fixture
-def citeseer_dir(tmp_path: Path) -> Path:
+def citeseer_dir(tmp_path: Path, known: Callable[[Mapping[str, bytes]], None]) -> Path:
+    known({_CITESEER: _citeseer()})
     folder = tmp_path / "data" / "graphs" / "CitationFull" / "citeseer" / "raw"
     folder.mkdir(parents=True)
     (folder / "citeseer.npz").write_bytes(_citeseer())
@@ -154,7 +160,10 @@ def test_missing_files_are_named_in_one_sentence(name: str, tmp_path: Path, no_n
     assert all(timeout is not None and timeout <= 10 for timeout in no_network)
 
 
-def test_missing_files_are_downloaded_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_downloaded_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: Callable[[Mapping[str, bytes]], None]
+) -> None:
+    known({_CITESEER: _citeseer()})
     asked: list[str] = []
 
     class Cut(io.BytesIO):
@@ -175,7 +184,9 @@ def test_missing_files_are_downloaded_whole_or_not_at_all(tmp_path: Path, monkey
     assert asked == ["https://github.com/abojchevski/graph2gauss/raw/master/data/citeseer.npz"] * 2
 
 
-def test_damaged_files_and_files_of_another_graph_are_told_in_one_sentence(citeseer_dir: Path) -> None:
+def test_damaged_files_and_files_of_another_graph_are_told_in_one_sentence(
+    citeseer_dir: Path, known: Callable[[Mapping[str, bytes]], None]
+) -> None:
     folder = citeseer_dir / "graphs" / "CitationFull" / "citeseer" / "raw"
     (folder / "citeseer.npz").write_bytes(b"PK not a zip file")
     with pytest.raises(ValueError, match=re.escape(f"The files in {folder} cannot be read as citeseer")) as caught:
@@ -185,9 +196,50 @@ def test_damaged_files_and_files_of_another_graph_are_told_in_one_sentence(cites
     other.mkdir(parents=True)
     (other / "cora_ml.npz").write_bytes(_citeseer())
     with pytest.raises(
+        ValueError, match=r"cora_ml\.npz is another file: expected Git SHA-1 2df67d57d5c3\.\.\. or SHA-256 ffbe"
+    ):
+        load_graph("cora_ml", citeseer_dir)
+    known({"graphs/CitationFull/cora_ml/raw/cora_ml.npz": _citeseer()})
+    with pytest.raises(
         ValueError, match="hold 4230 nodes, 602 features and 6 classes, but cora_ml has 2995, 2879 and 7"
     ):
         load_graph("cora_ml", citeseer_dir)
+
+
+def test_another_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(_citeseer()))
+    with pytest.raises(DataMissing, match=r"citeseer\.npz is another file"):
+        load_graph("citeseer", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("objects", [True, False])
+def test_a_file_that_nobody_knows_is_read_only_if_it_cannot_run_code(objects: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "graphs" / "GitHub" / "raw"
+    folder.mkdir(parents=True)
+    edges = np.array([[0, 1]], dtype=object if objects else np.int64)
+    np.savez(folder / "github.npz", features=np.ones((2, 3)), target=np.array([0, 1]), edges=edges)
+    message = "github.npz holds pickled objects" if objects else "hold 2 nodes, 3 features and 2 classes"
+    with pytest.raises(ValueError, match=message):
+        load_graph("github", tmp_path)
+
+
+def test_every_file_of_every_graph_but_one_is_known() -> None:
+    places = {f"graphs/{f.root}/{f.folder}/{file}" for f in GRAPHS.values() for file in f.files}
+    assert places - set(DIGESTS) == {"graphs/GitHub/raw/github.npz"}
+    assert all(
+        re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", digest) for place in places for digest in DIGESTS.get(place, ())
+    )
+
+
+def test_git_digests_are_those_of_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # printf 'what is up, doc?' | git hash-object --stdin, from the Pro Git book
+    (tmp_path / "file").write_bytes(b"what is up, doc?")
+    monkeypatch.setattr(_digests, "DIGESTS", {"here": ("bd9dbf5aae1a3862dd1526723246b20206e5fc37",)})
+    _digests.check_file(tmp_path / "file", "here")
+    (tmp_path / "file").write_bytes(b"what is up, doc!")
+    with pytest.raises(ValueError, match="another file: expected Git SHA-1 bd9dbf5aae1a"):
+        _digests.check_file(tmp_path / "file", "here")
 
 
 def test_status_says_what_is_there(citeseer_dir: Path) -> None:
@@ -386,6 +438,13 @@ _MASK = torch.arange(10) < 5
         (_changed(edge_index=None), "no edges"),
         (_changed(edge_index=torch.tensor([[0, 3], [1, 10]])), "nodes 0 and 10, but its nodes are 0 to 9"),
         (_changed(edge_index=torch.tensor([[0, -1], [1, 2]])), "nodes -1 and 2"),
+        (_changed(edge_index=torch.zeros(5, 2).long()), r"torch.int64 of shape \(5, 2\), so take edge_index.T"),
+        (_changed(edge_index=torch.zeros(2, 5).int()), r"torch.int32 of shape \(2, 5\)"),
+        (_changed(x=torch.zeros(10, 8, dtype=torch.complex64)), "real numbers; it is torch.complex64"),
+        (_changed(y=torch.zeros(10, dtype=torch.complex64)), "complex64"),
+        (_changed(train_mask=torch.arange(5), val_mask=_MASK, test_mask=_MASK), r"train_mask is torch.int64 of shape \(5,\)"),
+        (_changed(train_mask=_MASK, val_mask=_MASK[:, None, None], test_mask=_MASK), r"val_mask is .* \(10, 1, 1\)"),
+        (_changed(train_mask=_MASK, val_mask=_MASK, test_mask=_MASK.float()), "test_mask is torch.float32"),
         (_changed(train_mask=_MASK), "some of train_mask"),
         (_changed(train_mask=~_MASK & _MASK, val_mask=_MASK, test_mask=~_MASK), "no train nodes"),
         (_changed(train_mask=_MASK, val_mask=_MASK, test_mask=~_MASK), "two of its masks"),
@@ -411,6 +470,24 @@ def test_a_file_that_holds_no_graph_is_told_in_one_sentence(what: str, tmp_path:
         torch.save([1] if what == "a list" else Counter, path)
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         GraphData(path=path).setup()
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # PyTorch says how to run what a file holds
+
+
+def _written_by_version_1() -> Any:
+    """Attributes in ``__dict__``, and no ``_store``."""
+    old = Data.__new__(Data)
+    vars(old).clear()
+    vars(old).update(x=torch.rand(10, 4), y=torch.arange(10) % 2, edge_index=torch.zeros(2, 0).long(), edge_attr=None)
+    return old
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_a_graph_of_torch_geometric_1_is_told_in_one_sentence(file: bool, tmp_path: Path) -> None:
+    torch.save(_written_by_version_1(), tmp_path / "old.pt")
+    data = GraphData(path=tmp_path / "old.pt") if file else GraphData(graph=_written_by_version_1())
+    with pytest.raises(ValueError, match=r"written by PyTorch Geometric 1\.x.*make a new Data") as caught:
+        data.setup()
     assert "\n" not in str(caught.value)
 
 

@@ -6,6 +6,7 @@ import functools
 import gzip
 import hashlib
 import os
+import pickle
 import re
 import socket
 import struct
@@ -13,7 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import functional as transforms
 
 from locallearn.batch import Batch
+from locallearn.tasks._digests import DIGESTS
 from locallearn.tasks.images import (
     DATASETS,
     Augment,
@@ -71,10 +73,16 @@ def made_up_mnist() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def mnist_dir(tmp_path: Path, made_up_mnist: dict[str, bytes]) -> Path:
+def known_mnist(made_up_mnist: dict[str, bytes], known: Callable[[Mapping[str, bytes]], None]) -> dict[str, bytes]:
+    known({f"images/MNIST/raw/{name}": content for name, content in made_up_mnist.items()})
+    return made_up_mnist
+
+
+@pytest.fixture
+def mnist_dir(tmp_path: Path, known_mnist: dict[str, bytes]) -> Path:
     folder = tmp_path / "data" / "images" / "MNIST" / "raw"
     folder.mkdir(parents=True)
-    for name, content in made_up_mnist.items():
+    for name, content in known_mnist.items():
         (folder / name).write_bytes(content)
     return tmp_path / "data"
 
@@ -144,12 +152,12 @@ def test_missing_files_are_named_in_one_sentence(
 
 
 @pytest.fixture
-def mirror(tmp_path: Path, made_up_mnist: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def mirror(tmp_path: Path, known_mnist: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A web server on this machine that torchvision takes for MNIST's; yields the folder it serves."""
     folder = tmp_path / "mirror"
     folder.mkdir()
     resources = []
-    for name, content in made_up_mnist.items():
+    for name, content in known_mnist.items():
         packed = gzip.compress(content, compresslevel=1)
         (folder / f"{name}.gz").write_bytes(packed)
         resources.append((f"{name}.gz", hashlib.md5(packed, usedforsecurity=False).hexdigest()))
@@ -217,6 +225,52 @@ def test_damaged_cifar_is_told_in_one_sentence(tmp_path: Path) -> None:
         (folder / file).write_bytes(b"not a pickle")
     with pytest.raises(ValueError, match="cannot be read as cifar10"):
         load_images("cifar10", tmp_path)
+
+
+def test_a_file_with_one_bit_changed_is_not_opened(mnist_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, file = mnist_dir / "images" / "MNIST" / "raw", MNIST_FILES[0]
+    content = bytearray((folder / file).read_bytes())
+    content[-1] ^= 1
+    monkeypatch.setattr(torchvision.datasets, "MNIST", None)  # whoever opens it fails
+    (folder / file).write_bytes(content)
+    found = hashlib.sha256(content).hexdigest()[:12]
+    with pytest.raises(ValueError, match=rf"{file} is another file: expected SHA-256 \w+\.\.\., found SHA-256 {found}"):
+        load_images("mnist", mnist_dir)
+
+
+class _Runs:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickles_that_are_not_the_known_ones_do_not_run(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for file in DATASETS["cifar10"].files:
+        (folder / file).write_bytes(pickle.dumps(_Runs(tmp_path / "ran")))
+    with pytest.raises(ValueError, match="cannot be read as cifar10"):
+        load_images("cifar10", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_lies_beside_the_files_is_not_read(mnist_dir: Path) -> None:
+    processed = mnist_dir / "images" / "MNIST" / "processed"  # torchvision prefers what older versions of it left here
+    processed.mkdir()
+    for file in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(60_000, 28, 28, dtype=torch.uint8), torch.zeros(60_000)), processed / file)
+    assert int(load_images("mnist", mnist_dir).train_labels.max()) == 9
+
+
+def test_every_file_of_every_set_is_known() -> None:
+    for facts in DATASETS.values():
+        for file in facts.files:
+            digests = DIGESTS[f"images/{facts.folder}/{file}"]
+            assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests)
 
 
 def test_status_says_what_is_there(mnist_dir: Path) -> None:

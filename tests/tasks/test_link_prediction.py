@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from locallearn.algorithms import Backprop
 from locallearn.batch import Batch
-from locallearn.nets import Blocks
+from locallearn.nets import Blocks, gnn
 from locallearn.strategies import LocalStrategy
 from locallearn.tasks.graphs import GeneratedGraph, GraphData
-from locallearn.tasks.link_prediction import LinkPrediction
+from locallearn.tasks.link_prediction import LinkPrediction, _split
 from tests.tasks.conftest import quiet_trainer
 
 with warnings.catch_warnings():
@@ -103,6 +103,83 @@ def test_split_is_that_of_torch_geometric_with_the_published_seed(data: GraphDat
         assert torch.equal(passing, part.edge_index)
         assert torch.equal(pairs, part.edge_label_index)
         assert torch.equal(labels, part.edge_label)
+
+
+def _undirected(draw: torch.Generator, nodes: int, edges: int) -> Tensor:
+    """A random multigraph in both directions: loops, and edges that come any number of times, in any order."""
+    ends = torch.randint(nodes, (2, edges), generator=draw)
+    ends = torch.cat((ends, ends.flip(0), ends[:, : edges // 3]), 1)
+    return ends[:, torch.randperm(ends.shape[1], generator=draw)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_edges_that_come_several_times_and_loops_are_in_one_part_or_none(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    nodes = int(torch.randint(20, 80, (), generator=draw))
+    edges = _undirected(draw, nodes, 3 * nodes)
+    parts = _split(edges, nodes, seed)
+    positive = {part: [_pair(p) for p in pairs[:, labels == 1].T] for part, (_, pairs, labels) in parts.items()}
+    negative = {
+        part: [tuple(p.tolist()) for p in pairs[:, labels == 0].T] for part, (_, pairs, labels) in parts.items()
+    }
+    joined = {pair for pair in _set(edges) if pair[0] != pair[1]}
+    loops = {pair for pair in _set(edges) if pair[0] == pair[1]}
+    every = [pair for part in PARTS for pair in positive[part]]
+    assert len(every) == len(set(every))
+    assert set(every) == joined
+    wrong = [pair for part in PARTS for pair in negative[part]]
+    assert len(wrong) == len(set(wrong))
+    assert not {_pair(torch.tensor(pair)) for pair in wrong} & (joined | {(i, i) for i in range(nodes)})
+    seen = set(positive["train"])
+    for part in PARTS:
+        messages = parts[part][0]
+        directed = [tuple(pair) for pair in messages.T.tolist()]
+        assert len(directed) == len(set(directed))
+        seen |= set(positive["validation"]) if part == "test" else set()
+        assert _set(messages) == seen | loops
+        assert not _set(messages) & set(positive["test"])
+
+
+def _pair(ends: Tensor) -> tuple[int, int]:
+    return int(ends.min()), int(ends.max())
+
+
+def test_a_multigraph_is_split_as_its_simple_graph(data: GraphData) -> None:
+    edges = data.example().context[0]
+    loops = torch.arange(200).repeat(2, 1)
+    wanted, found = _split(edges, 200, 2), _split(torch.cat((edges, loops, edges, edges, loops), 1), 200, 2)
+    for part in PARTS:
+        assert torch.equal(found[part][0], torch.cat((wanted[part][0], loops), 1))  # type: ignore[index]
+        assert torch.equal(found[part][1], wanted[part][1])  # type: ignore[index]
+        assert torch.equal(found[part][2], wanted[part][2])  # type: ignore[index]
+
+
+def _weighted(repeats: int = 1, odd: float = 0.0) -> Batch:
+    draw = torch.Generator().manual_seed(3)
+    edges = _undirected(draw, 40, 120)
+    keys = edges.min(0).values * 40 + edges.max(0).values
+    weights = 0.1 + keys / 1600
+    edges, weights = edges.repeat(1, repeats), weights.repeat(repeats)
+    weights[0] += odd
+    return Batch(torch.rand(40, 8, generator=draw), torch.zeros(40).long(), (edges, weights))
+
+
+def test_weights_go_with_their_edges() -> None:
+    torch.manual_seed(0)
+    task = LinkPrediction(gnn((8,), 12, hidden=(16,)), _weighted(3), outputs=12)
+    for part in ("train", "test"):
+        edges, weights = task.get_buffer(f"{part}_edges"), task.get_buffer(f"{part}_weights")
+        expected = 0.1 + (edges.min(0).values * 40 + edges.max(0).values) / 1600
+        assert torch.equal(weights, expected)
+    batch = task.info().example
+    assert len(batch.context) == 2
+    scores = task(batch.inputs, batch.context[0], batch.rows, batch.context[1])
+    z = task.net(batch.inputs, *batch.context)
+    assert batch.rows is not None
+    torch.testing.assert_close(scores, (z[batch.rows[0]] * z[batch.rows[1]]).sum(1))
+    assert not torch.allclose(task.net(batch.inputs, batch.context[0]), z)
+    with pytest.raises(ValueError, match="come several times with different weights"):
+        LinkPrediction(gnn((8,), 12, hidden=(16,)), _weighted(2, odd=0.5), outputs=12)
 
 
 def test_splitting_leaves_the_global_generators_alone(data: GraphData) -> None:
