@@ -210,6 +210,27 @@ def test_after_the_trace_there_is_no_figure(clock: Any) -> None:
     assert "ends after 9 s" in str(window.readings[0].reason)
 
 
+def test_the_last_point_of_a_trace_is_known(clock: Any) -> None:
+    with EnergyMonitor([ReplayMeter([(0, 0), (9, 9)], clock=clock)], clock=clock).window("w") as window:
+        clock.pass_by(9)
+    assert window.readings[0].joules == 9.0
+
+
+def test_coarse_meters_are_switched_on_first_and_off_last(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longest, and the fine ones and the clock shall miss it."""
+    seen: list[str] = []
+    meters = [ReplayMeter([(0, 0), (9, 9)], source=name, clock=clock) for name in ("fine", "coarse")]
+    for meter, tick_s in zip(meters, (0.1, 1.0), strict=True):
+        meter.tick_s = tick_s
+        for hook in ("resume", "pause"):
+            monkeypatch.setattr(meter, hook, lambda name=f"{hook} {meter._source}": seen.append(name))
+    window = EnergyMonitor(meters, clock=clock).window("w")
+    window.open()
+    window.pause()
+    assert seen == ["resume coarse", "resume fine", "pause fine", "pause coarse"]
+    window.close()
+
+
 def test_two_meters_of_one_source_are_refused_and_freed(constant: Any) -> None:
     first, second = ReplayMeter(constant(1.0)), ReplayMeter(constant(2.0))
     with pytest.raises(ValueError, match="both report 'replay'"):

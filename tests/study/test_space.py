@@ -23,6 +23,7 @@ NOBODY: Any = ()
         ({"low": 1, "high": 2, "step": -1}, "steps of -1 do not lead"),
         ({"low": 0.0, "high": 1.0, "step": 0.3}, "steps of 0.3 do not lead from 0.0 to 1.0"),
         ({"low": 1, "high": 2, "step": 2}, "steps of 2 do not lead"),
+        ({"low": 1, "high": 5, "step": 3}, "steps of 3 do not lead"),  # though 1 + 5 is two of them
         ({"low": 1.0, "high": 2.0, "log": True, "step": 0.5}, "has no step"),
         ({"low": 1.5, "high": 2, "whole": True}, "have to be whole"),
         ({"low": 1, "high": 2.5, "whole": True}, "have to be whole"),
