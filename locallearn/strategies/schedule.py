@@ -175,7 +175,7 @@ class Schedule(pl.Callback):
             self.epochs = done
             if self._validates(trainer) and (self._ends(trainer, pl_module) or _is_due(trainer)):
                 self._validate(trainer)
-        progress = trainer.fit_loop.epoch_progress.current
+        progress: Any = trainer.fit_loop.epoch_progress.current
         between = progress.ready == progress.processed  # else the end of the epoch that was begun will come
         if between and self.epochs and self._ends(trainer, pl_module):
             self._end_stage(trainer, pl_module)
