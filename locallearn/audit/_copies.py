@@ -114,8 +114,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((n, p) for n, p in vars(value).items() if n not in ("_parameters", "_buffers", "_modules"))
         elif hasattr(value, "__dict__"):
             yield from vars(value).items()
-        for kind in type(value).__mro__:
-            names = vars(kind).get("__slots__", ())
+        for cls in type(value).__mro__:
+            names = vars(cls).get("__slots__", ())
             for name in (names,) if isinstance(names, str) else names:
                 part = getattr(value, name, None)
                 if part is not None:
@@ -165,7 +165,7 @@ def _carry_hooks(original: Tensor, twin: Tensor, memo: dict[int, Any]) -> None:
     ):
         if not getattr(twin, kind, None):
             for hook in (getattr(original, kind, None) or {}).values():
-                register(copy.deepcopy(hook, memo))
+                register(copy.deepcopy(hook, memo))  # type: ignore[no-untyped-call]
 
 
 def _difference(original: nn.Module, twin: nn.Module) -> str:
@@ -185,9 +185,9 @@ def _difference(original: nn.Module, twin: nn.Module) -> str:
             a, b = mine.get(key), its.get(key)
             if simple and (type(a) is not type(b) or (a != b and a == a)):
                 return f"{key!r} of {name} is {b!r} instead of {a!r}"
-    mine, its = original.state_dict(), twin.state_dict()
-    for key, value in mine.items():
-        if isinstance(value, Tensor) and not _same_bits(value, its.get(key)):
+    copied = twin.state_dict()
+    for key, value in original.state_dict().items():
+        if isinstance(value, Tensor) and not _same_bits(value, copied.get(key)):
             return f"{key!r} has other values"
     return ""
 

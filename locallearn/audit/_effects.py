@@ -278,12 +278,10 @@ class Effects:
         carried: set[str] = set()
         paths = [path for path, t in held_by_rule(self._algorithm).items() if t.is_floating_point() and t.ndim > 1]
         for path in paths:
-            carried |= self.changed(self.with_other(lambda twin, path=path: _zero(held_by_rule(twin)[path])))
+            carried |= self.changed(self.with_other(partial(_zero_held, path)))
         if not carried and not paths:
             for stage in stages(self._algorithm):
-                carried |= self.changed(
-                    self.with_other(lambda twin, stage=stage: _negate(matrices(stages(twin)[stage])))
-                )
+                carried |= self.changed(self.with_other(partial(_negate_stage, stage)))
             if not carried and not self._is_backpropagation():
                 return set()  # they are made anew from a seed, perhaps
         top = list(stages(self._algorithm))[-1]
@@ -398,15 +396,15 @@ def _explained(vector: Tensor, rows: Tensor) -> float:
     return 1.0 - float((vector - (rows.T @ weights)[:, 0]).square().sum()) / total
 
 
-@torch.no_grad()
-def _zero(tensor: Tensor) -> None:
-    tensor.zero_()
+def _zero_held(path: str, twin: Algorithm) -> None:
+    with torch.no_grad():
+        held_by_rule(twin)[path].zero_()
 
 
-@torch.no_grad()
-def _negate(tensors: Iterator[Tensor]) -> None:
-    for tensor in tensors:
-        tensor.neg_()
+def _negate_stage(stage: str, twin: Algorithm) -> None:
+    with torch.no_grad():
+        for tensor in matrices(stages(twin)[stage]):
+            tensor.neg_()
 
 
 def sgd(algorithm: Algorithm, lr: float = _RATE, alike: bool = True) -> dict[str, Optimizer]:

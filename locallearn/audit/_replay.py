@@ -33,7 +33,7 @@ class Randomness:
 
     def __init__(self, algorithm: Algorithm) -> None:
         kinds = {kind for module in algorithm.modules() for kind in type(module).__mro__}
-        spaces = [vars(kind) for kind in kinds]
+        spaces: list[Any] = [vars(kind) for kind in kinds]
         spaces += [vars(sys.modules[name]) for name in {kind.__module__ for kind in kinds} if name in sys.modules]
         own = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
         held = {id(v): v for space in spaces for v in list(space.values()) if isinstance(v, own)}
@@ -125,7 +125,8 @@ def moved(inputs: Tensor, seed: int, size: float = 0.1) -> Tensor:
     """Inputs moved at random by a share of their deviation; those that are no floats in another order."""
     generator = torch.Generator().manual_seed(seed)
     if not inputs.is_floating_point():
-        return part(inputs, torch.randperm(len(inputs), generator=generator))
+        mixed: Tensor = part(inputs, torch.randperm(len(inputs), generator=generator))
+        return mixed
     noise = torch.randn(inputs.shape, generator=generator).to(inputs.device, inputs.dtype)
     spread = inputs.detach().float().std() if inputs.numel() > 1 else torch.ones(())
     return inputs + noise * (size * spread).to(inputs.device, inputs.dtype)
@@ -135,7 +136,8 @@ def _cloned(batch: Batch) -> Batch:
     def copy(value: Any) -> Any:
         return value.detach().clone() if isinstance(value, Tensor) else value
 
-    return Batch(*(tuple(map(copy, v)) if isinstance(v, tuple) else copy(v) for v in batch))
+    parts: list[Any] = [tuple(map(copy, v)) if isinstance(v, tuple) else copy(v) for v in batch]
+    return Batch(*parts)
 
 
 def _varied(batch: Batch, seed: int) -> Batch:
@@ -353,7 +355,7 @@ class Trajectory(Observer):
         held = (t for party in self._parties.values() for t in party.tensors if isinstance(t, nn.Parameter))
         perturb((t for t in held if t.ndim > 1 and not bool(t.any())), size=1.0)
         if self.kick is not None:
-            perturb(self._parties[self.kick].tensors)
+            perturb(self._parties[self.kick].tensors, size=1.0)
 
     def differentiated(self, twin: Algorithm, unit: str) -> None:
         """Note the gradients of this unit."""

@@ -123,7 +123,7 @@ def flat(values: Any) -> Iterator[Any]:
         yield values
 
 
-class Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator, and which of the original's tensors it is given.
 
     Args:
@@ -135,7 +135,7 @@ class Operators(TorchDispatchMode):
     """
 
     def __init__(self, forbidden: dict[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._forbidden = forbidden
         self.touched: set[str] = set()
         self.foreign: set[str] = set()
@@ -160,7 +160,7 @@ def address_of(value: Any) -> int:
         return 0
 
 
-class Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Results of every operator outside of the engine, in order; on request some are replaced by those of another tape.
 
     Args:
@@ -174,7 +174,7 @@ class Tape(TorchDispatchMode):
     """
 
     def __init__(self, engine: Engine, pins: dict[int, list[Tensor]] | None = None, names: Sequence[str] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.engine = engine
         self._pins = pins or {}
         self._names = names
