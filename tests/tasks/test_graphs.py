@@ -442,7 +442,10 @@ _MASK = torch.arange(10) < 5
         (_changed(edge_index=torch.zeros(2, 5).int()), r"torch.int32 of shape \(2, 5\)"),
         (_changed(x=torch.zeros(10, 8, dtype=torch.complex64)), "real numbers; it is torch.complex64"),
         (_changed(y=torch.zeros(10, dtype=torch.complex64)), "complex64"),
-        (_changed(train_mask=torch.arange(5), val_mask=_MASK, test_mask=_MASK), r"train_mask is torch.int64 of shape \(5,\)"),
+        (
+            _changed(train_mask=torch.arange(5), val_mask=_MASK, test_mask=_MASK),
+            r"train_mask is torch.int64 of shape \(5,\)",
+        ),
         (_changed(train_mask=_MASK, val_mask=_MASK[:, None, None], test_mask=_MASK), r"val_mask is .* \(10, 1, 1\)"),
         (_changed(train_mask=_MASK, val_mask=_MASK, test_mask=_MASK.float()), "test_mask is torch.float32"),
         (_changed(train_mask=_MASK), "some of train_mask"),
