@@ -364,8 +364,10 @@ class GraphData(MemoryData):
             return load_file(Path(self._path).expanduser())
         if isinstance(self._given, GeneratedGraph):
             return self._given.data()
-        from torch_geometric.data import Dataset
+        from torch_geometric.data import Data, Dataset
 
+        if isinstance(self._given, Data):
+            return self._given
         # A dataset of one graph passes for that graph, but not in everything.
         if hasattr(self._given, "edge_index") and not isinstance(self._given, Dataset):
             return self._given
