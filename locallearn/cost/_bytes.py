@@ -200,7 +200,8 @@ def _contexts_seen(count: ActivationBytes) -> Iterator[None]:
         outputs = original.__get__(None, cls)(*args, **kwargs)
         for node in {id(n): n for n in map(_context_of, tree_leaves(outputs)) if n is not None}.values():
             generators = _generator_sizes()  # their states are no activations
-            kept = [t for t in kept_tensors(vars(node)) if (t.dtype, t.numel()) not in generators]
+            # Not in objects: these are shared, such as a graph's matrix that is there for every step.
+            kept = [t for t in kept_tensors(vars(node), objects=False) if (t.dtype, t.numel()) not in generators]
             count.hold(kept, node)
         return outputs
 
@@ -224,12 +225,17 @@ def _generator_sizes() -> set[tuple[torch.dtype, int]]:
 
 
 # -- kept in attributes ---------------------------------------------------------------------------------------------------
-def kept_tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
-    """Tensors that ``value`` holds, in containers, plain objects, partial functions and closures; modules are not entered."""
-    yield from _kept(value, depth, set())
+def kept_tensors(value: Any, objects: bool = True) -> Iterator[Tensor]:
+    """Tensors that ``value`` holds, in containers, partial functions, closures and plain objects; modules are not entered.
+
+    Args:
+        value: what to look into.
+        objects: whether attributes of plain objects are looked at, too.
+    """
+    yield from _kept(value, 6, set(), objects)
 
 
-def _kept(value: Any, depth: int, seen: set[int]) -> Iterator[Tensor]:
+def _kept(value: Any, depth: int, seen: set[int], objects: bool) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
         return
@@ -247,10 +253,10 @@ def _kept(value: Any, depth: int, seen: set[int]) -> Iterator[Tensor]:
         inside = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
     elif isinstance(value, types.MethodType):
         inside = (value.__self__,)
-    else:
+    elif objects:
         inside = [*getattr(value, "__dict__", {}).values(), *_slots(value)]
     for part in list(inside):
-        yield from _kept(part, depth - 1, seen)
+        yield from _kept(part, depth - 1, seen, objects)
 
 
 def _filled(cell: Any) -> bool:
