@@ -390,7 +390,7 @@ def test_a_full_disk_before_the_run_leaves_nothing(cli: Cli, monkeypatch: pytest
     def full(path: Path, content: bytes) -> None:
         raise _full(path)
 
-    monkeypatch.setattr("locallearn.records.write_file", full)
+    monkeypatch.setattr("locallearn.records._folder.write_file", full)
     failed = cli("train", "dataset.limit_train=64")
     assert failed.code == 2
     assert "record.json could not be written" in failed.err
