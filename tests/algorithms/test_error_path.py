@@ -17,6 +17,7 @@ from locallearn.algorithms import Algorithm, Backprop, FeedbackAlignment, Produc
 from locallearn.nets import Blocks
 from tests.algorithms.chains import CLASSES, ROWS, attached, gradients_of
 
+TOLD = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 RULES: list[Callable[[], Algorithm]] = [
     FeedbackAlignment,
     lambda: FeedbackAlignment("dfa"),
@@ -121,7 +122,11 @@ def _recomputed(odd: Any, x: Tensor) -> Tensor:
 
 WRONG: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], str]] = {
     "checkpoint": (lambda o, x: checkpoint(o.layer, x, use_reentrant=False), (1,), r"'odd\.layer' runs once more"),
-    "reentrant": (lambda o, x: checkpoint(o.layer, x, use_reentrant=True), (1,), r"'odd\.layer' runs once more"),
+    "reentrant": (
+        lambda o, x: checkpoint(o.layer, x, use_reentrant=True),
+        (1,),
+        r"'odd\.layer' was run without gradients",
+    ),
     "checkpointed function": (
         lambda o, x: checkpoint(lambda z: F.linear(z, o.layer.weight), x, use_reentrant=False),
         (1,),
@@ -163,9 +168,23 @@ WRONG: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], str]] =
 def test_what_shows_in_training_only_is_refused_by_name(name: str, rule: Callable[[], Algorithm]) -> None:
     """When the rule was attached, in eval mode, all was well; the first training pass says what is not."""
     run, shape, message = WRONG[name]
+    if "runs once more" in message and not TOLD:
+        pytest.skip("this PyTorch does not tell in the forward pass that something is checkpointed")
     algorithm = attached(_around(Odd(lambda o, x: run(o, x.double()), shape, late=True)), rule())
     with pytest.raises(ValueError, match=message):
         next(algorithm.updates(ROWS))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_checkpoint_that_was_not_seen_is_refused_by_the_backward_pass(
+    rule: Callable[[], Algorithm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of PyTorch 2.6, which does not tell that what is saved will be made once more."""
+    monkeypatch.setattr("locallearn.algorithms.feedback_alignment.inside_checkpoint", lambda: False)
+    checkpointed = Odd(lambda o, x: checkpoint(o.layer, x, use_reentrant=False), (1,), late=True)
+    (update,) = attached(_around(checkpointed), rule()).updates(ROWS)
+    with pytest.raises(RuntimeError, match=r"lost its feedback weights|recomputed|different number of tensors"):
+        update.backward()
 
 
 def test_a_forward_pass_that_is_made_again_unseen_does_not_pass_for_feedback() -> None:
