@@ -179,9 +179,9 @@ class FeedbackChain(Algorithm):
         path = error_path(outputs)
         for name in intercept.ungraded - path.carried.keys():
             raise ValueError(
-                f"layer {name!r} was run without gradients in a training pass, so that it learns nothing, or runs once more in the "
-                "backward pass (activation checkpointing?), where the error would go through its weight as in backpropagation: "
-                "let F.linear and F.conv2d record what they do, and take checkpointing out"
+                f"layer {name!r} was run without gradients in a training pass, so that it learns nothing, or runs once more in "
+                "the backward pass (activation checkpointing?), where the error would go through its weight as in "
+                "backpropagation: let F.linear and F.conv2d record what they do, and take checkpointing out"
             )
         for fault in path.faults:
             raise ValueError(self._refusal(fault, intercept.ran))
@@ -205,8 +205,8 @@ class FeedbackChain(Algorithm):
         after = f" after layer {fault.after[0]!r}" if fault.after else ""
         if "Checkpoint" in fault.function:
             return (
-                f"what comes{after} runs once more in the backward pass (activation checkpointing: {fault.function}), where the "
-                "error would go through its weights as in backpropagation: take the checkpointing out"
+                f"what comes{after} runs once more in the backward pass (activation checkpointing: {fault.function}), where "
+                "the error would go through its weights as in backpropagation: take the checkpointing out"
             )
         if through is None:
             return (
