@@ -12,7 +12,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from locallearn.cost import activation_bytes, bytes_of, cache_bytes, optimizer_bytes
-from locallearn.cost._bytes import Alive
+from locallearn.cost._bytes import ActivationBytes, Alive, kept_tensors
 
 SAMPLES, WIDTH = 4, 8
 UNIT = 4 * SAMPLES * WIDTH
@@ -190,3 +190,35 @@ def test_operators_get_their_keywords_under_watch() -> None:
         del made
         assert alive.bytes() == 16
         assert alive.bytes(without=[other]) == 0
+
+
+def test_a_place_that_is_taken_again_counts_at_its_new_size() -> None:
+    """What a checkpoint computed is gone, and something smaller lies where it lay."""
+    count, memory, holder = ActivationBytes(), bytearray(1000), nn.Identity()
+    tensor = torch.frombuffer(memory, dtype=torch.uint8, count=1000)
+    count.hold_recomputed(tensor)
+    assert count.current == 1000
+    del tensor
+    count.hold([torch.frombuffer(memory, dtype=torch.uint8, count=300)], holder)
+    assert count.current == 300
+    del holder
+    assert (count.current, count.peak) == (0, 1000)
+
+
+def test_what_is_looked_into_for_kept_tensors() -> None:
+    tensor, net = torch.ones(2), nn.Linear(2, 2)
+    ring: list[Any] = [tensor]
+    ring.append(ring)
+    assert [id(found) for found in kept_tensors(ring)] == [id(tensor)]  # once round
+    assert list(kept_tensors({"net": net, "kinds": [nn.Linear, torch], "text": "t"})) == []  # a module counts by itself
+
+    def early(fill: bool) -> Any:
+        def reads() -> Tensor:
+            return later
+
+        if fill:
+            later = tensor
+        return reads
+
+    assert [id(found) for found in kept_tensors(early(True))] == [id(tensor)]
+    assert list(kept_tensors(early(False))) == []  # its variable has no value yet

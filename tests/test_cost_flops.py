@@ -50,6 +50,7 @@ def _three_products(layer: Callable[[Tensor], Tensor], shape: tuple[int, ...], f
         (nn.Conv2d(4, 6, (3, 1), groups=2, stride=(2, 1), dilation=(2, 1)), (2, 4, 9, 5), (2, 6, 3, 5)),
         (nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"), (2, 4, 5, 5), (2, 4, 5, 5)),
         (nn.Conv3d(4, 6, 3, dilation=2), (1, 4, 6, 5, 5), (1, 6, 2, 1, 1)),
+        (nn.Conv2d(4, 6, 3, bias=False), (2, 4, 5, 5), (2, 6, 3, 3)),
     ],
 )
 def test_a_convolution_reads_its_group_for_every_output(

@@ -17,6 +17,8 @@ import pytest
 from locallearn.records import (
     TEMPLATE,
     Metric,
+    Quality,
+    Record,
     RunFolder,
     _place,
     find_records,
@@ -779,3 +781,33 @@ def test_records_need_only_the_standard_library() -> None:
         for text in (code, code.replace("print", "import locallearn.records; print"))
     )
     assert after - before <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    ("seed", "right"), [(0, True), (2**63 - 1, True), (2**63, False), (-1, False), (-(2**70), False)]
+)
+def test_a_seed_is_a_whole_number_of_64_bits(tmp_path: Path, seed: int, right: bool) -> None:
+    path = finished(tmp_path)
+    (path / "record.json").write_text(json.dumps({**content(path), "seed": seed}))
+    found = scan([tmp_path])
+    assert [record.seed for record in found.records] == [seed]
+    assert [f"seed is {seed}" in problem for problem in found.problems] == ([] if right else [True])
+    assert read_index(tmp_path)[0]["seed"] == (seed if abs(seed) < 2**63 else None)
+
+
+def test_folders_that_only_look_like_a_run_that_was_killed_are_none(tmp_path: Path) -> None:
+    for name in ("weights.part", ".cache"):
+        (tmp_path / name).mkdir()
+    within = finished(tmp_path / "weights.part")
+    found = scan([tmp_path])
+    assert [record.path for record in found.records] == [within]
+    assert found.problems == []
+
+
+def test_the_figure_that_a_run_is_judged_by() -> None:
+    def judged(**part: Any) -> Quality:
+        return Record(Path("run"), {"metric": part}).metric
+
+    assert judged(name="mean_squared_error", maximise=False) == Quality("mean_squared_error", False)
+    assert judged(name="auc", maximise=True) == judged(name="auc") == Quality("auc", True)
+    assert judged() == judged(name=3) == judged(name="") == Quality()
