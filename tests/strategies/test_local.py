@@ -13,11 +13,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -53,6 +56,14 @@ RULES: dict[str, Callable[[], Algorithm]] = {
     "mono_forward": MonoForward,
     "forward_forward": partial(ForwardForward, negatives="hard", peer=0.03),
 }
+
+
+class _Thawing(BaseFinetuning):
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        """Freezes nothing."""
+
+    def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        """Thaws nothing."""
 
 
 class _OwnPrecision(Precision):
@@ -239,6 +250,9 @@ def test_the_loss_of_a_batch_is_the_sum_over_units(make_module: Maker, make_trai
         ({"callbacks": [GradientAccumulationScheduler({0: 1, 3: 2})]}, "accumulate_grad_batches is 2"),
         ({"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging works on the one optimizer"),
         ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder works on the one optimizer"),
+        ({"callbacks": [_Thawing()]}, "_Thawing adds the weights that it thaws"),
+        ({"callbacks": [ModelPruning("l1_unstructured", amount=0.5)]}, "ModelPruning puts other parameters"),
+        ({"callbacks": [BatchSizeFinder()]}, "BatchSizeFinder trains steps on the way"),
         ({"num_nodes": 2}, "num_nodes=2"),
         ({"plugins": [_OwnPrecision()]}, "_OwnPrecision, which may do"),
     ],
