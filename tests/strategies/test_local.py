@@ -242,6 +242,13 @@ def test_the_loss_of_a_batch_is_the_sum_over_units(make_module: Maker, make_trai
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
+def test_a_search_for_batch_sizes_is_refused(make_trainer: Maker) -> None:
+    strategy = LocalStrategy(MonoForward(), adam)
+    trainer = make_trainer(strategy=strategy, callbacks=[BatchSizeFinder()])
+    with pytest.raises(ValueError, match="BatchSizeFinder trains steps on the way"):
+        strategy.check(trainer)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -252,7 +259,6 @@ def test_the_loss_of_a_batch_is_the_sum_over_units(make_module: Maker, make_trai
         ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder works on the one optimizer"),
         ({"callbacks": [_Thawing()]}, "_Thawing adds the weights that it thaws"),
         ({"callbacks": [ModelPruning("l1_unstructured", amount=0.5)]}, "ModelPruning puts other parameters"),
-        ({"callbacks": [BatchSizeFinder()]}, "BatchSizeFinder trains steps on the way"),
         ({"num_nodes": 2}, "num_nodes=2"),
         ({"plugins": [_OwnPrecision()]}, "_OwnPrecision, which may do"),
     ],
