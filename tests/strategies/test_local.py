@@ -362,6 +362,7 @@ def test_a_module_of_another_algorithm_is_refused(make_module: Maker, make_train
 # -- divergence and hand-made gradients -------------------------------------------------------------------------------
 def test_divergence_names_the_unit_and_the_step(make_module: Maker, make_trainer: Maker, train: Any) -> None:
     module = make_module()
+    module.check = lambda batch: None  # a module that does not look at its inputs
     train.batches[2] = train.batches[2]._replace(inputs=train.batches[2].inputs * math.nan)
     with pytest.raises(Diverged, match=r"unit 'layer1' diverged: its loss is nan at step 2"):
         make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=1).fit(module, train)
