@@ -192,8 +192,7 @@ class BatchLoader:
 
     def batch_sizes(self) -> set[int]:
         """How many samples there are in the batches of an epoch."""
-        whole = self._epoch_batches < len(self) or self.samples % self.batch_size == 0
-        return batch_sizes(self.samples, self.batch_size, self._drop_last or whole)
+        return batch_sizes(self.samples, self.batch_size, self._drop_last, self._epoch_batches)
 
     def everything(self) -> Batch:
         """All samples as they are kept, perhaps unscaled, with their labels."""
@@ -254,10 +253,20 @@ class BatchLoader:
         return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, *[1] * (images.dim() - 2))
 
 
-def batch_sizes(samples: int, batch_size: int, drop_last: bool) -> set[int]:
-    """Sizes of the batches that so many samples are handed out in; empty where there is none."""
+def batch_sizes(samples: int, batch_size: int, drop_last: bool, limit: int | None = None) -> set[int]:
+    """Sizes of the batches that so many samples are handed out in; empty where there is none.
+
+    ``limit`` is how many batches an epoch has at most.
+    """
     full, rest = divmod(samples, batch_size)
-    return ({batch_size} if full else set()) | ({rest} if rest and not drop_last else set())
+    if drop_last or (limit is not None and limit <= full):
+        rest = 0
+    return ({batch_size} if full else set()) | ({rest} if rest else set())
+
+
+def reached(batches: int, limit: float) -> int:
+    """How many of so many batches an epoch has: at most ``limit`` of them (int), or this share (float)."""
+    return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
 
 
 class Untouched:

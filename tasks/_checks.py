@@ -121,13 +121,14 @@ def everything(loader: Any) -> Any:
     return None
 
 
-def sizes_of(loader: Any) -> set[int]:
-    """Sizes of a loader's batches; empty where it cannot be told."""
+def sizes_of(loader: Any, limit: int) -> set[int]:
+    """Sizes of a loader's batches, of the first ``limit`` alone; empty where it cannot be told."""
     if hasattr(loader, "batch_sizes"):
-        return set(loader.batch_sizes())
+        sizes = set(loader.batch_sizes())
+        return {max(sizes)} if sizes and hasattr(loader, "__len__") and limit < len(loader) else sizes
     if isinstance(loader, DataLoader) and loader.batch_size is not None:
         try:
-            return batch_sizes(len(loader.sampler), loader.batch_size, loader.drop_last)  # type: ignore[arg-type]
+            return batch_sizes(len(loader.sampler), loader.batch_size, loader.drop_last, limit)  # type: ignore[arg-type]
         except TypeError:  # a stream without a length
             return set()
     return set()

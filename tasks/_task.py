@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
@@ -157,7 +158,10 @@ class Task(pl.LightningModule, ABC):
 
     @override
     def on_train_start(self) -> None:
-        check_batch_sizes(sizes_of(self.trainer.train_dataloader), self.net, self.algorithm, self.info())
+        steps, batches = self.trainer.max_steps, self.trainer.num_training_batches  # of the second, streams have inf
+        trained = min(batches, float("inf") if steps == -1 else steps)
+        limit = sys.maxsize if trained == float("inf") else int(trained)
+        check_batch_sizes(sizes_of(self.trainer.train_dataloader, limit), self.net, self.algorithm, self.info())
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -242,13 +242,22 @@ def stem(part: Path) -> str:
 def _next_serial(runs_dir: Path) -> int:
     """One more than the largest start counter in the folder: deleted runs leave gaps, and no counter can be lost."""
     largest = 0
-    for folder in runs_dir.iterdir():
-        with contextlib.suppress(OSError):
-            text = (folder / "record.json").read_bytes()
-            # Two spaces: the record's own key, not one of its configuration. Reading all of JSON would take ten times as long.
-            for found in re.findall(rb'^  "serial": (\d{1,15})\b', text, re.MULTILINE):
-                largest = max(largest, int(found))
+    # A folder that is renamed while a listing goes on may not be in it; it is renamed once, so it is in one of two.
+    names = {_run_name(path) for _ in range(2) for path in runs_dir.iterdir()}
+    for name in names:
+        for folder in (runs_dir / f".{name}.part", runs_dir / name):  # in the order in which a run has them
+            with contextlib.suppress(OSError):
+                text = (folder / "record.json").read_bytes()
+                # Two spaces: the record's own key, not one of its configuration. Reading all of JSON would take ten times as long.
+                for found in re.findall(rb'^  "serial": (\d{1,15})\b', text, re.MULTILINE):
+                    largest = max(largest, int(found))
+                break
     return largest + 1
+
+
+def _run_name(path: Path) -> str:
+    """Name of a run, whether its folder has it already or is that of a run that goes on."""
+    return path.name[1:-5] if path.name.startswith(".") and path.name.endswith(".part") else path.name
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[str, str, str, str]]:

@@ -8,7 +8,14 @@ from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -45,6 +52,18 @@ __all__ = [
 # fp16 needs one scaler for all units (one update per batch, not per block) and would scale hand-written gradients.
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 """Precisions of ``Trainer`` in which units can be stepped one by one."""
+
+
+# Callbacks of Lightning that reach into what a rule and its units hold, and why they cannot.
+_ONE_OPTIMIZER = "works on the one optimizer of a module, and LocalStrategy has one per unit, made before: leave it out"
+_REFUSED: dict[type[pl.Callback], str] = {
+    LearningRateFinder: _ONE_OPTIMIZER,
+    StochasticWeightAveraging: _ONE_OPTIMIZER,
+    BaseFinetuning: "adds the weights that it thaws to the optimizers of all units: set requires_grad of them in a callback of "
+    "your own, each unit's optimizer has its weights already",
+    ModelPruning: "puts other parameters in the place of those that the rule was attached to: prune after training",
+    BatchSizeFinder: "trains steps on the way, which the rule and the schedule would count: set the batch size yourself",
+}
 
 
 class Diverged(RuntimeError):
@@ -182,8 +201,8 @@ class LocalStrategy(SingleDeviceStrategy):
 
         Raises:
             ValueError: a precision with a gradient scaler or of somebody else's making, gradients that are accumulated, or
-                clipped by value under a rule that needs linear steps, a callback that searches or averages in its own
-                way, or a module that steps its optimizers itself.
+                clipped by value under a rule that needs linear steps, a callback that searches, averages, prunes or
+                thaws in its own way, or a module that steps its optimizers itself.
         """
         plugin = self.precision_plugin
         if plugin.precision not in PRECISIONS:
@@ -203,11 +222,9 @@ class LocalStrategy(SingleDeviceStrategy):
         for callback in callbacks:
             if isinstance(callback, GradientAccumulationScheduler):
                 self._check_accumulation(max(callback.scheduling.values()))
-            if isinstance(callback, LearningRateFinder | StochasticWeightAveraging):
-                raise ValueError(
-                    f"{type(callback).__name__} works on the one optimizer of a module, and LocalStrategy has one per unit, "
-                    "made before: leave it out"
-                )
+            for kind, why in _REFUSED.items():
+                if isinstance(callback, kind):
+                    raise ValueError(f"{type(callback).__name__} {why}")
         reason = self.algorithm.linear_optimizer
         if reason is not None and trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ValueError(

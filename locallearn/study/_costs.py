@@ -70,8 +70,9 @@ class _Costs(pl.Callback):
         device = trainer.strategy.root_device
         if self.plan.warmup_steps > 0:
             try:
+                steps = int(min(self.plan.warmup_steps, trainer.num_training_batches))
                 with trainer.precision_plugin.train_step_context():
-                    _warm_up(self.plan, _batches(self.plan, trainer, task, self.plan.warmup_steps))
+                    _warm_up(self.plan, _batches(self.plan, trainer, task, steps))
             except Interrupted:
                 raise
             except Exception as error:

@@ -23,6 +23,9 @@ from locallearn.precision import effective_precision
 from locallearn.strategies.local import Diverged, LocalStrategy, LocalTask
 from locallearn.strategies.making import check_length
 from locallearn.study.plan import Interrupted, Plan
+from locallearn.tasks._batches import reached
+from locallearn.tasks._checks import check_batch_sizes, sizes_of
+from locallearn.tasks._task import Task
 
 _OF_THE_WHOLE = ("max_steps", "min_steps", "min_epochs", "max_time", "val_check_interval", "check_val_every_n_epoch")
 """Arguments of a Trainer that are about more than one batch."""
@@ -63,6 +66,8 @@ def rehearse(plan: Plan, task: pl.LightningModule) -> None:
     data = copy.copy(plan.data)  # whoever asks the run's own data for a loader first owns the place in them
     train, validation = data.train_dataloader(), data.val_dataloader()
     _check_lengths(plan, len(train), len(validation))
+    if isinstance(task, Task):
+        check_batch_sizes(sizes_of(train, _trained(plan, len(train))), task.net, plan.algorithm, task.info())
     kept = {name: value.clone() for name, value in plan.algorithm.state_dict().items() if isinstance(value, Tensor)}
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
@@ -92,14 +97,18 @@ def _train_one(plan: Plan, task: pl.LightningModule, train: Any, validation: Any
     trainer = make_trainer(plan, algorithm, [copy.deepcopy(plan.schedule)], **once, **_at_their_defaults(plan))
     with quiet():
         trainer.fit(twin, _One(train), _One(validation))
-    limit = plan.trainer.get("limit_train_batches") or 1.0
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    batches = reached(batches, plan.trainer.get("limit_train_batches") or 1.0)
+    check_length(trainer.lr_scheduler_configs, plan.max_epochs, min(_steps(plan), plan.max_epochs * batches))
+
+
+def _steps(plan: Plan) -> float:
     steps = plan.trainer.get("max_steps", -1)
-    check_length(
-        trainer.lr_scheduler_configs,
-        plan.max_epochs,
-        min(float("inf") if steps == -1 else steps, plan.max_epochs * batches),
-    )
+    return float("inf") if steps == -1 else float(steps)
+
+
+def _trained(plan: Plan, batches: int) -> int:
+    """How many of an epoch's batches training ever reaches."""
+    return int(min(_steps(plan), reached(batches, plan.trainer.get("limit_train_batches") or 1.0)))
 
 
 def _at_their_defaults(plan: Plan) -> dict[str, Any]:
@@ -110,7 +119,7 @@ def _at_their_defaults(plan: Plan) -> dict[str, Any]:
 def _check_lengths(plan: Plan, train: int, validation: int) -> None:
     for name, batches in (("limit_train_batches", train), ("limit_val_batches", validation)):
         limit = plan.trainer.get(name)
-        if limit is not None and int(limit * batches if isinstance(limit, float) else limit) < 1:
+        if limit is not None and reached(batches, limit) < 1:
             raise ValueError(f"trainer.{name} is {limit}, which leaves none of {batches} batches: give at least one")
     every = plan.trainer.get("val_check_interval")
     if isinstance(every, int) and every > train and plan.trainer.get("check_val_every_n_epoch", 1) is not None:

@@ -24,7 +24,7 @@ from locallearn.records import RunFolder, hardware, versions
 from locallearn.strategies.local import Closure, LocalStrategy
 from locallearn.strategies.making import make_optimizers
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet
-from locallearn.study.train import Plan, attached_task
+from locallearn.study.train import Plan, attached_task, check_last_batch
 
 Make = Callable[..., Plan]
 """Makes a plan: ``make(contender, *settings)``; a contender is an algorithm, perhaps with settings of its own."""
@@ -207,6 +207,7 @@ class _Loop:
 
 def _prepare(plan: Plan) -> _Loop:
     task = attached_task(plan)
+    check_last_batch(plan, task)
     strategy = cast(LocalStrategy, make_trainer(plan, plan.algorithm, [], logger=False).strategy)
     strategy.precision_plugin.convert_module(task).to(strategy.root_device).train()
     return _Loop(task, plan.algorithm, make_optimizers(plan.algorithm, plan.optimizer), strategy)

@@ -121,14 +121,26 @@ def attached_task(plan: Plan) -> Any:
     torch.manual_seed(plan.seed)
     task = plan.make_task(plan.make_net())
     cast(LocalTask, task).use(plan.algorithm)
-    if isinstance(task, Task) and hasattr(plan.data, "batch_sizes"):  # foreign loaders are asked when training starts
-        check_batch_sizes(plan.data.batch_sizes(), task.net, plan.algorithm, task.info())
     return task
+
+
+def check_last_batch(plan: Plan, task: Any) -> None:
+    """Refuse a last batch of one sample, if the network cannot be trained on it, before data are read.
+
+    Raises:
+        ValueError: says which batch size.
+    """
+    if isinstance(task, Task) and hasattr(plan.data, "batch_sizes"):  # other data are asked when they are there
+        check_batch_sizes(plan.data.batch_sizes(), task.net, plan.algorithm, task.info())
 
 
 def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningModule, pl.Trainer]:
     """Everything that can refuse the settings, built; optimizers too, which the strategy makes anew."""
     task = attached_task(plan)
+    if (
+        not {"limit_train_batches", "max_steps"} & plan.trainer.keys()
+    ):  # else it may never come, which the rehearsal knows
+        check_last_batch(plan, task)
     plan.schedule.check(plan.algorithm, scheduled=plan.scheduler is not None)
     metric = cast(LocalTask, task).metric
     if plan.target is not None and metric in ("accuracy", "auc") and plan.target > 1:

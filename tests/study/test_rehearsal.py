@@ -19,6 +19,7 @@ from locallearn.strategies import Schedule
 from locallearn.study import train as study
 from locallearn.study.train import check, run
 from locallearn.tasks.classification import Classification
+from locallearn.tasks.images import ImageData
 from tests.study.conftest import MakePlan
 
 
@@ -91,6 +92,34 @@ def test_what_cannot_be_trained_is_told_before_a_folder_is_made(
     with pytest.raises(ValueError, match=sentence):
         how(plan)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("limits", "refused"),
+    [
+        ({"limit_train_batches": 19}, False),
+        ({"limit_train_batches": 20}, True),
+        ({"limit_train_batches": 0.96}, False),
+        ({"max_steps": 19}, False),
+        ({"max_steps": 30, "limit_train_batches": 1.0}, True),
+    ],
+)
+def test_a_last_batch_of_one_is_refused_where_training_reaches_it(
+    limits: dict[str, Any], refused: bool, make_plan: MakePlan, tmp_path: Path
+) -> None:
+    """Digits have 19 batches of 68 samples and one more sample."""
+    data = ImageData("digits", batch_size=68)
+    normed = Blocks({"a": nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4))}, nn.Linear(4, 10))
+    trainer = {"accelerator": "cpu", "devices": 1, **limits}
+    plan = make_plan("mono_forward", data=data, make_net=lambda: normed, trainer=trainer, max_epochs=1, warmup_steps=30)
+    if refused:
+        with pytest.raises(ValueError, match="last training batch of an epoch has one sample"):
+            run(plan)
+        assert not (tmp_path / "runs").exists()
+    else:
+        record = json.loads((run(plan) / "record.json").read_text())
+        assert record["status"] == "done"
+        assert "max_steps" in limits or "warm-up" not in str(record.get("notes"))
 
 
 def test_a_metric_that_cannot_judge_is_told(make_plan: MakePlan, tmp_path: Path) -> None:

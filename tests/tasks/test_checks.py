@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,26 @@ def test_maps_larger_than_one_pixel_can_be_normalised_alone(tmp_path: Path) -> N
     images = torch.rand(5, 1, 4, 4)
     task = Classification(net, images[:2], 3, optimizer=_adam)
     quiet_trainer(tmp_path, max_epochs=1).fit(task, BatchLoader(images, Y[:5], 4, shuffle=False))
+
+
+@pytest.mark.parametrize("kind", ["our loader", "torch's", "somebody's"])
+@pytest.mark.parametrize("arguments", [{"limit_train_batches": 2}, {"limit_train_batches": 0.9}, {"max_steps": 2}])
+def test_a_last_batch_of_one_that_training_never_reaches_is_not_refused(
+    kind: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    class Somebodys(DataLoader[Any]):
+        def batch_sizes(self) -> set[int]:
+            return {4, 1}
+
+    made: dict[str, Callable[..., Any]] = {"our loader": partial(BatchLoader, X[:9], Y[:9], 4, shuffle=False)}
+    made["torch's"] = partial(DataLoader, TensorDataset(X[:9], Y[:9]), 4)
+    made["somebody's"] = partial(Somebodys, TensorDataset(X[:9], Y[:9]), 4)
+    for more, refused in ((arguments, False), ({"limit_train_batches": 3, "max_steps": 3}, True)):
+        task = Classification(_net(norm=True), X[:2], 3, optimizer=_adam)
+        strategy = LocalStrategy(MonoForward(seed=0), _adam)
+        trainer = quiet_trainer(tmp_path, strategy=strategy, max_epochs=2, **more)
+        with pytest.raises(ValueError, match="last training batch") if refused else nullcontext():
+            trainer.fit(task, made[kind]())
 
 
 def test_a_lonely_node_is_refused_only_where_a_batch_may_hold_nothing_else(tmp_path: Path) -> None:
