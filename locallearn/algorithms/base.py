@@ -370,7 +370,10 @@ def refuse_made_weights(name: str, layer: nn.Module, owner: str) -> None:
         ValueError: it holds other parameters than weight and bias, or has a forward of its own.
     """
     held = {key for key, p in layer.named_parameters() if p is not None}
-    plain = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
+    plain = getattr(layer.forward, "__func__", None) in (
+        nn.Linear.forward,
+        nn.Conv2d.forward,
+    )  # one can be put on the object
     if held not in ({"weight"}, {"weight", "bias"}) or not plain:
         made = ", ".join(sorted(held - {"weight", "bias"})) or ("no parameter of that name" if plain else "its forward")
         raise ValueError(

@@ -528,12 +528,19 @@ def _pruned(layer: nn.Linear) -> nn.Module:
     return pruned
 
 
+def _halved(layer: nn.Linear) -> nn.Module:
+    """A forward put on the object, as some libraries of quantisation do."""
+    layer.forward = lambda input: F.linear(input, layer.weight / 2, layer.bias)  # type: ignore[method-assign]
+    return layer
+
+
 MADE: list[Callable[[nn.Linear], nn.Module]] = [
     nn.utils.parametrizations.weight_norm,
     nn.utils.parametrizations.spectral_norm,
     nn.utils.parametrizations.orthogonal,
     nn.utils.spectral_norm,
     _pruned,
+    _halved,
     lambda layer: Halved(layer.in_features, layer.out_features),
 ]
 
