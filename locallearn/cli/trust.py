@@ -46,7 +46,8 @@ def check_trusted(config: Mapping[str, Any], owner: str, trust: bool) -> None:
 
     Allowed are subclasses of locallearn's own kinds of parts (algorithms, tasks, data, networks, schedules, meters),
     PyTorch's optimizers, schedulers and layers, convolutions of PyTorch Geometric, and the loggers that write files;
-    each defined in the package that its name says, none reached through what a module happens to import.
+    each defined in the package that its name says, none reached through what a module happens to import. An address
+    (``scheme://...``) is nowhere allowed.
 
     Args:
         config: the settings, as JSON has them.
@@ -64,6 +65,8 @@ def check_trusted(config: Mapping[str, Any], owner: str, trust: bool) -> None:
                     f"the settings of {owner} have an interpolation, {where}: {value!r}; records hold settings without any, so "
                     "it is not resolved"
                 )
+            if "://" in value and not trust:  # a logger's save_dir may be s3://..., opened with the user's keys
+                raise UsageError(f"the settings of {owner} have an address, {where}: {value!r}, {_UNTRUSTED}")
             continue
         if trust:
             continue

@@ -212,3 +212,12 @@ def test_files_that_hold_code_are_not_run_and_nobody_is_told_how_to(cli: Cli, tm
         assert len(outcome.err.splitlines()) == 1
         assert not re.search("weights.?only|trust", outcome.err, re.IGNORECASE)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/x", "http://127.0.0.1:9/x", "simplecache::gs://b", "hdfs://h/p"])
+def test_no_address_of_a_record_is_asked(place: str) -> None:
+    logger = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": place}
+    with pytest.raises(UsageError, match=r"have an address, logger\.save_dir: .*add --trust"):
+        check_trusted({"logger": logger}, "x", False)
+    check_trusted({"logger": logger}, "x", True)
+    check_trusted({"logger": {**logger, "save_dir": "a?b#c%20 d: e/f"}}, "x", False)
