@@ -248,7 +248,7 @@ def _next_serial(runs_dir: Path) -> int:
         for folder in (runs_dir / f".{name}.part", runs_dir / name):  # in the order in which a run has them
             with contextlib.suppress(OSError):
                 text = (folder / "record.json").read_bytes()
-                # Two spaces: the record's own key, not one of its configuration. Reading all of JSON would take ten times as long.
+                # Two spaces: the record's own key, none of its configuration. Reading all of JSON takes ten times as long.
                 for found in re.findall(rb'^  "serial": (\d{1,15})\b', text, re.MULTILINE):
                     largest = max(largest, int(found))
                 break
