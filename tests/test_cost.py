@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from locallearn.algorithms import (
     Algorithm,
@@ -320,3 +320,20 @@ def test_random_numbers_of_all_kinds_go_on_as_if_nothing_had_been_measured() -> 
             measure_update(algorithm, batch)
         draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert draws[0] == draws[1]
+
+
+class _Refusing(Backprop):
+    def predict(self, inputs: Tensor, *context: Tensor) -> Tensor:
+        raise RuntimeError("not this one")
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_batches_that_cannot_be_halved_are_measured(samples: int) -> None:
+    """Half of them is one row, of which BatchNorm has no variance."""
+    net = Blocks({"a": nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU())}, nn.Linear(7, 3))
+    batch = Batch(torch.rand(samples, 5), torch.arange(samples))
+    rule = _Refusing()
+    rule.attach(net, TaskInfo(batch, 3, F.cross_entropy))
+    cost = measure_update(rule, batch)
+    assert cost.flops == 2 * (2 * 5 * 7 + 3 * 7 * 3)
+    assert cost.inference_flops is None  # whatever goes wrong there costs nothing else

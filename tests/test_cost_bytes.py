@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from locallearn.cost import activation_bytes, bytes_of, cache_bytes, optimizer_bytes
-from locallearn.cost._bytes import Alive
+from locallearn.algorithms import Backprop, TaskInfo
+from locallearn.batch import Batch
+from locallearn.cost import activation_bytes, bytes_of, cache_bytes, measure_update, optimizer_bytes
+from locallearn.cost._bytes import ActivationBytes, Alive, kept_tensors
+from locallearn.nets import Blocks
 
 SAMPLES, WIDTH = 4, 8
 UNIT = 4 * SAMPLES * WIDTH
@@ -97,6 +101,7 @@ class _Keeps(torch.autograd.Function):
             "list": [doubled, {"again": doubled}],
             "closure": lambda: doubled,
             "view": doubled[:1],
+            "object": SimpleNamespace(inside=doubled),
         }
         ctx.kept = held[_Keeps.how]
         return x.exp()
@@ -106,7 +111,7 @@ class _Keeps(torch.autograd.Function):
         return grad
 
 
-@pytest.mark.parametrize("how", ["attribute", "list", "closure", "view"])
+@pytest.mark.parametrize("how", ["attribute", "list", "closure", "view", "object"])
 def test_tensors_on_a_context_count_until_the_node_is_gone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Keeps, "how", how)
     layer = nn.Linear(WIDTH, WIDTH)
@@ -117,7 +122,47 @@ def test_tensors_on_a_context_count_until_the_node_is_gone(how: str, monkeypatch
         assert count.current == UNIT
         del y
         assert count.current == 0
-    assert torch.autograd.Function.apply.__module__ != "locallearn.cost._bytes"
+    assert "__setattr__" not in vars(BackwardCFunction)
+
+
+_kept_early = _Keeps.apply  # as people write it: once, where the Function is defined
+
+
+def test_contexts_are_seen_however_the_function_is_called() -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    with activation_bytes(layer) as count:
+        y = layer(torch.rand(SAMPLES, WIDTH))
+        for _ in range(3):
+            y = _kept_early(y)  # the last one has no operation after it
+        assert count.current == count.peak == (1 + 3) * UNIT
+        with torch.no_grad():
+            _kept_early(y)
+        y.sum().backward()
+        del y
+        assert count.current == 0
+    assert count.peak == (1 + 3) * UNIT
+
+
+def test_a_rule_whose_blocks_end_in_such_a_function() -> None:
+    """Two blocks that keep what they save and give nothing else to the graph, and a readout."""
+    net = Blocks({f"b{i}": _Scaled() for i in range(2)}, nn.Linear(WIDTH, 3))
+    batch = Batch(torch.rand(SAMPLES, WIDTH), torch.arange(SAMPLES) % 3)
+    rule = Backprop()
+    rule.attach(net, TaskInfo(batch, 3, torch.nn.functional.mse_loss))
+    batch = batch._replace(targets=torch.rand(SAMPLES, 3))
+    outputs = 4 * SAMPLES * 3
+    # What each block keeps, the readout's input, and outputs and targets for the loss.
+    assert measure_update(rule, batch).activation_peak_bytes == (2 + 1) * UNIT + 2 * outputs
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(WIDTH))
+        self.function = _kept_early
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x + self.shift)
 
 
 def test_hooks_of_others_are_charged_what_they_keep() -> None:
@@ -190,3 +235,35 @@ def test_operators_get_their_keywords_under_watch() -> None:
         del made
         assert alive.bytes() == 16
         assert alive.bytes(without=[other]) == 0
+
+
+def test_a_place_that_is_taken_again_counts_at_its_new_size() -> None:
+    """What a checkpoint computed is gone, and something smaller lies where it lay."""
+    count, memory, holder = ActivationBytes(), bytearray(1000), nn.Identity()
+    tensor = torch.frombuffer(memory, dtype=torch.uint8, count=1000)
+    count.hold_recomputed(tensor)
+    assert count.current == 1000
+    del tensor
+    count.hold([torch.frombuffer(memory, dtype=torch.uint8, count=300)], holder)
+    assert count.current == 300
+    del holder
+    assert (count.current, count.peak) == (0, 1000)
+
+
+def test_what_is_looked_into_for_kept_tensors() -> None:
+    tensor, net = torch.ones(2), nn.Linear(2, 2)
+    ring: list[Any] = [tensor]
+    ring.append(ring)
+    assert [id(found) for found in kept_tensors(ring)] == [id(tensor)]  # once round
+    assert list(kept_tensors({"net": net, "kinds": [nn.Linear, torch], "text": "t"})) == []  # a module counts by itself
+
+    def early(fill: bool) -> Any:
+        def reads() -> Tensor:
+            return later
+
+        if fill:
+            later = tensor
+        return reads
+
+    assert [id(found) for found in kept_tensors(early(True))] == [id(tensor)]
+    assert list(kept_tensors(early(False))) == []  # its variable has no value yet

@@ -50,6 +50,7 @@ def _three_products(layer: Callable[[Tensor], Tensor], shape: tuple[int, ...], f
         (nn.Conv2d(4, 6, (3, 1), groups=2, stride=(2, 1), dilation=(2, 1)), (2, 4, 9, 5), (2, 6, 3, 5)),
         (nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"), (2, 4, 5, 5), (2, 4, 5, 5)),
         (nn.Conv3d(4, 6, 3, dilation=2), (1, 4, 6, 5, 5), (1, 6, 2, 1, 1)),
+        (nn.Conv2d(4, 6, 3, bias=False), (2, 4, 5, 5), (2, 6, 3, 3)),
     ],
 )
 def test_a_convolution_reads_its_group_for_every_output(
@@ -150,6 +151,30 @@ def test_a_sparse_matrix_counts_by_its_entries() -> None:
     for matrix in (dense.to_sparse(), dense.to_sparse_csr()):
         assert _count(lambda matrix=matrix: matrix @ right) == 2 * 2 * 7
         assert _count(lambda matrix=matrix: (matrix @ right).sum().backward()) == 2 * (2 * 2 * 7)
+    pile = torch.stack([dense, dense]).to_sparse()
+    assert _count(lambda: torch.bmm(pile, torch.randn(2, 5, 7))) == 2 * 4 * 7
+
+
+def test_products_by_group() -> None:
+    """Rows 0 to 3 meet the first matrix and rows 4 to 15 the second one; and the gradients of both."""
+    if not hasattr(torch, "_grouped_mm"):
+        pytest.skip("this release has no grouped product")
+    rows, width, outputs = 16, 8, 24
+    left = torch.randn(rows, width, dtype=torch.bfloat16, requires_grad=True)
+    right = torch.randn(2, width, outputs, dtype=torch.bfloat16, requires_grad=True)
+    ends = torch.tensor([4, rows], dtype=torch.int32)
+    forward = 2 * rows * width * outputs
+    with torch.no_grad():
+        assert _count(lambda: torch._grouped_mm(left, right, offs=ends)) == forward
+    assert _count(lambda: (torch._grouped_mm(left, right, offs=ends) ** 2).sum().backward()) == 3 * forward
+
+
+def test_convolutions_along_time_first() -> None:
+    time, samples, channels, kernel, outputs = 5, 2, 3, 3, 4
+    x = torch.randn(time, samples, channels, requires_grad=True)
+    weight = torch.randn(kernel, channels, outputs, requires_grad=True)
+    forward = 2 * (time - kernel + 1) * samples * outputs * kernel * channels
+    assert _count(lambda: torch.conv_tbc(x, weight, torch.zeros(outputs)).sum().backward()) == 3 * forward
 
 
 def test_what_multiplies_no_matrices_is_left_out_and_not_named() -> None:

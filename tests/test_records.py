@@ -1,4 +1,3 @@
-import ast
 import errno
 import functools
 import json
@@ -15,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from locallearn import records
 from locallearn.records import (
     TEMPLATE,
     Metric,
+    Quality,
+    Record,
     RunFolder,
+    _place,
     find_records,
     hardware,
     load_record,
@@ -32,6 +33,14 @@ from locallearn.records import (
 )
 
 START: dict[str, Any] = {"algorithm": "mono_forward", "dataset": "digits", "seed": 3}
+
+PACKAGE = str(Path(_place.__file__).parent.parent)
+# For programs that take records alone, without what importing the whole package brings: PACKAGE is their last argument.
+_ALONE = """
+import sys, types
+sys.modules["locallearn"] = types.ModuleType("locallearn")
+sys.modules["locallearn"].__path__ = sys.argv[-1:]
+"""
 
 
 def finished(root: Path, **values: Any) -> Path:
@@ -89,7 +98,7 @@ def test_a_taken_token_is_drawn_again(tmp_path: Path, monkeypatch: pytest.Monkey
             return cls(2026, 1, 1, tzinfo=tz)
 
     tokens = iter(["aaaaaa", "f0f0f0f0", "aaaaaa", "aaaaaa", "bbbbbb", "0f0f0f0f"])
-    monkeypatch.setattr("locallearn.records.datetime", Frozen)
+    monkeypatch.setattr("locallearn.records._folder.datetime", Frozen)
     monkeypatch.setattr("secrets.token_hex", lambda n: next(tokens))
     first, second = RunFolder.create(tmp_path, START), RunFolder.create(tmp_path, START)
     assert first.path.name.endswith("-aaaaaa.part")
@@ -166,14 +175,12 @@ def test_metrics_cut_by_a_kill_lose_only_the_last_line(tmp_path: Path) -> None:
 
 def test_a_killed_run_is_adopted_and_a_living_one_is_not(tmp_path: Path) -> None:
     script = (
-        "import runpy, sys, time; from pathlib import Path;"
-        "f = runpy.run_path(sys.argv[2])['RunFolder'].create("
+        _ALONE + "import time; from pathlib import Path; from locallearn.records import RunFolder;"
+        "f = RunFolder.create("
         "Path(sys.argv[1]), {'algorithm': 'a', 'dataset': 'd', 'seed': 0});"
         "f.log(0, 1, {'loss': 1.0}); print('ready', flush=True); time.sleep(60)"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path), records.__file__], stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), PACKAGE], stdout=subprocess.PIPE, text=True)
     with child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
@@ -212,14 +219,14 @@ def test_a_forgotten_run_is_nobodys(tmp_path: Path) -> None:
 def test_a_child_that_outlives_its_parent_does_not_keep_the_run(tmp_path: Path) -> None:
     # As a data loader's worker does: forked after the run began, and alive after its parent was killed.
     script = (
-        "import os, runpy, signal, sys, time; from pathlib import Path;"
-        "run = runpy.run_path(sys.argv[2])['RunFolder'].create("
+        _ALONE + "import os, time; from pathlib import Path; from locallearn.records import RunFolder;"
+        "run = RunFolder.create("
         "Path(sys.argv[1]), {'algorithm': 'a', 'dataset': 'd', 'seed': 0});"
         "pid = os.fork();"
         "pid or (print(os.getpid(), flush=True), time.sleep(60));"
         "time.sleep(60)"
     )
-    command = [sys.executable, "-c", script, str(tmp_path), records.__file__]
+    command = [sys.executable, "-c", script, str(tmp_path), PACKAGE]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
@@ -245,7 +252,7 @@ def test_of_many_that_recover_at_once_one_adopts(tmp_path: Path) -> None:
 def test_without_locks_a_run_goes_on_and_recover_says_what_it_cannot_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "_flock", None)
+    monkeypatch.setattr("locallearn.records._lock._flock", None)
     folder = RunFolder.create(tmp_path, START)
     told: list[str] = []
     assert recover(tmp_path, told.append) == []
@@ -256,10 +263,10 @@ def test_without_locks_a_run_goes_on_and_recover_says_what_it_cannot_know(
 
 # Each step is an event that Python reports before it opens, renames, makes or removes anything.
 _KILLED = """
-import itertools, os, runpy, shutil, sys
+import itertools, os, shutil
 from pathlib import Path
-records = runpy.run_path(sys.argv[2])
-create, recover, load = records["RunFolder"].create, records["recover"], records["load_record"]
+from locallearn.records import RunFolder, load_record, recover
+create, load = RunFolder.create, load_record
 STEPS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 
 def killed(root, act, at):
@@ -344,7 +351,7 @@ print(at)
 
 
 def test_a_kill_between_any_two_steps_loses_nothing_and_is_found(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _KILLED, str(tmp_path), records.__file__]
+    command = [sys.executable, "-c", _ALONE + _KILLED, str(tmp_path), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20  # steps of one run
@@ -589,7 +596,9 @@ def test_the_curves_of_an_earlier_part_are_taken_over(tmp_path: Path) -> None:
 
 def test_runs_are_numbered_in_the_order_of_their_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = finished(tmp_path), RunFolder.create(tmp_path, {**START, "config": {"serial": 99}})
-    monkeypatch.setattr(records, "_stamp", lambda moment: "2001-01-01T00:00:00")  # a clock that is set back
+    monkeypatch.setattr(
+        "locallearn.records._folder._stamp", lambda moment: "2001-01-01T00:00:00"
+    )  # a clock that is set back
     third = finished(tmp_path)
     assert [content(path)["serial"] for path in (first, second.path, third)] == [1, 2, 3]
     for path in first.iterdir():
@@ -607,13 +616,13 @@ def test_the_source_is_that_of_locallearns_own_checkout(tmp_path: Path, monkeypa
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     def found() -> dict[str, Any]:
-        records._source.cache_clear()
+        _place._source.cache_clear()
         return source()
 
-    package = tmp_path / "locallearn"
-    package.mkdir()
-    (package / "records.py").write_text("one\n")
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    package = tmp_path / "locallearn" / "records"
+    package.mkdir(parents=True)
+    (package / "_place.py").write_text("one\n")
+    monkeypatch.setattr(_place, "__file__", str(package / "_place.py"))
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
     try:
         assert found() == {"commit": None, "dirty": None}
@@ -636,7 +645,7 @@ def test_the_source_is_that_of_locallearns_own_checkout(tmp_path: Path, monkeypa
         monkeypatch.delenv("GIT_DIR")
         assert commit == git("rev-parse", "HEAD")
     finally:
-        records._source.cache_clear()
+        _place._source.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -762,7 +771,43 @@ def test_provenance_names_no_person_and_no_machine() -> None:
 
 
 def test_records_need_only_the_standard_library() -> None:
-    tree = ast.parse(Path(records.__file__).read_text())
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
+    code = _ALONE + "print(*{name.split('.')[0] for name in sys.modules})"
+    before, after = (
+        set(
+            subprocess.run(
+                [sys.executable, "-c", text, "", PACKAGE], capture_output=True, text=True, check=True
+            ).stdout.split()
+        )
+        for text in (code, code.replace("print", "import locallearn.records; print"))
+    )
+    assert after - before <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    ("seed", "right"), [(0, True), (2**63 - 1, True), (2**63, False), (-1, False), (-(2**70), False)]
+)
+def test_a_seed_is_a_whole_number_of_64_bits(tmp_path: Path, seed: int, right: bool) -> None:
+    path = finished(tmp_path)
+    (path / "record.json").write_text(json.dumps({**content(path), "seed": seed}))
+    found = scan([tmp_path])
+    assert [record.seed for record in found.records] == [seed]
+    assert [f"seed is {seed}" in problem for problem in found.problems] == ([] if right else [True])
+    assert read_index(tmp_path)[0]["seed"] == (seed if abs(seed) < 2**63 else None)
+
+
+def test_folders_that_only_look_like_a_run_that_was_killed_are_none(tmp_path: Path) -> None:
+    for name in ("weights.part", ".cache"):
+        (tmp_path / name).mkdir()
+    within = finished(tmp_path / "weights.part")
+    found = scan([tmp_path])
+    assert [record.path for record in found.records] == [within]
+    assert found.problems == []
+
+
+def test_the_figure_that_a_run_is_judged_by() -> None:
+    def judged(**part: Any) -> Quality:
+        return Record(Path("run"), {"metric": part}).metric
+
+    assert judged(name="mean_squared_error", maximise=False) == Quality("mean_squared_error", False)
+    assert judged(name="auc", maximise=True) == judged(name="auc") == Quality("auc", True)
+    assert judged() == judged(name=3) == judged(name="") == Quality()

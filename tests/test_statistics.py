@@ -105,6 +105,14 @@ def test_the_smallest_p_is_reached_when_all_signs_agree(n: int, least: float) ->
     assert sign_flip_p([0.0] * n) == 1.0
 
 
+def test_all_signs_are_counted_up_to_sixteen_pairs() -> None:
+    assert smallest_p(16) == sign_flip_p([1.0] * 16) == 2 / 2**16
+    assert smallest_p(17) == 1 / 65_536
+    drawn = sign_flip_p([1.0] * 17)
+    assert drawn is not None
+    assert drawn < 1e-4
+
+
 def test_holm_against_an_example_worked_by_hand() -> None:
     assert holm([0.01, 0.04, None, 0.03, 0.005]) == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
     assert holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])
@@ -210,6 +218,28 @@ def test_table_takes_the_newest_of_repeated_seeds_and_says_so() -> None:
         assert row.figures["test/accuracy"].summary.n == 1
         assert row.figures["test/accuracy"].summary.mean == 0.9
         assert row.notes == ("Seed 1 was run 2 times; only the newest run is counted.",)
+
+
+def test_a_finished_run_counts_though_a_later_one_failed() -> None:
+    done, failed = record("mono", 1, 0.9, serial=1), record("mono", 1, 0.1, serial=2, status="failed")
+    for order in ([done, failed], [failed, done]):
+        (row,) = compare_table(order)
+        assert (row.records, row.missing) == ((done,), ())
+        assert row.notes == ("Seed 1 was run 2 times (1 failed); only the newest finished run is counted.",)
+
+
+def test_the_centre_of_a_cost_is_its_geometric_mean() -> None:
+    costs = (10.0, 20.0, 80.0)
+    (row,) = compare_table(
+        [record("x", seed, 0.5 + cost / 200, cost={"train_s": cost}) for seed, cost in enumerate(costs)]
+    )
+    logs = np.log(costs)
+    ends = scipy.stats.t.interval(0.95, 2, loc=logs.mean(), scale=scipy.stats.sem(logs))
+    assert row.figures["train_s"].centre == pytest.approx(16_000 ** (1 / 3))
+    assert row.figures["train_s"].interval == pytest.approx(tuple(np.exp(ends)))
+    assert row.figures["test/accuracy"].centre == pytest.approx(0.5 + 110 / 600)
+    (row,) = compare_table([record("x", seed, cost={"train_s": 0.1}) for seed in range(3)])
+    assert (row.figures["train_s"].centre, row.figures["train_s"].interval) == (0.1, (0.1, 0.1))  # to the last digit
 
 
 def test_table_says_when_more_than_the_seed_differs() -> None:

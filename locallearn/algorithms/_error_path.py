@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +22,14 @@ _ENTRYWISE = re.compile(
     r"|copysign|xlogy|prelu(kernel)?|cat|stack|maskedfill|maskedscatter|indexput(impl)?|index(add|copy)|scatter(add)?"
     r"|(slice|select)scatter|copy(slices)?|native(layer|group|batch)norm|(cudnn|miopen)?batchnorm|(fused)?rmsnorm|mseloss)$"
 )
+# Functions after which an error depends on what activations and the weights beside them are, not only on where they were.
+_CURVED = re.compile(r"^(pow|abs|exp|expm1|sqrt|norm|linalgvectornorm)$")
+# Functions of two operands, or of one and a constant, each of whose entries comes of one entry of either.
+_FACTORS = frozenset(("mul", "div"))
+_MEETING = _FACTORS | {"add", "sub", "rsub", "addcmul", "addcdiv", "lerp", "pow", "maximum", "minimum"}
+_IN_PLACE = _FACTORS | {"add", "sub", "rsub", "neg", "nativedropout", "fuseddropout", "clone", "tocopy", "alias"}
+_MOVING = frozenset(("view", "reshapealias", "unsafeview", "unsqueeze", "squeeze", "transpose", "permute", "t"))
+_SUMS = frozenset(("add", "sub", "rsub"))
 _SPREADING = frozenset(("expand", "repeat", "repeatinterleave", "unsqueeze", "broadcastto"))
 
 
@@ -60,10 +67,12 @@ class _Below(NamedTuple):
     Attributes:
         carried: a carried layer.
         product: a product of matrices, so that this is no weight any more but activations.
+        spread: a sum in which every entry of activations meets several of a weight (distances to prototypes).
     """
 
     carried: bool
     product: bool
+    spread: bool = False
 
     @property
     def activations(self) -> bool:
@@ -121,12 +130,18 @@ def _looked_at(node: Any, below: Mapping[Any, _Below], path: ErrorPath) -> _Belo
     recurrent = _RECURRENT.search(name) is not None
     if not recurrent and _PRODUCTS.search(name) is None:
         met = [edge for edge in learning if not below[edge].activations]
-        if len(met) < len(learning) and met and (_ENTRYWISE.match(name) is None or _spreads(name, node, below)):
+        mixed = 0 < len(met) < len(learning)
+        spread = mixed and _spreads(node, below)
+        if mixed and (_ENTRYWISE.match(name) is None or (spread and name not in _SUMS)):
             path.faults.append(_fault(node, met, below))
         elif name in ("sum", "mean"):
             path.faults.extend(_summed(node, below))
+        spread = spread or (bool(learning) and all(below[edge].spread for edge in learning))
+        if spread and (_CURVED.match(name) or (name == "mul" and len(learning) > 1 and not mixed)):
+            path.faults.append(_fault(node, learning, below))
+            spread = False
         looked_up = name.startswith("embedding")  # a row per token: activations
-        return _Below(carried, looked_up or any(below[edge].product for edge in learning))
+        return _Below(carried, looked_up or any(below[edge].product for edge in learning), spread)
     if name in _ADDED:
         factors = [edge for i, edge in enumerate(edges) if i != _ADDED[name] and edge is not None]
     else:
@@ -145,9 +160,9 @@ def _fault(node: Any, through: Iterable[Any], below: Mapping[Any, _Below]) -> Fa
     return Fault(node.name(), _leaves(through), _nearest([edge for edge, _ in node.next_functions if edge in below]))
 
 
-def _spreads(name: str, node: Any, below: Mapping[Any, _Below]) -> bool:
+def _spreads(node: Any, below: Mapping[Any, _Below]) -> bool:
     """Whether activations are repeated so that each meets several entries of a weight: a matrix product in disguise."""
-    if name not in ("mul", "div"):
+    if _plain(node) not in _MEETING:
         return False
     size = _entries(node, 0)
     for operand, output in node.next_functions:
@@ -165,20 +180,68 @@ def _spreads(name: str, node: Any, below: Mapping[Any, _Below]) -> bool:
 
 def _summed(node: Any, below: Mapping[Any, _Below]) -> Iterator[Fault]:
     """A sum of entries times weights that differ along it: a matrix of one row in disguise."""
-    factor = node.next_functions[0][0]
-    if factor is None or _plain(factor) != "mul":
+    factor, output = node.next_functions[0]
+    if factor is None:
         return
-    size = _shape(factor, 0)
-    over = getattr(node, "_saved_dim", None) or range(len(size))
-    dims = {dim % len(size) if dim < 2**63 else (dim - 2**64) % len(size) for dim in over} if size else set()
-    edges = [(edge, output) for edge, output in factor.next_functions if edge is not None]
-    weights = [(edge, output) for edge, output in edges if not below[edge].activations]
-    if len(edges) < 2 or len(weights) != 1:
-        return
-    shape = _shape(*weights[0])
-    shape = torch.Size([1] * (len(size) - len(shape)) + list(shape))
-    if any(shape[dim] > 1 for dim in dims):
-        yield _fault(factor, [weights[0][0]], below)
+    size = _shape(factor, output)
+    dims = (
+        {_positive(dim, len(size)) for dim in getattr(node, "_saved_dim", None) or range(len(size))} if size else set()
+    )
+    while factor is not None:  # down to the product, past what leaves every entry as it is, wherever it puts it
+        size = _shape(factor, output)
+        edges = [(edge, number) for edge, number in factor.next_functions if edge is not None]
+        weights = [(edge, number) for edge, number in edges if not below[edge].activations]
+        if len(edges) == 2 and len(weights) == 1 and _plain(factor) in _FACTORS:
+            shape = _shape(*weights[0])
+            shape = torch.Size([1] * (len(size) - len(shape)) + list(shape))
+            if any(shape[dim] > 1 for dim in dims):
+                yield _fault(factor, [weights[0][0]], below)
+                return
+        rest = [edge for edge in edges if edge not in weights]
+        name = _plain(factor)
+        if len(rest) != 1 or isinstance(getattr(factor, "layer", None), str) or name not in _IN_PLACE | _MOVING:
+            return
+        if name in _MOVING:
+            dims = _before(factor, dims, size, _shape(*rest[0]))
+        elif _shape(*rest[0]) != size:
+            return
+        factor, output = rest[0]
+
+
+def _before(node: Any, dims: set[int], after: torch.Size, before: torch.Size) -> set[int]:
+    """Dimensions of what a view, or a transposition, was made of from which these of its own come."""
+    name = _plain(node)
+    if name == "t":
+        return {len(before) - 1 - dim for dim in dims}
+    if name == "permute":
+        order = [_positive(dim, len(before)) for dim in node._saved_dims]
+        return {order[dim] for dim in dims}
+    if name == "transpose":
+        one, other = (_positive(dim, len(before)) for dim in (node._saved_dim0, node._saved_dim1))
+        return {other if dim == one else one if dim == other else dim for dim in dims}
+    found: set[int] = set()
+    i = j = 0
+    while i < len(after) or j < len(before):  # runs of dimensions that hold the same entries
+        start, begin, mine, theirs = i, j, 1, 1
+        while i == start or mine != theirs:
+            if i < len(after) and (mine <= theirs or j == len(before)):
+                mine, i = mine * after[i], i + 1
+            elif j < len(before):
+                theirs, j = theirs * before[j], j + 1
+            else:
+                break
+        while mine == theirs and i == len(after) and j < len(before):
+            j += 1
+        if dims & set(range(start, i)):
+            found |= set(range(begin, j))
+        if i == start and j == begin:
+            break
+    return found
+
+
+def _positive(dim: int, count: int) -> int:
+    """A dimension counted from the front; autograd keeps negative ones as large numbers."""
+    return (dim if dim < 2**63 else dim - 2**64) % count
 
 
 def _plain(node: Any) -> str:
@@ -228,10 +291,11 @@ def _nearest(nodes: Sequence[Any]) -> list[str]:
 
 
 def inside_checkpoint() -> bool:
-    """Whether the caller runs inside of ``torch.utils.checkpoint``, so that it will run once more in the backward pass."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-        frame = frame.f_back
-    return False
+    """Whether what is saved for the backward pass now is packed by ``torch.utils.checkpoint``, to be made once more there.
+
+    Its reentrant form saves nothing and runs without gradients instead. PyTorch 2.6 does not tell; there, what the backward
+    pass gets back is not what was saved, which it refuses itself.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top is None else top(False)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"

@@ -177,13 +177,14 @@ class FeedbackChain(Algorithm):
         with _Intercept(known, lowest, carrier) as intercept:
             outputs = self.blocks(batch.inputs, *batch.context)
         path = error_path(outputs)
-        for fault in path.faults:
-            raise ValueError(self._refusal(fault, intercept.ran))
         for name in intercept.ungraded - path.carried.keys():
             raise ValueError(
-                f"layer {name!r} was run without gradients in a training pass, so that it learns nothing, or will be run once "
-                "more by a backward pass of somebody's own: let F.linear and F.conv2d record what they do"
+                f"layer {name!r} was run without gradients in a training pass, so that it learns nothing, or runs once more in "
+                "the backward pass (activation checkpointing?), where the error would go through its weight as in "
+                "backpropagation: let F.linear and F.conv2d record what they do, and take checkpointing out"
             )
+        for fault in path.faults:
+            raise ValueError(self._refusal(fault, intercept.ran))
         for name in path.products:
             if name not in self._products:
                 self._products.append(name)
@@ -202,6 +203,11 @@ class FeedbackChain(Algorithm):
         order = list(paths.values())
         through = min(matrices or known, key=order.index, default=None)
         after = f" after layer {fault.after[0]!r}" if fault.after else ""
+        if "Checkpoint" in fault.function:
+            return (
+                f"what comes{after} runs once more in the backward pass (activation checkpointing: {fault.function}), where "
+                "the error would go through its weights as in backpropagation: take the checkpointing out"
+            )
         if through is None:
             return (
                 f"{fault.function}{after} multiplies activations by a matrix that takes no gradient (a buffer, a constant, "

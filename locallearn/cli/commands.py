@@ -175,9 +175,9 @@ def compare(words: list[str]) -> int:
             make = partial(make_plan, cfg, choices, command_line("compare", words), arm)
             plans.append((f"{arm.text} seed {seed}", make))
             first.setdefault(arm.text, make)
-    check_place(report)  # told before anything is trained, as is a mistake in the settings
     for make in first.values():
-        check(make())
+        check(make())  # a mistake in the settings is told before anything is trained
+    check_place(report)  # and so is a place that cannot be written to; it makes the folder, so it comes last
     try:
         with Progress() as show:
             folders, problems = run_all(plans, show)

@@ -125,13 +125,14 @@ class Progress:
             TextColumn("{task.fields[reached]}"),
             TimeElapsedColumn(),
             console=console,
-            disable=self._plain,
         )
-        self._progress.start()
+        if not self._plain:  # some versions of rich end even a disabled display with an empty line
+            self._progress.start()
         return self._show
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if not self._plain:
+            self._progress.stop()
 
     def _show(self, name: str, epoch: int, epochs: int, metrics: dict[str, float]) -> None:
         value = next((v for k, v in metrics.items() if k.startswith("validation/") and k != "validation/loss"), None)

@@ -58,35 +58,60 @@ def bytes_of(tensors: Iterable[Any]) -> int:
 
 # -- alive for gradients --------------------------------------------------------------------------------------------------
 class ActivationBytes:
-    """Bytes that are kept alive for gradients, now and at the peak. Filled in by :func:`activation_bytes`.
-
-    Attributes:
-        peak: largest number of bytes so far.
-    """
+    """Bytes that are kept alive for gradients, now and at the peak. Filled in by :func:`activation_bytes`."""
 
     def __init__(self, without: Iterable[int] = ()) -> None:
-        self.peak = 0
+        self._peak = 0
         self._without = frozenset(without)
         self._bytes = 0
         self._live: dict[int, list[int]] = {}  # place of a storage -> [holders, bytes]
         self._computed_again: dict[StorageWeakRef, int] = {}  # what checkpoints hold during a backward pass -> place
+        self._contexts: list[
+            weakref.ref[Any]
+        ] = []  # of autograd Functions, on which something was set since the last look
+
+    @property
+    def peak(self) -> int:
+        """Largest number of bytes so far."""
+        self.look()
+        return self._peak
 
     @property
     def current(self) -> int:
         """Bytes that are kept alive now."""
+        self.look()
         self._forget(expired=True)
         return self._bytes
 
     def hold(self, tensors: Iterable[Any], holder: Any) -> None:
         """Count the storages of ``tensors`` for as long as ``holder`` lives."""
+        self.look()
+        self._hold(tensors, holder)
+
+    def watch(self, node: Any) -> None:
+        """Look at a context as soon as something else happens: then its forward pass has put there what it keeps."""
+        if not self._contexts or self._contexts[-1]() is not node:
+            self.look()
+            self._contexts.append(weakref.ref(node))
+
+    def look(self) -> None:
+        """Count what contexts hold by now; those that no graph took (there was none to build) are gone."""
+        contexts, self._contexts = self._contexts, []
+        for node in filter(None, (ref() for ref in contexts)):
+            sizes = _generator_sizes()  # their states are no activations
+            kept = [t for t in kept_tensors(vars(node), shared=False) if (t.dtype, t.numel()) not in sizes]
+            self._hold(kept, node)
+
+    def _hold(self, tensors: Iterable[Any], holder: Any) -> None:
         self._forget(expired=True)  # before its place is taken by another storage
         for place, storage in storages(tensors).items():
             if self._count(place, storage.nbytes()):
                 weakref.finalize(holder, self._let_go, place)
-        self.peak = max(self.peak, self._bytes)
+        self._peak = max(self._peak, self._bytes)
 
     def hold_recomputed(self, tensor: Tensor) -> None:
         """Count what a checkpoint has just computed again: while it is there, but no longer than the backward pass."""
+        self.look()
         self._forget(expired=True)
         for place, storage in storages([tensor]).items():
             ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -95,7 +120,7 @@ class ActivationBytes:
             if not self._computed_again and torch._C._current_graph_task_id() != -1:
                 torch.autograd.Variable._execution_engine.queue_callback(self._forget)
             self._computed_again[ref] = place
-        self.peak = max(self.peak, self._bytes)
+        self._peak = max(self._peak, self._bytes)
 
     def _count(self, place: int, size: int) -> bool:
         if place in self._without:
@@ -193,30 +218,22 @@ def _seen_through(count: ActivationBytes) -> Iterator[None]:
 
 @contextmanager
 def _contexts_seen(count: ActivationBytes) -> Iterator[None]:
-    """Tensors that contexts of autograd Functions hold beside the saved ones are counted."""
-    original = torch.autograd.Function.__dict__["apply"]
+    """Tensors that contexts of autograd Functions hold beside the saved ones are counted.
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = original.__get__(None, cls)(*args, **kwargs)
-        for node in {id(n): n for n in map(_context_of, tree_leaves(outputs)) if n is not None}.values():
-            generators = _generator_sizes()  # their states are no activations
-            # Not in objects: these are shared, such as a graph's matrix that is there for every step.
-            kept = [t for t in kept_tensors(vars(node), objects=False) if (t.dtype, t.numel()) not in generators]
-            count.hold(kept, node)
-        return outputs
+    Seen is what is set on a context, since ``apply`` may have been taken from its class long before
+    (``relu = MyReLU.apply``), and in some releases is not Python's.
+    """
 
-    torch.autograd.Function.apply = classmethod(apply)
+    def assigned(node: Any, name: str, value: Any) -> None:
+        object.__setattr__(node, name, value)
+        count.watch(node)
+
+    BackwardCFunction.__setattr__ = assigned  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
-
-
-def _context_of(output: Any) -> Any:
-    """The node of an autograd Function that gave ``output``: its own, or the one before where a view was made of it."""
-    node = output.grad_fn if isinstance(output, Tensor) else None
-    before = [] if node is None else [following for following, _ in node.next_functions]
-    return next((n for n in (node, *before) if isinstance(n, BackwardCFunction)), None)
+        count.look()
+        del BackwardCFunction.__setattr__
 
 
 @functools.cache
@@ -225,17 +242,17 @@ def _generator_sizes() -> set[tuple[torch.dtype, int]]:
 
 
 # -- kept in attributes ---------------------------------------------------------------------------------------------------
-def kept_tensors(value: Any, objects: bool = True) -> Iterator[Tensor]:
+def kept_tensors(value: Any, shared: bool = True) -> Iterator[Tensor]:
     """Tensors that ``value`` holds, in containers, partial functions, closures and plain objects; modules are not entered.
 
     Args:
         value: what to look into.
-        objects: whether attributes of plain objects are looked at, too.
+        shared: whether to look into objects whose class says ``shared_between_steps``, such as a graph's matrix.
     """
-    yield from _kept(value, 6, set(), objects)
+    yield from _kept(value, 6, set(), shared)
 
 
-def _kept(value: Any, depth: int, seen: set[int], objects: bool) -> Iterator[Tensor]:
+def _kept(value: Any, depth: int, seen: set[int], shared: bool) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
         return
@@ -253,10 +270,10 @@ def _kept(value: Any, depth: int, seen: set[int], objects: bool) -> Iterator[Ten
         inside = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
     elif isinstance(value, types.MethodType):
         inside = (value.__self__,)
-    elif objects:
+    elif shared or not getattr(type(value), "shared_between_steps", False):
         inside = [*getattr(value, "__dict__", {}).values(), *_slots(value)]
     for part in list(inside):
-        yield from _kept(part, depth - 1, seen, objects)
+        yield from _kept(part, depth - 1, seen, shared)
 
 
 def _filled(cell: Any) -> bool:

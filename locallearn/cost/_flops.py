@@ -163,12 +163,19 @@ def _mm(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * _entries(a) * columns
 
 
+def _batched(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * _entries(a) * int(b.shape[2])
+
+
+def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Every row of ``a`` meets the matrix of its group; of two matrices cut along what is summed, every pair of columns."""
+    if a.ndim == 3 and b.ndim == 2:
+        return 2 * a.shape[1] * int(prod(b.shape))
+    return 2 * a.numel() * b.shape[-1]
+
+
 def _added(_: Tensor, a: Tensor, b: Tensor, *__: Any, **___: Any) -> int:
     return _mm(a, b)
-
-
-def _bmm(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    return 2 * int(prod(a)) * int(b[2])
 
 
 def _dot(a: Any, *_: Any, **__: Any) -> int:
@@ -289,13 +296,14 @@ def _formulas() -> dict[Any, Callable[..., Any]]:
     raw: list[tuple[str, Callable[..., int]]] = [
         ("mm mv _int_mm _sparse_mm_reduce_impl", _mm),
         ("addmm addmm_ addmv addmv_ _addmm_activation _sparse_addmm sspaddmm", _added),
+        ("bmm", _batched),
+        ("baddbmm baddbmm_ addbmm addbmm_", lambda _, a, b, *__, **___: _batched(a, b)),
+        ("_grouped_mm _scaled_grouped_mm", _grouped),
         ("_sparse_mm_reduce_impl_backward", lambda a, grad, *rest, **_: sum(rest[-1]) * _mm(a, grad)),
         ("sparse_sampled_addmm", lambda a, b, c, *_, **__: 2 * _entries(a) * b.shape[-1]),
     ]
     shaped: list[tuple[str, Callable[..., int]]] = [
-        ("bmm", _bmm),
         ("linear", lambda x, weight, *_, **__: 2 * _rows(x) * int(prod(weight))),
-        ("baddbmm baddbmm_ addbmm addbmm_", lambda _, a, b, *__, **___: _bmm(a, b)),
         ("dot vdot", _dot),
         ("convolution _convolution convolution_overrideable", _convolution),
         (
@@ -309,6 +317,8 @@ def _formulas() -> dict[Any, Callable[..., Any]]:
             "cudnn_convolution_transpose miopen_convolution_transpose slow_conv_transpose2d slow_conv_transpose3d",
             _transposed_convolution,
         ),
+        ("conv_tbc", lambda x, weight, *_, out, **__: 2 * int(prod(out)) * int(prod(weight[:2]))),
+        ("conv_tbc_backward", lambda grad, x, weight, *_, **__: 4 * int(prod(grad)) * int(prod(weight[:2]))),
         ("convolution_backward convolution_backward_overrideable", _convolution_backward),
         ("_trilinear", _trilinear),
         ("mkldnn_rnn_layer", _mkldnn_rnn),

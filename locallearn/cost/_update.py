@@ -247,7 +247,13 @@ def _fixed_flops(flops: Callable[..., float], batch: Batch, step: float) -> floa
         batch.targets[:half].clone(),
         index=None if batch.index is None else batch.index[:half],
     )
-    slope = (step - flops(part)) / (len(batch.inputs) - half)
+    try:
+        halved = flops(part)
+    except (
+        Exception
+    ):  # BatchNorm of a single row, say, or a block made for batches of one size: then all are like this one
+        return 0.0
+    slope = (step - halved) / (len(batch.inputs) - half)
     fixed = step - slope * len(batch.inputs)
     return fixed if fixed > 0 and slope > 0 else 0.0
 
@@ -256,11 +262,13 @@ def _peak(twin: Algorithm, batch: Batch) -> int:
     """Peak bytes kept alive for gradients in one step."""
     handed_over = False
 
-    def look(update: Update) -> None:
-        nonlocal handed_over
-        handed_over = handed_over or update.gradients is not None
-
     with activation_bytes(twin) as count:
+
+        def look(update: Update) -> None:
+            nonlocal handed_over
+            handed_over = handed_over or update.gradients is not None
+            count.look()
+
         drive(twin, batch, look)
     if count.peak and not handed_over:
         return count.peak
@@ -290,7 +298,7 @@ def _measure_inference(twin: Algorithm, batch: Batch, names: set[str]) -> float 
     try:
         with torch.no_grad(), counting() as counter:
             twin.predict(batch.inputs, *batch.context)
-    except ValueError:  # of a part of a graph, by a rule that knows the whole
+    except Exception:  # of a part of a graph, by a rule that knows the whole; whatever it is, it costs this figure only
         return None
     names.update(counter.uncounted)
     return counter.total / len(batch.inputs)

@@ -406,6 +406,8 @@ class _Matrix:
     columns: int
     _transposed: _Matrix | None = None
 
+    shared_between_steps = True  # locallearn.cost takes it for data, not for an activation
+
     @classmethod
     def of(cls, row: Tensor, column: Tensor, values: Tensor, rows: int, columns: int) -> _Matrix:
         _set_up()

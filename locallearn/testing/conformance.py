@@ -295,7 +295,9 @@ class AlgorithmConformance:
     ) -> None:
         """``algorithm.to(dtype)`` moves all of it; a step gives finite weights of that dtype."""
         algorithm = attached().to(dtype)
-        batch = batches[0]._replace(inputs=batches[0].inputs.to(dtype))
+        first = batches[0]
+        targets = first.targets.to(dtype) if first.targets.is_floating_point() else first.targets
+        batch = first._replace(inputs=first.inputs.to(dtype), targets=targets)
         plain_loop(algorithm, [batch], _sgd)
         assert all(p.dtype is dtype and bool(p.isfinite().all()) for p in algorithm.parameters())
         assert bool(algorithm.predict(batch.inputs, *batch.context).isfinite().all())

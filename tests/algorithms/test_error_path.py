@@ -17,6 +17,7 @@ from locallearn.algorithms import Algorithm, Backprop, FeedbackAlignment, Produc
 from locallearn.nets import Blocks
 from tests.algorithms.chains import CLASSES, ROWS, attached, gradients_of
 
+TOLD = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 RULES: list[Callable[[], Algorithm]] = [
     FeedbackAlignment,
     lambda: FeedbackAlignment("dfa"),
@@ -121,7 +122,11 @@ def _recomputed(odd: Any, x: Tensor) -> Tensor:
 
 WRONG: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], str]] = {
     "checkpoint": (lambda o, x: checkpoint(o.layer, x, use_reentrant=False), (1,), r"'odd\.layer' runs once more"),
-    "reentrant": (lambda o, x: checkpoint(o.layer, x, use_reentrant=True), (1,), r"'odd\.layer' runs once more"),
+    "reentrant": (
+        lambda o, x: checkpoint(o.layer, x, use_reentrant=True),
+        (1,),
+        r"'odd\.layer' was run without gradients",
+    ),
     "checkpointed function": (
         lambda o, x: checkpoint(lambda z: F.linear(z, o.layer.weight), x, use_reentrant=False),
         (1,),
@@ -153,6 +158,22 @@ WRONG: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], str]] =
     "spread": (lambda o, x: (x[:, None] * o.weight).sum(-1), (12, 12), r"'odd' \(Odd\)"),
     "repeated": (lambda o, x: (x[:, None].repeat(1, 12, 1) * o.weight).mean(-1), (12, 12), r"'odd' \(Odd\)"),
     "one row": (lambda o, x: x * (x * o.weight).sum(-1, keepdim=True), (12,), r"'odd' \(Odd\)"),
+    "one row, shifted": (lambda o, x: x * (2 * (x * o.weight) + 0.1).sum(-1, keepdim=True), (12,), r"'odd' \(Odd\)"),
+    "one row, masked": (lambda o, x: x * F.dropout(x * o.weight).sum(-1, keepdim=True), (12,), r"'odd' \(Odd\)"),
+    "one row, in parts": (lambda o, x: (x * o.weight).view(-1, 3, 4).sum(-1).repeat(1, 4), (12,), r"'odd' \(Odd\)"),
+    "one row, turned": (
+        lambda o, x: (x[:, :, None] * o.weight).permute(0, 2, 1).mean(-1).repeat(1, 12),
+        (12, 1),
+        r"'odd' \(Odd\)",
+    ),
+    "prototypes": (lambda o, x: (x[:, None] - o.weight).square().sum(-1), (12, 12), r"'odd' \(Odd\).*PowBackward"),
+    "prototypes by product": (
+        lambda o, x: ((x[:, None] + o.weight) * (x[:, None] + o.weight)).mean(-1),
+        (12, 12),
+        r"'odd' \(Odd\).*MulBackward",
+    ),
+    "distances": (lambda o, x: (x[:, None] - o.weight).abs().sum(-1), (12, 12), r"'odd' \(Odd\)"),
+    "norms": (lambda o, x: (x[:, None] - o.weight).norm(dim=-1), (12, 12), r"'odd' \(Odd\)"),
     "by hand": (lambda o, x: Hand.apply(x, o.weight), (12, 12), r"'odd' \(Odd\).*HandBackward"),
     "latent": (lambda o, x: (o.weight @ x.T).T.repeat(1, 3), (4, 12), r"'odd' \(Odd\)"),
 }
@@ -163,9 +184,23 @@ WRONG: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], str]] =
 def test_what_shows_in_training_only_is_refused_by_name(name: str, rule: Callable[[], Algorithm]) -> None:
     """When the rule was attached, in eval mode, all was well; the first training pass says what is not."""
     run, shape, message = WRONG[name]
+    if "runs once more" in message and not TOLD:
+        pytest.skip("this PyTorch does not tell in the forward pass that something is checkpointed")
     algorithm = attached(_around(Odd(lambda o, x: run(o, x.double()), shape, late=True)), rule())
     with pytest.raises(ValueError, match=message):
         next(algorithm.updates(ROWS))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_checkpoint_that_was_not_seen_is_refused_by_the_backward_pass(
+    rule: Callable[[], Algorithm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of PyTorch 2.6, which does not tell that what is saved will be made once more."""
+    monkeypatch.setattr("locallearn.algorithms.feedback_alignment.inside_checkpoint", lambda: False)
+    checkpointed = Odd(lambda o, x: checkpoint(o.layer, x, use_reentrant=False), (1,), late=True)
+    (update,) = attached(_around(checkpointed), rule()).updates(ROWS)
+    with pytest.raises(RuntimeError, match=r"lost its feedback weights|recomputed|different number of tensors"):
+        update.backward()
 
 
 def test_a_forward_pass_that_is_made_again_unseen_does_not_pass_for_feedback() -> None:
@@ -208,6 +243,11 @@ RIGHT: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
     "scale of maps": (lambda o, x: (x.view(-1, 3, 2, 2) * o.weight).flatten(1), (3, 1, 1)),
     "scale of a batch of maps": (lambda o, x: (x.view(-1, 3, 2, 2) * o.weight).flatten(1), (1, 3, 1, 1)),
     "scale before a mean": (lambda o, x: (x.view(-1, 3, 2, 2) * o.weight).mean((-1, -2)).repeat(1, 4), (3, 1, 1)),
+    "scale before a mean of what was moved": (
+        lambda o, x: (2 * x.view(-1, 3, 2, 2) * o.weight).permute(0, 2, 3, 1).flatten(1, 2).mean(1).repeat(1, 4),
+        (3, 1, 1),
+    ),
+    "queries": (lambda o, x: (x[:, None] + o.weight).tanh().mean(1), (4, 12)),
     "token": (lambda o, x: torch.cat([o.weight.expand(len(x), -1), x[:, 1:]], 1), (1, 1)),
     "choice": (lambda o, x: torch.where(x > 0, x, o.weight), (12,)),
     "slope": (lambda o, x: F.prelu(x, o.weight), (12,)),

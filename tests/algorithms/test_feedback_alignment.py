@@ -408,8 +408,10 @@ class Again(nn.Module):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_is_refused(reentrant: bool) -> None:
     """What is made again in the backward pass would be differentiated as in backpropagation."""
+    if not reentrant and not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        pytest.skip("this PyTorch does not tell in the forward pass that something is checkpointed")
     net = _around(Again(reentrant))
-    with pytest.raises(ValueError, match=r"layer 'odd\.inner\.0' runs once more in the backward pass"):
+    with pytest.raises(ValueError, match=r"layer 'odd\.inner\.0' .*runs once more in the backward pass"):
         attached(net, FeedbackAlignment())
     assert all(p.grad is None for p in net.parameters())
 

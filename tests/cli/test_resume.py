@@ -19,7 +19,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from locallearn.algorithms import MonoForward
 from locallearn.cli.mistakes import explain
 from locallearn.cli.saved import move
 from locallearn.cli.settings import compose_settings
@@ -153,15 +152,13 @@ def test_a_run_that_failed_before_its_first_checkpoint_says_so(cli: Cli, tmp_pat
 @pytest.fixture
 def killed(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The part folder of a run whose process was killed in its second epoch, in the middle of the data."""
-    update, steps = MonoForward.updates, iter(range(1000))
 
-    def dies(self: MonoForward, batch: Any) -> Any:
-        if next(steps) == 10:
+    def dies(self: _Keeper, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 10:
             raise SystemError("killed")
-        return update(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MonoForward, "updates", dies)
+        patch.setattr(_Keeper, "on_train_batch_start", dies)
         patch.setattr(RunFolder, "finish", lambda folder, *_: folder.abandon())
         cli("train", *_SHORT)
     (part,) = (tmp_path / "runs").glob(".*.part")
@@ -393,7 +390,7 @@ def test_a_full_disk_before_the_run_leaves_nothing(cli: Cli, monkeypatch: pytest
     def full(path: Path, content: bytes) -> None:
         raise _full(path)
 
-    monkeypatch.setattr("locallearn.records.write_file", full)
+    monkeypatch.setattr("locallearn.records._folder.write_file", full)
     failed = cli("train", "dataset.limit_train=64")
     assert failed.code == 2
     assert "record.json could not be written" in failed.err

@@ -231,6 +231,19 @@ def test_a_system_clock_that_is_set_costs_the_load_of_a_process(
     assert (window.co2_g is not None) == right
 
 
+def test_a_system_clock_that_is_set_costs_no_figure_without_a_load(
+    stopped: Any, tracker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A constant power does not depend on the processor's seconds, in whatever mode."""
+    wall = FakeClock(5e8)
+    monkeypatch.setattr(time, "time", wall)
+    type(tracker._hardware[0])._mode = "constant"
+    with EnergyMonitor([CodeCarbonMeter(tracking_mode="process")]).window("w") as window:
+        stopped.pass_by(10)
+        wall.pass_by(3610)
+    assert _joules(window.readings)["codecarbon:cpu"] == pytest.approx(300.0)
+
+
 def test_a_run_on_the_processor_is_not_billed_for_the_boards(
     stopped: Any, tracker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

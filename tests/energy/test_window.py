@@ -253,7 +253,18 @@ def test_a_window_serves_once(constant: Any) -> None:
 
 @pytest.mark.parametrize(
     "trace",
-    [[], [(0, 0)], [(1, 0), (2, 1)], [(0, 0), (0, 1)], [(0, 5), (1, 4)], [(0, 0), (1, float("nan"))]],
+    [
+        [],
+        [(0, 0)],
+        [(1, 0), (2, 1)],
+        [(0, 0), (0, 1)],
+        [(0, 0), (2, 1), (1, 3)],
+        [(0, 5), (1, 4)],
+        [(0, 0), (1, float("nan"))],
+        [(0, 0), (1, float("inf"))],
+        [(0, 0), (float("inf"), 1)],
+        [(0, 0), (float("nan"), 1)],
+    ],
 )
 def test_bad_traces_are_refused(trace: list[tuple[float, float]]) -> None:
     with pytest.raises(ValueError, match="trace"):
@@ -275,3 +286,10 @@ def test_readings_need_joules_or_a_reason_and_survive_json() -> None:
         Reading("x", "measured", 1.0, reason="why")
     reading = Reading("x", "modelled", 1.5, detail={"idle_w": 2.0}, flags=("rough",), net_joules=0.5, by="a table")
     assert Reading.from_dict(json.loads(json.dumps(reading.to_dict()))) == reading
+
+
+def test_a_trace_may_stand_still_and_begin_at_any_count(clock: Any) -> None:
+    meter = ReplayMeter([(0, 7), (0.5, 7), (10, 7.5)], clock=clock)
+    with EnergyMonitor([meter], clock=clock).window("w") as window:
+        clock.pass_by(10)
+    assert window.readings[0].joules == pytest.approx(0.5)

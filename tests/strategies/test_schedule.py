@@ -111,9 +111,16 @@ def test_the_last_epoch_is_kept_where_asked(fit: Maker) -> None:
 
 
 def test_units_train_one_after_another_under_one_cap(fit: Maker) -> None:
+    caps: list[int | None] = []
+
+    class Caps(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            caps.append(trainer.max_epochs)
+
     schedule, algorithm = Schedule(sequential=True, restore_best=False), MonoForward()
-    trainer, module, diary = fit(schedule, algorithm, epochs=2)
+    trainer, module, diary = fit(schedule, algorithm, epochs=2, callbacks=(Caps(),))
     assert schedule.epochs_by_stage == [2, 2, 2]
+    assert caps == [6] * 6  # what all stages may have together, as progress bars and schedulers are told
     assert trainer.current_epoch == 6
     assert trainer.global_step == 6 * 4
     for epoch in range(1, 6):

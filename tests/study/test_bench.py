@@ -19,7 +19,7 @@ from locallearn.cli import main
 from locallearn.records import load_record, scan
 from locallearn.report import write_report
 from locallearn.study.bench import KINDS, _alternate, _Contender, bench
-from locallearn.study.train import Plan, run
+from locallearn.study.train import Plan, attached_task, run
 from tests.study.conftest import MakePlan
 
 SMALL = ("net.hidden=[8,8]", "trainer.accelerator=cpu", "bench.rounds=2", "bench.steps=2")
@@ -176,7 +176,13 @@ def test_what_is_measured_computes_in_the_precision_of_the_trainer(
             seen.add((x.dtype, layer.weight.dtype, torch.is_autocast_enabled("cpu")))
         return forward(layer, x)
 
+    def attached(plan: Plan) -> Any:
+        task = attached_task(plan)
+        seen.clear()  # a network is tried out when a rule is attached, before the precision is there
+        return task
+
     monkeypatch.setattr(torch.nn.Linear, "forward", spy)
+    monkeypatch.setattr("locallearn.study.bench.attached_task", attached)
     trainer = {"accelerator": "cpu", "devices": 1, "precision": precision}
 
     def make(name: str, *settings: str) -> Plan:
