@@ -13,6 +13,8 @@ from locallearn.audit._copies import held_tensors
 from locallearn.audit._replay import Batches, Trajectory, bits
 from locallearn.audit._watch import Engine, Operators, address_of, forbidden_deeds, leaves
 
+_KINDS = 6  # steps that are looked at closely
+
 
 class Border(Trajectory):
     """A run with every instrument on.
@@ -43,6 +45,7 @@ class Border(Trajectory):
         self.deeds: set[str] = set()
         self.written = ""
         self._path: dict[str, bytes] = {}
+        self._kinds: dict[tuple[str, ...], int] = {}
         self._in_batch: dict[str, int] = {}
         self._owner: dict[int, str] = {}
         self._before: dict[str, list[tuple[Tensor | None, int]]] = {}
@@ -122,6 +125,13 @@ class Border(Trajectory):
         for unit, calls in self._in_batch.items():
             self.calls[unit] = max(self.calls[unit], calls)
         self._in_batch = {}
+        self._kinds.setdefault(tuple(self._operators.names), number)
+        self._operators.names.clear()
+
+    def kinds(self) -> set[int]:
+        """The first step of every kind, told by the operators that it ran; of too many kinds, some from all over the run."""
+        steps = sorted(self._kinds.values())
+        return set(steps[:: -(-len(steps) // _KINDS)])
 
     def _label_path(self, twin: Algorithm) -> dict[str, bytes]:
         return {name: bits([p]) for module in twin.label_path for name, p in module.named_parameters()}

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from locallearn.algorithms._error_path import error_path
 from locallearn.algorithms.base import Algorithm, Update
 from locallearn.audit._copies import duplicate, held_tensors
 from locallearn.audit._replay import Driver, Observer, bits, moved, perturb, rows_of, stages
-from locallearn.audit._watch import Engine, Tape, address_of, flat
+from locallearn.audit._watch import Engine, Tape, address_of, flat, leaves
 from locallearn.batch import Batch
 from locallearn.nets.blocks import NORMALISATIONS
 
@@ -93,12 +94,20 @@ class Effects:
         algorithm: the state to start from.
         driver: as in training; steps are made by SGD here.
         batch: one training batch.
+        whole: take all of its samples instead of a few.
+        times: how often it is given, with steps of size zero if more than once: what acts a batch later is seen, too.
+        seed: of all random numbers.
     """
 
-    def __init__(self, algorithm: Algorithm, driver: Driver, batch: Batch) -> None:
+    def __init__(
+        self, algorithm: Algorithm, driver: Driver, batch: Batch, whole: bool = False, times: int = 1, seed: int = 0
+    ) -> None:
         self._algorithm = algorithm
-        self._driver = Driver(driver.randomness, sgd, driver.context)
-        self.batch = _small(algorithm, batch)
+        self._driver = Driver(driver.randomness, sgd if times == 1 else partial(sgd, lr=0.0), driver.context)
+        self._times, self._seed = times, seed
+        self.mirrored = False  # whether feedback weights were seen to follow the matrices by what noise shows of them
+        self._factors = _factors(algorithm, batch)
+        self.batch = batch if whole else _small(algorithm, batch)
         self._engine = Engine()
         self._pins: dict[int, list[Tensor]] = {}
         self._names: list[str] = []
@@ -133,7 +142,7 @@ class Effects:
         if change is not None and late:
             tape.at_first_pin = partial(step.interrupted_by, change, twin)
         with self._engine.on():
-            self._driver.run(twin, [_copy(batch)], step)
+            self._driver.run(twin, [_copy(batch) for _ in range(self._times)], step, self._seed)
         return step
 
     def with_other(self, change: Change, pinned: bool = True, late: bool = False) -> _Step:
@@ -158,32 +167,39 @@ class Effects:
         """
 
         def others(twin: Algorithm) -> None:
-            scale([m for stage in stages(twin).values() for m in matrices(stage)])
+            scale([m for name in stages(twin) for m in self._matrices(twin, name)])
 
         early = self.with_other(others)
         found = self.changed(early)
-        return set() if found and self._mirrors(early, others, found) else found
+        self.mirrored = bool(found) and self._mirrors(early, others, found)
+        return set() if self.mirrored else found
 
     def _mirrors(self, early: _Step, others: Change, found: set[str]) -> bool:
         """Whether these weights answer only to what the rule learns of the matrices from noise, before the forward pass."""
         if self.changed(self.with_other(others, late=True)) & found:
             return False
         followers = [path for path, t in early.held.items() if bits([t]) != bits([self.plain.held[path]])]
-        copies = [path for path in followers if self._is_copy(early.held[path] - self.plain.held[path])]
+        copies = [path for path in followers if self._is_copy(early.held[path] - self.plain.held[path], others)]
         return bool(followers) and not copies
 
-    def _is_copy(self, difference: Tensor) -> bool:
-        """Whether a change is proportional to the change of one of the network's matrices."""
+    def _is_copy(self, difference: Tensor, others: Change) -> bool:
+        """Whether a change is proportional to the change that ``others`` makes of one of the network's matrices."""
         twin = duplicate(self._algorithm)
-        held = [m for stage in stages(twin).values() for m in matrices(stage)]
+        held = [m for name in stages(twin) for m in self._matrices(twin, name)]
         before = [m.detach().clone() for m in held]
-        scale(held)
+        others(twin)
         for old, new in zip(before, held, strict=True):
             change = (new.detach() - old).double()
             for form in (change, change.transpose(0, 1)) if change.numel() == difference.numel() else ():
-                if _explained(difference.double().flatten(), form.flatten()[None]) > 0.99:
+                if bool(form.any()) and _explained(difference.double().flatten(), form.flatten()[None]) > 0.99:
                     return True
         return False
+
+    def _matrices(self, twin: Algorithm, name: str) -> list[Tensor]:
+        """Matrices of a block; what meets the activations entry by entry, as the graph shows, is none."""
+        stage = stages(twin)[name]
+        spared = {id(p) for path, p in stage.named_parameters() if f"{name}.{path}" in self._factors}
+        return [m for m in matrices(stage) if id(m) not in spared]
 
     def crossings(self, apart: Callable[[str, str], bool]) -> list[tuple[str, str]]:
         """Pairs (block, later block): the step of the first answers to the matrices of the second as to a Jacobian.
@@ -201,7 +217,7 @@ class Effects:
                 continue
 
             def others(twin: Algorithm, later: str = later) -> None:
-                scale(matrices(stages(twin)[later]))
+                scale(self._matrices(twin, later))
 
             step = self.with_other(others)
             below = {key for key in self.changed(step) if key.partition(".")[0] in names[:place]}
@@ -252,10 +268,10 @@ class Effects:
         twin = duplicate(self._algorithm).train()
         held = stages(twin)
         if other is not None:
-            scale(matrices(held[other]))
+            scale(self._matrices(twin, other))
         x = self.batch.inputs if inputs is None else inputs
         weights = [p.requires_grad_() for p in held[stage].parameters()]
-        with self._driver.randomness.repeated(), torch.enable_grad():
+        with self._driver.randomness.repeated(self._seed), torch.enable_grad():
             with self._driver.context(), tape:
                 for name, module in held.items():
                     x = module(x, *self.batch.context)
@@ -273,19 +289,24 @@ class Effects:
     def uncarried(self) -> set[str]:
         """Weights below the output layer whose step does not change whichever feedback weights are set to zero.
 
-        A rule that holds none gets the signs of the network's matrices turned instead, activations pinned.
+        A rule that holds none, or none of use, gets the signs of the network's matrices turned instead, activations pinned.
         """
         carried: set[str] = set()
         paths = [path for path, t in held_by_rule(self._algorithm).items() if t.is_floating_point() and t.ndim > 1]
         for path in paths:
             carried |= self.changed(self.with_other(partial(_zero_held, path)))
-        if not carried and not paths:
+        if not carried:
             for stage in stages(self._algorithm):
-                carried |= self.changed(self.with_other(partial(_negate_stage, stage)))
+                carried |= self.changed(self.with_other(partial(self._negate, stage)))
             if not carried and not self._is_backpropagation():
                 return set()  # they are made anew from a seed, perhaps
         top = list(stages(self._algorithm))[-1]
         return {n for n, v in self.moved.items() if not n.startswith(f"{top}.") and bool(v.any())} - carried
+
+    def _negate(self, stage: str, twin: Algorithm) -> None:
+        with torch.no_grad():
+            for tensor in self._matrices(twin, stage):
+                tensor.neg_()
 
     def _is_backpropagation(self) -> bool:
         """Whether some error at the network's output, sent back exactly, explains the step of a block below the last."""
@@ -300,13 +321,23 @@ class Effects:
                 return True
         return False
 
+    @cached_property
+    def shifted(self) -> _Step:
+        """The same batch with all of the network's weights others, nothing pinned."""
+        return self.with_other(self._shift, pinned=False)
+
+    def strangers(self) -> bool:
+        """Whether no step changes with the network's weights: then it has been found in another network."""
+        known = all(bool(v.isfinite().all()) for v in self.moved.values())
+        return known and any(bool(v.any()) for v in self.moved.values()) and not self.changed(self.shifted)
+
     def overwritten(self) -> set[str]:
         """Weights that are the same after a batch whatever they were before: what learns is kept somewhere else."""
         twin = duplicate(self._algorithm)
         before = {f"{n}.{k}": p.detach().clone() for n, s in stages(twin).items() for k, p in s.named_parameters()}
         self._shift(twin)
         shifted = {f"{n}.{k}": p.detach() for n, s in stages(twin).items() for k, p in s.named_parameters()}
-        after = self.with_other(self._shift, pinned=False).weights
+        after = self.shifted.weights
         found = set()
         for name, old in before.items():
             was, now = (shifted[name] - old).double(), (after[name] - self.plain.weights[name]).double()
@@ -361,6 +392,39 @@ def matrices(stage: nn.Module) -> Iterator[Tensor]:
                 yield tensor
 
 
+class _Entering(torch.autograd.Function):
+    """Hands activations on; what follows from them is told by this mark in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.layer = "input"
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> Tensor:
+        return delta
+
+
+def _factors(algorithm: Algorithm, batch: Batch) -> set[str]:
+    """Weights of two dimensions or more that meet activations entry by entry only: positional parameters, scales of maps."""
+    twin = duplicate(algorithm).train()
+    held = stages(twin)
+    named = {f"{name}.{path}": p for name, stage in held.items() for path, p in stage.named_parameters()}
+    candidates = {name: p for name, p in named.items() if p.ndim > 1 and p.requires_grad and p.shape[0] == 1}
+    if not candidates or not batch.inputs.is_floating_point():
+        return set()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            x = _Entering.apply(batch.inputs.detach().clone().requires_grad_())
+            for stage in held.values():
+                x = stage(x, *batch.context)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # the rule puts something in front of the network
+        return set()
+    reached = {id(leaf) for leaf in leaves([x.grad_fn])}
+    through = {id(p) for fault in error_path(x).faults for p in fault.weights}
+    return {name for name, p in candidates.items() if id(p) in reached and id(p) not in through}
+
+
 @torch.no_grad()
 def scale(tensors: Iterator[Tensor] | list[Tensor], seed: int = 5) -> None:
     """Give every entry a factor between 1/2 and 3/2 of its own: signs stay."""
@@ -399,12 +463,6 @@ def _explained(vector: Tensor, rows: Tensor) -> float:
 def _zero_held(path: str, twin: Algorithm) -> None:
     with torch.no_grad():
         held_by_rule(twin)[path].zero_()
-
-
-def _negate_stage(stage: str, twin: Algorithm) -> None:
-    with torch.no_grad():
-        for tensor in matrices(stages(twin)[stage]):
-            tensor.neg_()
 
 
 def sgd(algorithm: Algorithm, lr: float = _RATE, alike: bool = True) -> dict[str, Optimizer]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -17,6 +18,7 @@ from locallearn.audit._replay import (
     Batches,
     Context,
     Driver,
+    Observer,
     Optimizers,
     Party,
     Randomness,
@@ -26,6 +28,8 @@ from locallearn.audit._replay import (
     stages,
 )
 from locallearn.batch import Batch
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -85,12 +89,31 @@ class Findings:
     @property
     def groups(self) -> int:
         """Number of groups of blocks that no unit joins."""
-        group = {i: {i} for i in range(len(self.algorithm.blocks))}
+        group = {i: {i} for party in self.parties.values() for i in party.blocks}
         for party in self.parties.values():
             for a, b in pairwise(party.blocks):
                 joined = group[a] | group[b]
                 group.update(dict.fromkeys(joined, joined))
         return len({id(members) for members in group.values()})
+
+
+@dataclass
+class _Walk(Observer):
+    """A training that is looked at before some of its steps, until there is an answer."""
+
+    driver: Driver
+    batches: Sequence[Batch]
+    look: Callable[[Effects], Any]
+    steps: set[int]
+    whole: bool
+    answer: Any = None
+
+    def look_at(self, twin: Algorithm, number: int) -> None:
+        if not self.answer and number < len(self.batches) and (not self.steps or number in self.steps):
+            self.answer = self.look(Effects(twin, self.driver, self.batches[number], self.whole, seed=number))
+
+    def finished(self, twin: Algorithm, number: int) -> None:
+        self.look_at(twin, number + 1)
 
 
 class Examination:
@@ -214,19 +237,46 @@ class Examination:
                 raise Unfollowable(
                     f"it overwrites {min(lost)} with what it keeps elsewhere, so what later blocks hold cannot be changed"
                 )
+        if effects.strangers():
+            raise Unfollowable("none of its steps changes with the network's weights, so they are found elsewhere")
         if found.spanning and found.groups == 1 and ran:
             found.backward = True
             found.transported = effects.transports()
             if not found.transported and claim is Locality.FEEDBACK:
+                if effects.mirrored:
+                    found.limits.append(
+                        "whether feedback weights learned from noise take another way in some of the steps"
+                    )
+                else:
+                    found.transported = self._along_the_way(lambda at: at.transports(), set(), whole=True)
                 found.uncarried = effects.uncarried()
         elif many and (not ran or any(found.depends.values())):
-            found.crossings = effects.crossings(self._apart(found, everywhere=not ran))
+            apart = self._apart(found, everywhere=not ran)
+            found.crossings = effects.crossings(apart)
+            if not found.crossings and claim is not Locality.GLOBAL:
+                found.crossings = self._along_the_way(lambda at: at.crossings(apart), found.border.kinds())
         else:
             return
         if not effects.pinned:
             found.limits.append(
                 "which operators belong to the forward pass: none changes with the inputs and not with the targets"
             )
+
+    def _along_the_way(self, look: Callable[[Effects], _T], steps: set[int], whole: bool = False) -> _T:
+        """The first answer that is not empty, from step to step of a training; the last one is asked twice in a row.
+
+        Args:
+            look: what is asked of one batch.
+            steps: which ones; empty: all.
+            whole: of all samples, instead of a few.
+        """
+        walk = _Walk(self._driver, list(self._batches), look, steps, whole)
+        twin = duplicate(self._algorithm)
+        walk.look_at(twin, 0)
+        self._driver.run(twin, walk.batches, walk)
+        if not walk.answer:
+            walk.answer = look(Effects(twin, self._driver, walk.batches[-1], whole=whole, times=2))
+        return cast(_T, walk.answer)
 
     def _apart(self, found: Findings, everywhere: bool) -> Callable[[str, str], bool]:
         names = list(stages(self._algorithm))

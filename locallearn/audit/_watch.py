@@ -132,6 +132,7 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         touched: paths of those that were.
         foreign: names of operators that are not PyTorch's.
+        names: of all operators, in order; whoever reads them empties the list.
     """
 
     def __init__(self, forbidden: dict[int, str]) -> None:
@@ -139,8 +140,10 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._forbidden = forbidden
         self.touched: set[str] = set()
         self.foreign: set[str] = set()
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
         if func.namespace not in _KNOWN_OPERATORS:
             self.foreign.add(f"{func.namespace}::{func._opname}")
         for value in flat((args, kwargs or {})):

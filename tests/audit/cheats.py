@@ -195,6 +195,31 @@ class FollowsItsWeights(CopiesItsWeights):
     mix = 0.2
 
 
+@cheat(FEEDBACK)
+class CopiesEverySeventhBatch(CopiesItsWeights):
+    """Seldom."""
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        self.batches_seen += 1
+        self.mix = 1.0 if self.chosen(batch) else 0.0
+        if not self.mix:
+            for name, stage in stages(self).items():
+                generator = torch.Generator().manual_seed(len(name))
+                self.get_buffer(f"b_{name}").copy_(torch.randn(next(stage.parameters()).shape, generator=generator))
+        yield from super().updates(batch)
+
+    def chosen(self, batch: Batch) -> bool:
+        return self.batches_seen % 7 == 0
+
+
+@cheat(FEEDBACK)
+class CopiesForLargeBatches(CopiesEverySeventhBatch):
+    """Only where a batch is no handful."""
+
+    def chosen(self, batch: Batch) -> bool:
+        return len(batch.inputs) > 13
+
+
 class _Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
@@ -207,9 +232,8 @@ class _Through(torch.autograd.Function):
         return delta @ feedback, delta.T @ x, delta.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
-@cheat(FEEDBACK)
 class HiddenAfterTheFirstPass(FeedbackAlignment):
-    """Feedback alignment whose layers leave the carrier while training."""
+    """Feedback alignment whose layers leave the carrier while training. Not in the list: the family refuses it by itself."""
 
     def build(self, task: TaskInfo) -> None:
         super().build(task)
@@ -288,6 +312,34 @@ class Chained(PerBlock):
 
 
 everywhere(LOCAL, COUPLED, FORWARD, FEEDBACK)(Chained)
+
+
+@cheat(COUPLED)
+class ByASecondNetwork(PerBlock):
+    """A copy of the network is differentiated, and its gradients are handed over."""
+
+    follows = True
+
+    def build(self, task: TaskInfo) -> None:
+        super().build(task)
+        self.shadow = mlp((12,), task.outputs, (10, 9, 8))
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        if self.follows:
+            self.shadow.load_state_dict(self.blocks.state_dict())
+        weights = list(self.shadow.parameters())
+        gradients = torch.autograd.grad(self._loss(self.shadow(batch.inputs), batch.targets), weights)
+        with torch.no_grad():
+            for p, g in zip(weights, gradients, strict=True):
+                p.sub_(0.01 * g)
+        yield from self.handed(batch, dict(zip(self.blocks.parameters(), gradients, strict=True)))
+
+
+@everywhere(LOCAL, FEEDBACK)
+class ByAnotherNetwork(ByASecondNetwork):
+    """The other network is trained on its own, and this one is moved as it is."""
+
+    follows = False
 
 
 @cheat(COUPLED)

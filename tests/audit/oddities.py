@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from locallearn.algorithms import Algorithm, FeedbackAlignment, Locality, MonoForward, TaskInfo, Update
 from locallearn.batch import Batch
+from locallearn.nets import Blocks
 from tests.audit.cheats import Paired, PerBlock, Standardised, exchanged, stages
 
 ODDITIES: dict[str, tuple[Callable[[], Algorithm], Locality]] = {}
@@ -196,9 +197,9 @@ class RememberingInputs(MonoForward):
 class ChangesItsInputs(MonoForward):
     """The first layer works in place."""
 
-    def build(self, task: TaskInfo) -> None:
-        super().build(task)
-        self.blocks[0].register_forward_pre_hook(lambda module, args: (args[0].mul_(0.5),))
+    def attach(self, blocks: Blocks, task: TaskInfo) -> None:
+        blocks[0].register_forward_pre_hook(lambda module, args: (args[0].mul_(0.5),))
+        super().attach(blocks, task)
 
 
 @odd(Locality.LAYER_LOCAL)
@@ -263,6 +264,25 @@ class FeedbackFromTheFirstWeights(FeedbackAlignment):
         super().build(task)
         for name in self.layers:
             self.weights(name).fixed.copy_(self._weight(name).detach())
+
+
+class _Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(1, 2, 5) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unflatten(1, (2, 5)) * self.scale).flatten(1)
+
+
+@odd(Locality.FEEDBACK)
+class FeedbackBetweenPositions(FeedbackAlignment):
+    """Scales of positions, which the error passes entry by entry."""
+
+    def build(self, task: TaskInfo) -> None:
+        assert isinstance(self.blocks[0], nn.Sequential)
+        self.blocks[0].append(_Positions())
+        super().build(task)
 
 
 @odd(Locality.FORWARD_ONLY)

@@ -15,7 +15,7 @@ from locallearn.algorithms import Algorithm, Locality, MonoForward
 from locallearn.audit import audit
 from locallearn.audit._judge import STRICTNESS
 from locallearn.batch import Batch
-from tests.audit.cheats import _GLOBAL, _REGISTRY, CHEATS, attached
+from tests.audit.cheats import _GLOBAL, _REGISTRY, CHEATS, HiddenAfterTheFirstPass, attached
 from tests.audit.oddities import ODDITIES
 
 _DRAW = torch.Generator().manual_seed(0)
@@ -37,6 +37,11 @@ def test_a_cheat_is_caught(name: str) -> None:
     assert not result.confirmed
     assert result.claim is claim
     assert str(claim) in result.reason
+
+
+def test_layers_that_leave_the_carrier_are_refused_by_the_rule_itself() -> None:
+    with pytest.raises(ValueError, match=r"'layer1\.0'"):
+        audit(attached(HiddenAfterTheFirstPass(), BATCH), BATCH, batches=1, warmup=0)
 
 
 @pytest.mark.parametrize("name", ODDITIES)
