@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from locallearn.energy._meter import Meter, Reading
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or type(value) in (str, int, float, bool)
 
 
 class GuardedMeter:
@@ -69,7 +74,7 @@ class GuardedMeter:
         if self._failure is not None:
             return None
         try:
-            grams = self._meter.co2_g
+            grams = None if self._meter.co2_g is None else float(self._meter.co2_g)
             return grams if grams is not None and math.isfinite(grams) and grams >= 0 else None
         except Exception:  # its joules may well be right
             return None
@@ -96,9 +101,18 @@ class GuardedMeter:
     def _checked(self, reading: Reading) -> Reading:
         if self._failure is not None:
             return reading.without_figure(self._failure)
-        if reading.joules is not None and not (math.isfinite(reading.joules) and reading.joules >= 0):
+        # What somebody's meter answers goes into a record, which holds plain numbers and text alone.
+        detail = {str(key): value if _is_plain(value) else str(value) for key, value in reading.detail.items()}
+        reading = replace(reading, detail=detail, flags=tuple(map(str, reading.flags)))
+        if reading.joules is None:
+            return reading
+        try:
+            joules = float(reading.joules)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            joules = math.nan
+        if not (math.isfinite(joules) and joules >= 0):
             return reading.without_figure(f"the meter answered {reading.joules} joules")
-        return reading
+        return replace(reading, joules=joules)
 
     def _fail(self, name: str, error: Exception) -> None:
         if self._failure is None:

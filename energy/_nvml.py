@@ -95,24 +95,26 @@ def board_of(nvml: Any, device: str) -> int:
         known = torch.cuda.get_device_properties(torch.device(device))
     except Exception as error:
         raise UnreadableError(f"CUDA does not tell which board {device} is: {error}") from None
-    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    # A board that does not answer costs its own figures only: it is not the run's, or it will be missed below.
+    found = [(i, _try(nvml, nvml.nvmlDeviceGetHandleByIndex, i)) for i in range(nvml.nvmlDeviceGetCount())]
+    handles = [(index, handle) for index, handle in found if handle is not None]
     uuid = _bare(getattr(known, "uuid", None))
     if uuid:
-        for index, handle in enumerate(handles):
+        for index, handle in handles:
             if _bare(_try(nvml, nvml.nvmlDeviceGetUUID, handle)) == uuid:
                 return index
-        for handle in handles:
+        for _, handle in handles:
             if uuid in map(_bare, _slices(nvml, handle)):
                 raise UnreadableError(_MIG)
     address = tuple(getattr(known, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
     if None not in address:
-        for index, handle in enumerate(handles):
+        for index, handle in handles:
             pci = _try(nvml, nvml.nvmlDeviceGetPciInfo, handle)
             if pci is not None and (pci.domain, pci.bus, pci.device) == address:
                 return index
     if not uuid and None in address:  # an old torch: the order of CUDA_VISIBLE_DEVICES is all there is
         return _visible_board(cuda_number(device), visible_boards(nvml))
-    raise UnreadableError(f"none of NVML's {len(handles)} boards has the UUID or the PCI address of {device}")
+    raise UnreadableError(f"none of NVML's {len(found)} boards has the UUID or the PCI address of {device}")
 
 
 def cuda_number(device: str) -> int:
@@ -134,7 +136,7 @@ def visible_boards(nvml: Any) -> list[int | None]:
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
         return list(range(count))
-    uuids = [nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
+    uuids = [_uuid(nvml, index) for index in range(count)]
     boards: list[int | None] = []
     for entry in wanted.split(","):
         name = entry.strip()
@@ -149,6 +151,11 @@ def visible_boards(nvml: Any) -> list[int | None]:
             break
         boards.append(matches[0])
     return boards
+
+
+def _uuid(nvml: Any, index: int) -> str:
+    handle = _try(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
+    return "" if handle is None else _try(nvml, nvml.nvmlDeviceGetUUID, handle) or ""
 
 
 def used_indices(device: str | None) -> list[int] | None:

@@ -173,6 +173,35 @@ def test_metrics_cut_by_a_kill_lose_only_the_last_line(tmp_path: Path) -> None:
         load_record(path).metrics()
 
 
+def test_lines_of_metrics_end_where_csv_ends_them(tmp_path: Path) -> None:
+    names = ["a\u2028b", "c\x0bd", "e\x85f", "g\x1ch"]
+    folder = RunFolder.create(tmp_path, START)
+    folder.log(0, 1, dict.fromkeys(names, 0.5))
+    path = folder.finish("done")
+    assert [row.name for row in load_record(path).metrics()] == names
+    (path / "metrics.csv").write_text(f"{'x' * 200_000}\n0,1,a,0.5\n")  # the header, longer than csv takes
+    with pytest.raises(ValueError, match=r"line 1 of .* is damaged"):
+        load_record(path).metrics()
+    assert len(scan([tmp_path]).problems) == 1
+
+
+def test_folders_that_cannot_be_looked_into_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(tmp_path)
+    (tmp_path / "closed").mkdir()
+    look = os.scandir
+
+    def refusing(place: Any) -> Any:
+        if Path(place).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return look(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    found = scan([tmp_path])
+    assert len(found.records) == 1
+    assert found.left_out == 1
+    assert "closed cannot be looked into (Permission denied)" in found.problems[0]
+
+
 def test_a_killed_run_is_adopted_and_a_living_one_is_not(tmp_path: Path) -> None:
     script = (
         _ALONE + "import time; from pathlib import Path; from locallearn.records import RunFolder;"

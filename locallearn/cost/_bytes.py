@@ -72,9 +72,13 @@ class ActivationBytes:
 
     @property
     def peak(self) -> int:
-        """Largest number of bytes so far."""
+        """Largest number of bytes so far; set it to go on from another one."""
         self.look()
         return self._peak
+
+    @peak.setter
+    def peak(self, size: int) -> None:
+        self._peak = size
 
     @property
     def current(self) -> int:
@@ -228,7 +232,7 @@ def _contexts_seen(count: ActivationBytes) -> Iterator[None]:
         object.__setattr__(node, name, value)
         count.watch(node)
 
-    BackwardCFunction.__setattr__ = assigned  # type: ignore[method-assign, assignment]
+    BackwardCFunction.__setattr__ = assigned  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -23,6 +23,9 @@ from locallearn.cost._flops import counting
 
 _PATIENCE = 8
 """Further steps over which the mean is taken where two steps on the same batch do not cost the same."""
+
+_SHORT = 100
+"""Entries of a list beyond which it is data, in which nobody keeps a generator."""
 
 
 @dataclass(frozen=True)
@@ -330,15 +333,63 @@ def optimizer_bytes(optimizers: Iterable[Optimizer]) -> int:
 
 
 @contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """The random numbers of PyTorch, NumPy and Python afterwards are those from before."""
+def undisturbed(device: torch.device | None, *holders: Any) -> Iterator[None]:
+    """The random numbers of PyTorch, NumPy and Python afterwards are those from before.
+
+    Args:
+        device: whose generator counts beside the CPU's; ``None``: those of all CUDA devices.
+        holders: data modules, loaders and the like, whose own generators are put back, too.
+    """
     python, numpy = random.getstate(), np.random.get_state()
+    own = [(generator, _state_of(generator)) for generator in _generators(holders, 6, set())]
+    cuda = range(torch.cuda.device_count()) if device is None else [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=cuda):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+        for generator, state in own:
+            _put_back(generator, state)
+
+
+_Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
+def _generators(value: Any, depth: int, seen: set[int]) -> Iterator[_Generator]:
+    """Generators in attributes and short containers."""
+    if id(value) in seen or depth == 0 or isinstance(value, Tensor | np.ndarray | type | str | bytes):
+        return
+    seen.add(id(value))
+    if isinstance(value, _Generator):
+        yield value
+        return
+    inside: Iterable[Any] = ()
+    if isinstance(value, dict | list | tuple):
+        inside = () if len(value) > _SHORT else list(value.values() if isinstance(value, dict) else value)
+    elif not isinstance(value, nn.Module):
+        inside = list(getattr(value, "__dict__", {}).values())
+    for part in inside:
+        yield from _generators(part, depth - 1, seen)
+
+
+def _state_of(generator: _Generator) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return copy.deepcopy(generator.bit_generator.state)
+    return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.getstate()
+
+
+def _put_back(generator: _Generator, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.setstate(state)
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

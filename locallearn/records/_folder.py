@@ -267,9 +267,10 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
     except OSError:
         return
     reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    next(reader, None)
     while True:
         try:
+            if reader.line_num == 0:
+                next(reader)  # the header
             epoch, step, name, value = next(reader)
             int(epoch), int(step), float(value or 0)
         except (StopIteration, csv.Error, ValueError):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -152,18 +153,19 @@ class Record:
         """
         path = self.path / "metrics.csv"
         try:
-            lines = plain_file(path).decode("utf-8-sig", errors="replace").splitlines(keepends=True)
+            text = plain_file(path).decode("utf-8-sig", errors="replace")
         except FileNotFoundError:
             return []
         except ValueError as error:
             raise ValueError(f"{path} cannot be read ({error}); its figures are not shown.") from None
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
+        # Lines end where csv ends them, not at every sign that str.splitlines takes for an end.
+        reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
         rows: list[Metric] = []
-        reader = csv.reader(lines[1:])
         while True:
             row: list[str] = []
             try:
+                if reader.line_num == 0:
+                    next(reader)  # the header
                 row = next(reader)
                 epoch, step, name, value = row
                 rows.append(Metric(int(epoch), int(step), readable_text(name, _NAME), float(value) if value else None))
@@ -172,7 +174,7 @@ class Record:
             except (ValueError, csv.Error) as error:
                 cause = _short(repr(row) if row else str(error))
                 raise ValueError(
-                    f"line {reader.line_num + 1} of {path} is damaged: {cause}; wanted epoch,step,name,value."
+                    f"line {max(1, reader.line_num)} of {path} is damaged: {cause}; wanted epoch,step,name,value."
                 ) from None
         return rows
 
@@ -225,7 +227,8 @@ def scan(roots: Iterable[Path]) -> Scan:
     for root in roots:
         if not root.is_dir():
             raise ValueError(f"there is no folder {root}; give a run's folder or a folder of runs.")
-        for folder in run_folders(root):
+        unread: list[OSError] = []
+        for folder in run_folders(root, unread.append):
             place = folder.resolve()
             if place in places:
                 continue
@@ -251,6 +254,7 @@ def scan(roots: Iterable[Path]) -> Scan:
                 record.metrics()
             except ValueError as error:
                 doubts.append(str(error))
+        problems += [f"{e.filename} cannot be looked into ({e.strerror}); what is in it is left out." for e in unread]
     return Scan(sorted(records.values(), key=_age), [*problems, *doubts], len(problems))
 
 
@@ -263,8 +267,8 @@ def _age(record: Record) -> tuple[str, str]:
     return record.text("started") or "", record.id
 
 
-def run_folders(root: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(root):
+def run_folders(root: Path, unreadable: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    for place, folders, files in os.walk(root, onerror=unreadable):
         # A folder that a kill left before its first record has none, and must be told all the same.
         killed = Path(place).name.endswith(".part") and Path(place).name.startswith(".")
         if killed or "record.json" in files or "record.json" in folders:

@@ -116,6 +116,9 @@ class LocalStrategy(SingleDeviceStrategy):
         scheduler_interval: ``"epoch"`` or ``"step"``: when schedulers advance. ``ReduceLROnPlateau`` advances after every
             validation: in mode ``min`` by ``validation/loss``, in mode ``max`` by the task's metric.
 
+    Attributes:
+        batch: of the last step, for callbacks; who has read it may set it to ``None``.
+
     Raises:
         ValueError: before training, where the module has no blocks, the algorithm cannot train them, a scheduler cannot be
             made, several devices or nodes are asked for, or :meth:`check` refuses the Trainer; during training, where
@@ -144,6 +147,7 @@ class LocalStrategy(SingleDeviceStrategy):
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_counts: dict[str, int] = {}
         self._plateaus_wait = False
+        self.batch: Batch | None = None
 
     # The connector fills this in once it knows the accelerator; without it the root device would stay the CPU.
     @property
@@ -293,7 +297,7 @@ class LocalStrategy(SingleDeviceStrategy):
         module = self.lightning_module
         assert module is not None
         self._check_accumulation(module.trainer.accumulate_grad_batches)  # callbacks may change it at any time
-        batch = self.task.to_batch(args[0])
+        self.batch = batch = self.task.to_batch(args[0])
         updates = self.algorithm.updates(batch)
         total: Tensor | None = None
         while True:

@@ -18,7 +18,7 @@ from locallearn.algorithms.base import Algorithm
 from locallearn.batch import Batch
 from locallearn.cost import UpdateCost, cache_bytes, measure_update, optimizer_bytes, to_device, undisturbed
 from locallearn.strategies.local import LocalStrategy, LocalTask
-from locallearn.strategies.making import make_optimizers
+from locallearn.strategies.making import Closure, make_optimizers
 from locallearn.study.plan import Interrupted, Plan
 
 
@@ -53,6 +53,8 @@ class _Costs(pl.Callback):
         self._stages: dict[int, _Seen] = {}
         self._graph: Batch | None = None
         self._fresh: Algorithm | None = None
+        self._rows: Tensor | None = None
+        self._labelled = 0
 
     # -- training -----------------------------------------------------------------------------------------------------
     @override
@@ -94,14 +96,19 @@ class _Costs(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        given = cast(LocalTask, pl_module).to_batch(batch)
+        strategy = cast(LocalStrategy, trainer.strategy)
+        given, strategy.batch = strategy.batch, None
+        if given is None:
+            return
         if given.context:
             self._graph = given
         stage = self.plan.schedule.stage
         seen = self._stages.setdefault(stage, _Seen(epoch=trainer.current_epoch))
         seen.steps += 1
         seen.rows += len(given.inputs)
-        seen.samples += _labelled(given)
+        if given.rows is None or given.rows is not self._rows:
+            self._rows, self._labelled = given.rows, _labelled(given)  # of a mask, which a device must be waited for
+        seen.samples += self._labelled
         if trainer.current_epoch == seen.epoch:
             seen.distinct += len(given.inputs)
 
@@ -241,9 +248,9 @@ def _warm_up(plan: Plan, batches: list[Batch]) -> None:
             for batch in islice(chain.from_iterable(repeat(batches)), plan.warmup_steps):
                 # The class's method: one that somebody has put on the rule itself would run that rule, not its copy.
                 for update in type(twin).updates(twin, batch):
-                    update.backward()
-                    optimizers[update.unit].step()
-                    optimizers[update.unit].zero_grad()
+                    optimizer = optimizers[update.unit]
+                    optimizer.step(cast(Any, Closure(update, optimizer)))  # some ask it several times
+                    optimizer.zero_grad()
 
 
 @contextmanager
@@ -269,7 +276,7 @@ def _state(algorithm: Algorithm) -> Iterator[tuple[str, Tensor]]:
 def _batches(plan: Plan, trainer: pl.Trainer, task: LocalTask, number: int) -> list[Batch]:
     """The first batches of an epoch, as training gets them, from a loader of their own."""
     strategy = cast(LocalStrategy, trainer.strategy)
-    with undisturbed(strategy.root_device):
+    with undisturbed(strategy.root_device, plan.data):
         return [strategy.feed(task.to_batch(raw)) for raw in islice(plan.data.train_dataloader(), number)]
 
 

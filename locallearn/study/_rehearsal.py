@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import random
 import signal
 import threading
 import warnings
@@ -13,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from locallearn.algorithms.base import Algorithm
+from locallearn.cost import undisturbed
 from locallearn.precision import effective_precision
 from locallearn.strategies.local import Diverged, LocalStrategy, LocalTask
 from locallearn.strategies.making import check_length
@@ -64,14 +63,15 @@ def rehearse(plan: Plan, task: pl.LightningModule) -> None:
         Interrupted: Ctrl-C.
     """
     data = copy.copy(plan.data)  # whoever asks the run's own data for a loader first owns the place in them
-    train, validation = data.train_dataloader(), data.val_dataloader()
+    with undisturbed(None, data):
+        train, validation = data.train_dataloader(), data.val_dataloader()
     _check_lengths(plan, len(train), len(validation))
     if isinstance(task, Task):
         check_batch_sizes(sizes_of(train, _trained(plan, len(train))), task.net, plan.algorithm, task.info())
     kept = {name: value.clone() for name, value in plan.algorithm.state_dict().items() if isinstance(value, Tensor)}
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        with _draws_put_back():
+        with undisturbed(None, data):
             _train_one(plan, task, next(iter(train)), next(iter(validation)), len(train))
     except (Diverged, torch.OutOfMemoryError):
         return  # no mistake in the settings: the run itself records it
@@ -90,7 +90,10 @@ def rehearse(plan: Plan, task: pl.LightningModule) -> None:
 def _train_one(plan: Plan, task: pl.LightningModule, train: Any, validation: Any, batches: int) -> None:
     example = cast(LocalTask, task).info().example
     shared = {id(leaf): leaf for leaf in tree_leaves(tuple(example)) if isinstance(leaf, Tensor)}  # a whole graph, say
-    twin = copy.deepcopy(task, shared)
+    try:
+        twin = copy.deepcopy(task, shared)
+    except Exception:  # what cannot be copied can be trained
+        return
     algorithm = cast(Algorithm, cast(LocalTask, twin).algorithm)
     algorithm.__dict__.pop("updates", None)  # set from outside, it would drive the original
     once = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "logger": False, "profiler": None}
@@ -140,18 +143,6 @@ class _One:
 
     def __iter__(self) -> Iterator[Any]:
         yield self._batch
-
-
-@contextmanager
-def _draws_put_back() -> Iterator[None]:
-    """Leave all generators of the process as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextmanager

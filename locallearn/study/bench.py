@@ -20,7 +20,7 @@ from locallearn.algorithms.base import Algorithm, Update
 from locallearn.batch import Batch
 from locallearn.cost import measure_update
 from locallearn.precision import multiplying
-from locallearn.records import RunFolder, hardware, versions
+from locallearn.records import RunFolder, hardware, source, versions
 from locallearn.strategies.local import Closure, LocalStrategy
 from locallearn.strategies.making import make_optimizers
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet
@@ -113,6 +113,7 @@ def bench(
             "config": plan.config,
             "command": plan.command,
             "versions": versions(),
+            "source": source(),
             "hardware": {**hardware(_gpus()), "threads": torch.get_num_threads()},
             "bench": {"what": what, **figures, **asdict(sheet)},
         },

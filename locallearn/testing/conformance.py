@@ -348,6 +348,7 @@ def _peak_of_blocks(algorithm: Algorithm, batch: Batch) -> int:
     batch = batch._replace(inputs=batch.inputs.clone())
     with activation_bytes(algorithm) as count:
         for update in algorithm.updates(batch):
+            count.look()
             update.backward()
             algorithm.zero_grad(set_to_none=True)
             if update.unit in algorithm.blocks.names:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from locallearn.energy import (
@@ -216,3 +218,30 @@ def test_a_thread_that_polls_outlives_no_error(make: Make, stopped: FakeClock) -
         assert meter._ticker is not None
         meter._ticker._action()
     assert window.readings[0].reason == "the counter could not be read: OSError: boom"
+
+
+class Odd(Plain):
+    """Answers with what no record can hold."""
+
+    def readings(self) -> list[Reading]:
+        numbers = {"odd": np.float32(3.0), "odd:text": "seven"}
+        detail: Any = {"name": b"board", "at": Path("x"), "ok": 1.5}
+        return [Reading(source, "measured", cast(Any, value), detail=detail) for source, value in numbers.items()]
+
+
+def test_what_a_meter_answers_can_be_written_down(stopped: FakeClock) -> None:
+    """Else a training that has ended well could not be recorded."""
+    monitor = EnergyMonitor([Odd(stopped)], clock=stopped)
+    window = monitor.window("w")
+    window.open()
+    first, second = window.readings
+    window.close()
+    assert type(first.joules) is float
+    assert {key: value for key, value in first.detail.items() if key != "idle_w"} == {
+        "name": "b'board'",
+        "at": "x",
+        "ok": 1.5,
+    }
+    assert second.joules is None
+    assert second.reason is not None
+    json.dumps([reading.to_dict() for reading in window.readings])

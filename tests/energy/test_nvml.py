@@ -260,6 +260,29 @@ def test_the_board_of_the_run_is_found_by_its_address(nvml: FakeNvml, monkeypatc
     assert reading.detail["nvml_index"] == 2
 
 
+@pytest.mark.parametrize("visible", [None, "1"])
+def test_a_board_that_does_not_answer_costs_the_others_nothing(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, visible: str | None
+) -> None:
+    handle = nvml.nvmlDeviceGetHandleByIndex
+
+    def lost(index: int) -> Any:
+        if index == 0:
+            raise FakeNvml.NVMLError("GPU is lost")
+        return handle(index)
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByIndex", lost)
+    if visible is None:
+        _cuda(monkeypatch, pci_domain_id=0, pci_bus_id=18, pci_device_id=0)
+        (reading,) = _read_for("cuda:0", NvmlMeter())
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with EnergyMonitor([NvmlMeter()]).window("w") as window:
+            pass
+        (reading,) = window.readings
+    assert reading.reason is None
+
+
 def test_cuda_without_a_number_is_the_current_device(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     _cuda(monkeypatch, uuid="ccc3")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 4)

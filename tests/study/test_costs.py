@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from locallearn.algorithms import ForwardGNN, MonoForward
@@ -26,6 +28,7 @@ from locallearn.study.plan import Plan
 from locallearn.study.train import run
 from locallearn.tasks.classification import NodeClassification
 from locallearn.tasks.graphs import GraphData
+from locallearn.tasks.images import ImageData
 from tests.study.conftest import MakePlan
 
 
@@ -47,6 +50,7 @@ def _counted(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any
         return loss
 
     monkeypatch.setattr(LocalStrategy, "training_step", counted)
+    monkeypatch.setattr(train, "rehearse", lambda plan, task: None)  # its step is none of the training
     return _record(run(plan)), total
 
 
@@ -123,6 +127,44 @@ def test_a_warm_start_changes_nothing(algorithm: str, make_plan: MakePlan) -> No
     assert all(torch.equal(value, extra[1][key]) for key, value in extra[0].items())
     assert records[0]["validation"] == records[1]["validation"]
     assert "notes" not in records[1] or records[1]["notes"] == []
+
+
+class _OwnDraws(ImageData):
+    """Ordinary loaders, whose order and noise come from generators that the data module holds."""
+
+    def __init__(self) -> None:
+        super().__init__("digits", batch_size=64, seed=0)
+        self.order = torch.Generator().manual_seed(1)
+        self.noise = np.random.default_rng(2)
+
+    def train_dataloader(self) -> Any:
+        inputs, targets = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(3)), torch.arange(200) % 10
+
+        def noisy(samples: list[Any]) -> tuple[Tensor, Tensor]:
+            x, y = (torch.stack(part) for part in zip(*samples, strict=True))
+            return x + float(self.noise.normal()), y
+
+        return DataLoader(TensorDataset(inputs, targets), 64, shuffle=True, generator=self.order, collate_fn=noisy)
+
+
+def test_neither_a_warm_start_nor_a_rehearsal_draws_from_the_data(
+    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights(warmup_steps: int) -> Tensor:
+        plan = make_plan("backprop", max_epochs=1, warmup_steps=warmup_steps, data=_OwnDraws())
+        run(plan)
+        return torch.cat([p.detach().flatten() for p in plan.algorithm.parameters()])
+
+    rehearsed, warm = weights(0), weights(3)
+    monkeypatch.setattr(train, "rehearse", lambda plan, task: None)
+    assert torch.equal(weights(0), rehearsed)
+    assert torch.equal(rehearsed, warm)
+
+
+def test_a_warm_start_steps_whatever_optimizer_there_is(make_plan: MakePlan) -> None:
+    optimizer = partial(torch.optim.LBFGS, max_iter=2)
+    record = _record(run(make_plan("backprop", max_epochs=1, warmup_steps=1, optimizer=optimizer)))
+    assert record["notes"] == []
 
 
 class _ReachesBack(MonoForward):
