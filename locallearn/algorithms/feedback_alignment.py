@@ -177,7 +177,7 @@ class FeedbackChain(Algorithm):
         with _Intercept(known, lowest, carrier) as intercept:
             outputs = self.blocks(batch.inputs, *batch.context)
         path = error_path(outputs)
-        for name in intercept.ungraded - path.carried.keys():
+        for name in (name for name in intercept.ungraded if name not in path.carried):
             raise ValueError(
                 f"layer {name!r} was run without gradients in a training pass, so that it learns nothing, or runs once more in "
                 "the backward pass (activation checkpointing?), where the error would go through its weight as in "
@@ -444,7 +444,7 @@ class _Intercept(TorchFunctionMode):
 
     Attributes:
         ran: names of the layers that it has run.
-        ungraded: those among them that learn and were run without gradients at least once.
+        ungraded: those among them that learn and were run without gradients at least once, in this order.
     """
 
     def __init__(self, known: Mapping[int, str], lowest: Mapping[int, str], carrier: Carrier) -> None:
@@ -454,7 +454,7 @@ class _Intercept(TorchFunctionMode):
         self._carrier = carrier
         self._grading = torch.is_grad_enabled()
         self.ran: set[str] = set()
-        self.ungraded: set[str] = set()
+        self.ungraded: dict[str, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear or func is F.conv2d:
@@ -472,7 +472,7 @@ class _Intercept(TorchFunctionMode):
                 "would go through its weight as in backpropagation: take the checkpointing out"
             )
         if self._grading and not torch.is_grad_enabled() and call.weight.requires_grad:
-            self.ungraded.add(name)
+            self.ungraded[name] = None
         if id(call.weight) in self._known:
             output = self._carrier(name, call)
         elif call.inputs.requires_grad:
