@@ -212,6 +212,22 @@ def test_table_takes_the_newest_of_repeated_seeds_and_says_so() -> None:
         assert row.notes == ("Seed 1 was run 2 times; only the newest run is counted.",)
 
 
+def test_a_rerun_that_was_made_otherwise_is_told() -> None:
+    old, new = (
+        record("mono", 1, finished=f"2026-0{n}-01", source={"commit": f"c{n}", "dirty": n == 2}, hardware={"cpu": "A"})
+        for n in (1, 2)
+    )
+    (row,) = compare_table([new, old])
+    (note,) = row.notes
+    assert note.endswith("They were not made alike, oldest first: commit c1 / c2 with uncommitted changes.")
+
+
+def test_values_that_do_not_vary_have_no_spread_whatever_their_digits() -> None:
+    for value in (0.95, 0.1, 1e-7, 1e200):
+        assert summarise((seed, value) for seed in range(3)) == Summary(3, value, 0.0)
+    assert summarise([(0, 0.1)]) == Summary(1, 0.1, None)
+
+
 def test_table_says_when_more_than_the_seed_differs() -> None:
     def run(seed: int, lr: float) -> Record:
         return record("mono", seed, config={"seed": seed, "data_dir": str(seed), "optimizer": {"lr": lr, "seed": seed}})
