@@ -181,7 +181,9 @@ def summarise(values: Iterable[tuple[int, float | None]]) -> Summary:
     data, scale = _scaled(value for value in by_seed.values() if value is not None)
     if not data.size:
         return Summary(0, None, None)
-    std = float(data.std(ddof=1)) * scale if data.size > 1 else None
+    if data.min() == data.max():  # exactly, not but for the rounding of a mean
+        return Summary(data.size, float(data[0]) * scale, 0.0 if data.size > 1 else None)
+    std = float(data.std(ddof=1)) * scale
     return Summary(data.size, float(data.mean()) * scale, std)
 
 

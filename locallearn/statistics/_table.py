@@ -129,9 +129,12 @@ def _newest(group: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[Record, 
             others = Counter(record.status for record in attempts if record.status != "done")
             ended = ", ".join(f"{count} {status}" for status, count in sorted(others.items()))
             counted = "finished run" if others else "run"
+            known = [circumstances(record) for record in finished]
+            told = [f"{name} {' / '.join(one.get(name, 'not recorded') for one in known)}" for name in differing(known)]
+            unlike = f" They were not made alike, oldest first: {_listed(told)}." if told else ""
             notes.append(
                 f"Seed {seed} was run {len(attempts)} times{f' ({ended})' if ended else ''}; "
-                + (f"only the newest {counted} is counted." if finished else "none finished.")
+                + (f"only the newest {counted} is counted.{unlike}" if finished else "none finished.")
             )
     return tuple(done), tuple(missing), tuple(notes)
 
