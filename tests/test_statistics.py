@@ -220,7 +220,6 @@ def test_table_takes_the_newest_of_repeated_seeds_and_says_so() -> None:
         assert row.notes == ("Seed 1 was run 2 times; only the newest run is counted.",)
 
 
-<<<<<<< HEAD
 def test_a_finished_run_counts_though_a_later_one_failed() -> None:
     done, failed = record("mono", 1, 0.9, serial=1), record("mono", 1, 0.1, serial=2, status="failed")
     for order in ([done, failed], [failed, done]):
@@ -241,7 +240,8 @@ def test_the_centre_of_a_cost_is_its_geometric_mean() -> None:
     assert row.figures["test/accuracy"].centre == pytest.approx(0.5 + 110 / 600)
     (row,) = compare_table([record("x", seed, cost={"train_s": 0.1}) for seed in range(3)])
     assert (row.figures["train_s"].centre, row.figures["train_s"].interval) == (0.1, (0.1, 0.1))  # to the last digit
-=======
+
+
 def test_a_rerun_that_was_made_otherwise_is_told() -> None:
     old, new = (
         record("mono", 1, finished=f"2026-0{n}-01", source={"commit": f"c{n}", "dirty": n == 2}, hardware={"cpu": "A"})
@@ -256,7 +256,6 @@ def test_values_that_do_not_vary_have_no_spread_whatever_their_digits() -> None:
     for value in (0.95, 0.1, 1e-7, 1e200):
         assert summarise((seed, value) for seed in range(3)) == Summary(3, value, 0.0)
     assert summarise([(0, 0.1)]) == Summary(1, 0.1, None)
->>>>>>> cost
 
 
 def test_table_says_when_more_than_the_seed_differs() -> None:
