@@ -23,7 +23,7 @@ from locallearn.cli.settings import compose_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
-COMMANDS = ("train", "compare", "tune", "report", "audit", "bench", "data")
+COMMANDS = ("train", "compare", "tune", "predict", "report", "audit", "bench", "data")
 
 
 class Block(NamedTuple):
@@ -247,7 +247,7 @@ def test_a_wrong_setting_would_be_seen() -> None:
 def test_help_names_the_commands_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     told = capsys.readouterr().out
-    listed = re.findall(r"^  locallearn (\w+) {3,}", told, re.MULTILINE)
+    listed = re.findall(r"^  locallearn (\w+)(?: RUN)? {3,}", told, re.MULTILINE)
     readme = PAGES["README.md"].read_text(encoding="utf-8")
     assert listed == sorted(listed, key=listed.index)
     assert set(listed) == set(COMMANDS) == set(re.findall(r"^\| `locallearn (\w+)`", readme, re.MULTILINE))
