@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from locallearn.study.train import attached_task
 from tests.cli.conftest import Cli
 
 
@@ -25,7 +26,13 @@ def test_the_precision_of_the_trainer_reaches_the_layers(
             seen.add((self.weight.dtype, torch.is_autocast_enabled("cpu")))
         return forward(self, x)
 
+    def attached(plan: Any) -> Any:
+        task = attached_task(plan)
+        seen.clear()  # a network is tried out when a rule is attached, before the precision is there
+        return task
+
     monkeypatch.setattr(torch.nn.Linear, "forward", spy)
+    monkeypatch.setattr("locallearn.study.train.attached_task", attached)
     outcome = cli("audit", "algorithm=mono_forward", "net.hidden=[6,6]", f"trainer.precision={precision}")
     assert outcome.code == 0
     assert seen == {(weights, autocast)}
