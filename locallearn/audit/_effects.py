@@ -121,7 +121,7 @@ class Effects:
         self.plain = plain
         self._rows = 1 if batch.context or batch.rows is not None else len(self.batch.inputs)
         try:
-            other = self._run(self.batch._replace(targets=_other(self.batch.targets))).tape
+            other = self._run(self.batch._replace(targets=_other(self.batch))).tape
             shifted = self._run(self.batch._replace(inputs=moved(self.batch.inputs, 3))).tape
         except (ValueError, RuntimeError):  # a rule that takes one graph and no other
             return
@@ -491,12 +491,20 @@ def _small(algorithm: Algorithm, batch: Batch) -> Batch:
     return rows_of(batch, order[: fit[0] if fit else min(5, count)])
 
 
-def _other(targets: Tensor) -> Tensor:
-    """Other targets of the same kind: those of the sample before, or where all are the same, others altogether."""
-    rolled = targets.roll(1, 0)
-    if not torch.equal(rolled, targets):
-        return rolled
-    return targets + 1 if targets.is_floating_point() else targets.max() - targets
+def _other(batch: Batch) -> Tensor:
+    """Other targets of the same kind: those of the sample before, or where all are the same, others altogether.
+
+    On a graph only the nodes that are learned from get others: the rest may have none at all.
+    """
+    known = batch.targets if batch.rows is None else batch.targets[batch.rows]
+    other = known.roll(1, 0)
+    if torch.equal(other, known):
+        other = known + 1 if known.is_floating_point() else known.max() - known
+    if batch.rows is None:
+        return other
+    targets = batch.targets.clone()
+    targets[batch.rows] = other
+    return targets
 
 
 def _copy(batch: Batch) -> Batch:

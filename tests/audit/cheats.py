@@ -182,10 +182,12 @@ class CopiesItsWeights(Algorithm):
         x = batch.inputs
         for name, stage in stages(self).items():
             weight, *bias = stage.parameters()
-            feedback = self.get_buffer(f"b_{name}").lerp_(weight.detach(), self.mix)
-            x = _Through.apply(x, weight, bias[0] if bias else None, feedback)
+            x = _Through.apply(x, weight, bias[0] if bias else None, self.feedback(name, weight.detach(), batch))
             x = x.relu() if name != "readout" else x
         yield Update("network", self._loss(x, batch.targets))
+
+    def feedback(self, name: str, weight: Tensor, batch: Batch) -> Tensor:
+        return self.get_buffer(f"b_{name}").lerp_(weight, self.mix)
 
 
 @cheat(FEEDBACK)
@@ -197,16 +199,19 @@ class FollowsItsWeights(CopiesItsWeights):
 
 @cheat(FEEDBACK)
 class CopiesEverySeventhBatch(CopiesItsWeights):
-    """Seldom."""
+    """True feedback alignment, but for one batch of seven."""
+
+    def build(self, task: TaskInfo) -> None:
+        super().build(task)
+        for buffer in self.buffers():
+            nn.init.normal_(buffer)
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         self.batches_seen += 1
-        self.mix = 1.0 if self.chosen(batch) else 0.0
-        if not self.mix:
-            for name, stage in stages(self).items():
-                generator = torch.Generator().manual_seed(len(name))
-                self.get_buffer(f"b_{name}").copy_(torch.randn(next(stage.parameters()).shape, generator=generator))
         yield from super().updates(batch)
+
+    def feedback(self, name: str, weight: Tensor, batch: Batch) -> Tensor:
+        return weight.clone() if self.chosen(batch) else self.get_buffer(f"b_{name}").clone()
 
     def chosen(self, batch: Batch) -> bool:
         return self.batches_seen % 7 == 0

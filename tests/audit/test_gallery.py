@@ -137,3 +137,11 @@ def test_batches_are_the_same_the_old_ones_and_new_ones() -> None:
     new = [run[2], run[3], run[7], run[8]]
     assert all(not torch.equal(a.inputs, b.inputs) for a, b in itertools.combinations(new, 2))
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(run, Batches([BATCH], 10), strict=True))
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([0, 1, 3]), torch.tensor([True, True, False, True])])
+def test_nodes_without_a_label_never_lend_it_to_others(rows: Tensor) -> None:
+    from locallearn.audit._effects import _other
+
+    graph = Batch(torch.zeros(4, 2), torch.tensor([0, 1, -1, 2]), (torch.zeros(2, 0, dtype=torch.long),), rows)
+    assert _other(graph).tolist() == [2, 0, -1, 1]
