@@ -496,14 +496,15 @@ def _other(batch: Batch) -> Tensor:
 
     On a graph only the nodes that are learned from get others: the rest may have none at all.
     """
-    known = batch.targets if batch.rows is None else batch.targets[batch.rows]
+    rows = None if batch.rows is None or batch.rows.ndim == 2 else batch.rows  # pairs of rows have targets of their own
+    known = batch.targets if rows is None else batch.targets[rows]
     other = known.roll(1, 0)
     if torch.equal(other, known):
         other = known + 1 if known.is_floating_point() else known.max() - known
-    if batch.rows is None:
+    if rows is None:
         return other
     targets = batch.targets.clone()
-    targets[batch.rows] = other
+    targets[rows] = other
     return targets
 
 

@@ -184,7 +184,7 @@ def quality(source: str, rows: Sequence[Row]) -> str:
         for window in record.energy()
         if window["source"] == source
     }
-    words, ways = {word for word, _ in found}, {by for _, by in found} - {""}
+    words, ways = {word for word, _ in found}, {by for word, by in found if word != "measured"} - {""}
     if len(words) != 1:
         return "measured and modelled mixed" if words else "unlabelled"
     return words.pop() + (f" ({'; '.join(sorted(ways))})" if ways else "")

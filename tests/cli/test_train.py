@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from locallearn.records import COST_COLUMNS, TEMPLATE
+from locallearn.study._callbacks import _Keeper
 from tests.cli.conftest import Cli
 
 ReadRecords = Callable[[Path], list[dict[str, Any]]]
@@ -130,15 +131,10 @@ def test_one_bad_combination_does_not_end_a_sweep(cli: Cli, tmp_path: Path, read
 def test_ctrl_c_ends_a_sweep(
     cli: Cli, tmp_path: Path, read_records: ReadRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from locallearn.algorithms import MonoForward
-
-    updates = MonoForward.updates
-
-    def pressed(self: MonoForward, batch: Any) -> Any:
+    def pressed(self: _Keeper, *_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        return updates(self, batch)
 
-    monkeypatch.setattr(MonoForward, "updates", pressed)
+    monkeypatch.setattr(_Keeper, "on_train_batch_start", pressed)
     outcome = cli("train", "-m", "seed=0,1,2")
     assert outcome.code == 130
     assert [record["status"] for record in read_records(tmp_path / "runs")] == ["interrupted"]

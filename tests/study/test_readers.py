@@ -24,6 +24,7 @@ from tests.study.conftest import MakePlan
 # What is kept for people and their own scripts, and shown nowhere.
 KEPT = {
     "energy.*.detail*": "what a meter was made of",
+    "energy.*.by": "shown of modelled figures (tests/report/test_quality.py); here they are measured",
     "energy.*.joules": "the same numbers as cost.energy_j, which the tables read",
     **dict.fromkeys([f"parts.*.hardware.{key}" for key in ("cores", "memory_gib", "os")], "decides no number"),
     **dict.fromkeys([f"parts.*.versions.{key}" for key in ("hydra-core", "optuna", "plotly")], "decides no number"),
