@@ -109,9 +109,8 @@ def test_whatever_is_clicked_nothing_is_asked_for_or_sent(
     assert drawn(text) > 5
     found = json.loads(html.unescape(text.rpartition('<pre id="clicked">')[2].partition("</pre>")[0]))
     assert found["opened"] == []
-    assert set(found["buttons"]) == {
-        *("Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes", "SUMMARY"),
-    }
+    buttons = {name.lower() for name in found["buttons"]}  # Plotly's versions write them differently
+    assert buttons == {"download plot as a png", "zoom", "pan", "zoom in", "zoom out", "reset axes", "summary"}
     log = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8", errors="replace"))
     kinds = {number: name for name, number in log["constants"]["logEventTypes"].items()}
     asked = {
