@@ -56,6 +56,7 @@ def terminal_table(records: Sequence[Record]) -> Table:
 def _heading(column: Column) -> str:
     """A heading of short words, one line each where the terminal is narrow."""
     title = _SHORT.get(column.key, column.title.lower().replace(",", "").removeprefix("energy "))
+    title = title.partition(" (")[0]  # by what a figure was modelled has its place on the page
     for separator in ":/":
         title = title.replace(separator, f"{separator} ")
     return f"{title} ({column.qualifier})" if column.qualifier else title
