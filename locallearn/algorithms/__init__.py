@@ -1,12 +1,14 @@
 """Learning rules: one module each, the base class, and the frame of the layer-local ones."""
 
-from locallearn.algorithms.backprop import Backprop, DeepSupervision
+from locallearn.algorithms.backprop import Backprop
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
 from locallearn.algorithms.counter_current import CounterCurrent
+from locallearn.algorithms.deep_supervision import DeepSupervision
 from locallearn.algorithms.feedback_alignment import FeedbackAlignment
 from locallearn.algorithms.forward_forward import ForwardForward
 from locallearn.algorithms.forward_gnn import ForwardGNN
 from locallearn.algorithms.layer_local import LayerLocal
+from locallearn.algorithms.local_heads import LocalHeads
 from locallearn.algorithms.mono_forward import MonoForward
 from locallearn.algorithms.pepita import Pepita
 from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlignment
@@ -20,6 +22,7 @@ __all__ = [
     "ForwardForward",
     "ForwardGNN",
     "LayerLocal",
+    "LocalHeads",
     "Locality",
     "MonoForward",
     "ParamGroup",

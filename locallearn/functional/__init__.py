@@ -5,8 +5,17 @@ from locallearn.functional import (
     feedback_alignment,
     forward_forward,
     forward_gnn,
+    local_heads,
     mono_forward,
     pepita,
 )
 
-__all__ = ["counter_current", "feedback_alignment", "forward_forward", "forward_gnn", "mono_forward", "pepita"]
+__all__ = [
+    "counter_current",
+    "feedback_alignment",
+    "forward_forward",
+    "forward_gnn",
+    "local_heads",
+    "mono_forward",
+    "pepita",
+]

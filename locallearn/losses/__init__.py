@@ -2,6 +2,22 @@
 
 from locallearn.losses.counter_current import CounterCurrentLoss
 from locallearn.losses.forward_forward import ForwardForwardLoss
+from locallearn.losses.local_heads import (
+    MovementLoss,
+    PredSimLoss,
+    ReconstructionLoss,
+    SimilarityLoss,
+    SupervisedContrastiveLoss,
+)
 from locallearn.losses.mono_forward import MonoForwardLoss
 
-__all__ = ["CounterCurrentLoss", "ForwardForwardLoss", "MonoForwardLoss"]
+__all__ = [
+    "CounterCurrentLoss",
+    "ForwardForwardLoss",
+    "MonoForwardLoss",
+    "MovementLoss",
+    "PredSimLoss",
+    "ReconstructionLoss",
+    "SimilarityLoss",
+    "SupervisedContrastiveLoss",
+]
