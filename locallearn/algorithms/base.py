@@ -251,17 +251,6 @@ class Algorithm(nn.Module, ABC):
         """Output of every block at inference, in order; what probes read."""
         return self.blocks.features(inputs, *context)
 
-    def reveal(self, targets: Tensor, rows: Tensor, asked: Tensor | None = None) -> None:
-        """Tell which labels may be used at inference from now on, on a graph whose nodes are all known.
-
-        Args:
-            targets: class ids ``(N,)`` of all nodes; those outside of ``rows`` must not be looked at.
-            rows: index or mask of the nodes whose labels are known.
-            asked: index or mask of the nodes whose classes will be asked for; ``None``: all others.
-
-        Default: nothing is kept, inference uses no labels.
-        """
-
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Figures of the rule's own by layer and name, e.g. ``{"layer1": {"weight_angle": 71.3}}``; logged every epoch."""
         return {}
