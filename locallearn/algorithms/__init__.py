@@ -2,6 +2,7 @@
 
 from locallearn.algorithms.backprop import Backprop, DeepSupervision
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
+from locallearn.algorithms.cafo import CaFo
 from locallearn.algorithms.counter_current import CounterCurrent
 from locallearn.algorithms.feedback_alignment import FeedbackAlignment
 from locallearn.algorithms.forward_forward import ForwardForward
@@ -14,6 +15,7 @@ from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlig
 __all__ = [
     "Algorithm",
     "Backprop",
+    "CaFo",
     "CounterCurrent",
     "DeepSupervision",
     "FeedbackAlignment",

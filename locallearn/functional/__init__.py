@@ -1,6 +1,7 @@
 """The equations of the learning rules as pure functions, one module per rule, named as in the papers."""
 
 from locallearn.functional import (
+    cafo,
     counter_current,
     feedback_alignment,
     forward_forward,
@@ -9,4 +10,4 @@ from locallearn.functional import (
     pepita,
 )
 
-__all__ = ["counter_current", "feedback_alignment", "forward_forward", "forward_gnn", "mono_forward", "pepita"]
+__all__ = ["cafo", "counter_current", "feedback_alignment", "forward_forward", "forward_gnn", "mono_forward", "pepita"]
