@@ -2,8 +2,8 @@
 
 from locallearn.nets.autoencoder import autoencoder
 from locallearn.nets.blocks import Blocks
-from locallearn.nets.feedforward import cnn, initialise, mlp
+from locallearn.nets.feedforward import cafo_cnn, cnn, initialise, mlp
 from locallearn.nets.graph import gnn
-from locallearn.nets.residual import resnet
+from locallearn.nets.residual import resnet, resnet18
 
-__all__ = ["Blocks", "autoencoder", "cnn", "gnn", "initialise", "mlp", "resnet"]
+__all__ = ["Blocks", "autoencoder", "cafo_cnn", "cnn", "gnn", "initialise", "mlp", "resnet", "resnet18"]

@@ -81,6 +81,20 @@ def choice(what: str, name: str, known: Mapping[str, _T]) -> _T:
     return known[name]
 
 
+def image_size(input_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Channels, height and width of one sample.
+
+    Raises:
+        ValueError: it is no image.
+    """
+    if len(input_shape) != 3 or min(input_shape) < 1:
+        raise ValueError(
+            f"input_shape is {tuple(input_shape)}, expected (channels, height, width): this network takes images"
+        )
+    channels, height, width = input_shape
+    return channels, height, width
+
+
 def activation_layer(name: Activation) -> nn.Module:
     """A new activation of this name.
 
@@ -163,18 +177,15 @@ def cnn(
         ValueError: the input is not an image, or too small for that many poolings; no channels, or fewer than 1 in a
             block; an unknown activation, pool or init.
     """
-    if len(input_shape) != 3:
-        raise ValueError(f"input_shape is {tuple(input_shape)}, expected (channels, height, width)")
-    if not channels or any(after < 1 for after in channels):
-        raise ValueError(f"channels is {list(channels)}, expected at least one positive number of channels")
-    before, height, width = input_shape
+    before, height, width = image_size(input_shape)
+    _check_channels(channels)
     blocks: dict[str, nn.Module] = {}
     for i, after in enumerate(channels):
         height, width = ((side + 2 * padding - kernel_size + 1) // 2 for side in (height, width))
         if min(height, width) < 1:
             raise ValueError(
                 f"nothing is left of a {input_shape[1]}x{input_shape[2]} image in block {i + 1} of {len(channels)}, after "
-                f"convolutions of {kernel_size} with padding {padding} and poolings of 2: use at most {i} blocks"
+                f"convolutions of {kernel_size} with padding {padding} and poolings of 2: {_fewer(i)}"
             )
         norm: list[nn.Module] = [nn.BatchNorm2d(after)] if batch_norm else []
         blocks[f"conv{i + 1}"] = nn.Sequential(
@@ -187,3 +198,49 @@ def cnn(
     net = Blocks(blocks, nn.Sequential(nn.Flatten(), nn.Linear(before * height * width, outputs, bias=readout_bias)))
     initialise(net, init)
     return net
+
+
+def cafo_cnn(
+    input_shape: Sequence[int], outputs: int, channels: Sequence[int] = (32, 128, 512), bias: bool = True
+) -> Blocks:
+    """The network of Cascaded Forward (Zhao et al., arXiv 2303.09728) as in its official code.
+
+    Blocks of ``Conv 3x3 -> ReLU -> max pool 2 -> BatchNorm`` (eps 1e-4), weights and biases as PyTorch draws them, and a
+    linear readout of the flattened map without a bias.
+
+    Args:
+        input_shape: ``(C, H, W)`` of one sample.
+        outputs: number of classes.
+        channels: output channels of every block; each pooling halves height and width.
+        bias: whether the convolutions have biases.
+
+    Raises:
+        ValueError: the input is not an image, or too small for that many poolings; no channels, or fewer than 1 in a block.
+    """
+    before, height, width = image_size(input_shape)
+    _check_channels(channels)
+    blocks: dict[str, nn.Module] = {}
+    for i, after in enumerate(channels):
+        height, width = height // 2, width // 2
+        if min(height, width) < 1:
+            raise ValueError(
+                f"nothing is left of a {input_shape[1]}x{input_shape[2]} image in block {i + 1} of {len(channels)}, after "
+                f"poolings of 2: {_fewer(i)}"
+            )
+        blocks[f"conv{i + 1}"] = nn.Sequential(
+            nn.Conv2d(before, after, 3, padding=1, bias=bias),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(after, eps=1e-4),
+        )
+        before = after
+    return Blocks(blocks, nn.Sequential(nn.Flatten(), nn.Linear(before * height * width, outputs, bias=False)))
+
+
+def _check_channels(channels: Sequence[int]) -> None:
+    if not channels or any(after < 1 for after in channels):
+        raise ValueError(f"channels is {list(channels)}, expected at least one positive number of channels")
+
+
+def _fewer(blocks: int) -> str:
+    return f"use at most {blocks} blocks" if blocks else "it is too small for this network"
