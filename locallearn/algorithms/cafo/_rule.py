@@ -70,7 +70,7 @@ class CaFo(LayerLocal):
         prediction: Prediction = "sum",
         scores: Scores = "probabilities",
         normalise: bool = True,
-        ridge: float = 1e-3,
+        ridge: float = 1e-2,
         centre: bool = False,
         cache: bool = False,
         rows: int = 1024,
