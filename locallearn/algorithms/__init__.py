@@ -2,6 +2,7 @@
 
 from locallearn.algorithms.backprop import Backprop
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
+from locallearn.algorithms.cafo import CaFo
 from locallearn.algorithms.counter_current import CounterCurrent
 from locallearn.algorithms.deep_supervision import DeepSupervision
 from locallearn.algorithms.feedback_alignment import FeedbackAlignment
@@ -16,6 +17,7 @@ from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlig
 __all__ = [
     "Algorithm",
     "Backprop",
+    "CaFo",
     "CounterCurrent",
     "DeepSupervision",
     "FeedbackAlignment",

@@ -251,6 +251,17 @@ class Algorithm(nn.Module, ABC):
         """Output of every block at inference, in order; what probes read."""
         return self.blocks.features(inputs, *context)
 
+    def end_epoch(self) -> None:
+        """Do what is due when all batches of an epoch have been learned from: a closed form is solved here.
+
+        A strategy calls it as a part of training; in a loop of one's own it goes after the batches. Default: nothing.
+        """
+
+    @property
+    def finished(self) -> bool:
+        """Whether a further epoch of the units that train now would change nothing, so that it need not come."""
+        return False
+
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Figures of the rule's own by layer and name, e.g. ``{"layer1": {"weight_angle": 71.3}}``; logged every epoch."""
         return {}

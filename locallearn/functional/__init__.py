@@ -1,6 +1,7 @@
 """The equations of the learning rules as pure functions, one module per rule, named as in the papers."""
 
 from locallearn.functional import (
+    cafo,
     counter_current,
     feedback_alignment,
     forward_forward,
@@ -11,6 +12,7 @@ from locallearn.functional import (
 )
 
 __all__ = [
+    "cafo",
     "counter_current",
     "feedback_alignment",
     "forward_forward",

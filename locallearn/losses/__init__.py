@@ -1,5 +1,6 @@
 """Local losses as modules for any training loop: they need torch and nothing else."""
 
+from locallearn.losses.cafo import SparsemaxLoss
 from locallearn.losses.counter_current import CounterCurrentLoss
 from locallearn.losses.forward_forward import ForwardForwardLoss
 from locallearn.losses.local_heads import (
@@ -19,5 +20,6 @@ __all__ = [
     "PredSimLoss",
     "ReconstructionLoss",
     "SimilarityLoss",
+    "SparsemaxLoss",
     "SupervisedContrastiveLoss",
 ]

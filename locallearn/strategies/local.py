@@ -321,6 +321,9 @@ class LocalStrategy(SingleDeviceStrategy):
                 total = update.loss if total is None else total + update.loss
             del closure, update
         self._check_finite()
+        progress: Any = module.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch or progress.current.ready >= module.trainer.num_training_batches:
+            self.algorithm.end_epoch()
         # Lightning wants a loss; a rule without one (closed form, zeroth order) reports zero.
         return torch.zeros((), device=self.root_device) if total is None else total
 
