@@ -1,7 +1,9 @@
 """Learning rules: one module each, the base class, and the frame of the layer-local ones."""
 
 from locallearn.algorithms.backprop import Backprop, DeepSupervision
+from locallearn.algorithms.backprop_l1 import BackpropL1
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
+from locallearn.algorithms.bp_ff import BackpropForwardForward
 from locallearn.algorithms.counter_current import CounterCurrent
 from locallearn.algorithms.feedback_alignment import FeedbackAlignment
 from locallearn.algorithms.forward_forward import ForwardForward
@@ -14,6 +16,8 @@ from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlig
 __all__ = [
     "Algorithm",
     "Backprop",
+    "BackpropForwardForward",
+    "BackpropL1",
     "CounterCurrent",
     "DeepSupervision",
     "FeedbackAlignment",

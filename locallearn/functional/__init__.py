@@ -2,6 +2,7 @@
 
 from locallearn.functional import (
     counter_current,
+    emergent,
     feedback_alignment,
     forward_forward,
     forward_gnn,
@@ -9,4 +10,12 @@ from locallearn.functional import (
     pepita,
 )
 
-__all__ = ["counter_current", "feedback_alignment", "forward_forward", "forward_gnn", "mono_forward", "pepita"]
+__all__ = [
+    "counter_current",
+    "emergent",
+    "feedback_alignment",
+    "forward_forward",
+    "forward_gnn",
+    "mono_forward",
+    "pepita",
+]
