@@ -53,7 +53,8 @@ def goodness(x: Tensor, kind: Goodness = "norm") -> Tensor:
     flat = x.flatten(1).to(_at_least_single(x))
     if kind == "squares":
         return flat.square().sum(1)
-    return torch.linalg.vector_norm(flat, ord=2 if kind == "norm" else 1, dim=1)
+    length: Tensor = torch.linalg.vector_norm(flat, ord=2 if kind == "norm" else 1, dim=1)
+    return length
 
 
 def summed_goodness(outputs: Sequence[Tensor], kind: Goodness = "norm") -> Tensor:
