@@ -1,7 +1,9 @@
 """Learning rules: one module each, the base class, and the frame of the layer-local ones."""
 
 from locallearn.algorithms.backprop import Backprop
+from locallearn.algorithms.backprop_l1 import BackpropL1
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, selected
+from locallearn.algorithms.bp_ff import BackpropForwardForward
 from locallearn.algorithms.cafo import CaFo
 from locallearn.algorithms.counter_current import CounterCurrent
 from locallearn.algorithms.deep_supervision import DeepSupervision
@@ -17,6 +19,8 @@ from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlig
 __all__ = [
     "Algorithm",
     "Backprop",
+    "BackpropForwardForward",
+    "BackpropL1",
     "CaFo",
     "CounterCurrent",
     "DeepSupervision",

@@ -3,6 +3,7 @@
 from locallearn.functional import (
     cafo,
     counter_current,
+    emergent,
     feedback_alignment,
     forward_forward,
     forward_gnn,
@@ -14,6 +15,7 @@ from locallearn.functional import (
 __all__ = [
     "cafo",
     "counter_current",
+    "emergent",
     "feedback_alignment",
     "forward_forward",
     "forward_gnn",

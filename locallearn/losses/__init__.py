@@ -2,6 +2,7 @@
 
 from locallearn.losses.cafo import SparsemaxLoss
 from locallearn.losses.counter_current import CounterCurrentLoss
+from locallearn.losses.emergent import SummedGoodnessLoss
 from locallearn.losses.forward_forward import ForwardForwardLoss
 from locallearn.losses.local_heads import (
     MovementLoss,
@@ -21,5 +22,6 @@ __all__ = [
     "ReconstructionLoss",
     "SimilarityLoss",
     "SparsemaxLoss",
+    "SummedGoodnessLoss",
     "SupervisedContrastiveLoss",
 ]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from locallearn.algorithms import (
     Algorithm,
     Backprop,
+    BackpropForwardForward,
+    BackpropL1,
     CounterCurrent,
     DeepSupervision,
     FeedbackAlignment,
@@ -29,6 +31,9 @@ from locallearn.testing import AlgorithmConformance
 
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "backprop": Backprop,
+    "backprop_l1": partial(BackpropL1, penalty=1e-2),
+    "bp_ff": BackpropForwardForward,
+    "bp_ff-norm": partial(BackpropForwardForward, goodness="norm", threshold=3.0, normalise="unit", inference="vote"),
     "deep_supervision": DeepSupervision,
     "mono_forward": MonoForward,
     "mono_forward-ff": partial(MonoForward, prediction="ff"),
