@@ -37,6 +37,11 @@ class LocalHeads(LayerLocal):
         return Locality.LAYER_LOCAL
 
     @property
+    def carries(self) -> bool:
+        """Whatever crosses the borders: heads read the main tensor."""
+        return True
+
+    @property
     def broadcast(self) -> str:
         """Labels, and the image where blocks give it back."""
         return "labels, and the input image" if self.parts.loss == "infopro" else "labels"
@@ -68,7 +73,7 @@ class LocalHeads(LayerLocal):
         self.heads.observe(batch.inputs)
         return batch
 
-    def run(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
+    def run(self, index: int, inputs: Any, batch: Batch) -> Any:
         """One plain pass; the movement of residual branches is noted on the way."""
         with self.heads.watching(self.blocks, index) as moved:
             output = super().run(index, inputs, batch)
