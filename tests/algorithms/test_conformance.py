@@ -15,6 +15,7 @@ from locallearn.algorithms import (
     Backprop,
     BackpropForwardForward,
     BackpropL1,
+    CaFo,
     CounterCurrent,
     DeepSupervision,
     FeedbackAlignment,
@@ -42,6 +43,11 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "forward_forward-softmax": partial(ForwardForward, inference="softmax"),
     "forward_forward-peer": partial(ForwardForward, peer=0.03),
     "forward_forward-minimise": partial(ForwardForward, minimise=True),
+    **{
+        f"cafo-{blocks}-{predictor}": partial(CaFo, blocks=blocks, predictor=predictor)
+        for blocks in ("random", "dfa")
+        for predictor in ("mse", "ce", "sparsemax")
+    },
     "counter_current": CounterCurrent,
     "counter_current-clip": partial(CounterCurrent, clip=1.0, centralise=True, warmup_steps=4),
     "counter_current-frozen": partial(CounterCurrent, feedback_lr=0.0),

@@ -49,13 +49,14 @@ class DirectFeedback(nn.Module):
         paths = zip(outputs, self.matrices(), strict=True)
         return [(error.to(matrix.dtype) @ matrix).to(h.dtype).view_as(h) for h, matrix in paths]
 
-    def loss(self, blocks: Blocks, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """One forward pass, and a loss whose gradient is the rule's; its value is the head's cross entropy.
+    def losses(self, blocks: Blocks, inputs: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """One forward pass, and a loss of every block whose gradient is the rule's; the value of each is the head's.
 
-        ⟨h_k, δ_k⟩ with δ_k fixed has the vector-Jacobian product with δ_k as its gradient; its own value is taken out again.
+        The last block and the head get the gradient of their cross entropy. Of the others, ⟨h_k, δ_k⟩ with δ_k fixed has the
+        vector-Jacobian product with δ_k as its gradient; its own value is taken out again.
 
         Returns:
-            The loss, and all blocks' outputs, detached.
+            The losses, and the outputs, detached, block by block.
         """
         outputs: list[Tensor] = []
         x = inputs
@@ -64,8 +65,9 @@ class DirectFeedback(nn.Module):
             x = outputs[-1]
         scores = self.scores(blocks, x)
         loss = F.cross_entropy(scores, targets)
-        below = outputs[:-1]
+        value, below = loss.detach(), outputs[:-1]
+        losses = []
         for h, delta in zip(below, self.errors(below, cafo.output_error(scores, targets)), strict=True):
             carried = (h * delta).sum()
-            loss = loss + (carried - carried.detach())
-        return loss, [h.detach() for h in outputs]
+            losses.append(value + (carried - carried.detach()))
+        return [*losses, loss], [h.detach() for h in outputs]

@@ -35,7 +35,7 @@ class Stepped(nn.Module):
     def loss(self, features: Tensor, targets: Tensor) -> Tensor:
         """The mean loss; its backward pass hands over a gradient that is there already."""
         value, gradient = cafo.gradient(features, self.weights.detach(), targets, self._loss, self._rows)
-        loss: Tensor = _Known.apply(self.weights, value, gradient)  # type: ignore[no-untyped-call]
+        loss: Tensor = _Known.apply(self.weights, value, gradient)
         return loss
 
 
@@ -43,12 +43,12 @@ class _Known(torch.autograd.Function):
     """A value with a gradient that was worked out with it."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, value: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weights: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return above * gradient, None, None
 

@@ -18,9 +18,6 @@ from locallearn.batch import Batch
 from locallearn.functional import cafo
 from locallearn.functional.cafo import check_targets
 
-NETWORK = "network"
-"""The unit of the blocks that learn by direct feedback, with their head."""
-
 Learning = Literal["random", "dfa"]
 Predictor = Literal["mse", "ce", "sparsemax"]
 Prediction = Literal["sum", "last"]
@@ -149,10 +146,9 @@ class CaFo(LayerLocal):
         self.epoch = Epoch().to(like.device)
         self.feedback: DirectFeedback | None = None
         if self.learning == "dfa":
-            if NETWORK in self.blocks.names:
-                raise ValueError(
-                    f"a block is named {NETWORK!r}, which is the name of CaFo's unit of all blocks: rename it"
-                )
+            clash = set(self.blocks.names) & {self._unit(i) for i in range(len(sizes))}
+            if clash:
+                raise ValueError(f"a block is named {min(clash)!r}, as CaFo names the predictor of another: rename it")
             self.feedback = DirectFeedback(sizes, task.outputs, self.blocks.readout is None, like)
 
     @property
@@ -184,13 +180,26 @@ class CaFo(LayerLocal):
         return [{"params": list(self.predictors[index].parameters())}]
 
     def units(self) -> dict[str, list[ParamGroup]]:
-        """The blocks with their head, if they learn, then one unit per predictor that is stepped, by its block's name."""
+        """One per block, if the blocks learn, the last with its head; then one per predictor that is stepped.
+
+        Over frozen blocks a predictor goes by the name of its block, else by that name and ``_predictor``.
+        """
         found: dict[str, list[ParamGroup]] = {}
         if self.feedback is not None:
-            head = self.feedback.head if self.blocks.readout is None else self.blocks.readout
+            found = {
+                name: [{"params": [*b.parameters()]}] for name, b in zip(self.blocks.names, self.blocks, strict=True)
+            }
+            head = self.blocks.readout if self.feedback.head is None else self.feedback.head
             assert head is not None
-            found[NETWORK] = [{"params": [*(p for b in self.blocks for p in b.parameters()), *head.parameters()]}]
-        return found if self.closed_form else {**found, **super().units()}
+            found[self.blocks.names[-1]][0]["params"] += head.parameters()
+        if not self.closed_form:
+            found |= {self._unit(i): self.block_groups(i) for i in range(len(self.blocks))}
+        return found
+
+    def _unit(self, index: int) -> str:
+        """Of the predictor of block ``index``."""
+        name = self.blocks.names[index]
+        return name if self.learning == "random" else f"{name}_predictor"
 
     @property
     def stages(self) -> list[list[str]]:
@@ -198,20 +207,22 @@ class CaFo(LayerLocal):
 
         A stage without units is that of the closed form.
         """
-        predictors = [] if self.closed_form else self.blocks.names
+        predictors = [] if self.closed_form else [self._unit(i) for i in range(len(self.blocks))]
         if self.feedback is not None:
-            return [[NETWORK], predictors]
+            return [self.blocks.names, predictors]
         return [[]] if self.closed_form else super().stages
 
     @property
     def _teaches(self) -> bool:
         """Whether the blocks learn now."""
-        return self.feedback is not None and self.trains(NETWORK)
+        return self.feedback is not None and any(self.trains(name) for name in self.blocks.names)
 
     @property
     def _fits(self) -> bool:
         """Whether predictors are fitted now."""
-        return self._active is None or self._active != {NETWORK}
+        if self.closed_form:
+            return self._active is None or not self._teaches
+        return any(self.trains(self._unit(i)) for i in range(len(self.blocks)))
 
     @property
     def finished(self) -> bool:
@@ -219,8 +230,9 @@ class CaFo(LayerLocal):
         return self.closed_form and not self._teaches and bool(self.epoch.ended > 0)
 
     def _asleep(self) -> Container[str]:
-        """All blocks, unless they learn."""
-        return () if self._teaches else {f"blocks.members.{name}" for name in self.blocks.names}
+        """All blocks but those that learn now."""
+        learn = self.feedback is not None
+        return {f"blocks.members.{name}" for name in self.blocks.names if not (learn and self.trains(name))}
 
     # -- learning -----------------------------------------------------------------------------------------------------
     def prepare(self, batch: Batch) -> Batch:
@@ -244,17 +256,33 @@ class CaFo(LayerLocal):
                     "algorithm.cache keeps the outputs of frozen blocks, and under a joint schedule these learn: set "
                     "schedule=sequential, or algorithm.cache=false"
                 )
-            loss, outputs = self.feedback.loss(self.blocks, batch.inputs, batch.targets)
-            yield Update(NETWORK, loss, again=lambda: self._teach_again(batch))
-            del loss
+            losses, outputs = self.feedback.losses(self.blocks, batch.inputs, batch.targets)
+            value, gradients = losses[-1].detach(), self._gradients(losses)
+            del losses
+            for i, name in enumerate(self.blocks.names):
+                if self.trains(name):
+                    yield Update(name, value, gradients.pop(name), again=partial(self._teach_again, i, batch))
             if self._fits:
                 yield from self._fit(enumerate(outputs), batch)
         else:
             yield from self._fit(self._outputs(batch), batch)
 
-    def _teach_again(self, batch: Batch) -> Tensor:
+    def _gradients(self, losses: list[Tensor]) -> dict[str, dict[nn.Parameter, Tensor]]:
+        """Of every block that learns, from its own loss; all graphs end here, before a weight moves."""
+        found: dict[str, dict[nn.Parameter, Tensor]] = {}
+        units = self.units()
+        for name, loss in zip(self.blocks.names, losses, strict=True):
+            known: list[nn.Parameter] = [p for group in units[name] for p in group["params"] if p.requires_grad]
+            if self.trains(name):
+                found[name] = {}
+                if known and loss.requires_grad:
+                    made = torch.autograd.grad(loss, known, allow_unused=True)
+                    found[name] = {p: g for p, g in zip(known, made, strict=True) if g is not None}
+        return found
+
+    def _teach_again(self, index: int, batch: Batch) -> Tensor:
         assert self.feedback is not None
-        return self.feedback.loss(self.blocks, batch.inputs, batch.targets)[0]
+        return self.feedback.losses(self.blocks, batch.inputs, batch.targets)[0][index]
 
     def _fit(self, outputs: Iterator[tuple[int, Tensor]], batch: Batch) -> Iterator[Update]:
         if self.closed_form:
@@ -267,7 +295,7 @@ class CaFo(LayerLocal):
                     predictors[i].gather(output, batch.targets)
             return
         for i, output in outputs:
-            name = self.blocks.names[i]
+            name = self._unit(i)
             if self.trains(name):
                 again = partial(self.local_loss, i, output, batch)
                 yield Update(name, self.local_loss(i, output, batch), again=again)
@@ -288,7 +316,7 @@ class CaFo(LayerLocal):
     @torch.no_grad()
     def _outputs(self, batch: Batch) -> Iterator[tuple[int, Tensor]]:
         """Outputs of the frozen blocks whose predictors are fitted now, from what is kept where all of it is there."""
-        wanted = [i for i in range(self.depth) if self.closed_form or self.trains(self.blocks.names[i])]
+        wanted = [i for i in range(self.depth) if self.closed_form or self.trains(self._unit(i))]
         known = self._known(wanted, batch.index)
         if known is not None:
             yield from known
@@ -319,7 +347,7 @@ class CaFo(LayerLocal):
 
     def _run_rows(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
         """Run block ``index``, at most :attr:`rows` samples at a time."""
-        parts = inputs.split(self.rows)
+        parts = [inputs[start : start + self.rows] for start in range(0, len(inputs), self.rows)]
         if len(parts) == 1:
             return self.run(index, inputs, batch)
         return torch.cat([self.run(index, part, batch) for part in parts])

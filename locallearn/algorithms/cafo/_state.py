@@ -16,7 +16,7 @@ class Grown(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         precise = {name: b for name, b in self._buffers.items() if b is not None and b.dtype is torch.float64}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in precise.items():
             moved = self._buffers[name]
             if moved is not None and moved.dtype is not torch.float64:
