@@ -6,6 +6,7 @@ from locallearn.algorithms.counter_current import CounterCurrent
 from locallearn.algorithms.feedback_alignment import FeedbackAlignment
 from locallearn.algorithms.forward_forward import ForwardForward
 from locallearn.algorithms.forward_gnn import ForwardGNN
+from locallearn.algorithms.layer_collaboration import LayerCollaboration
 from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.algorithms.mono_forward import MonoForward
 from locallearn.algorithms.pepita import Pepita
@@ -19,6 +20,7 @@ __all__ = [
     "FeedbackAlignment",
     "ForwardForward",
     "ForwardGNN",
+    "LayerCollaboration",
     "LayerLocal",
     "Locality",
     "MonoForward",

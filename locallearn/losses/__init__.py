@@ -1,7 +1,17 @@
 """Local losses as modules for any training loop: they need torch and nothing else."""
 
+from locallearn.losses.channelwise import ChannelwiseCompetitiveLoss
 from locallearn.losses.counter_current import CounterCurrentLoss
 from locallearn.losses.forward_forward import ForwardForwardLoss
+from locallearn.losses.layer_collaboration import LayerCollaborationLoss
 from locallearn.losses.mono_forward import MonoForwardLoss
+from locallearn.losses.symba import SymBaLoss
 
-__all__ = ["CounterCurrentLoss", "ForwardForwardLoss", "MonoForwardLoss"]
+__all__ = [
+    "ChannelwiseCompetitiveLoss",
+    "CounterCurrentLoss",
+    "ForwardForwardLoss",
+    "LayerCollaborationLoss",
+    "MonoForwardLoss",
+    "SymBaLoss",
+]
