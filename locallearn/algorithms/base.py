@@ -266,6 +266,22 @@ class Algorithm(nn.Module, ABC):
         """Figures of the rule's own by layer and name, e.g. ``{"layer1": {"weight_angle": 71.3}}``; logged every epoch."""
         return {}
 
+    def examine(self, batch: Batch) -> dict[str, dict[str, float]]:
+        """Figures of the rule's own by layer and name on samples that it has not learned from; logged every epoch.
+
+        Args:
+            batch: validation samples with their targets (as many as probes are judged on), on the rule's device.
+        """
+        return {}
+
+    @property
+    def judges(self) -> bool:
+        """Whether :meth:`predict` says anything about the units that train now.
+
+        Where it does not (an unsupervised stage), a schedule has nothing to choose weights by, and keeps the last ones.
+        """
+        return True
+
     # -- schedules ---------------------------------------------------------------------------------------------------
     @property
     def stages(self) -> list[list[str]]:

@@ -2,14 +2,17 @@
 
 from locallearn.functional import (
     cafo,
+    channelwise,
     counter_current,
     emergent,
     feedback_alignment,
     forward_forward,
     forward_gnn,
     local_heads,
+    layer_collaboration,
     mono_forward,
     pepita,
+    symba,
 )
 
 __all__ = [
@@ -22,4 +25,13 @@ __all__ = [
     "local_heads",
     "mono_forward",
     "pepita",
+    "channelwise",
+    "counter_current",
+    "feedback_alignment",
+    "forward_forward",
+    "forward_gnn",
+    "layer_collaboration",
+    "mono_forward",
+    "pepita",
+    "symba",
 ]

@@ -64,6 +64,18 @@ def goodness(x: Tensor) -> Tensor:
     return x.flatten(1).to(_at_least_single(x)).square().sum(1)
 
 
+def mean_goodness(x: Tensor) -> Tensor:
+    """Return the mean of squares over all entries of a sample, G = Σ z² / n: goodness that does not grow with the width.
+
+    Args:
+        x: activations z before normalisation, shape ``(B, ...)``.
+
+    Returns:
+        Shape ``(B,)``, in at least single precision.
+    """
+    return x.flatten(1).to(_at_least_single(x)).square().mean(1)
+
+
 def loss(
     goodness_positive: Tensor,
     goodness_negative: Tensor,
@@ -218,6 +230,63 @@ def wrong_labels_hard(logits: Tensor, labels: Tensor, generator: Generator) -> T
     return noisy.scatter(1, labels.unsqueeze(1), -math.inf).argmax(1)
 
 
+def hybrid_masks(count: int, height: int, width: int, blurs: int, generator: Generator) -> Tensor:
+    """Draw masks of large blobs: random bits, blurred again and again by [1/4, 1/2, 1/4] both ways, thresholded at 0.5.
+
+    Beyond the border the outermost row or column goes on: with zeros there, a mask would be 0 all around.
+
+    Args:
+        count: how many masks.
+        height: of an image.
+        width: of an image.
+        blurs: how often a mask is blurred, down its columns and along its rows; the blobs' size grows with its root.
+        generator: the only source of randomness; its device is that of the masks.
+
+    Returns:
+        Shape ``(count, height, width)``, bool.
+
+    Raises:
+        ValueError: a negative number of blurs.
+    """
+    if blurs < 0:
+        raise ValueError(f"blurs={blurs} must be 0 (single random bits) or above.")
+    bits = torch.randint(2, (count, height, width), generator=generator, device=generator.device).float()
+    for _ in range(blurs):
+        bits = _blurred(_blurred(bits, 1), 2)
+    return bits > 0.5
+
+
+def hybrid_images(images: Tensor, blurs: int, generator: Generator) -> Tensor:
+    """Mix every image with another one of the batch: m ⊙ a + (1 − m) ⊙ b, real in the small and false at large.
+
+    The partner b is the next one in a random circle through the batch, so that no image meets itself and every image
+    is a partner once. All channels of an image have one mask.
+
+    Args:
+        images: a, shape ``(B, C, H, W)``.
+        blurs: see `hybrid_masks`.
+        generator: the only source of randomness; it may live on another device than the images.
+
+    Returns:
+        A new tensor of the same shape and dtype.
+
+    Raises:
+        ValueError: these are no images, or fewer than two.
+    """
+    if images.ndim != 4:
+        raise ValueError(
+            f"inputs of shape {tuple(images.shape)} are no images: hybrids are mixed by masks with a height and a width, so "
+            "give (B, channels, height, width)."
+        )
+    if len(images) < 2:
+        raise ValueError("a hybrid is mixed from two different images, and this batch has one: give at least two.")
+    circle = torch.randperm(len(images), generator=generator, device=generator.device)
+    partner = torch.empty_like(circle)
+    partner[circle] = circle.roll(1)
+    mask = hybrid_masks(len(images), images.shape[2], images.shape[3], blurs, generator)
+    return torch.where(mask.to(images.device).unsqueeze(1), images, images[partner.to(images.device)])
+
+
 def update_peer_mean(mean: Tensor, activations: Tensor, momentum: float = 0.9) -> Tensor:
     """Return the running mean activity of every unit, m ← 0.9 m + 0.1 mean_B(z⁺).
 
@@ -280,6 +349,13 @@ def update_flops(widths: Sequence[int], neutral: bool = False, readout_classes: 
     """
     weights = weight_count(widths)
     return (10 if neutral else 8) * weights + 4 * readout_classes * sum(widths[2:])
+
+
+def _blurred(x: Tensor, dim: int) -> Tensor:
+    size = x.shape[dim]
+    before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, size - 1)], dim)
+    after = torch.cat([x.narrow(dim, 1, size - 1), x.narrow(dim, size - 1, 1)], dim)
+    return 0.5 * x + 0.25 * (before + after)
 
 
 def _at_least_single(x: Tensor) -> torch.dtype:

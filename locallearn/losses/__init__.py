@@ -1,6 +1,7 @@
 """Local losses as modules for any training loop: they need torch and nothing else."""
 
 from locallearn.losses.cafo import SparsemaxLoss
+from locallearn.losses.channelwise import ChannelwiseCompetitiveLoss
 from locallearn.losses.counter_current import CounterCurrentLoss
 from locallearn.losses.emergent import SummedGoodnessLoss
 from locallearn.losses.forward_forward import ForwardForwardLoss
@@ -11,7 +12,9 @@ from locallearn.losses.local_heads import (
     SimilarityLoss,
     SupervisedContrastiveLoss,
 )
+from locallearn.losses.layer_collaboration import LayerCollaborationLoss
 from locallearn.losses.mono_forward import MonoForwardLoss
+from locallearn.losses.symba import SymBaLoss
 
 __all__ = [
     "CounterCurrentLoss",
@@ -24,4 +27,10 @@ __all__ = [
     "SparsemaxLoss",
     "SummedGoodnessLoss",
     "SupervisedContrastiveLoss",
+    "ChannelwiseCompetitiveLoss",
+    "CounterCurrentLoss",
+    "ForwardForwardLoss",
+    "LayerCollaborationLoss",
+    "MonoForwardLoss",
+    "SymBaLoss",
 ]

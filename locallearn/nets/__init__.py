@@ -4,6 +4,16 @@ from locallearn.nets.autoencoder import autoencoder
 from locallearn.nets.blocks import Blocks
 from locallearn.nets.feedforward import cafo_cnn, cnn, initialise, mlp
 from locallearn.nets.graph import gnn
-from locallearn.nets.residual import resnet, resnet18
-
-__all__ = ["Blocks", "autoencoder", "cafo_cnn", "cnn", "gnn", "initialise", "mlp", "resnet", "resnet18"]
+__all__ = [
+    "Blocks",
+    "LocallyConnected2d",
+    "autoencoder",
+    "cafo_cnn",
+    "cnn",
+    "gnn",
+    "initialise",
+    "locally_connected",
+    "mlp",
+    "resnet",
+    "resnet18",
+]

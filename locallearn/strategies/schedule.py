@@ -209,7 +209,9 @@ class Schedule(pl.Callback):
                 f"the task logs no {monitor!r}, which the schedule watches; it logs {sorted(trainer.callback_metrics)}"
             )
         self._judged_step = trainer.global_step
-        if self._improves(float(trainer.callback_metrics[monitor]), self.monitor is None and task.maximise):
+        if task.algorithm is not None and not task.algorithm.judges:
+            pass  # what the metric says is not about this stage: it has all its epochs, and keeps its last weights
+        elif self._improves(float(trainer.callback_metrics[monitor]), self.monitor is None and task.maximise):
             self.best, self.bad_epochs = float(trainer.callback_metrics[monitor]), 0
             if self.restore_best:
                 self._best_weights = self._weights(pl_module)

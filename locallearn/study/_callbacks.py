@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from locallearn.batch import Batch
 from locallearn.energy import EnergyCallback
+from locallearn.nets.blocks import evaluating
 from locallearn.probe import probe_blocks
 from locallearn.records import RunFolder
 from locallearn.strategies.local import LocalStrategy, LocalTask
@@ -48,6 +49,15 @@ class _Probes(pl.Callback):
         with trainer.precision_plugin.val_step_context():
             found = probe_blocks(self.plan.algorithm, *self._batches, self.plan.algorithm.outputs)
         return {f"block/{name}/probe_accuracy": value for name, value in found.items() if math.isfinite(value)}
+
+    def examined(self, trainer: pl.Trainer) -> dict[str, float]:
+        """The rule's own figures on the samples that probes are judged on, by the name of the metric."""
+        if self._batches is None:
+            return {}
+        algorithm = self.plan.algorithm
+        with trainer.precision_plugin.val_step_context(), torch.no_grad(), evaluating(algorithm):
+            found = algorithm.examine(self._batches[1])
+        return {f"layer/{layer}/{name}": value for layer, figures in found.items() for name, value in figures.items()}
 
 
 class _Recorder(pl.Callback):
@@ -84,7 +94,7 @@ class _Recorder(pl.Callback):
         assert isinstance(strategy, LocalStrategy)
         for unit, loss in strategy.mean_losses().items():
             metrics[f"block/{unit}/loss" if unit in blocks else f"unit/{unit}/loss"] = loss
-        metrics |= self.probes.accuracies(trainer)
+        metrics |= self.probes.accuracies(trainer) | self.probes.examined(trainer)
         for layer, figures in self.plan.algorithm.diagnostics().items():
             metrics |= {f"layer/{layer}/{name}": value for name, value in figures.items()}
         metrics["cost/train_s"] = self.energy.running_seconds()

@@ -21,13 +21,14 @@ from locallearn.algorithms import (
     FeedbackAlignment,
     ForwardForward,
     ForwardGNN,
+    LayerCollaboration,
     MonoForward,
     Pepita,
     ProductFeedbackAlignment,
     TaskInfo,
 )
 from locallearn.batch import Batch
-from locallearn.nets import Blocks, gnn
+from locallearn.nets import Blocks, gnn, mlp
 from locallearn.testing import AlgorithmConformance
 
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
@@ -48,6 +49,13 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
         for blocks in ("random", "dfa")
         for predictor in ("mse", "ce", "sparsemax")
     },
+    "forward_forward-symba": partial(ForwardForward, loss="symba", inference="last"),
+    "forward_forward-channelwise": partial(ForwardForward, loss="channelwise"),
+    "forward_forward-channelwise-softmax": partial(ForwardForward, loss="channelwise", inference="softmax"),
+    "forward_forward-recurrent": partial(ForwardForward, recurrent=4),
+    "layer_collaboration": LayerCollaboration,
+    "layer_collaboration-previous": partial(LayerCollaboration, gamma="previous", threshold="midpoint"),
+    "layer_collaboration-gauss_seidel": partial(LayerCollaboration, order="gauss_seidel"),
     "counter_current": CounterCurrent,
     "counter_current-clip": partial(CounterCurrent, clip=1.0, centralise=True, warmup_steps=4),
     "counter_current-frozen": partial(CounterCurrent, feedback_lr=0.0),
@@ -132,6 +140,24 @@ class TestConformanceOnGraphs(AlgorithmConformance):
         if links:  # inference gives the outputs of all three blocks side by side
             return TaskInfo(batches[0], 3 * WIDTH, F.binary_cross_entropy_with_logits, classes=False)
         return TaskInfo(batches[0], CLASSES, F.cross_entropy)
+
+
+class TestConformanceOnImages(AlgorithmConformance):
+    """Hybrids are mixed from images."""
+
+    @pytest.fixture(params=["logistic", "symba"])
+    def make_algorithm(self, request: pytest.FixtureRequest) -> Callable[[], Algorithm]:
+        return partial(ForwardForward, negatives="hybrid", loss=request.param)
+
+    @pytest.fixture
+    def make_net(self) -> Callable[[int], Blocks]:
+        return lambda depth: mlp((2, 4, 4), CLASSES, (WIDTH,) * depth)
+
+    @pytest.fixture
+    def batches(self) -> list[Batch]:
+        draw = torch.Generator().manual_seed(0)
+        images = [torch.rand(24, 2, 4, 4, generator=draw) for _ in range(6)]
+        return [Batch(x, torch.arange(24) % CLASSES, index=torch.arange(24) + 24 * i) for i, x in enumerate(images)]
 
 
 class TestConformanceOfAnAutoencoder(AlgorithmConformance):

@@ -117,6 +117,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
         and names["coupled"].confirmed
         and names["coupled"].verdict is Locality.COUPLED
     ),
+    "docs/algorithms/layer_collaboration.md": _forward_forward,
     "docs/algorithms/mono_forward.md": _mono_forward,
     "docs/algorithms/pepita.md": lambda names: (
         _learns_at_the_stated_cost(names) and bool(names["after"] < names["before"])

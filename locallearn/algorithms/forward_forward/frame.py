@@ -1,0 +1,163 @@
+"""What all rules share that write a label into the input and read the answer off every block's goodness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locallearn.algorithms.base import ParamGroup, TaskInfo
+from locallearn.algorithms.layer_local import LayerLocal, feature_sizes
+from locallearn.batch import Batch
+from locallearn.functional import forward_forward as ff
+from locallearn.functional import layer_collaboration
+
+
+class LabelledGoodness(LayerLocal):
+    """The label is written into the first entries of the input, and the label with most goodness is the answer.
+
+    The true label makes a positive sample, a wrong one a negative; both run as one batch, positives on top.
+
+    Args:
+        label_strength: value of the label's slot.
+        minimise: positives are quiet, so the least goodness is the answer.
+        seed: of the negatives.
+    """
+
+    def __init__(self, label_strength: float = 1.0, minimise: bool = False, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.label_strength = label_strength
+        self.minimise = minimise
+
+    @property
+    def deterministic(self) -> bool:
+        """Negatives are drawn anew for every batch."""
+        return False
+
+    # -- what it can train -----------------------------------------------------------------------------------------------
+    def check(self, task: TaskInfo) -> list[int]:
+        """Refuse tasks without labels to write or inputs to write over; entries per sample of every block's output.
+
+        Raises:
+            ValueError: says what was found and what is wanted.
+        """
+        refuse_unfit(task)
+        inputs = task.example.inputs
+        if not inputs.is_floating_point():
+            raise ValueError(
+                f"Forward-Forward writes labels over its inputs and scales them, and these are {inputs.dtype} (token ids?): "
+                "give floating point inputs, embeddings instead of ids"
+            )
+        ff.embed_neutral(inputs, task.outputs)  # refuses inputs that are too small for the label
+        return feature_sizes(self.blocks, task.example)
+
+    def block_groups(self, index: int) -> list[ParamGroup]:
+        """Weights, and biases without weight decay, as in the Matlab code."""
+        return weights_and_biases(list(self.blocks[index].parameters()))
+
+    # -- the way of a batch ----------------------------------------------------------------------------------------------
+    def pairs(self, batch: Batch, wrong: Tensor) -> Tensor:
+        """Positives on top of negatives with these wrong labels, ``(2N, ...)``, scaled to RMS 1."""
+        return ff.rms_normalise(
+            torch.cat((self.written(batch.inputs, batch.targets), self.written(batch.inputs, wrong)))
+        )
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Positives on top of negatives, any wrong label as likely as another."""
+        labels = batch.targets
+        return Batch(self.pairs(batch, ff.wrong_labels_uniform(labels, self.outputs, self.rng(labels.device))), labels)
+
+    def emit(self, index: int, output: Tensor) -> Tensor:
+        """The output scaled to RMS 1, so that the next block sees no goodness, only the pattern."""
+        return ff.rms_normalise(output.detach())
+
+    def written(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Inputs with these labels in their first entries."""
+        return ff.embed_label(inputs, labels, self.outputs, self.label_strength)
+
+    def neutral(self, inputs: Tensor) -> Tensor:
+        """What enters the first block where no label is preferred."""
+        return ff.rms_normalise(ff.embed_neutral(inputs, self.outputs, self.label_strength))
+
+    # -- inference -------------------------------------------------------------------------------------------------------
+    def goodness(self, output: Tensor) -> Tensor:
+        """Goodness of every row of a block's output, ``(N,)``."""
+        return ff.goodness(output)
+
+    def read(self, depth: int) -> range:
+        """Blocks that inference looks at, of so many that are trained. Default: all."""
+        return range(depth)
+
+    def goodness_by_block(self, inputs: Tensor, label: int) -> Iterator[Tensor]:
+        """Goodness of every trained block with this label in the inputs, ``(N,)`` each."""
+        labels = torch.full((len(inputs),), label, device=inputs.device)
+        x = ff.rms_normalise(self.written(inputs, labels))
+        for i in range(self.depth):
+            output = self.blocks[i](x)
+            yield self.goodness(output)
+            if i + 1 < self.depth:
+                x = self.emit(i, output)
+
+    def predict(self, inputs: Tensor, *context: Any) -> Tensor:
+        """Summed goodness of every label (negated where positives are quiet), ``(N, C)``: one pass per label."""
+        return torch.stack([self._total_goodness(inputs, label) for label in range(self.outputs)], 1)
+
+    def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
+        """What every block hands on in a pass with the neutral label."""
+        x = self.neutral(inputs)
+        for i, block in enumerate(self.blocks):
+            x = self.emit(i, block(x))
+            yield x
+
+    @torch.no_grad()
+    def examine(self, batch: Batch) -> dict[str, dict[str, float]]:
+        """By block: its accuracy alone, and what the sum over blocks loses without it (of blocks that are in the sum)."""
+        sign = -1.0 if self.minimise else 1.0
+        by_label = [torch.stack(list(self.goodness_by_block(batch.inputs, label)), 1) for label in range(self.outputs)]
+        goodness = sign * torch.stack(by_label, 1)
+        read = list(self.read(self.depth))
+        alone = layer_collaboration.contributions(goodness, batch.targets).alone
+        gained = layer_collaboration.contributions(goodness[:, :, read], batch.targets).gained
+        figures = {
+            name: {"accuracy_alone": float(value)} for name, value in zip(self.blocks.names, alone, strict=False)
+        }
+        for i, value in zip(read, gained, strict=True):
+            figures[self.blocks.names[i]]["accuracy_gained"] = float(value)
+        return figures
+
+    def _total_goodness(self, inputs: Tensor, label: int) -> Tensor:
+        total: Tensor | None = None
+        for i, goodness in enumerate(self.goodness_by_block(inputs, label)):
+            if i in self.read(self.depth):
+                total = goodness if total is None else total + goodness
+        assert total is not None
+        return -total if self.minimise else total
+
+
+def refuse_unfit(task: TaskInfo) -> None:
+    """Refuse tasks that a rule of this line cannot learn.
+
+    Raises:
+        ValueError: no class labels, fewer than two of them, or a context.
+    """
+    if not task.classes:
+        raise ValueError("Forward-Forward writes class labels into the input, and this task has none")
+    if task.outputs < 2:
+        raise ValueError(
+            f"Forward-Forward tells a right label from a wrong one, and this task has {task.outputs} class: it needs at least 2"
+        )
+    if task.example.context:
+        raise ValueError(
+            "Forward-Forward stacks positives and negatives into one batch, which cannot be done with the context of "
+            "this task (a graph?): use another algorithm"
+        )
+
+
+def weights_and_biases(parameters: list[Any]) -> list[ParamGroup]:
+    """Two groups: weights, and what has one dimension, without weight decay."""
+    weights = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    groups: list[ParamGroup] = [{"params": weights}]
+    return [*groups, {"params": others, "weight_decay": 0.0}] if others else groups
