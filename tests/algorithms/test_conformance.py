@@ -29,6 +29,8 @@ from locallearn.testing import AlgorithmConformance
 
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "backprop": Backprop,
+    "backprop-accumulate": partial(Backprop, accumulate=3),
+    "backprop-checkpoint": partial(Backprop, checkpoint="auto"),
     "deep_supervision": DeepSupervision,
     "mono_forward": MonoForward,
     "mono_forward-ff": partial(MonoForward, prediction="ff"),
