@@ -5,5 +5,20 @@ from locallearn.nets.blocks import Blocks
 from locallearn.nets.feedforward import cafo_cnn, cnn, initialise, mlp
 from locallearn.nets.graph import gnn
 from locallearn.nets.residual import resnet, resnet18
+from locallearn.nets.transformer import vit
+from locallearn.nets.vgg import vgg8b, vgg11b
 
-__all__ = ["Blocks", "autoencoder", "cafo_cnn", "cnn", "gnn", "initialise", "mlp", "resnet", "resnet18"]
+__all__ = [
+    "Blocks",
+    "autoencoder",
+    "cafo_cnn",
+    "cnn",
+    "gnn",
+    "initialise",
+    "mlp",
+    "resnet",
+    "resnet18",
+    "vgg8b",
+    "vgg11b",
+    "vit",
+]
