@@ -5,6 +5,7 @@ from locallearn.losses.channelwise import ChannelwiseCompetitiveLoss
 from locallearn.losses.counter_current import CounterCurrentLoss
 from locallearn.losses.emergent import SummedGoodnessLoss
 from locallearn.losses.forward_forward import ForwardForwardLoss
+from locallearn.losses.layer_collaboration import LayerCollaborationLoss
 from locallearn.losses.local_heads import (
     MovementLoss,
     PredSimLoss,
@@ -12,13 +13,14 @@ from locallearn.losses.local_heads import (
     SimilarityLoss,
     SupervisedContrastiveLoss,
 )
-from locallearn.losses.layer_collaboration import LayerCollaborationLoss
 from locallearn.losses.mono_forward import MonoForwardLoss
 from locallearn.losses.symba import SymBaLoss
 
 __all__ = [
+    "ChannelwiseCompetitiveLoss",
     "CounterCurrentLoss",
     "ForwardForwardLoss",
+    "LayerCollaborationLoss",
     "MonoForwardLoss",
     "MovementLoss",
     "PredSimLoss",
@@ -27,10 +29,5 @@ __all__ = [
     "SparsemaxLoss",
     "SummedGoodnessLoss",
     "SupervisedContrastiveLoss",
-    "ChannelwiseCompetitiveLoss",
-    "CounterCurrentLoss",
-    "ForwardForwardLoss",
-    "LayerCollaborationLoss",
-    "MonoForwardLoss",
     "SymBaLoss",
 ]

@@ -4,6 +4,11 @@ from locallearn.nets.autoencoder import autoencoder
 from locallearn.nets.blocks import Blocks
 from locallearn.nets.feedforward import cafo_cnn, cnn, initialise, mlp
 from locallearn.nets.graph import gnn
+from locallearn.nets.locally_connected import LocallyConnected2d, locally_connected
+from locallearn.nets.residual import resnet, resnet18
+from locallearn.nets.transformer import vit
+from locallearn.nets.vgg import vgg8b, vgg11b
+
 __all__ = [
     "Blocks",
     "LocallyConnected2d",
@@ -16,4 +21,7 @@ __all__ = [
     "mlp",
     "resnet",
     "resnet18",
+    "vgg8b",
+    "vgg11b",
+    "vit",
 ]

@@ -36,6 +36,8 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "backprop_l1": partial(BackpropL1, penalty=1e-2),
     "bp_ff": BackpropForwardForward,
     "bp_ff-norm": partial(BackpropForwardForward, goodness="norm", threshold=3.0, normalise="unit", inference="vote"),
+    "backprop-accumulate": partial(Backprop, accumulate=3),
+    "backprop-checkpoint": partial(Backprop, checkpoint="auto"),
     "deep_supervision": DeepSupervision,
     "mono_forward": MonoForward,
     "mono_forward-ff": partial(MonoForward, prediction="ff"),
