@@ -349,7 +349,8 @@ class CaFo(LayerLocal):
         """Run block ``index``, at most :attr:`rows` samples at a time."""
         parts = [inputs[start : start + self.rows] for start in range(0, len(inputs), self.rows)]
         if len(parts) == 1:
-            return self.run(index, inputs, batch)
+            output: Tensor = self.run(index, inputs, batch)
+            return output
         return torch.cat([self.run(index, part, batch) for part in parts])
 
     def _standardised(self, index: int, output: Tensor, learn: bool) -> Tensor:
