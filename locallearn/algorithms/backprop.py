@@ -26,6 +26,11 @@ class Backprop(Algorithm):
         return Locality.GLOBAL
 
     @property
+    def carries(self) -> bool:
+        """Whatever crosses the borders."""
+        return True
+
+    @property
     def broadcast(self) -> str:
         """The error goes backward through every layer."""
         return "the error, through every transposed weight"
@@ -62,6 +67,11 @@ class DeepSupervision(Algorithm):
     def locality(self) -> Locality:
         """Global."""
         return Locality.GLOBAL
+
+    @property
+    def carries(self) -> bool:
+        """Whatever crosses the borders."""
+        return True
 
     @property
     def broadcast(self) -> str:

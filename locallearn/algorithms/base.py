@@ -179,6 +179,14 @@ class Algorithm(nn.Module, ABC):
         return None
 
     @property
+    def carries(self) -> bool:
+        """Whether blocks may hand over several tensors (:class:`~locallearn.nets.border.Border`) under this rule. Default: no.
+
+        A rule that runs the network as a whole, or through the frame of the layer-local rules, has nothing to do for it.
+        """
+        return False
+
+    @property
     def period(self) -> int:
         """Batches after which the work of a step repeats, for rules in which something is due every so often. Default: 1."""
         return 1
@@ -201,8 +209,22 @@ class Algorithm(nn.Module, ABC):
         self.outputs = task.outputs
         with evaluating(blocks), torch.random.fork_rng(devices=[]):  # the first for the dry runs of build()
             blocks.try_out(task.example.inputs, task.example.context)
+            if not self.carries:
+                self._refuse_borders(task.example)
             torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reseed the GPUs, too
             self.build(task)
+
+    def _refuse_borders(self, example: Batch) -> None:
+        try:
+            name = self.blocks.carrier(example.inputs, example.context)
+        except Exception:  # build() says what does not fit
+            return
+        if name is not None:
+            raise ValueError(
+                f"{type(self).__name__} needs a plain chain of blocks, and block {name!r} hands over more than one tensor (a "
+                "skip connection, or a value that later blocks read): cut the network where only one tensor crosses, or use "
+                "another algorithm"
+            )
 
     @abstractmethod
     def build(self, task: TaskInfo) -> None:

@@ -149,6 +149,11 @@ class FeedbackChain(Algorithm):
         fixed = (held.fixed for held in map(self.weights, self.layers) if held.fixed is not None)
         return super().added_parameters + sum(b.numel() for b in fixed)
 
+    @property
+    def carries(self) -> bool:
+        """The network runs as a whole, whatever crosses the borders."""
+        return True
+
     def units(self) -> dict[str, list[ParamGroup]]:
         """One unit: the network, with the feedback weights that are learned."""
         return {"network": [{"params": [*self.blocks.parameters(), *self.feedback.parameters()]}]}

@@ -302,7 +302,7 @@ class ForwardGNN(LayerLocal):
                 "single nodes: set schedule.cache=false"
             )
 
-    def _frozen_prefix(self, first: int, batch: Batch, prepared: Batch) -> Tensor:
+    def _frozen_prefix(self, first: int, batch: Batch, prepared: Batch) -> Any:
         run = super()._frozen_prefix
         if not 0 < first < len(self.blocks) or not self._kept.holds(prepared.inputs):
             return run(first, batch, prepared)
