@@ -21,6 +21,7 @@ from locallearn.batch import Batch
 from locallearn.cost import cache_bytes, measure_update
 from locallearn.functional import cafo
 from locallearn.nets import Blocks, mlp
+from locallearn.nets.border import Border
 from locallearn.testing import plain_loop
 from tests.references import reference
 
@@ -657,3 +658,42 @@ def test_names_that_would_clash_are_refused() -> None:
         CaFo(blocks="dfa").attach(
             net, TaskInfo(Batch(torch.randn(2, 6), torch.tensor([0, 1])), CLASSES, F.cross_entropy)
         )
+
+
+# -- blocks that hand over more than one tensor ----------------------------------------------------------------------------
+class _Early(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6).double()
+
+    def forward(self, x: Tensor) -> Border:
+        return Border(self.layer(x).relu(), {"x": x})
+
+
+class _Late(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6).double()
+
+    def forward(self, border: Border) -> Tensor:
+        return self.layer(border.main).relu() + border.carried["x"]
+
+
+@pytest.mark.parametrize("blocks", ["random", "dfa"])
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_what_blocks_carry_along_reaches_the_block_that_reads_it(blocks: Any, predictor: Any) -> None:
+    torch.manual_seed(0)
+    net = Blocks({"early": _Early(), "late": _Late()}, nn.Linear(6, CLASSES).double())
+    labels = torch.arange(40) % CLASSES
+    batch = Batch(torch.eye(6).double()[labels] + 0.1 * torch.randn(40, 6).double(), labels, index=torch.arange(40))
+    algorithm = CaFo(blocks=blocks, predictor=predictor, rows=16, normalise=False)
+    algorithm.attach(net, _info(batch))
+    for stage in algorithm.stages if blocks == "dfa" else [None]:
+        algorithm.train_only(None if stage is None else frozenset(stage))
+        plain_loop(algorithm, [batch] * 80, partial(torch.optim.Adam, lr=0.05))
+        algorithm.end_epoch()
+    algorithm.train_only(None)
+    algorithm.eval()
+    early, late = algorithm.activations(batch.inputs)
+    torch.testing.assert_close(late, net[1].layer(early).relu() + batch.inputs)
+    assert float((algorithm.predict(batch.inputs).argmax(1) == labels).double().mean()) > 0.95
