@@ -102,6 +102,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "README.md": lambda names: bool(names["accuracy"] > 0.9),
     "docs/add-an-algorithm.md": _add_an_algorithm,
     "docs/algorithms/backprop.md": _control,
+    "docs/algorithms/cafo.md": lambda names: _learns_at_the_stated_cost(names) and bool(names["residual"] < 1e-6),
     "docs/algorithms/counter_current.md": lambda names: (
         _learns_at_the_stated_cost(names)
         and names["coupled"].confirmed

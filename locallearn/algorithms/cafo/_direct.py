@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from locallearn.functional import cafo
 from locallearn.nets.blocks import Blocks
+from locallearn.nets.border import detached, main
 
 
 class DirectFeedback(nn.Module):
@@ -59,11 +61,11 @@ class DirectFeedback(nn.Module):
             The losses, and the outputs, detached, block by block.
         """
         outputs: list[Tensor] = []
-        x = inputs
+        x: Any = inputs
         for block in blocks:
-            outputs.append(block(x.detach()))
-            x = outputs[-1]
-        scores = self.scores(blocks, x)
+            x = block(detached(x))
+            outputs.append(main(x))
+        scores = self.scores(blocks, outputs[-1])
         loss = F.cross_entropy(scores, targets)
         value, below = loss.detach(), outputs[:-1]
         losses = []

@@ -17,6 +17,7 @@ from locallearn.algorithms.layer_local import LayerLocal, feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import cafo
 from locallearn.functional.cafo import check_targets
+from locallearn.nets.border import Border, main, replaced
 
 Learning = Literal["random", "dfa"]
 Predictor = Literal["mse", "ce", "sparsemax"]
@@ -101,6 +102,11 @@ class CaFo(LayerLocal):
         self._store = FeatureStore(memory_gib) if cache else None
 
     # -- what it is ---------------------------------------------------------------------------------------------------
+    @property
+    def carries(self) -> bool:
+        """Predictors read the main tensors, and what else blocks hand over is carried along."""
+        return True
+
     @property
     def locality(self) -> Locality:
         """Layer-local with random blocks; with ``dfa`` the blocks learn from the network's error."""
@@ -321,16 +327,18 @@ class CaFo(LayerLocal):
         if known is not None:
             yield from known
             return
-        x = batch.inputs
+        x: Any = batch.inputs
         for i in range(self.depth):
-            output = self._standardised(i, self._run_rows(i, x, batch), learn=True)
-            x = self.emit(i, output)
+            x = self.hand_over(i, self._run_rows(i, x, batch))
             if self._store is not None:
                 assert batch.index is not None
-                self._store.put(i, batch.index, x)
+                self._store.put(i, batch.index, main(x))
             if i in wanted:
-                yield i, x
-            del output
+                yield i, main(x)
+
+    def emit(self, index: int, output: Tensor) -> Tensor:
+        """The output, standardised where random blocks' outputs are; the first one is measured."""
+        return self._standardised(index, output, learn=True).detach()
 
     def _known(self, wanted: Sequence[int], index: Tensor | None) -> Iterator[tuple[int, Tensor]] | None:
         if self._store is None:
@@ -345,13 +353,18 @@ class CaFo(LayerLocal):
             return None
         return ((i, store.get(i, index)) for i in wanted)
 
-    def _run_rows(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
-        """Run block ``index``, at most :attr:`rows` samples at a time."""
+    def _run_rows(self, index: int, inputs: Any, batch: Batch) -> Any:
+        """Run block ``index``, at most :attr:`rows` samples at a time; all at once where more than one tensor comes or goes."""
+        if isinstance(inputs, Border):
+            return self.run(index, inputs, batch)
         parts = [inputs[start : start + self.rows] for start in range(0, len(inputs), self.rows)]
         if len(parts) == 1:
-            output: Tensor = self.run(index, inputs, batch)
-            return output
-        return torch.cat([self.run(index, part, batch) for part in parts])
+            return self.run(index, inputs, batch)
+        outputs = [self.run(index, parts[0], batch)]
+        if isinstance(outputs[0], Border):
+            return self.run(index, inputs, batch)
+        outputs += [self.run(index, part, batch) for part in parts[1:]]
+        return torch.cat(outputs)
 
     def _standardised(self, index: int, output: Tensor, learn: bool) -> Tensor:
         if not self._standardises:
@@ -387,9 +400,12 @@ class CaFo(LayerLocal):
     # -- prediction ---------------------------------------------------------------------------------------------------
     def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
         """Outputs of all blocks as their predictors read them."""
+        x: Any = inputs
         for i, block in enumerate(self.blocks):
-            inputs = self._standardised(i, block(inputs, *context), learn=False)
-            yield inputs
+            x = block(x, *context)
+            output = self._standardised(i, main(x), learn=False)
+            x = replaced(x, output)
+            yield output
 
     def predict(self, inputs: Tensor, *context: Any) -> Tensor:
         """Sum over blocks ``(N, C)``; while the blocks learn, and nothing else, the scores of their head."""

@@ -126,7 +126,9 @@ class FeatureStore:
         needed = int(rows.max()) + 1
         kept = self._kept.get(index)
         if kept is None or needed > len(kept):
-            more = needed if kept is None else max(needed, len(kept) + len(kept) // 4)
+            more = needed
+            if kept is not None:  # rows that come in order want room for more, others have shown nearly the last one
+                more = max(needed, len(kept) + len(kept) // (4 if bool(self._filled[index].all()) else 64))
             others = sum(store.numel() * store.itemsize for i, store in self._kept.items() if i != index)
             size = more * values[0].numel() * values.itemsize
             if others + size > self.limit_gib * GIB:
