@@ -125,9 +125,9 @@ class LayerCollaboration(LabelledGoodness):
             if self.trains(name):
                 self._scores = {}
                 x = self._hear(prepared, range(i))
-                output = self.run(i, x, prepared)
                 if self.gamma == "all":
-                    self._hear(prepared, range(i + 1, len(self.blocks)), self.emit(i, output))
+                    self._hear(prepared, range(i, len(self.blocks)), x)
+                output = self.run(i, x, prepared)
                 yield Update(name, self.local_loss(i, output, prepared), again=self._once_more(i, x, prepared))
                 del output
 

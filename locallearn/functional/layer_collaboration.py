@@ -131,8 +131,8 @@ def update_flops(widths: Sequence[int], gamma: Gamma = "previous", order: Order 
     """Return the FLOPs of one update per sample, that is per pair, of a fully connected network, with P = Σ d_{i-1} d_i.
 
     Forward-Forward's 8P; where γ sums all layers, 4P more for a pass that shows the goodness of later layers before the
-    first one learns. Gauss–Seidel makes the pass anew for every layer: 4P·L forward in all with ``all``, up to the layer
-    with ``previous``.
+    first one learns. Gauss–Seidel makes the pass anew for every layer: 4P·L more in all with ``all``; with ``previous`` the
+    layers below are run anew.
 
     Args:
         widths: d_0 … d_L, input width first.
@@ -144,5 +144,6 @@ def update_flops(widths: Sequence[int], gamma: Gamma = "previous", order: Order 
         return ff.update_flops(widths) + (4 * weights if gamma == "all" else 0)
     layers = len(widths) - 1
     parts = [before * after for before, after in pairwise(widths)]
-    forward = layers * weights if gamma == "all" else sum((layers - i) * part for i, part in enumerate(parts))
-    return 4 * forward + 4 * weights
+    if gamma == "all":
+        return 4 * layers * weights + ff.update_flops(widths)
+    return 4 * sum((layers - i) * part for i, part in enumerate(parts)) + 4 * weights
