@@ -118,7 +118,7 @@ def gradient(
         rows: of a chunk.
 
     Returns:
-        The mean loss, a scalar, and the gradient ``(D, C)`` in the dtype of W.
+        The mean loss, a scalar of at least float32, and the gradient ``(D, C)`` in the dtype of W.
 
     Raises:
         ValueError: targets that are no class ids, features that do not fit W, or no sample at all.
@@ -133,7 +133,7 @@ def gradient(
         raise ValueError("the batch is empty: leave batches without samples out")
     check_targets(targets, len(x), weights.shape[1])
     with torch.no_grad():
-        total = torch.zeros((), dtype=weights.dtype, device=weights.device)
+        total = torch.zeros((), dtype=torch.promote_types(weights.dtype, torch.float32), device=weights.device)
         result = torch.zeros_like(weights)
         for start in range(0, len(x), rows):
             part, labels = x[start : start + rows].to(weights.dtype), targets[start : start + rows].long()
