@@ -9,11 +9,14 @@ from locallearn.algorithms.forward_forward import ForwardForward
 from locallearn.algorithms.forward_gnn import ForwardGNN
 from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.algorithms.local_heads import LocalHeads
+from locallearn.algorithms.man import MAN
 from locallearn.algorithms.mono_forward import MonoForward
 from locallearn.algorithms.pepita import Pepita
 from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlignment
+from locallearn.algorithms.scalable_ff import ScalableForwardForward
 
 __all__ = [
+    "MAN",
     "Algorithm",
     "Backprop",
     "CounterCurrent",
@@ -28,6 +31,7 @@ __all__ = [
     "ParamGroup",
     "Pepita",
     "ProductFeedbackAlignment",
+    "ScalableForwardForward",
     "TaskInfo",
     "Update",
     "selected",

@@ -8,6 +8,7 @@ from locallearn.functional import (
     local_heads,
     mono_forward,
     pepita,
+    scalable_ff,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "local_heads",
     "mono_forward",
     "pepita",
+    "scalable_ff",
 ]

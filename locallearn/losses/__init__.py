@@ -10,6 +10,7 @@ from locallearn.losses.local_heads import (
     SupervisedContrastiveLoss,
 )
 from locallearn.losses.mono_forward import MonoForwardLoss
+from locallearn.losses.scalable_ff import ScalableForwardForwardLoss
 
 __all__ = [
     "CounterCurrentLoss",
@@ -18,6 +19,7 @@ __all__ = [
     "MovementLoss",
     "PredSimLoss",
     "ReconstructionLoss",
+    "ScalableForwardForwardLoss",
     "SimilarityLoss",
     "SupervisedContrastiveLoss",
 ]
