@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -74,6 +74,11 @@ class MAN(LocalHeads):
     def variant(self) -> str | None:
         """With or without averaged weights."""
         return "averaged" if self.averaged else "trained unit alone"
+
+    @property
+    def averages(self) -> Sequence[nn.Module]:
+        """The averaged units, one per border."""
+        return list(self.average)
 
     def build(self, task: TaskInfo) -> None:
         """Give every border its units, and their output a head."""

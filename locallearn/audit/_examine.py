@@ -216,14 +216,31 @@ class Examination:
         found.depends = {name: found.directly(party) for name, party in found.parties.items()}
         return trained
 
+    def _through_averages(self, found: Findings) -> bool:
+        """Whether blocks answer to the next one only, and to nothing of later ones once the rule's averages are held still."""
+        names = list(stages(self._algorithm))
+        if not self._algorithm.averages or any(names.index(b) - names.index(a) != 1 for a, b in found.crossings):
+            return False
+        plain, _ = self._follow(still=True)
+        for later in found.parties.values():
+            if later.tensors:
+                other, _ = self._follow(hold=plain.labels, kick=later.name, still=True)
+                if any(
+                    plain.course[name] != other.course[name]
+                    for name, party in found.parties.items()
+                    if party.rank < later.rank
+                ):
+                    return False
+        return True
+
     def _follow(
-        self, hold: list[list[torch.Tensor]] | None = None, kick: str | None = None
+        self, hold: list[list[torch.Tensor]] | None = None, kick: str | None = None, still: bool = False
     ) -> tuple[Trajectory, Algorithm]:
         return follow(
             self._algorithm,
             self._driver,
             self._batches,
-            Trajectory(hold, kick, self._warmup - 1 if self._warmup else -1),
+            Trajectory(hold, kick, self._warmup - 1 if self._warmup else -1, still),
         )
 
     # -- one batch ---------------------------------------------------------------------------------------------------
@@ -255,6 +272,8 @@ class Examination:
             found.crossings = effects.crossings(apart)
             if not found.crossings and claim is not Locality.GLOBAL:
                 found.crossings = self._along_the_way(lambda at: at.crossings(apart), found.border.kinds())
+            if found.crossings and self._through_averages(found):
+                found.crossings = []
         else:
             return
         if not effects.pinned:
