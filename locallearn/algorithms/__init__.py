@@ -13,11 +13,14 @@ from locallearn.algorithms.forward_gnn import ForwardGNN
 from locallearn.algorithms.layer_collaboration import LayerCollaboration
 from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.algorithms.local_heads import LocalHeads
+from locallearn.algorithms.man import MAN
 from locallearn.algorithms.mono_forward import MonoForward
 from locallearn.algorithms.pepita import Pepita
 from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlignment
+from locallearn.algorithms.scalable_ff import ScalableForwardForward
 
 __all__ = [
+    "MAN",
     "Algorithm",
     "Backprop",
     "BackpropForwardForward",
@@ -36,6 +39,7 @@ __all__ = [
     "ParamGroup",
     "Pepita",
     "ProductFeedbackAlignment",
+    "ScalableForwardForward",
     "TaskInfo",
     "Update",
     "selected",

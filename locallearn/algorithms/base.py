@@ -161,6 +161,15 @@ class Algorithm(nn.Module, ABC):
         return ()
 
     @property
+    def averages(self) -> Sequence[nn.Module]:
+        """Modules of the rule's own in a block's own loss whose weights follow those of the next block.
+
+        What a block learns is then coupled to the next one's weights, which is no error that comes back from it: with these
+        held still nothing of it must be left, and the audit tries it. Default: none.
+        """
+        return ()
+
+    @property
     def variant(self) -> str | None:
         """Which of the rule's variants this is, as the record names it; ``None`` where there is only one."""
         return None

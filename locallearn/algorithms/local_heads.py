@@ -80,12 +80,17 @@ class LocalHeads(LayerLocal):
         self._moved = moved
         return output
 
+    def read(self, index: int, output: Tensor, *context: Any) -> Tensor:
+        """What the head of block ``index`` is given. Default: the block's output."""
+        return output
+
     def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:
         """Loss of the block's head, and of what stands beside it."""
         moved, self._moved = self._moved, []  # or its graph would outlive the step
-        return self.heads.loss(self.blocks, index, output, batch, moved)
+        return self.heads.loss(self.blocks, index, self.read(index, output, *batch.context), batch, moved)
 
     def predict(self, inputs: Tensor, *context: Any) -> Tensor:
         """Scores of the last trained block's head, shape ``(N, C)``; of a network with a readout its own forward pass."""
         *_, last = (x for _, x in zip(range(self.depth), self.activations(inputs, *context), strict=False))
-        return self.heads.scores(self.blocks, self.depth - 1, last, Batch(inputs, inputs, context))
+        read = self.read(self.depth - 1, last, *context)
+        return self.heads.scores(self.blocks, self.depth - 1, read, Batch(inputs, inputs, context))

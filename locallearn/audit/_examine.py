@@ -229,14 +229,35 @@ class Examination:
         found.limits.append(f"what hangs on the whole numbers among the buffers of {later.name!r}")
         return self._follow(hold, later.name, integers=False)[0]
 
+    def _through_averages(self, found: Findings) -> bool:
+        """Whether blocks answer to the next one only, and to nothing of later ones once the rule's averages are held still."""
+        names = list(stages(self._algorithm))
+        if not self._algorithm.averages or any(names.index(b) - names.index(a) != 1 for a, b in found.crossings):
+            return False
+        plain, _ = self._follow(still=True)
+        for later in found.parties.values():
+            if later.tensors:
+                other, _ = self._follow(hold=plain.labels, kick=later.name, still=True)
+                if any(
+                    plain.course[name] != other.course[name]
+                    for name, party in found.parties.items()
+                    if party.rank < later.rank
+                ):
+                    return False
+        return True
+
     def _follow(
-        self, hold: list[list[torch.Tensor]] | None = None, kick: str | None = None, integers: bool = True
+        self,
+        hold: list[list[torch.Tensor]] | None = None,
+        kick: str | None = None,
+        integers: bool = True,
+        still: bool = False,
     ) -> tuple[Trajectory, Algorithm]:
         return follow(
             self._algorithm,
             self._driver,
             self._batches,
-            Trajectory(hold, kick, self._warmup - 1 if self._warmup else -1, integers),
+            Trajectory(hold, kick, self._warmup - 1 if self._warmup else -1, integers, still),
         )
 
     # -- one batch ---------------------------------------------------------------------------------------------------
@@ -271,6 +292,8 @@ class Examination:
             if not found.crossings and claim is not Locality.GLOBAL:
                 found.crossings = self._along_the_way(lambda at: at.crossings(apart), found.border.kinds())
                 found.exact = self._along_the_way(lambda at: at.exact(apart), found.border.kinds())
+            if found.crossings and self._through_averages(found):
+                found.crossings = []
         else:
             return
         if not effects.pinned:

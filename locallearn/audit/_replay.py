@@ -352,6 +352,7 @@ class Trajectory(Observer):
         hold: states of the label path after every batch, to be held to; ``None``: they are noted.
         kick: a party to be changed before the first batch and, once more, after batch ``again``.
         integers: whether its whole numbers are changed, too.
+        still: note and hold the rule's averages, too.
 
     Attributes:
         course: digests by party, one per batch.
@@ -364,6 +365,7 @@ class Trajectory(Observer):
     kick: str | None = None
     again: int = -1
     integers: bool = True
+    still: bool = False
     course: dict[str, list[bytes]] = field(default_factory=dict)
     labels: list[list[Tensor]] = field(default_factory=list)
     infinite: dict[str, int] = field(default_factory=dict)
@@ -396,7 +398,8 @@ class Trajectory(Observer):
         for name, party in self._parties.items():
             self.course[name].append(b"".join([*self._steps.get(name, []), bits(party.tensors)]))
         self._steps, self._number = {}, number + 1
-        path = [p for module in twin.label_path for p in module.parameters()]
+        averages = twin.averages if self.still else ()
+        path = [p for module in (*twin.label_path, *averages) for p in module.parameters()]
         if self.hold is None:
             self.labels.append([t.detach().clone() for t in path])
         else:

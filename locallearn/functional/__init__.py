@@ -12,6 +12,7 @@ from locallearn.functional import (
     local_heads,
     mono_forward,
     pepita,
+    scalable_ff,
     symba,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "local_heads",
     "mono_forward",
     "pepita",
+    "scalable_ff",
     "symba",
 ]

@@ -14,6 +14,7 @@ from locallearn.losses.local_heads import (
     SupervisedContrastiveLoss,
 )
 from locallearn.losses.mono_forward import MonoForwardLoss
+from locallearn.losses.scalable_ff import ScalableForwardForwardLoss
 from locallearn.losses.symba import SymBaLoss
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MovementLoss",
     "PredSimLoss",
     "ReconstructionLoss",
+    "ScalableForwardForwardLoss",
     "SimilarityLoss",
     "SparsemaxLoss",
     "SummedGoodnessLoss",

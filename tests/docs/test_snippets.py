@@ -70,6 +70,12 @@ def _forward_forward(names: dict[str, Any]) -> bool:
     )
 
 
+def _man(names: dict[str, Any]) -> bool:
+    verdicts = (names["result"].verdict, names["control"].verdict)
+    confirmed = names["result"].confirmed and names["control"].confirmed
+    return bool(confirmed and verdicts == (Locality.COUPLED, Locality.LAYER_LOCAL))
+
+
 def _add_an_algorithm(names: dict[str, Any]) -> bool:
     return all((names["accuracy"] > 0.85, names["result"].confirmed, not names["refuted"].confirmed))
 
@@ -119,6 +125,8 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
         and names["coupled"].verdict is Locality.COUPLED
     ),
     "docs/algorithms/layer_collaboration.md": _forward_forward,
+    "docs/algorithms/local_heads.md": _learns_at_the_stated_cost,
+    "docs/algorithms/man.md": _man,
     "docs/algorithms/mono_forward.md": _mono_forward,
     "docs/algorithms/pepita.md": lambda names: (
         _learns_at_the_stated_cost(names) and bool(names["after"] < names["before"])
@@ -126,6 +134,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/algorithms/product_feedback_alignment.md": lambda names: (
         _learns_at_the_stated_cost(names) and bool(names["angle"] < 30)
     ),
+    "docs/algorithms/scalable_ff.md": _learns_at_the_stated_cost,
     "docs/architecture.md": _architecture,
     "docs/audit.md": lambda names: bool(names["result"].confirmed and names["result"].verdict is Locality.LAYER_LOCAL),
     "docs/graphs.md": lambda names: bool(names["accuracy"] > 0.5 and names["auc"] > 0.7),
