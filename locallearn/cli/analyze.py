@@ -92,6 +92,8 @@ def _samples(one: Any, part: str) -> Any:
     one.data.setup("test" if part == "test" else "validate")
     loader = one.data.test_dataloader() if part == "test" else one.data.val_dataloader()
     batches = [one.task.to_batch(raw) for raw in loader]
+    if getattr(one.data, "exclude", ()):
+        batches += list(one.data.excluded_dataloader(part))
     if not batches:
         raise UsageError(f"{one.record.path}: its data have no {part} part")
     inputs, targets = (torch.cat(parts) for parts in zip(*[(b.inputs, b.targets) for b in batches], strict=True))
@@ -112,6 +114,7 @@ def _analysed(one: Any, samples: Any, asked: Any) -> dict[str, Any]:
                 one.task.info().outputs,
                 tau=float(asked.tau),
                 only_right=asked.only_right,
+                unseen=getattr(one.data, "exclude", ()),
                 per_class=asked.per_class,
                 units=asked.units,
             )
