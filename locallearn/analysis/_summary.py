@@ -15,6 +15,9 @@ from locallearn.analysis._ensembles import activation_map, ensembles, overlaps, 
 from locallearn.analysis._similarity import BatchCKA, rsa
 from locallearn.analysis._sparsity import hoyer, mean_sparsity
 from locallearn.batch import Batch
+from locallearn.probe import ridge_probe
+
+_PROBED = 200  # samples of every class
 
 
 class LayerStatistics:
@@ -100,6 +103,7 @@ def analyse(
     *,
     tau: float = 1.0,
     only_right: bool = True,
+    unseen: Sequence[int] = (),
     per_class: int = 20,
     units: int = 200,
 ) -> dict[str, Any]:
@@ -111,12 +115,17 @@ def analyse(
         classes: C.
         tau: of the ensembles.
         only_right: leave samples out that are classified wrongly, as the paper does.
+        unseen: classes that training never saw. All of their samples are taken, none counts in the accuracy, and linear probes
+            say how well these classes can be told from what the network gives for them.
         per_class: rows of every class in the activation map.
         units: columns of the activation map and of the class-mean profile.
 
     Returns:
         ``accuracy`` and ``samples`` over all samples given, ``tau``, ``only_right``, and ``passes``: by the label shown
-        (see :func:`passes`), how many samples of every class went in (``counts``), and by ``layers`` their figures in order.
+        (see :func:`passes`), how many samples of every class went in (``counts``), and by ``layers`` their figures in order;
+        with unseen classes, in a pass that does not tell the class, also ``probe``: share of the samples of all classes, seen
+        and unseen, that a linear probe on the layer classifies rightly, and ``probe_unseen``: of the unseen ones alone. Probes
+        are fitted on one half of at most 200 samples of every class and judged on the other.
 
     Raises:
         ValueError: there is no sample; samples of a graph or without classes; a class of which no sample is left, or a tau
@@ -130,11 +139,14 @@ def analyse(
     for label in known:
         statistics: dict[str, LayerStatistics] = {}
         shown: list[Representations] = []
+        probed: list[Representations] = []
         taken = torch.zeros(classes, dtype=torch.int64)
+        probe_taken = torch.zeros(classes, dtype=torch.int64)
         right = samples = 0
         for piece in representations(algorithm, batches, label):
-            right, samples = right + int(piece.right.sum()), samples + len(piece.labels)
-            kept = piece.chosen(piece.right) if only_right else piece
+            new = torch.isin(piece.labels, torch.tensor(list(unseen), dtype=torch.int64, device=piece.labels.device))
+            right, samples = right + int((piece.right & ~new).sum()), samples + int((~new).sum())
+            kept = piece.chosen(piece.right | new) if only_right else piece
             for name, layer in kept.layers.items():
                 if layer[:1].numel() == 1:
                     raise ValueError(
@@ -143,12 +155,18 @@ def analyse(
                 statistics.setdefault(name, LayerStatistics(classes)).update(layer, kept.labels)
             shown.append(first_of_each(kept, per_class - taken))
             taken += torch.bincount(shown[-1].labels, minlength=classes)
+            if unseen and label != "true":
+                probed.append(first_of_each(piece, _PROBED - probe_taken))
+                probe_taken += torch.bincount(probed[-1].labels, minlength=classes)
         _check_classes(next(iter(statistics.values())).counts, samples, only_right)
         rows = joined(shown)
         found[label] = {
             "counts": next(iter(statistics.values())).counts.tolist(),
             "layers": [
-                {"name": name, **one.figures(tau, units), "map": _map(rows.layers[name], rows.labels, units)}
+                {
+                    **{"name": name, **one.figures(tau, units), "map": _map(rows.layers[name], rows.labels, units)},
+                    **(_probes(joined(probed), name, unseen) if probed else {}),
+                }
                 for name, one in statistics.items()
             ],
         }
@@ -157,13 +175,13 @@ def analyse(
         "samples": samples,
         "tau": tau,
         "only_right": only_right,
+        "unseen": list(unseen),
         "passes": found,
     }
 
 
 def similarity(
-    algorithms: Mapping[str, Algorithm],
-    batches: Sequence[Batch],
+    networks: Mapping[str, tuple[Algorithm, Sequence[Batch]]],
     classes: int,
     *,
     only_right: bool = True,
@@ -172,8 +190,8 @@ def similarity(
     """Return CKA and RSA between all layers of some trained networks, on the samples that all of them classify rightly.
 
     Args:
-        algorithms: attached and trained, by a name each, on the device of the batches.
-        batches: samples with class labels, the same for all.
+        networks: by a name each, an attached and trained algorithm, and the samples as it takes them (normalised as its
+            training data were), on its device: the same samples in the same batches for all.
         classes: C.
         only_right: leave samples out that any of them classifies wrongly.
         per_class: samples of every class of whose pairs RSA is made.
@@ -183,19 +201,29 @@ def similarity(
         ``samples`` and ``pairs_of``: how many each of them is made of; ``shown``: the label shown to every network.
 
     Raises:
-        ValueError: as :func:`analyse`.
+        ValueError: as :func:`analyse`; or the samples differ.
     """
-    shown: dict[str, Label] = {name: passes(one, batches[0])[0] for name, one in algorithms.items()}
-    streams = [representations(one, batches, shown[name]) for name, one in algorithms.items()]
+    shown: dict[str, Label] = {name: passes(one, batches[0])[0] for name, (one, batches) in networks.items()}
+    streams = [representations(one, batches, shown[name]) for name, (one, batches) in networks.items()]
+    sizes = {sum(len(batch.inputs) for batch in batches) for _, batches in networks.values()}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the networks were given {' and '.join(map(str, sorted(sizes)))} samples: give them the same ones"
+        )
     cka = BatchCKA()
     few: list[Representations] = []
     taken = torch.zeros(classes, dtype=torch.int64)
     rows: list[tuple[str, str]] = []
     for pieces in zip(*streams, strict=True):
-        right = torch.stack([piece.right for piece in pieces]).all(0)
-        rows = [(name, layer) for name, piece in zip(algorithms, pieces, strict=True) for layer in piece.layers]
-        layers = [layer for piece in pieces for layer in piece.layers.values()]
-        whole = Representations({str(i): layer for i, layer in enumerate(layers)}, pieces[0].labels, pieces[0].labels)
+        labels = pieces[0].labels.cpu()
+        if any(not torch.equal(piece.labels.cpu(), labels) for piece in pieces):
+            raise ValueError(
+                "the networks were given samples of different labels: give them the same ones in the same batches"
+            )
+        right = torch.stack([piece.right.cpu() for piece in pieces]).all(0)
+        rows = [(name, layer) for name, piece in zip(networks, pieces, strict=True) for layer in piece.layers]
+        layers = [layer.cpu() for piece in pieces for layer in piece.layers.values()]
+        whole = Representations({str(i): layer for i, layer in enumerate(layers)}, labels, labels)
         kept = whole.chosen(right) if only_right else whole
         cka.update(list(kept.layers.values()))
         few.append(first_of_each(kept, per_class - taken))
@@ -256,6 +284,23 @@ def percent(values: Tensor) -> list[list[int]]:
 def _map(layer: Tensor, labels: Tensor, units: int) -> dict[str, Any]:
     chart = activation_map(layer.abs(), labels, units=units)
     return {"labels": chart.labels.tolist(), "values": percent(chart.values)}
+
+
+def _probes(samples: Representations, name: str, unseen: Sequence[int]) -> dict[str, float | None]:
+    rank = torch.zeros_like(samples.labels)
+    for c in set(samples.labels.tolist()):
+        mine = samples.labels == c
+        rank[mine] = torch.arange(int(mine.sum()))
+    fit, judge = rank % 2 == 0, rank % 2 == 1
+    new = judge & torch.isin(samples.labels, torch.tensor(list(unseen)))
+    layer, labels = samples.layers[name], samples.labels
+
+    def share(rows: Tensor) -> float | None:
+        if not bool(rows.any()):
+            return None
+        return plain(ridge_probe(layer[fit], labels[fit], layer[rows], labels[rows], int(labels.max()) + 1))
+
+    return {"probe": share(judge), "probe_unseen": share(new)}
 
 
 def _check_classes(counts: Tensor, samples: int, only_right: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -86,7 +85,7 @@ def test_looking_leaves_no_trace(name: str) -> None:
     inputs = batch.inputs.clone()
 
     analysis.analyse(algorithm, [batch], CLASSES, only_right=False, per_class=2, units=5)
-    analysis.similarity({"a": algorithm, "b": algorithm}, [batch], CLASSES, only_right=False, per_class=3)
+    analysis.similarity({"a": (algorithm, [batch]), "b": (algorithm, [batch])}, CLASSES, only_right=False, per_class=3)
 
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(batch.inputs, inputs)
@@ -217,7 +216,7 @@ def test_likeness_of_two_networks_is_over_the_samples_that_both_know() -> None:
     a, b = _all(one, batches), _all(two, batches)
     both = a.right & b.right
     assert 10 < int(both.sum()) < 340
-    found = analysis.similarity({"bp": one, "ff": two}, batches, CLASSES, per_class=5)
+    found = analysis.similarity({"bp": (one, batches), "ff": (two, batches)}, CLASSES, per_class=5)
     assert found["rows"] == [("bp", "layer1"), ("bp", "layer2"), ("ff", "layer1"), ("ff", "layer2")]
     assert found["shown"] == {"bp": "plain", "ff": "true"}
     layers = [*a.chosen(both).layers.values(), *b.chosen(both).layers.values()]
@@ -230,7 +229,33 @@ def test_likeness_of_two_networks_is_over_the_samples_that_both_know() -> None:
     few = torch.cat([(labels == c).nonzero().squeeze(1)[:5] for c in range(CLASSES)]).sort().values
     assert found["pairs_of"] == len(few)
     assert found["rsa"][0][3] == pytest.approx(analysis.rsa(layers[0][few], layers[3][few]), rel=1e-4)
-    assert all(not isinstance(value, float) or math.isfinite(value) for row in found["cka"] for value in row)
+    with pytest.raises(ValueError, match="given 300 and 340 samples"):
+        analysis.similarity({"bp": (one, batches), "ff": (two, batches[1:])}, CLASSES)
+    turned = [batch._replace(targets=batch.targets.flip(0)) for batch in batches]
+    with pytest.raises(ValueError, match="different labels"):
+        analysis.similarity({"bp": (one, batches), "ff": (two, turned)}, CLASSES)
+
+
+def test_classes_that_were_never_trained_are_taken_whole_and_probed_without_their_label() -> None:
+    algorithm = _attached(ForwardForward)
+    batch = _batch(400)
+    result = analysis.analyse(algorithm, [batch], CLASSES, only_right=False, unseen=[3], per_class=4, units=6)
+    whole = _all(algorithm, [batch])
+    seen = whole.labels != 3
+    assert result["accuracy"] == pytest.approx(float(whole.right[seen].double().mean()))
+    assert (result["samples"], result["unseen"]) == (300, [3])
+    assert result["passes"]["neutral"]["counts"] == [100] * 4
+    for layer in result["passes"]["neutral"]["layers"]:
+        assert layer["probe"] > 0.9  # four clusters, in a random network
+        assert layer["probe_unseen"] > 0.9
+    assert all("probe" not in layer for layer in result["passes"]["true"]["layers"])  # there the label is in the input
+    for p in algorithm.blocks.parameters():
+        p.data.zero_()
+    dead = analysis.analyse(algorithm, [batch], CLASSES, only_right=False, unseen=[3])["passes"]["neutral"]["layers"][0]
+    assert dead["probe"] <= 0.3
+    assert (dead["hoyer"], dead["undefined"], dead["never_active"]) == (None, 400, 1.0)
+    right = analysis.analyse(algorithm, [batch], CLASSES, unseen=[1, 2, 3])  # all are called 0 now
+    assert right["passes"]["neutral"]["counts"] == [100] * 4
 
 
 @pytest.mark.parametrize(

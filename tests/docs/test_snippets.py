@@ -23,7 +23,7 @@ from locallearn.cli.settings import compose_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
-COMMANDS = ("train", "compare", "tune", "predict", "report", "audit", "bench", "data")
+COMMANDS = ("train", "compare", "tune", "predict", "analyze", "report", "audit", "bench", "data")
 
 
 class Block(NamedTuple):
@@ -109,6 +109,8 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/add-an-algorithm.md": _add_an_algorithm,
     "docs/algorithms/backprop.md": _control,
     "docs/algorithms/cafo.md": lambda names: _learns_at_the_stated_cost(names) and bool(names["residual"] < 1e-6),
+    "docs/algorithms/backprop_l1.md": lambda names: bool(names["found"][1] > names["found"][0] + 0.1),
+    "docs/algorithms/bp_ff.md": lambda names: names["accuracy"] > 0.9 and _flops_are_those_of_the_formula(names),
     "docs/algorithms/counter_current.md": lambda names: (
         _learns_at_the_stated_cost(names)
         and names["coupled"].confirmed
@@ -135,6 +137,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
         _learns_at_the_stated_cost(names) and bool(names["angle"] < 30)
     ),
     "docs/algorithms/scalable_ff.md": _learns_at_the_stated_cost,
+    "docs/analysis.md": lambda names: bool(0.1 < names["alike"] <= 1 and names["members"].any()),
     "docs/architecture.md": _architecture,
     "docs/audit.md": lambda names: bool(names["result"].confirmed and names["result"].verdict is Locality.LAYER_LOCAL),
     "docs/graphs.md": lambda names: bool(names["accuracy"] > 0.5 and names["auc"] > 0.7),
@@ -193,6 +196,9 @@ def _sweep(words: list[str]) -> Iterator[list[str]]:
 def _check_command(command: str, words: list[str], extra: list[str]) -> None:
     if command == "predict":  # its first word is a run, whose settings it has
         compose_settings(words[1:])
+        return
+    if command == "analyze":  # several runs, before settings
+        compose_settings([word for word in words if "=" in word])
         return
     assert command in COMMANDS
     for run in _sweep(words):
