@@ -165,14 +165,14 @@ class _Sizes:
             self._saved[-1].update({k: v for k, v in _places([tensor]).items() if k not in known})
             return tensor
 
-        with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        counter = FlopCounterMode(display=False)
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), counter:
             for block in twin:
                 self._inputs.append(_places(tree_leaves(x)))
                 self._saved.append(dict(self._inputs[-1]))
                 alive.append(x)
-                with FlopCounterMode(display=False) as counter:
-                    x = block(x, *example.context)
-                self._flops.append(counter.get_total_flops())
+                x = block(x, *example.context)
+                self._flops.append(counter.get_total_flops() - sum(self._flops))
             if twin.readout is not None:
                 twin.readout(x, *example.context)
 
