@@ -520,11 +520,11 @@ def test_a_block_gets_its_own_vector_jacobian_product_with_the_fed_back_error() 
 def test_every_block_runs_once_in_a_step() -> None:
     algorithm, batch = _attached(blocks="dfa"), _data()
     algorithm.train_only(frozenset(algorithm.stages[0]))
-    runs: list[str] = []
+    runs: list[tuple[str, bool]] = []
     for name, block in zip(algorithm.blocks.names, algorithm.blocks, strict=True):
-        block.register_forward_hook(lambda module, args, output, name=name: runs.append(name))
+        block.register_forward_hook(lambda m, args, output, name=name: runs.append((name, args[0].requires_grad)))
     plain_loop(algorithm, [batch], sgd)
-    assert runs == ["conv1", "conv2", "conv3"]
+    assert runs == [("conv1", False), ("conv2", False), ("conv3", False)]  # no graph comes in
     assert all(int(block[3].num_batches_tracked) == 1 for block in algorithm.blocks)
 
 
