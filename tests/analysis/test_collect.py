@@ -104,6 +104,11 @@ def test_looking_leaves_no_trace(name: str) -> None:
         assert before is None or torch.equal(before, p.grad)
 
 
+def test_a_rule_with_time_steps_is_shown_what_it_settles_on() -> None:
+    """The label lies above its top block; one upward pass with the label in the image is nothing that it learns from."""
+    assert analysis.passes(_attached(partial(ForwardForward, recurrent=3)), _batch()) == ("plain",)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_what_is_collected_is_what_a_plain_pass_gives(name: str) -> None:
     algorithm = _attached(RULES[name])
