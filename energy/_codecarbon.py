@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from locallearn.energy._meter import Detail, Meter, Reading, Ticker, monotonic_s
+from locallearn.energy._meter import Detail, Meter, Reading, Ticker, UnreadableError, monotonic_s
 from locallearn.energy._nvml import used_indices
 
 TrackingMode = Literal["machine", "process"]
@@ -120,7 +120,12 @@ class CodeCarbonMeter(Meter):
         if self._tracker is not None:
             return
         self._joules, self._details, self._doubts, self._co2_g, self._reason = {}, {}, {}, None, None
-        gpus = used_indices(self._device)
+        gpus: list[int] | None = []  # none rather than all: others' boards are not the run's
+        unknown = ""
+        try:
+            gpus = used_indices(self._device)
+        except UnreadableError as error:
+            unknown = str(error)
         with _quiet() as errors:
             try:
                 self._tracker = _new_tracker(self._country, self._mode, self._period_s, gpus)
@@ -135,9 +140,9 @@ class CodeCarbonMeter(Meter):
             return
         self._co2_g = 0.0
         self._details = _details(self._tracker, data, gpus)
-        if gpus == [] and data.gpu_count and self._device is not None:
+        if gpus == [] and data.gpu_count and (unknown or self._device is not None):
             self._details["gpu"] = dict(self._details["ram"])
-            self._doubts["gpu"] = f"the run computes on {self._device}: no whole board is its own"
+            self._doubts["gpu"] = unknown or f"the run computes on {self._device}: no whole board is its own"
         self._joules = {part: 0.0 for part in self._details if part not in self._doubts}
         self._ticker = Ticker(self._period_s, self._split)
 

@@ -159,9 +159,12 @@ def _uuid(nvml: Any, index: int) -> str:
 
 
 def used_indices(device: str | None) -> list[int] | None:
-    """NVML's indices of the boards that are measured for ``device``; ``None`` where NVML does not work.
+    """NVML's indices of the boards that are measured for ``device``; ``None`` where there is no NVML, nor a device known.
 
     For a CUDA device its own, where it is a whole board; for another one none; for ``None`` all whole boards that CUDA shows.
+
+    Raises:
+        UnreadableError: which boards these are cannot be known; then none may be measured, since others' would be, too.
     """
     if device is not None and not device.startswith("cuda"):
         return []
@@ -169,16 +172,17 @@ def used_indices(device: str | None) -> list[int] | None:
 
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
+    except pynvml.NVMLError as error:
+        if device is None:
+            return None
+        raise UnreadableError(f"NVML did not start, so which board {device} is is not known: {error}") from None
     try:
         if device is not None:
             return [board_of(pynvml, device)]
         return [index for index in visible_boards(pynvml) if index is not None]
-    except UnreadableError:
-        return []
-    except pynvml.NVMLError:
-        return None
+    except pynvml.NVMLError as error:
+        which = "which boards CUDA shows" if device is None else f"which board {device} is"
+        raise UnreadableError(f"NVML failed after it had started, so {which} is not known: {error}") from None
     finally:
         with suppress(Exception):
             pynvml.nvmlShutdown()

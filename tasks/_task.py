@@ -108,12 +108,13 @@ class Task(pl.LightningModule, ABC):
         wanted = checkpoint.get("algorithm")
         if wanted is None and any(name.startswith("algorithm.") for name in checkpoint["state_dict"]):
             wanted = "a learning rule" if self.algorithm is None else type(self.algorithm).__name__
-        mine = None if self.algorithm is None else type(self.algorithm).__name__
-        if mine != wanted:
+        # By a more general name, too: rules that are told apart by a variant were one class once.
+        mine = [None] if self.algorithm is None else [kind.__name__ for kind in type(self.algorithm).__mro__]
+        if wanted not in mine:
             raise ValueError(
                 f"this checkpoint was trained by {wanted or 'backpropagation without a rule'}, and the task predicts with "
-                f"{mine or 'the network alone'}: give load_from_checkpoint(..., algorithm=...) the rule that trained it, made "
-                "with the same settings"
+                f"{mine[0] or 'the network alone'}: give load_from_checkpoint(..., algorithm=...) the rule that trained it, "
+                "made with the same settings"
             )
 
     @override

@@ -116,10 +116,11 @@ class Classification(Task):
 class NodeClassification(Classification):
     """Assign a class to every node of a graph, learning from those whose classes are known.
 
-    In validation and test the algorithm is told which labels its inference may use and which nodes are asked for
-    (:meth:`~locallearn.algorithms.Algorithm.reveal`): in validation the labels of the training nodes, in the test the same
-    ones, or also those of the validation nodes. They come from ``known("train")`` and ``known("train+validation")`` of the
-    Trainer's data module (:class:`~locallearn.tasks.graphs.GraphData`), else from the example batch.
+    An algorithm that has a ``reveal(targets, rows, asked)`` (:meth:`locallearn.algorithms.ForwardGNN.reveal`) is told in
+    validation and test which labels its inference may use and which nodes are asked for: in validation the labels of the
+    training nodes, in the test the same ones, or also those of the validation nodes. They come from ``known("train")`` and
+    ``known("train+validation")`` of the Trainer's data module (:class:`~locallearn.tasks.graphs.GraphData`), else from the
+    example batch.
 
     Args:
         net: the network; its output is ``(N, classes)``.
@@ -166,8 +167,9 @@ class NodeClassification(Classification):
 
     @override
     def judge(self, batch: Batch) -> Tensor:
-        if self.algorithm is not None and self._known is not None:
-            self.algorithm.reveal(*self._known, batch.rows)
+        reveal: Callable[..., None] | None = getattr(self.algorithm, "reveal", None)
+        if reveal is not None and self._known is not None:
+            reveal(*self._known, batch.rows)
         return super().judge(batch)
 
     def _look_up(self, part: str) -> None:

@@ -323,7 +323,7 @@ class GraphData(MemoryData):
         return self._batch("train", torch.device("cpu"))
 
     def known(self, part: Known) -> tuple[Tensor, Tensor]:
-        """Labels that inference may use, for :meth:`locallearn.algorithms.Algorithm.reveal`.
+        """Labels that inference may use, for :meth:`locallearn.algorithms.ForwardGNN.reveal`.
 
         Args:
             part: ``train``: those of the training nodes; ``train+validation``: those of the validation nodes, too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -86,6 +87,8 @@ class ImageData(MemoryData):
         augment: augmentation of the training batches.
         flatten: hand out images as vectors ``(N, D)`` instead of ``(N, C, H, W)``.
         limit_train: keep only that many training samples, the same share of every class; ``None`` keeps all.
+        exclude: classes whose samples are left out of training, validation and test, so that the network never sees them;
+            :meth:`excluded_dataloader` has them. The split is the same as without.
         drop_last: leave out an epoch's last training batch if it is smaller.
         memory_budget: bytes that the training data may take as float32; above it they are kept as uint8.
 
@@ -112,6 +115,7 @@ class ImageData(MemoryData):
         augment: Augment | None = None,
         flatten: bool = False,
         limit_train: int | None = None,
+        exclude: Sequence[int] = (),
         drop_last: bool = False,
         memory_budget: int = MEMORY_BUDGET_BYTES,
     ) -> None:
@@ -129,6 +133,8 @@ class ImageData(MemoryData):
         available = facts.train_samples - self._validation_samples
         if limit_train is not None and not 1 <= limit_train <= available:
             raise ValueError(f"limit_train={limit_train} is out of range; {name} leaves 1 to {available} for training.")
+        _check_excluded(exclude, facts.classes)
+        self.exclude = tuple(exclude)
         self._train_samples = available if limit_train is None else limit_train
         if drop_last and self._train_samples < batch_size:
             raise ValueError(
@@ -162,12 +168,29 @@ class ImageData(MemoryData):
             return
         data = load_images(self.name, self._data_dir)
         train, validation = stratified_split(data.train_labels, self._validation_samples, self._split_seed)
+        test = torch.arange(len(data.test_labels))
+        out = torch.tensor(self.exclude, dtype=data.train_labels.dtype)
+        unseen = {
+            "validation": validation[torch.isin(data.train_labels[validation], out)],
+            "test": test[torch.isin(data.test_labels, out)],
+        }
+        train, validation = (part[~torch.isin(data.train_labels[part], out)] for part in (train, validation))
+        test = test[~torch.isin(data.test_labels, out)]
         if self._limit_train is not None:
+            if self._limit_train > len(train):
+                raise ValueError(
+                    f"limit_train={self._limit_train} is out of range; {self.name} without the excluded classes leaves 1 to "
+                    f"{len(train)} for training."
+                )
             train = train[stratified_split(data.train_labels[train], self._limit_train, self._split_seed)[1]]
         self._parts = {
             "train": (data.train_images[train], data.train_labels[train]),
             "validation": (data.train_images[validation], data.train_labels[validation]),
-            "test": (data.test_images, data.test_labels),
+            "test": (data.test_images, data.test_labels)
+            if not self.exclude
+            else (data.test_images[test], data.test_labels[test]),
+            "excluded validation": (data.train_images[unseen["validation"]], data.train_labels[unseen["validation"]]),
+            "excluded test": (data.test_images[unseen["test"]], data.test_labels[unseen["test"]]),
         }
 
     def train_dataloader(self) -> BatchLoader:
@@ -182,9 +205,23 @@ class ImageData(MemoryData):
         """The test set in a fixed order."""
         return self._loader("test", self._eval_batch_size, training=False)
 
+    def excluded_dataloader(self, part: Literal["validation", "test"]) -> BatchLoader:
+        """The samples of the excluded classes in a part, in a fixed order.
+
+        Raises:
+            ValueError: nothing is excluded.
+        """
+        if not self.exclude:
+            raise ValueError("no class is excluded; give exclude=[3] to keep the samples of class 3 from the network.")
+        return self._loader(f"excluded {part}", self._eval_batch_size, training=False)
+
     def batch_sizes(self) -> set[int]:
-        """How many samples there are in the training batches of an epoch; needs no data."""
-        return batch_sizes(self._train_samples, self._batch_size, self._drop_last)
+        """How many samples there are in the training batches of an epoch; needs no data unless classes are excluded."""
+        samples = self._train_samples
+        if self.exclude:
+            self.setup()
+            samples = len(self._parts["train"][0])
+        return batch_sizes(samples, self._batch_size, self._drop_last)
 
     def example(self) -> Tensor:
         """Two inputs of zeros, ``(2, *shape)``, float32 on the CPU; needs no data."""
@@ -221,6 +258,14 @@ def _validation_count(validation: int | float, samples: int) -> int:
             " fraction between 0 and 1."
         )
     return count
+
+
+def _check_excluded(exclude: Sequence[int], classes: int) -> None:
+    known = all(type(c) is int and 0 <= c < classes for c in exclude)
+    if not known or len(set(exclude)) != len(exclude) or len(exclude) > classes - 2:
+        raise ValueError(
+            f"exclude={list(exclude)} is out of range; give different classes from 0 to {classes - 1}, and leave two at least."
+        )
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

@@ -17,7 +17,7 @@ LAYERS = [
     {"records", "statistics"},
     {"tasks"},
     {"strategies"},
-    {"audit", "cost", "probe", "testing"},
+    {"analysis", "audit", "cost", "probe", "testing"},
     {"algorithms"},
     {"losses"},
     {"functional"},

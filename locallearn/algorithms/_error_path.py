@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,14 @@ _FACTORS = frozenset(("mul", "div"))
 _MEETING = _FACTORS | {"add", "sub", "rsub", "addcmul", "addcdiv", "lerp", "pow", "maximum", "minimum"}
 _IN_PLACE = _FACTORS | {"add", "sub", "rsub", "neg", "nativedropout", "fuseddropout", "clone", "tocopy", "alias"}
 _MOVING = frozenset(("view", "reshapealias", "unsafeview", "unsqueeze", "squeeze", "transpose", "permute", "t"))
+# Functions that add up entries, by the number of last dimensions along which they do; none: they say themselves which.
+_MIXING = dict.fromkeys(("sum", "mean", "cumsum", "fftr2c", "fftc2c", "fftc2r"), 0) | {
+    "avgpool2d": 2,
+    "avgpool3d": 3,
+    "adaptiveavgpool2d": 2,
+    "adaptiveavgpool3d": 3,
+    "mkldnnadaptiveavgpool2d": 2,
+}
 _SUMS = frozenset(("add", "sub", "rsub"))
 _SPREADING = frozenset(("expand", "repeat", "repeatinterleave", "unsqueeze", "broadcastto"))
 
@@ -126,6 +135,11 @@ def _looked_at(node: Any, below: Mapping[Any, _Below], path: ErrorPath) -> _Belo
         unknown = mixed or "checkpoint" in name
         if unknown and (len(learning) > 1 or carried):
             path.faults.append(_fault(node, learning, below))
+        elif carried:
+            hidden = _hidden(node)
+            if hidden:
+                learned: list[Tensor] = [t for t in hidden if isinstance(t, torch.nn.Parameter)]
+                path.faults.append(Fault(node.name(), learned, _nearest(learning)))
         return _Below(carried, any(below[edge].product for edge in learning))
     recurrent = _RECURRENT.search(name) is not None
     if not recurrent and _PRODUCTS.search(name) is None:
@@ -134,7 +148,7 @@ def _looked_at(node: Any, below: Mapping[Any, _Below], path: ErrorPath) -> _Belo
         spread = mixed and _spreads(node, below)
         if mixed and (_ENTRYWISE.match(name) is None or (spread and name not in _SUMS)):
             path.faults.append(_fault(node, met, below))
-        elif name in ("sum", "mean"):
+        elif name in _MIXING:
             path.faults.extend(_summed(node, below))
         spread = spread or (bool(learning) and all(below[edge].spread for edge in learning))
         if spread and (_CURVED.match(name) or (name == "mul" and len(learning) > 1 and not mixed)):
@@ -179,14 +193,12 @@ def _spreads(node: Any, below: Mapping[Any, _Below]) -> bool:
 
 
 def _summed(node: Any, below: Mapping[Any, _Below]) -> Iterator[Fault]:
-    """A sum of entries times weights that differ along it: a matrix of one row in disguise."""
+    """Sums of entries times weights that differ along them: a matrix of one row, or of moving windows, in disguise."""
     factor, output = node.next_functions[0]
     if factor is None:
         return
     size = _shape(factor, output)
-    dims = (
-        {_positive(dim, len(size)) for dim in getattr(node, "_saved_dim", None) or range(len(size))} if size else set()
-    )
+    dims = _added_along(node, len(size))
     while factor is not None:  # down to the product, past what leaves every entry as it is, wherever it puts it
         size = _shape(factor, output)
         edges = [(edge, number) for edge, number in factor.next_functions if edge is not None]
@@ -206,6 +218,61 @@ def _summed(node: Any, below: Mapping[Any, _Below]) -> Iterator[Fault]:
         elif _shape(*rest[0]) != size:
             return
         factor, output = rest[0]
+
+
+def _added_along(node: Any, count: int) -> set[int]:
+    """Of the dimensions of its operand those along which a node adds up."""
+    if not count:
+        return set()
+    last = _MIXING[_plain(node)]
+    if last:
+        return {dim for dim in range(count - last, count) if dim >= 0}
+    said = getattr(node, "_saved_dim", None)
+    if said is None or said == () or said == []:
+        return set(range(count))
+    return {_positive(dim, count) for dim in ((said,) if isinstance(said, int) else said)}
+
+
+def _hidden(node: Any) -> list[Tensor]:
+    """Matrices on the context of somebody's own function: of floats, with no side that comes of the number of rows given.
+
+    A constant that its code takes from somewhere else cannot be seen from here.
+    """
+    shapes = [_shape(edge, output) for edge, output in node.next_functions if edge is not None]
+    shapes += [torch.Size(metadata.shape) for metadata in node._input_metadata]
+    sides: set[int] = set()
+    for shape in filter(None, shapes):  # rows, or rows times places, as in a map laid out as a matrix
+        sides |= functools.reduce(lambda known, side: known | {n * side for n in known}, shape[1:], {shape[0]})
+    try:
+        pending: list[Any] = [*node.saved_tensors, *node.__dict__.values()]
+    except (RuntimeError, AttributeError):  # let go of already
+        return []
+    found, seen = [], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            large = [side for side in value.shape if side > 1]
+            if value.is_floating_point() and len(large) > 1 and not sides.intersection(large):
+                found.append(value)
+        elif isinstance(value, torch.nn.Module):
+            pending += [*value.parameters(), *value.buffers()]
+        elif isinstance(value, Mapping):
+            pending += value.values()
+        elif isinstance(value, (list, tuple)):
+            pending += value
+        else:
+            pending += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
+    return found
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _before(node: Any, dims: set[int], after: torch.Size, before: torch.Size) -> set[int]:

@@ -1,14 +1,15 @@
-"""The controls: backpropagation, and backpropagation with deep supervision."""
+"""The control: backpropagation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from locallearn.algorithms._segments import Checkpoint, Segments, segments
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
-from locallearn.algorithms.heads import BlockHeads
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 
@@ -18,79 +19,108 @@ class Backprop(Algorithm):
 
     Its weights are bit-equal to those of the same LightningModule under ``Trainer(strategy="auto")``; running it as an
     algorithm gives it the same instruments as the others.
+
+    The two ways to pay for its memory with work or with smaller batches are controls of every claim about memory:
+
+    * activation checkpointing (Chen et al. 2016, arXiv 1604.06174): the network is cut into segments of blocks, and what is
+      inside of all but the last one is computed again for the backward pass. Nothing else changes: weights, statistics of
+      normalisation and draws are bit-equal.
+    * gradient accumulation: the batch passes in equal parts, one after another. The gradient is that of the whole batch
+      up to rounding, however the parts come out; but a layer that looks across the batch (BatchNorm) sees each part by
+      itself, moves its statistics with each, and makes another function of the network, and dropout draws otherwise.
+
+    Args:
+        seed: nothing is drawn.
+        checkpoint: ``None``: keep everything; ``"auto"``: the segments with the fewest peak bytes; a number: so many segments,
+            the best of their kind; or the names of the blocks after which a segment ends.
+        accumulate: parts of a batch, at least 1; a batch with fewer samples passes one by one.
+
+    Raises:
+        ValueError: when attached, where there is no such block, or where a batch cannot be split (a graph).
     """
+
+    def __init__(self, seed: int = 0, checkpoint: Checkpoint | None = None, accumulate: int = 1) -> None:
+        super().__init__(seed)
+        if type(accumulate) is not int or accumulate < 1:
+            raise ValueError(f"accumulate is {accumulate}, expected a whole number of parts of at least 1")
+        self._checkpoint, self._parts = checkpoint, accumulate
 
     @property
     def locality(self) -> Locality:
         """Global."""
         return Locality.GLOBAL
+
+    @property
+    def carries(self) -> bool:
+        """Whatever crosses the borders."""
+        return True
 
     @property
     def broadcast(self) -> str:
         """The error goes backward through every layer."""
         return "the error, through every transposed weight"
 
+    @property
+    def variant(self) -> str | None:
+        """How memory is saved, where it is."""
+        told = [] if self._checkpoint is None else [f"checkpoint={_written(self._checkpoint)}"]
+        return ", ".join(told + ([f"accumulate={self._parts}"] if self._parts > 1 else [])) or None
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of the blocks after which a segment ends, as they were asked for or chosen."""
+        return [] if self._segments is None else [self.blocks.names[cut] for cut in self._segments.cuts]
+
     def build(self, task: TaskInfo) -> None:
         """Add nothing."""
         output_layer(self.blocks, "backpropagation")
         feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
+        if self._parts > 1 and (task.example.context or task.example.rows is not None):
+            raise ValueError(
+                f"accumulate is {self._parts}, but a graph is one batch whose nodes see one another: it cannot pass in parts"
+            )
         self._loss = task.loss
+        self._segments: Segments | None = None
+        if self._checkpoint is not None:
+            self._segments = segments(self.blocks, self._checkpoint, task.example)
 
     def units(self) -> dict[str, list[ParamGroup]]:
         """One unit: the network."""
         return {"network": [{"params": list(self.blocks.parameters())}]}
 
-    def updates(self, batch: Batch) -> Iterator[Update]:
-        """The task's loss on the network's output."""
-
-        def loss() -> Tensor:
-            return self._loss(*selected(batch, self.blocks(batch.inputs, *batch.context)))
-
-        yield Update("network", loss(), again=loss)
-
-
-class DeepSupervision(Algorithm):
-    """Backpropagation of the sum of all local losses: Mono-Forward's heads, with nothing detached.
-
-    The control that tells what the heads do from what locality does (Lee et al., Deeply-Supervised Nets, 2015).
-
-    Args:
-        seed: of the heads; under the same seed they are the very tensors that Mono-Forward starts from.
-    """
-
-    @property
-    def locality(self) -> Locality:
-        """Global."""
-        return Locality.GLOBAL
-
-    @property
-    def broadcast(self) -> str:
-        """Labels, and the error through every layer."""
-        return "labels, and the error through every transposed weight"
-
-    def build(self, task: TaskInfo) -> None:
-        """Give every block its head."""
-        self.heads = BlockHeads(self.blocks, task, "deep supervision")
-
-    def units(self) -> dict[str, list[ParamGroup]]:
-        """One unit: the network with its heads."""
-        return {
-            "network": [
-                {"params": [p for i in range(len(self.blocks)) for p in self.heads.groups(self.blocks, i)[0]["params"]]}
-            ]
-        }
+    def _forward(self, inputs: Tensor, *context: Any) -> Tensor:
+        output: Tensor = (self._segments or self.blocks)(inputs, *context)
+        return output
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        """The sum of the blocks' losses."""
+        """The task's loss on the network's output; of a batch in parts its gradients, which are summed here."""
 
         def loss() -> Tensor:
-            outputs = enumerate(self.blocks.features(batch.inputs, *batch.context))
-            first, *others = (self.heads.loss(self.blocks, i, output, batch) for i, output in outputs)
-            return sum(others, start=first)
+            return self._loss(*selected(batch, self._forward(batch.inputs, *batch.context)))
 
-        yield Update("network", loss(), again=loss)
+        if self._parts == 1:
+            yield Update("network", loss(), again=loss)
+        else:
+            yield Update("network", *self._accumulated(batch))
 
-    def predict(self, inputs: Tensor, *context: Any) -> Tensor:
-        """Scores of the last block's head: the network's forward pass, where the network has a readout."""
-        *_, last = self.blocks.features(inputs, *context)
-        return self.heads.scores(self.blocks, len(self.blocks) - 1, last, Batch(inputs, inputs, context))
+    def _accumulated(self, batch: Batch) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        """Loss and gradients of the whole batch, of which one part after another is run and differentiated."""
+        rows = len(batch.inputs)
+        aside = {p: p.grad for p in self.blocks.parameters() if p.requires_grad}
+        for p in aside:
+            p.grad = None
+        losses = []
+        for inputs, targets in zip(*(t.tensor_split(min(self._parts, rows)) for t in batch[:2]), strict=True):
+            loss = self._loss(self._forward(inputs), targets) * (len(inputs) / rows)
+            if loss.requires_grad:
+                torch.autograd.backward(loss)
+            losses.append(loss.detach())
+            torch.clear_autocast_cache()  # else the next part would use casts whose graph has been freed
+        gradients = {p: p.grad for p in aside if p.grad is not None}
+        for p, before in aside.items():
+            p.grad = before
+        return torch.stack(losses).sum(), gradients
+
+
+def _written(checkpoint: Checkpoint) -> str:
+    return str(checkpoint) if isinstance(checkpoint, str | int) else f"[{','.join(checkpoint)}]"

@@ -161,6 +161,15 @@ class Algorithm(nn.Module, ABC):
         return ()
 
     @property
+    def averages(self) -> Sequence[nn.Module]:
+        """Modules of the rule's own in a block's own loss whose weights follow those of the next block.
+
+        What a block learns is then coupled to the next one's weights, which is no error that comes back from it: with these
+        held still nothing of it must be left, and the audit tries it. Default: none.
+        """
+        return ()
+
+    @property
     def variant(self) -> str | None:
         """Which of the rule's variants this is, as the record names it; ``None`` where there is only one."""
         return None
@@ -177,6 +186,14 @@ class Algorithm(nn.Module, ABC):
         A strategy refuses any other one and quotes the reason.
         """
         return None
+
+    @property
+    def carries(self) -> bool:
+        """Whether blocks may hand over several tensors (:class:`~locallearn.nets.border.Border`) under this rule. Default: no.
+
+        A rule that runs the network as a whole, or through the frame of the layer-local rules, has nothing to do for it.
+        """
+        return False
 
     @property
     def period(self) -> int:
@@ -201,8 +218,22 @@ class Algorithm(nn.Module, ABC):
         self.outputs = task.outputs
         with evaluating(blocks), torch.random.fork_rng(devices=[]):  # the first for the dry runs of build()
             blocks.try_out(task.example.inputs, task.example.context)
+            if not self.carries:
+                self._refuse_borders(task.example)
             torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reseed the GPUs, too
             self.build(task)
+
+    def _refuse_borders(self, example: Batch) -> None:
+        try:
+            name = self.blocks.carrier(example.inputs, example.context)
+        except Exception:  # build() says what does not fit
+            return
+        if name is not None:
+            raise ValueError(
+                f"{type(self).__name__} needs a plain chain of blocks, and block {name!r} hands over more than one tensor (a "
+                "skip connection, or a value that later blocks read): cut the network where only one tensor crosses, or use "
+                "another algorithm"
+            )
 
     @abstractmethod
     def build(self, task: TaskInfo) -> None:
@@ -229,16 +260,16 @@ class Algorithm(nn.Module, ABC):
         """Output of every block at inference, in order; what probes read."""
         return self.blocks.features(inputs, *context)
 
-    def reveal(self, targets: Tensor, rows: Tensor, asked: Tensor | None = None) -> None:
-        """Tell which labels may be used at inference from now on, on a graph whose nodes are all known.
+    def end_epoch(self) -> None:
+        """Do what is due when all batches of an epoch have been learned from: a closed form is solved here.
 
-        Args:
-            targets: class ids ``(N,)`` of all nodes; those outside of ``rows`` must not be looked at.
-            rows: index or mask of the nodes whose labels are known.
-            asked: index or mask of the nodes whose classes will be asked for; ``None``: all others.
-
-        Default: nothing is kept, inference uses no labels.
+        A strategy calls it as a part of training; in a loop of one's own it goes after the batches. Default: nothing.
         """
+
+    @property
+    def finished(self) -> bool:
+        """Whether a further epoch of the units that train now would change nothing, so that it need not come."""
+        return False
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Figures of the rule's own by layer and name, e.g. ``{"layer1": {"weight_angle": 71.3}}``; logged every epoch."""

@@ -149,6 +149,11 @@ class FeedbackChain(Algorithm):
         fixed = (held.fixed for held in map(self.weights, self.layers) if held.fixed is not None)
         return super().added_parameters + sum(b.numel() for b in fixed)
 
+    @property
+    def carries(self) -> bool:
+        """The network runs as a whole, whatever crosses the borders."""
+        return True
+
     def units(self) -> dict[str, list[ParamGroup]]:
         """One unit: the network, with the feedback weights that are learned."""
         return {"network": [{"params": [*self.blocks.parameters(), *self.feedback.parameters()]}]}
@@ -159,10 +164,18 @@ class FeedbackChain(Algorithm):
         Raises:
             ValueError: in this pass the error would go through a matrix as in backpropagation; names the layer.
         """
+        drawn = self.get_extra_state()  # before this batch's draws, which stay the same if its loss is made anew
+
+        def again() -> Tensor:
+            self.set_extra_state(drawn)
+            return self._loss_of(batch)
+
+        yield Update("network", self._loss_of(batch), again=again)
+
+    def _loss_of(self, batch: Batch) -> Tensor:
         # By the identity of the weight, found anew for every batch, so that copies of the algorithm find their own.
         known = {id(self._weight(name)): name for name in self.layers}
-        outputs = self._run(batch, self.carrier(), known)
-        yield Update("network", self._loss(*selected(batch, outputs)))
+        return self._loss(*selected(batch, self._run(batch, self.carrier(), known)))
 
     def _run(self, batch: Batch, carrier: Carrier, known: Mapping[int, str]) -> Tensor:
         """A forward pass; what it really did is looked at in autograd's graph, every time.

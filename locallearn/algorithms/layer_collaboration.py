@@ -143,7 +143,7 @@ class LayerCollaboration(LabelledGoodness):
 
     def run(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
         """Run a block and keep its goodness, one number per row."""
-        output = super().run(index, inputs, batch)
+        output: Tensor = super().run(index, inputs, batch)
         if index not in self._scores:  # an optimizer that asks again has moved the weights by then
             self._scores[index] = self.goodness(output.detach())
         return output

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Container, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from locallearn.algorithms.base import Algorithm, ParamGroup, Update
 from locallearn.batch import Batch
 from locallearn.nets.blocks import Blocks
+from locallearn.nets.border import Border, main, replaced
 
 
 class LayerLocal(Algorithm):
@@ -19,10 +21,16 @@ class LayerLocal(Algorithm):
 
     A rule says how a batch enters (:meth:`prepare`), what one block's loss is (:meth:`local_loss`) and what the next
     block sees (:meth:`emit`). The order of learning, the joint and the sequential schedule and the cache of frozen
-    activations are written here, once.
+    activations are written here, once. So is what happens where blocks hand over several tensors
+    (:class:`~locallearn.nets.border.Border`): a rule gets the main one, the others are detached and carried along.
     """
 
     _cache: FrozenActivations | None = None
+
+    @property
+    def carries(self) -> bool:
+        """Rules that leave the way of a batch through the blocks to this frame."""
+        return all(getattr(type(self), name) is getattr(LayerLocal, name) for name in _WAY)
 
     @property
     def deterministic(self) -> bool:
@@ -37,14 +45,20 @@ class LayerLocal(Algorithm):
     def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:
         """Loss of block ``index`` from its own output; ``batch`` is what :meth:`prepare` returned."""
 
-    def run(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
-        """Run block ``index``; ``batch`` is what :meth:`prepare` returned. Default: one plain pass with the context."""
-        output: Tensor = self.blocks[index](inputs, *batch.context)
-        return output
+    def run(self, index: int, inputs: Any, batch: Batch) -> Any:
+        """Run block ``index`` on what :meth:`hand_over` gave; ``batch`` is what :meth:`prepare` returned.
+
+        Default: one plain pass with the context. The output is a tensor, or a :class:`~locallearn.nets.border.Border`.
+        """
+        return self.blocks[index](inputs, *batch.context)
 
     def emit(self, index: int, output: Tensor) -> Tensor:
         """What the next block sees of this block's output. Must be detached."""
         return output.detach()
+
+    def hand_over(self, index: int, output: Any) -> Any:
+        """What the next block is given: what :meth:`emit` makes of the main tensor, and what is carried along, detached."""
+        return replaced(output, self.emit(index, main(output)))
 
     @abstractmethod
     def block_groups(self, index: int) -> list[ParamGroup]:
@@ -84,19 +98,21 @@ class LayerLocal(Algorithm):
         for i in range(first, self.depth):
             if self.trains(names[i]):
                 output = self.run(i, x, prepared)
-                yield Update(names[i], self.local_loss(i, output, prepared), again=partial(self._again, i, x, prepared))
+                yield Update(
+                    names[i], self.local_loss(i, main(output), prepared), again=partial(self._again, i, x, prepared)
+                )
             else:
                 with torch.no_grad():
                     output = self.run(i, x, prepared)
             if i + 1 < self.depth:  # what no block reads need not be made
-                x = self.emit(i, output)
+                x = self.hand_over(i, output)
             del output  # the block's graph ends here
         yield from self.extra_updates(batch, prepared)
 
-    def _again(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
-        return self.local_loss(index, self.run(index, inputs, batch), batch)
+    def _again(self, index: int, inputs: Any, batch: Batch) -> Tensor:
+        return self.local_loss(index, main(self.run(index, inputs, batch)), batch)
 
-    def _frozen_prefix(self, first: int, batch: Batch, prepared: Batch) -> Tensor:
+    def _frozen_prefix(self, first: int, batch: Batch, prepared: Batch) -> Any:
         """Input of the first block that trains, from the cache where it can be had."""
         if first == 0 or first == len(self.blocks):
             return prepared.inputs
@@ -112,13 +128,18 @@ class LayerLocal(Algorithm):
         if known is None:
             start, x = cache.nearest(first, batch.index, prepared.inputs)
             known = self._run_frozen(x, start, first, prepared)
+            if isinstance(known, Border):
+                raise ValueError(
+                    f"block {self.blocks.names[first - 1]!r} hands over {len(known.carried) + 1} tensors, and the cache keeps "
+                    "one for every sample: set schedule.cache=false"
+                )
             cache.put(first, batch.index, known)
         return known
 
-    def _run_frozen(self, x: Tensor, start: int, stop: int, prepared: Batch) -> Tensor:
+    def _run_frozen(self, x: Any, start: int, stop: int, prepared: Batch) -> Any:
         with torch.no_grad():
             for i in range(start, stop):
-                x = self.emit(i, self.run(i, x, prepared))
+                x = self.hand_over(i, self.run(i, x, prepared))
         return x
 
     def train_only(self, units: frozenset[str] | None) -> None:
@@ -142,6 +163,10 @@ class LayerLocal(Algorithm):
                 "set schedule.cache=false"
             )
         self._cache = FrozenActivations() if keep else None
+
+
+_WAY = ("run", "updates", "hand_over", "activations")
+"""What a rule must not have of its own where blocks hand over several tensors, unless it says that it knows them."""
 
 
 class FrozenActivations:
@@ -186,14 +211,19 @@ class FrozenActivations:
 
 
 def feature_sizes(blocks: Blocks, example: Batch) -> list[int]:
-    """Entries per sample of every block's output, from a dry run.
+    """Entries per sample of every block's main output, from a dry run.
 
     Raises:
         ValueError: a block that the example cannot pass, by name.
     """
     sizes: list[int] = []
+    x: Any
     x, context = example.inputs, example.context
-    parameter = next(blocks.parameters())
+    parameter = next(blocks.parameters(), None)
+    if parameter is None:
+        raise ValueError(
+            f"the network has no parameters in its blocks {', '.join(blocks.names)}, so there is nothing to train"
+        )
     x = x.to(parameter.device, parameter.dtype) if x.is_floating_point() else x.to(parameter.device)
     with torch.no_grad():
         for name, block in zip(blocks.names, blocks, strict=True):
@@ -201,9 +231,12 @@ def feature_sizes(blocks: Blocks, example: Batch) -> list[int]:
                 x = block(x, *context)
             except Exception as error:
                 raise ValueError(
-                    f"block {name!r} cannot take what comes before it, of shape {tuple(x.shape)}: {error}"
+                    f"block {name!r} cannot take what comes before it, of shape {tuple(main(x).shape)}: {error}"
                 ) from error
-            if not isinstance(x, Tensor) or x.ndim < 2:
-                raise ValueError(f"block {name!r} gives {type(x).__name__}, expected a tensor with samples as rows")
-            sizes.append(x[0].numel())
+            features = main(x)
+            if not isinstance(features, Tensor) or features.ndim < 2:
+                raise ValueError(
+                    f"block {name!r} gives {type(features).__name__}, expected a tensor with samples as rows"
+                )
+            sizes.append(features[0].numel())
     return sizes

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo
-from locallearn.algorithms.heads import BlockHeads
-from locallearn.algorithms.layer_local import LayerLocal
+from locallearn.algorithms.local_heads import LocalHeads
 from locallearn.batch import Batch
 
 Prediction = Literal["bp", "ff"]
 
 
-class MonoForward(LayerLocal):
-    """Mono-Forward (Gong, Li and Abdulla, arXiv 2501.09238).
+class MonoForward(LocalHeads):
+    """Mono-Forward (Gong, Li and Abdulla, arXiv 2501.09238): the simplest member of the frame of local heads.
 
     Block i has a projection M_i, shape ``(C, d_i)``, and learns with it from L_i = CE(softmax(a_i M_i^T), y), where a_i
     is the block's flattened output. No gradient leaves the block.
@@ -30,36 +28,19 @@ class MonoForward(LayerLocal):
         seed: of the projections.
     """
 
+    _owner: ClassVar[str] = "Mono-Forward"
+
     def __init__(self, prediction: Prediction = "bp", seed: int = 0) -> None:
         super().__init__(seed)
         if prediction not in get_args(Prediction):
             raise ValueError(f"prediction is {prediction!r}, expected 'bp' (last block) or 'ff' (sum over blocks)")
         self.prediction = prediction
 
-    @property
-    def locality(self) -> Locality:
-        """Layer-local: labels are broadcast, the error is not."""
-        return Locality.LAYER_LOCAL
-
-    def build(self, task: TaskInfo) -> None:
-        """Give every block its projection."""
-        self.heads = BlockHeads(self.blocks, task, "Mono-Forward")
-
-    def block_groups(self, index: int) -> list[ParamGroup]:
-        """Block and projection learn together."""
-        return self.heads.groups(self.blocks, index)
-
-    def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:
-        """Cross entropy of the block's goodness G_i = a_i M_i^T."""
-        return self.heads.loss(self.blocks, index, output, batch)
-
     def predict(self, inputs: Tensor, *context: Any) -> Tensor:
         """Goodness of the last trained block, or the sum over blocks, shape ``(N, C)``."""
+        if self.prediction == "bp":
+            return super().predict(inputs, *context)
         batch = Batch(inputs, inputs, context)
-        total: Tensor | None = None
-        for i, output in zip(range(self.depth), self.activations(inputs, *context), strict=False):
-            if self.prediction == "ff" or i == self.depth - 1:
-                scores = self.heads.scores(self.blocks, i, output, batch)
-                total = scores if total is None else total + scores
-        assert total is not None
-        return total
+        outputs = zip(range(self.depth), self.activations(inputs, *context), strict=False)
+        first, *others = (self.heads.scores(self.blocks, i, output, batch) for i, output in outputs)
+        return sum(others, start=first)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from locallearn.algorithms._error_path import error_path
 from locallearn.algorithms.base import Algorithm, Update
 from locallearn.audit._copies import duplicate, held_tensors
+from locallearn.audit._exact import alike, exact_gradients
 from locallearn.audit._replay import Driver, Observer, bits, moved, perturb, rows_of, stages
 from locallearn.audit._watch import Engine, Tape, address_of, flat, leaves
 from locallearn.batch import Batch
@@ -346,8 +347,56 @@ class Effects:
         return found
 
     @staticmethod
-    def _shift(twin: Algorithm) -> None:
-        perturb([p for stage in stages(twin).values() for p in stage.parameters()], seed=9)
+    def _shift(twin: Algorithm, seed: int = 9, size: float = 0.3) -> None:
+        perturb([p for stage in stages(twin).values() for p in stage.parameters()], seed, size)
+
+    def exact(self, apart: Callable[[str, str], bool]) -> list[tuple[str, str]]:
+        """Pairs (block, later block): the steps of the first are the exact gradient, or have its signs, whatever way led there.
+
+        They must be so with other weights in the whole network, too, which feedback weights that happen to equal the network's
+        do not follow. What a rule remembers (momentum) is in both steps, so their difference may be exact instead.
+
+        Args:
+            apart: whether there is a border between two blocks.
+        """
+        below = self._below(apart)
+        if not below or not any(bool(self.moved[name].any()) for name in below):
+            return []
+        changes: list[Change | None] = [None, *(partial(self._shift, seed=seed, size=0.6) for seed in range(11, 15))]
+        steps = [self.moved, *(self.with_other(change, pinned=False).moved for change in changes[1:] if change)]
+        gradients = list(zip(*map(self._exact_gradients, changes), strict=False))  # by loss, then by state
+        floats = self.batch.targets.is_floating_point()  # one output: signs of weights alone give the gradient's signs
+        several = (self.batch.targets[0].numel() if floats else self._algorithm.outputs) > 1
+        for name, later in below.items():
+            for known in gradients:
+                pairs = [
+                    (step[name], exact.get(name, torch.zeros(()))) for step, exact in zip(steps, known, strict=True)
+                ]
+                (step, exact), *others = pairs
+                apart_by = [(s - step, e - exact) for s, e in others]
+                if any(all(alike(s, e, several) for s, e in seen) for seen in (pairs, apart_by)):
+                    return [(name.partition(".")[0], later)]
+        return []
+
+    def _below(self, apart: Callable[[str, str], bool]) -> dict[str, str]:
+        """Weights with a later block that holds matrices beyond a border, and that block."""
+        names = list(stages(self._algorithm))
+        mixing = [name for name in names if self._matrices(self._algorithm, name)]
+        found = {}
+        for name in self.moved:
+            stage = name.partition(".")[0]
+            later = next(
+                (other for other in mixing if names.index(other) > names.index(stage) and apart(stage, other)), ""
+            )
+            if later:
+                found[name] = later
+        return found
+
+    def _exact_gradients(self, change: Change | None) -> list[dict[str, Tensor]]:
+        twin = duplicate(self._algorithm)
+        if change is not None:
+            change(twin)
+        return exact_gradients(twin, self.batch, self._driver.randomness, self._driver.context, self._seed)
 
     # -- what runs from the labels alone -----------------------------------------------------------------------------
     def label_path_sees(self) -> str:

@@ -43,6 +43,7 @@ class Findings:
         since: first batch in which a change of one party is seen in another, by both names.
         depends: later parties that change what becomes of a party, by party; not those that do so through another.
         crossings: pairs of blocks (earlier, later): an error crosses a border without autograd's edge.
+        exact: pairs of blocks (earlier, later): the steps of the first are the gradient of the output's loss all the same.
         transported: weights whose step changes with the network's matrices though no activation does.
         uncarried: weights whose step does not change whatever feedback weights are zero.
         backward: whether the backward pass of a unit of several blocks was looked at.
@@ -56,6 +57,7 @@ class Findings:
     since: dict[tuple[str, str], int] = field(default_factory=dict)
     depends: dict[str, list[str]] = field(default_factory=dict)
     crossings: list[tuple[str, str]] = field(default_factory=list)
+    exact: list[tuple[str, str]] = field(default_factory=list)
     transported: set[str] = field(default_factory=set)
     uncarried: set[str] = field(default_factory=set)
     backward: bool = False
@@ -207,7 +209,7 @@ class Examination:
         for later in found.parties.values():
             if later.rank == first or not later.tensors:
                 continue
-            other, _ = self._follow(hold=hold, kick=later.name)
+            other = self._kicked(found, later, hold)
             for name in found.parties:
                 course = zip(plain.course[name], other.course[name], strict=True)
                 when = next((i for i, (a, b) in enumerate(course) if a != b), None)
@@ -216,14 +218,46 @@ class Examination:
         found.depends = {name: found.directly(party) for name, party in found.parties.items()}
         return trained
 
+    def _kicked(self, found: Findings, later: Party, hold: list[list[torch.Tensor]]) -> Trajectory:
+        """A run with this party changed; whole numbers among its buffers are left where other ones cannot be run with."""
+        whole = any(not t.is_floating_point() for t in later.tensors)
+        try:
+            return self._follow(hold, later.name)[0]
+        except (RuntimeError, IndexError, ValueError):
+            if not whole:
+                raise
+        found.limits.append(f"what hangs on the whole numbers among the buffers of {later.name!r}")
+        return self._follow(hold, later.name, integers=False)[0]
+
+    def _through_averages(self, found: Findings) -> bool:
+        """Whether blocks answer to the next one only, and to nothing of later ones once the rule's averages are held still."""
+        names = list(stages(self._algorithm))
+        if not self._algorithm.averages or any(names.index(b) - names.index(a) != 1 for a, b in found.crossings):
+            return False
+        plain, _ = self._follow(still=True)
+        for later in found.parties.values():
+            if later.tensors:
+                other, _ = self._follow(hold=plain.labels, kick=later.name, still=True)
+                if any(
+                    plain.course[name] != other.course[name]
+                    for name, party in found.parties.items()
+                    if party.rank < later.rank
+                ):
+                    return False
+        return True
+
     def _follow(
-        self, hold: list[list[torch.Tensor]] | None = None, kick: str | None = None
+        self,
+        hold: list[list[torch.Tensor]] | None = None,
+        kick: str | None = None,
+        integers: bool = True,
+        still: bool = False,
     ) -> tuple[Trajectory, Algorithm]:
         return follow(
             self._algorithm,
             self._driver,
             self._batches,
-            Trajectory(hold, kick, self._warmup - 1 if self._warmup else -1),
+            Trajectory(hold, kick, self._warmup - 1 if self._warmup else -1, integers, still),
         )
 
     # -- one batch ---------------------------------------------------------------------------------------------------
@@ -250,11 +284,16 @@ class Examination:
                 else:
                     found.transported = self._along_the_way(lambda at: at.transports(), set(), whole=True)
                 found.uncarried = effects.uncarried()
+                if not effects.mirrored:
+                    found.exact = effects.exact(lambda one, other: True)
         elif many and (not ran or any(found.depends.values())):
             apart = self._apart(found, everywhere=not ran)
             found.crossings = effects.crossings(apart)
             if not found.crossings and claim is not Locality.GLOBAL:
                 found.crossings = self._along_the_way(lambda at: at.crossings(apart), found.border.kinds())
+                found.exact = self._along_the_way(lambda at: at.exact(apart), found.border.kinds())
+            if found.crossings and self._through_averages(found):
+                found.crossings = []
         else:
             return
         if not effects.pinned:

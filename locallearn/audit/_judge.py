@@ -116,6 +116,12 @@ def _verdict(found: Findings) -> tuple[Locality, str]:
         block, later = found.crossings[0]
         how = "" if found.border.engine_ran else "autograd never ran, but "
         return Locality.GLOBAL, f"{how}an error comes back to {block!r} through the weights of {later!r}"
+    if found.exact:
+        block, later = found.exact[0]
+        return Locality.GLOBAL, (
+            f"the steps of {block!r}, below {later!r}, are the exact gradient of a loss at the network's output or have its "
+            "signs, whatever way led there (by hand, forward mode, differences): that is backpropagation's step"
+        )
     if not found.border.engine_ran:
         return Locality.FORWARD_ONLY, f"autograd never ran{f'; of the gradients, {coupling}' if coupling else ''}"
     if found.backward:

@@ -205,11 +205,16 @@ def parties(algorithm: Algorithm) -> dict[str, Party]:
     return result
 
 
-def perturb(tensors: Iterable[Tensor], seed: int = 1, size: float = 0.3) -> None:
-    """Change every tensor of floats by that share of its size; what is nowhere negative stays so, but for weights."""
+def perturb(tensors: Iterable[Tensor], seed: int = 1, size: float = 0.3, integers: bool = False) -> None:
+    """Change every tensor of floats by that share of its size; what is nowhere negative stays so, but for weights.
+
+    ``integers``: change whole numbers, too.
+    """
     generator = torch.Generator().manual_seed(seed)
     for tensor in tensors:
         if not tensor.is_floating_point():
+            if integers and not tensor.is_complex():
+                _exchange(tensor, generator)
             continue
         noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
         with torch.no_grad():
@@ -220,6 +225,21 @@ def perturb(tensors: Iterable[Tensor], seed: int = 1, size: float = 0.3) -> None
             # A matrix of zeros gets the size of a drawn one: what depends on it must be loud enough to be heard.
             drawn = tensor[0].numel() ** -0.5 if tensor.ndim > 1 and tensor.numel() else 0.3
             tensor.add_(noise, alpha=size * (rms if rms > 0 else drawn))
+
+
+def _exchange(tensor: Tensor, generator: torch.Generator) -> None:
+    """Give every whole number the value of another one of its row, so that indices stay valid; a constant becomes one more.
+
+    What is sorted may be offsets of rows (a sparse matrix's), which in another order would lead out of memory: it stays.
+    """
+    values = tensor.detach().cpu()
+    if values.numel() and bool((values == values.flatten()[0]).all()):
+        if values.dtype is not torch.bool:
+            tensor.add_(1)
+    elif values.ndim and not torch.equal(values.flatten().sort(stable=True).values, values.flatten()):
+        others = torch.randint(values.shape[-1], values.shape, generator=generator)
+        chosen = values.gather(-1, others)
+        tensor.copy_(values.roll(1, -1) if torch.equal(chosen, values) else chosen)
 
 
 # -- runs -----------------------------------------------------------------------------------------------------------------
@@ -317,6 +337,9 @@ def bits(tensors: Iterable[Tensor]) -> bytes:
         value = tensor.detach()
         value = (value + 0) if value.is_floating_point() or value.is_complex() else value
         digest.update(str((tuple(value.shape), value.dtype)).encode())
+        if value.is_meta:  # shapes only: differentiation in forward mode works some of them out beforehand
+            continue
+        value = value if value.layout is torch.strided else value.to_dense()
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.digest()
 
@@ -328,6 +351,8 @@ class Trajectory(Observer):
     Args:
         hold: states of the label path after every batch, to be held to; ``None``: they are noted.
         kick: a party to be changed before the first batch and, once more, after batch ``again``.
+        integers: whether its whole numbers are changed, too.
+        still: note and hold the rule's averages, too.
 
     Attributes:
         course: digests by party, one per batch.
@@ -339,6 +364,8 @@ class Trajectory(Observer):
     hold: list[list[Tensor]] | None = None
     kick: str | None = None
     again: int = -1
+    integers: bool = True
+    still: bool = False
     course: dict[str, list[bytes]] = field(default_factory=dict)
     labels: list[list[Tensor]] = field(default_factory=list)
     infinite: dict[str, int] = field(default_factory=dict)
@@ -355,7 +382,7 @@ class Trajectory(Observer):
         held = (t for party in self._parties.values() for t in party.tensors if isinstance(t, nn.Parameter))
         perturb((t for t in held if t.ndim > 1 and not bool(t.any())), size=1.0)
         if self.kick is not None:
-            perturb(self._parties[self.kick].tensors, size=1.0)
+            perturb(self._parties[self.kick].tensors, size=1.0, integers=self.integers)
 
     def differentiated(self, twin: Algorithm, unit: str) -> None:
         """Note the gradients of this unit."""
@@ -371,7 +398,8 @@ class Trajectory(Observer):
         for name, party in self._parties.items():
             self.course[name].append(b"".join([*self._steps.get(name, []), bits(party.tensors)]))
         self._steps, self._number = {}, number + 1
-        path = [p for module in twin.label_path for p in module.parameters()]
+        averages = twin.averages if self.still else ()
+        path = [p for module in (*twin.label_path, *averages) for p in module.parameters()]
         if self.hold is None:
             self.labels.append([t.detach().clone() for t in path])
         else:
@@ -379,7 +407,7 @@ class Trajectory(Observer):
                 for tensor, value in zip(path, self.hold[number], strict=True):
                     tensor.copy_(value)
         if self.kick is not None and number == self.again:
-            perturb(self._parties[self.kick].tensors, seed=2)
+            perturb(self._parties[self.kick].tensors, seed=2, integers=self.integers)
 
     def end(self) -> None:
         """After the last batch."""

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from locallearn.cli.analyze import analyze
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan
 from locallearn.cli.saved import (
@@ -230,7 +231,7 @@ def _signature(config: Any, algorithm: str) -> str:
     """What has to be the same for a run to stand for another: all settings but places and those of the commands."""
     import json
 
-    places = ("compare", "tune", "report", "predict", "bench", "runs_dir", "resume", "keep_model")
+    places = ("compare", "tune", "report", "predict", "analyze", "bench", "runs_dir", "resume", "keep_model")
     kept = {k: v for k, v in config.items() if k not in places}
     ends = [config.get("compare", {}).get(key) for key in ("mode", "target")]
     return json.dumps([algorithm, kept, ends], sort_keys=True, default=str)
@@ -596,5 +597,5 @@ def data(words: list[str]) -> int:
     return 0
 
 
-COMMANDS = (train, predict, compare, tune, report, audit, bench, data)
+COMMANDS = (train, predict, analyze, compare, tune, report, audit, bench, data)
 """What the command line knows, in the order of the help."""

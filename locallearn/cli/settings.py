@@ -166,7 +166,8 @@ class Arm:
     def beyond(self, variant: str | None) -> list[str]:
         """Settings that a rule's name of its variant does not tell already."""
         pairs = [setting.removeprefix("algorithm.") for setting in self.settings]
-        return [pair for pair in pairs if variant not in pair.split("=")]
+        told = {variant, *(variant or "").split(", ")}
+        return [pair for pair in pairs if told.isdisjoint((pair, *pair.split("=")))]
 
 
 def check_arguments(made: Any, values: dict[str, Any], where: str) -> None:

@@ -325,6 +325,8 @@ def _formulas() -> dict[Any, Callable[..., Any]]:
         ("mkldnn_rnn_layer_backward", _mkldnn_rnn_backward),
         ("_cudnn_rnn miopen_rnn", _fused_rnn),
         ("_cudnn_rnn_backward miopen_rnn_backward", _fused_rnn_backward),
+        ("linalg_cholesky_ex linalg_cholesky cholesky", lambda a, *_, **__: int(prod(a)) * a[-1] // 3),
+        ("cholesky_solve", lambda b, a, *_, **__: 2 * int(prod(b)) * a[-1]),
         (
             "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
             "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable",

@@ -39,7 +39,7 @@ class StageCost:
         row_flops: operations for every row of a batch.
         step_flops: operations of a step whatever the number of its rows: products of weights with weights, say.
         once_flops: operations done once in the stage, however many samples there are: a graph's aggregate, first
-            estimates. Zero where nothing is kept.
+            estimates, a closed form that is solved when the epoch ends. Zero where nothing is kept.
         fill_flops: operations done once for every row of the training set: frozen activations that are kept.
         rows: of the batch that was measured.
         activation_peak_bytes: peak bytes kept alive for gradients, for the whole batch.
@@ -226,16 +226,20 @@ def _measure_stage(
         settled = [flops(batch, again=True) for _ in range(_PATIENCE)]
     step = sum(settled) / len(settled)
     fixed = _fixed_flops(flops, batch, step) if steady and period == 1 else 0.0
+    peak, kept = _peak(twin, batch), cache_bytes(twin, without=[batch, other])
+    with counting() as counter:
+        twin.end_epoch()
+    names.update(counter.uncounted)
     return StageCost(
         units=units,
         row_flops=(step - fixed) / rows,
         step_flops=fixed,
-        once_flops=once if steady and once > 0 else 0.0,
+        once_flops=(once if steady and once > 0 else 0.0) + counter.total,
         fill_flops=fill if steady else 0.0,
         rows=rows,
-        activation_peak_bytes=_peak(twin, batch),
+        activation_peak_bytes=peak,
         gradient_bytes=gradients,
-        cache_bytes=cache_bytes(twin, without=[batch, other]),
+        cache_bytes=kept,
         steady=steady,
     )
 

@@ -1,25 +1,33 @@
 """The equations of the learning rules as pure functions, one module per rule, named as in the papers."""
 
 from locallearn.functional import (
+    cafo,
     channelwise,
     counter_current,
+    emergent,
     feedback_alignment,
     forward_forward,
     forward_gnn,
     layer_collaboration,
+    local_heads,
     mono_forward,
     pepita,
+    scalable_ff,
     symba,
 )
 
 __all__ = [
+    "cafo",
     "channelwise",
     "counter_current",
+    "emergent",
     "feedback_alignment",
     "forward_forward",
     "forward_gnn",
     "layer_collaboration",
+    "local_heads",
     "mono_forward",
     "pepita",
+    "scalable_ff",
     "symba",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locallearn.nets.border import Border, main
 from locallearn.nets.inplace import InputGuard, try_out
 
 # A layer of these kinds belongs to the layer before it: it normalises that layer's output.
@@ -32,7 +33,9 @@ class Blocks(nn.Module):
 
     ``forward(x, *context)`` runs all blocks in order and then the readout: plain inference and plain backpropagation.
     ``context`` is handed unchanged to every block and to the readout (a graph's edge index, say). A block that works in
-    place gets copies of what it writes into, whoever runs it (:class:`~locallearn.nets.inplace.InputGuard`).
+    place gets copies of what it writes into, whoever runs it (:class:`~locallearn.nets.inplace.InputGuard`). A block that
+    hands over more than one tensor returns a :class:`~locallearn.nets.border.Border`, which the next block is given as its
+    input; the readout gets the main one.
 
     Args:
         blocks: the blocks by name, in the order of the forward pass. At least one, each with parameters of its own.
@@ -84,16 +87,27 @@ class Blocks(nn.Module):
         return self.members[self.names[index]]
 
     def features(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
-        """Yield the output of every block in turn, undetached, without the readout."""
+        """Yield the main output of every block in turn, undetached, without the readout."""
         for block in self:
             inputs = block(inputs, *context)
-            yield inputs
+            yield main(inputs)
 
     def forward(self, inputs: Tensor, *context: Any) -> Tensor:
         """Run every block and the readout."""
         for block in self:
             inputs = block(inputs, *context)
-        return inputs if self.readout is None else self.readout(inputs, *context)
+        output: Tensor = main(inputs)
+        return output if self.readout is None else self.readout(output, *context)
+
+    def carrier(self, inputs: Tensor, context: tuple[Any, ...]) -> str | None:
+        """Name of the first block that hands over more than one tensor, found out by a pass; ``None``: there is none."""
+        x: Any = inputs
+        with torch.no_grad():
+            for name, block in self.members.items():
+                x = block(x, *context)
+                if isinstance(x, Border):
+                    return name
+        return None
 
     def try_out(self, inputs: Tensor, context: tuple[Any, ...]) -> None:
         """Find out on copies, in training mode, which blocks write into what they are given, before training starts.

@@ -14,7 +14,7 @@ from locallearn.nets.blocks import Blocks
 
 _T = TypeVar("_T")
 Init = Literal["kaiming_uniform", "he_uniform", "xavier_uniform", "lecun_normal", "orthogonal"]
-Activation = Literal["relu", "elu", "tanh"]
+Activation = Literal["relu", "leaky_relu", "elu", "tanh"]
 Pool = Literal["avg", "max"]
 
 
@@ -44,7 +44,12 @@ _INITS: dict[str, Callable[[Tensor], Any]] = {
     "lecun_normal": _lecun_normal,
     "orthogonal": _orthogonal,
 }
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh}
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "tanh": nn.Tanh,
+}
 _POOLS: dict[str, Callable[[int], nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
 
 
@@ -81,6 +86,30 @@ def choice(what: str, name: str, known: Mapping[str, _T]) -> _T:
     return known[name]
 
 
+def image_size(input_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Channels, height and width of one sample.
+
+    Raises:
+        ValueError: it is no image.
+    """
+    if len(input_shape) != 3 or min(input_shape) < 1:
+        raise ValueError(
+            f"input_shape is {tuple(input_shape)}, expected (channels, height, width): this network takes images"
+        )
+    channels, height, width = input_shape
+    return channels, height, width
+
+
+def check_dropout(probability: float) -> None:
+    """Refuse what is no probability of dropping.
+
+    Raises:
+        ValueError: it is below 0, or 1 and above.
+    """
+    if not 0 <= probability < 1:
+        raise ValueError(f"dropout is {probability}, expected a probability from 0 to below 1")
+
+
 def activation_layer(name: Activation) -> nn.Module:
     """A new activation of this name.
 
@@ -97,6 +126,8 @@ def mlp(
     activation: Activation = "relu",
     bias: bool = True,
     readout_bias: bool = False,
+    batch_norm: bool = False,
+    dropout: float = 0.0,
     init: Init = "kaiming_uniform",
 ) -> Blocks:
     """Blocks of ``Linear -> activation``, inputs flattened, and a linear readout.
@@ -108,25 +139,29 @@ def mlp(
         input_shape: shape of one sample, e.g. ``(1, 28, 28)``.
         outputs: number of classes.
         hidden: width of every block.
-        activation: ``relu``, ``elu`` or ``tanh``.
+        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu`` or ``tanh``.
         bias: whether the blocks have biases.
         readout_bias: whether the readout has a bias.
+        batch_norm: put a BatchNorm before the activation.
+        dropout: probability, of what every block but the first is given, and the readout: a block's own output is whole.
         init: see :func:`initialise`.
 
     Raises:
-        ValueError: no hidden width, or one below 1; an unknown activation or init.
+        ValueError: no hidden width, or one below 1; no probability; an unknown activation or init.
     """
     if not hidden or any(width < 1 for width in hidden):
         raise ValueError(f"hidden is {list(hidden)}, expected at least one positive width")
+    check_dropout(dropout)
     width = prod(input_shape)
     blocks: dict[str, nn.Module] = {}
+    before: list[nn.Module] = [nn.Flatten()] if len(input_shape) > 1 else []
     for i, units in enumerate(hidden):
-        layers: list[nn.Module] = [nn.Linear(width, units, bias=bias), activation_layer(activation)]
-        if i == 0 and len(input_shape) > 1:
-            layers.insert(0, nn.Flatten())
+        norm: list[nn.Module] = [nn.BatchNorm1d(units)] if batch_norm else []
+        layers = [*before, nn.Linear(width, units, bias=bias), *norm, activation_layer(activation)]
         blocks[f"layer{i + 1}"] = nn.Sequential(*layers)
-        width = units
-    net = Blocks(blocks, nn.Linear(width, outputs, bias=readout_bias))
+        width, before = units, [nn.Dropout(dropout)] if dropout else []
+    readout = nn.Linear(width, outputs, bias=readout_bias)
+    net = Blocks(blocks, nn.Sequential(*before, readout) if before and dropout else readout)
     initialise(net, init)
     return net
 
@@ -152,7 +187,7 @@ def cnn(
         channels: output channels of every block; each pooling halves height and width.
         kernel_size: of every convolution.
         padding: zeros around every convolution's input; with 1 and kernels of 3 only poolings shrink the map.
-        activation: ``relu``, ``elu`` or ``tanh``.
+        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu`` or ``tanh``.
         pool: ``avg`` or ``max``, over 2x2.
         batch_norm: put a BatchNorm before the activation.
         bias: whether the convolutions have biases.
@@ -163,18 +198,15 @@ def cnn(
         ValueError: the input is not an image, or too small for that many poolings; no channels, or fewer than 1 in a
             block; an unknown activation, pool or init.
     """
-    if len(input_shape) != 3:
-        raise ValueError(f"input_shape is {tuple(input_shape)}, expected (channels, height, width)")
-    if not channels or any(after < 1 for after in channels):
-        raise ValueError(f"channels is {list(channels)}, expected at least one positive number of channels")
-    before, height, width = input_shape
+    before, height, width = image_size(input_shape)
+    check_channels(channels)
     blocks: dict[str, nn.Module] = {}
     for i, after in enumerate(channels):
         height, width = ((side + 2 * padding - kernel_size + 1) // 2 for side in (height, width))
         if min(height, width) < 1:
             raise ValueError(
                 f"nothing is left of a {input_shape[1]}x{input_shape[2]} image in block {i + 1} of {len(channels)}, after "
-                f"convolutions of {kernel_size} with padding {padding} and poolings of 2: use at most {i} blocks"
+                f"convolutions of {kernel_size} with padding {padding} and poolings of 2: {fewer(i)}"
             )
         norm: list[nn.Module] = [nn.BatchNorm2d(after)] if batch_norm else []
         blocks[f"conv{i + 1}"] = nn.Sequential(
@@ -187,3 +219,51 @@ def cnn(
     net = Blocks(blocks, nn.Sequential(nn.Flatten(), nn.Linear(before * height * width, outputs, bias=readout_bias)))
     initialise(net, init)
     return net
+
+
+def cafo_cnn(
+    input_shape: Sequence[int], outputs: int, channels: Sequence[int] = (32, 128, 512), bias: bool = True
+) -> Blocks:
+    """The network of Cascaded Forward (Zhao et al., arXiv 2303.09728) as in its official code.
+
+    Blocks of ``Conv 3x3 -> ReLU -> max pool 2 -> BatchNorm`` (eps 1e-4), weights and biases as PyTorch draws them, and a
+    linear readout of the flattened map without a bias.
+
+    Args:
+        input_shape: ``(C, H, W)`` of one sample.
+        outputs: number of classes.
+        channels: output channels of every block; each pooling halves height and width.
+        bias: whether the convolutions have biases.
+
+    Raises:
+        ValueError: the input is not an image, or too small for that many poolings; no channels, or fewer than 1 in a block.
+    """
+    before, height, width = image_size(input_shape)
+    check_channels(channels)
+    blocks: dict[str, nn.Module] = {}
+    for i, after in enumerate(channels):
+        height, width = height // 2, width // 2
+        if min(height, width) < 1:
+            raise ValueError(
+                f"nothing is left of a {input_shape[1]}x{input_shape[2]} image in block {i + 1} of {len(channels)}, after "
+                f"poolings of 2: {fewer(i)}"
+            )
+        blocks[f"conv{i + 1}"] = nn.Sequential(
+            nn.Conv2d(before, after, 3, padding=1, bias=bias),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(after, eps=1e-4),
+        )
+        before = after
+    return Blocks(blocks, nn.Sequential(nn.Flatten(), nn.Linear(before * height * width, outputs, bias=False)))
+
+
+def check_channels(channels: Sequence[int]) -> None:
+    """Refuse an empty list, or fewer channels than one."""
+    if not channels or any(after < 1 for after in channels):
+        raise ValueError(f"channels is {list(channels)}, expected at least one positive number of channels")
+
+
+def fewer(blocks: int) -> str:
+    """What to do where nothing is left of an image after so many blocks."""
+    return f"use at most {blocks} blocks" if blocks else "it is too small for this network"

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from locallearn.nets.border import detached, main, replaced
+
 
 class InputGuard:
     """Hands a block copies of those inputs that it writes into, and of no others.
@@ -100,15 +102,17 @@ def try_out(blocks: Mapping[str, nn.Module], inputs: Tensor, context: tuple[Any,
 
     Whatever goes wrong is left to those who run the blocks in earnest and know what to say.
     """
+    given: Any = inputs
     try:
-        for block in blocks.values():
+        for name, block in blocks.items():
+            given = main(given) if name == "readout" else given
             twin = copy.deepcopy(block).train()
             parameter = next(twin.parameters(), None)
-            if parameter is not None and inputs.is_floating_point():
-                inputs = inputs.to(parameter.device, parameter.dtype)
+            if parameter is not None and main(given).is_floating_point():
+                given = replaced(given, main(given).to(parameter.device, parameter.dtype))
             devices = [parameter.device] if parameter is not None and parameter.is_cuda else []
             with torch.random.fork_rng(devices=devices):
-                inputs = twin(inputs, *context).detach()
+                given = detached(twin(given, *context))
     except Exception:
         return
 

@@ -11,6 +11,9 @@ SCHEMA: Final = 1
 CHECKPOINT: Final = "resume.ckpt"
 """Where a run keeps what ``train resume=FOLDER`` goes on from; gone once the run is done."""
 
+ANALYSIS: Final = "analysis"
+"""Folder beside the runs' folders for what is worked out of kept models: one file per run, rebuilt at will."""
+
 COST_COLUMNS: Final = (
     "train_s",
     "validation_s",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from locallearn.records import SCHEMA, Record, plain_file
+from locallearn.report._analysis import Analysis, Likeness, analysis_groups, analysis_notes, read_analyses
 from locallearn.report._assets import SCRIPT, STYLE
 from locallearn.report._charts import (
     Chart,
@@ -131,9 +132,13 @@ def _render(records: Sequence[Record], title: str, problems: Sequence[str]) -> s
             f'<li><a href="#s{number}">{escape(name)}{f" ({escape(members[0].terms)})" if mode else ""}</a></li>'
         )
         sections.append(_section(f"s{number}", members, known, seen, style, points, figures))
+    analyses, likenesses, unused = read_analyses(rows, style)
+    if analyses or likenesses:
+        links.append('<li><a href="#representations">Representations</a></li>')
+        sections.append(_representations(analyses, likenesses, figures))
     body = "".join([*sections, *map(_bench, benches)]) or "<p>There is no finished run to show yet.</p>"
     nav = f'<nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>' if len(links) > 1 else ""
-    unfinished = _unfinished(records, [*problems, *damaged, *unseen])
+    unfinished = _unfinished(records, [*problems, *damaged, *unseen, *unused])
     return _document(title, f"{_lead(records, rows)}{nav}", body + unfinished + _provenance(records, rows), figures)
 
 
@@ -256,6 +261,21 @@ def _section(
     return (
         f'<section id="{anchor}"><h2>{escape(name)} {badge}</h2>{about}'
         f"{_headline(rows, shown, style)}{_notes(rows, shown)}{charts}</section>"
+    )
+
+
+def _representations(
+    analyses: Sequence[Analysis], likenesses: Sequence[Likeness], figures: list[Mapping[str, Any]]
+) -> str:
+    """What `locallearn analyze` found of the page's runs."""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in analysis_notes(analyses, likenesses))
+    charts = "".join(
+        f"<h3>{escape(heading)}</h3>{_grid(group, figures)}"
+        for heading, group in analysis_groups(analyses, likenesses)
+        if group
+    )
+    return (
+        f'<section id="representations"><h2>Representations</h2><ul class="plain note">{notes}</ul>{charts}</section>'
     )
 
 

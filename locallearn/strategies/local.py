@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -17,6 +19,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -64,6 +67,19 @@ _REFUSED: dict[type[pl.Callback], str] = {
     ModelPruning: "puts other parameters in the place of those that the rule was attached to: prune after training",
     BatchSizeFinder: "trains steps on the way, which the rule and the schedule would count: set the batch size yourself",
 }
+
+
+# What Lightning calls around a unit's step; where nobody has written any of it, the calls are left out.
+_MODULE_HOOKS = (
+    "on_before_backward",
+    "backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "configure_gradient_clipping",
+    "clip_gradients",
+)
+_CALLBACK_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
+_STRATEGY_HOOKS = ("pre_backward", "post_backward")
 
 
 class Diverged(RuntimeError):
@@ -298,18 +314,23 @@ class LocalStrategy(SingleDeviceStrategy):
         assert module is not None
         self._check_accumulation(module.trainer.accumulate_grad_batches)  # callbacks may change it at any time
         self.batch = batch = self.task.to_batch(args[0])
+        plugin, listened = self.precision_plugin, self._listened_to(module)
+        # In plain precision there is nothing to enter.
+        context = nullcontext if type(plugin) is Precision else plugin.train_step_context
         updates = self.algorithm.updates(batch)
         total: Tensor | None = None
         while True:
-            with self.precision_plugin.train_step_context():
+            with context():
                 update = next(updates, None)
             if update is None:
                 break
             optimizer = self._unit_optimizers[update.unit]
-            closure = Closure(
-                update, optimizer, self.precision_plugin.train_step_context, partial(self._differentiate, optimizer)
-            )
-            self.precision_plugin.optimizer_step(optimizer, model=module, closure=closure)
+            if listened:
+                closure = Closure(update, optimizer, context, partial(self._differentiate, optimizer))
+                plugin.optimizer_step(optimizer, model=module, closure=closure)
+            else:
+                closure = Closure(update, optimizer, context)
+                optimizer.step(closure)  # type: ignore[arg-type]
             if not closure.calls:
                 raise ValueError(
                     f"the optimizer {type(optimizer).__name__} has not called its closure, which works out the gradients: unit "
@@ -320,9 +341,25 @@ class LocalStrategy(SingleDeviceStrategy):
                 self._note(update.unit, update.loss)
                 total = update.loss if total is None else total + update.loss
             del closure, update
-        self._check_finite()
+        self._check_finite(total)
+        progress: Any = module.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch or progress.current.ready >= module.trainer.num_training_batches:
+            self.algorithm.end_epoch()
         # Lightning wants a loss; a rule without one (closed form, zeroth order) reports zero.
         return torch.zeros((), device=self.root_device) if total is None else total
+
+    def _listened_to(self, module: pl.LightningModule) -> bool:
+        """Whether anybody has written a hook around backward passes and steps, clips, or takes the time of such hooks."""
+        trainer = module.trainer
+        set_outside = vars(trainer)  # of the class, where mypy does not see it
+        callbacks: list[pl.Callback] = set_outside["callbacks"]
+        return (
+            trainer.gradient_clip_val is not None
+            or type(set_outside["profiler"]) is not PassThroughProfiler
+            or _writes(module, pl.LightningModule, _MODULE_HOOKS)
+            or _writes(self, Strategy, _STRATEGY_HOOKS)
+            or any(_writes(callback, pl.Callback, _CALLBACK_HOOKS) for callback in callbacks)
+        )
 
     def _differentiate(self, optimizer: Optimizer, loss: Tensor) -> None:
         Strategy.backward(self, loss, optimizer)
@@ -398,10 +435,13 @@ class LocalStrategy(SingleDeviceStrategy):
         self._loss_sums[unit] = self._loss_sums[unit] + loss if unit in self._loss_sums else loss
         self._loss_counts[unit] = self._loss_counts.get(unit, 0) + 1
 
-    def _check_finite(self) -> None:
+    def _check_finite(self, latest: Tensor | None) -> None:
         # Reading a loss waits for the device: often on a CPU, where that costs nothing, seldom elsewhere.
         step = self.lightning_module.trainer.global_step if self.lightning_module is not None else 0
-        if self.root_device.type != "cpu" and step % 50:
+        if self.root_device.type != "cpu":
+            if step % 50:
+                return
+        elif latest is None or math.isfinite(latest.item()):  # the sum of this batch's losses tells of all of them
             return
         for unit, total in self._loss_sums.items():
             if not torch.isfinite(total):
@@ -409,3 +449,9 @@ class LocalStrategy(SingleDeviceStrategy):
                     f"unit {unit!r} diverged: its loss is {float(total)} at step {step}; a smaller learning rate or "
                     "gradient clipping (trainer.gradient_clip_val) may help"
                 )
+
+
+def _writes(one: object, base: type, hooks: Sequence[str]) -> bool:
+    """Whether an object has a method of its own in place of any of these of ``base``."""
+    own, kind = vars(one), type(one)
+    return any(hook in own or getattr(kind, hook, None) is not getattr(base, hook) for hook in hooks)

@@ -28,7 +28,8 @@ class Schedule(pl.Callback):
 
     A stage is the set of units that train together: one stage with all of them (joint), or one stage per unit
     (sequential). Every stage ends with the epoch in which it has had ``max_epochs`` of the Trainer, or in which the
-    monitored metric has not improved for ``patience`` validations, and gets the weights of its best validation back. The
+    monitored metric has not improved for ``patience`` validations, or after which another would change nothing
+    (``Algorithm.finished``: a closed form), and gets the weights of its best validation back. The
     same rule therefore serves backpropagation and every local rule, which is what makes their costs comparable
     (docs/studies.md, mode ``own``). The validation metric of a sequential stage is that of the network trained so far.
 
@@ -323,7 +324,11 @@ class Schedule(pl.Callback):
         """Whether the stage ends with the epoch that has just been counted."""
         if self._cap is not None and self.epochs >= self._cap:
             return True
-        if self.patience is None or self.bad_epochs < self.patience or self.epochs < (trainer.min_epochs or 0):
+        algorithm = cast(LocalTask, module).algorithm
+        stalled = self.patience is not None and self.bad_epochs >= self.patience
+        if not stalled and not (algorithm is not None and self.epochs and algorithm.finished):
+            return False
+        if self.epochs < (trainer.min_epochs or 0):
             return False
         return self.stage + 1 < self._stages(module) or trainer.global_step >= (trainer.min_steps or 0)
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from locallearn.algorithms.base import Algorithm, Update
 from locallearn.batch import Batch
-from locallearn.cost import measure_update
+from locallearn.cost import UpdateCost, counting, measure_update
 from locallearn.precision import multiplying
 from locallearn.records import RunFolder, hardware, source, versions
 from locallearn.strategies.local import Closure, LocalStrategy
@@ -41,12 +41,14 @@ class Timing:
         baseline: of what it is compared with.
         seconds: per round.
         ratios: to the baseline's seconds of the same round.
+        flops: operations of a step over the baseline's; ``None`` where they were not counted.
     """
 
     name: str
     baseline: str
     seconds: list[float]
     ratios: list[float]
+    flops: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For the record."""
@@ -57,7 +59,13 @@ class Timing:
             "ratio": statistics.median(self.ratios),
             "ratio_min": min(self.ratios),
             "ratio_max": max(self.ratios),
+            **({} if self.flops is None else {"flops_ratio": self.flops, "time_over_flops": self.quotient}),
         }
+
+    @property
+    def quotient(self) -> float | None:
+        """Ratio of the times over that of the operations: 1 where all operations are done as fast as the baseline's."""
+        return statistics.median(self.ratios) / self.flops if self.flops else None
 
 
 def bench(
@@ -67,21 +75,21 @@ def bench(
 
     Args:
         what: ``step``: seconds of an update of every algorithm against backprop (under a sequential schedule those of
-            one update per stage); ``strategy``: a Trainer with LocalStrategy against the plain loop over the same
-            generator; ``data``: share of an epoch that passes outside the update; ``memory``: peak activation bytes by
-            depth.
+            one update per stage), beside the ratio of their operations; ``strategy``: a Trainer with LocalStrategy against
+            the plain loop over the same generator; ``data``: share of an epoch that passes outside the update; ``memory``:
+            peak activation bytes, of an MLP or a graph network by depth, of any other network as it is.
         algorithms: names that ``make`` knows.
         make: makes the plan of an algorithm, with further settings.
         rounds: counted rounds after one that warms up; in each round every contender runs once, in turn.
         steps: batches per round; for ``strategy`` at most those of an epoch.
-        depths: numbers of equal blocks for ``memory``, the first one is the baseline.
+        depths: numbers of equal blocks for ``memory``, the first one is the baseline; networks that are not made of
+            ``hidden`` widths do not look at it.
 
     Returns:
         A table for the terminal, and the record's folder.
 
     Raises:
-        ValueError: an unknown ``what``, no rounds, no steps, no depths, no backprop to compare steps with, or for
-            ``memory`` a network that is not made of ``hidden`` widths.
+        ValueError: an unknown ``what``, no rounds, no steps, no depths, or no backprop to compare steps with.
     """
     if what not in KINDS:
         raise ValueError(f"bench.what is {what!r}, expected one of {', '.join(KINDS)}")
@@ -154,6 +162,7 @@ class _Contender:
     name: str
     baseline: str
     round: Callable[[], float]
+    flops: Callable[[], float | None] = lambda: None  # of a round, once there was one
 
 
 def _alternate(contenders: Sequence[_Contender], rounds: int) -> list[Timing]:
@@ -166,15 +175,21 @@ def _alternate(contenders: Sequence[_Contender], rounds: int) -> list[Timing]:
             taken = contender.round()
             if number > 0:
                 seconds[contender.name].append(taken)
+    flops = {c.name: c.flops() for c in contenders}
     return [
         Timing(
             c.name,
             c.baseline,
             seconds[c.name],
             [mine / base for mine, base in zip(seconds[c.name], seconds[c.baseline], strict=True)],
+            _over(flops[c.name], flops[c.baseline]),
         )
         for c in contenders
     ]
+
+
+def _over(mine: float | None, base: float | None) -> float | None:
+    return mine / base if mine and base else None
 
 
 @dataclass
@@ -251,20 +266,38 @@ def _step(algorithms: Sequence[str], make: Make, steps: int) -> list[_Contender]
         if plan.schedule.sequential:
             stages = [frozenset(stage) for stage in plan.schedule.stages(plan.algorithm)]
 
+        counted: list[float | None] = []
+
         def one_round(
             loop: _Loop = loop,
             batches: list[Batch] = batches,
             stages: list[frozenset[str] | None] = stages,
+            counted: list[float | None] = counted,
         ) -> float:
+            warming_up = not counted
             start = _now(loop.device)
             for stage in stages:  # of a sequential schedule so many steps each, what it keeps of frozen blocks included
                 loop.algorithm.train_only(stage)
                 for number in range(steps):
-                    loop.step(batches[number % len(batches)])
+                    if warming_up and number == steps - 1:  # by then a rule has kept what it keeps
+                        counted.append(_counted_step(loop, batches[number % len(batches)]))
+                    else:
+                        loop.step(batches[number % len(batches)])
             return _now(loop.device) - start
 
-        contenders.append(_Contender(name, "backprop", one_round))
+        def flops(counted: list[float | None] = counted) -> float | None:
+            known = [count for count in counted if count is not None]
+            return sum(known) if len(known) == len(counted) else None
+
+        contenders.append(_Contender(name, "backprop", one_round, flops))
     return contenders
+
+
+def _counted_step(loop: _Loop, batch: Batch) -> float | None:
+    """Operations of one step, which is done; ``None`` where some of it cannot be counted."""
+    with counting() as counter:
+        loop.step(batch)
+    return None if counter.uncounted else counter.total
 
 
 class _EpochClock(pl.Callback):
@@ -312,19 +345,21 @@ def _strategy(algorithms: Sequence[str], make: Make, steps: int) -> list[_Conten
 
 
 def _timing_table(what: str, timings: Sequence[Timing], steps: int) -> _Sheet:
-    return _Sheet(
-        f"bench {what}: {len(timings[0].seconds)} alternated rounds of {steps} batches",
-        ["contender", "ms per batch (median)", "ratio (median)", "ratio (min to max)"],
+    columns = ["contender", "ms per batch (median)", "ratio (median)", "ratio (min to max)"]
+    rows = [
         [
-            [
-                t.name,
-                f"{1000 * statistics.median(t.seconds) / steps:.3f}",
-                f"{statistics.median(t.ratios):.3f}",
-                f"{min(t.ratios):.3f} to {max(t.ratios):.3f}",
-            ]
-            for t in timings
-        ],
-    )
+            t.name,
+            f"{1000 * statistics.median(t.seconds) / steps:.3f}",
+            f"{statistics.median(t.ratios):.3f}",
+            f"{min(t.ratios):.3f} to {max(t.ratios):.3f}",
+        ]
+        for t in timings
+    ]
+    if what == "step":
+        columns += ["ratio of FLOPs", "time over FLOPs"]
+        for row, t in zip(rows, timings, strict=True):
+            row += ["-" if value is None else f"{value:.3f}" for value in (t.flops, t.quotient)]
+    return _Sheet(f"bench {what}: {len(timings[0].seconds)} alternated rounds of {steps} batches", columns, rows)
 
 
 def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[_Sheet, dict[str, Any]]:
@@ -362,25 +397,57 @@ def _data(algorithms: Sequence[str], make: Make, rounds: int) -> tuple[_Sheet, d
 
 
 def _memory(algorithms: Sequence[str], make: Make, depths: Sequence[int]) -> tuple[_Sheet, dict[str, Any]]:
-    """Peak activation bytes of one update for networks of equal blocks."""
-    if not depths or any(type(depth) is not int or depth < 1 for depth in depths):
-        raise ValueError(f"bench.depths is {list(depths)}, expected whole numbers of blocks of at least 1")
-    hidden = make(algorithms[0]).config["net"].get("hidden")
-    if not hidden:
-        raise ValueError(
-            "bench.what=memory builds networks of equal blocks from the last net.hidden: use net=mlp, or net=gcn for graphs"
-        )
-    width = list(hidden)[-1]
+    """Peak activation bytes of one update: of the network as it is, or of equal blocks by depth where it is made of such."""
+    plan = make(algorithms[0])
+    hidden = plan.config["net"].get("hidden")
+    # a network with a hidden layer or two behind something else (VGG) is none of equal blocks
+    if hidden and len(plan.make_net()) == len(hidden):
+        return _memory_by_depth(algorithms, make, depths, list(hidden)[-1])
+    return _memory_of_network(algorithms, make, plan.names["net"])
+
+
+def _cost(plan: Plan) -> UpdateCost:
+    """Of one update on the first batch."""
+    loop = _prepare(plan)
+    [batch] = _batches(plan, loop, 1)
+    with loop.strategy.precision_plugin.train_step_context():
+        return measure_update(plan.algorithm, batch, plan.schedule.sequential)
+
+
+def _memory_of_network(algorithms: Sequence[str], make: Make, net: str) -> tuple[_Sheet, dict[str, Any]]:
+    base = "backprop" if "backprop" in algorithms else algorithms[0]
+    costs = {name: _cost(make(name)) for name in [base, *(name for name in algorithms if name != base)]}
     lines = []
     rows = []
     for name in algorithms:
-        peaks = []
-        for depth in depths:
-            plan = make(name, f"net.hidden={[width] * depth}")
-            loop = _prepare(plan)
-            [batch] = _batches(plan, loop, 1)
-            with loop.strategy.precision_plugin.train_step_context():
-                peaks.append(measure_update(plan.algorithm, batch, plan.schedule.sequential).activation_peak_bytes)
+        cost = costs[name]
+        bytes_ratio = cost.activation_peak_bytes / costs[base].activation_peak_bytes
+        flops_ratio = _over(cost.flops, costs[base].flops)
+        figures = {"activation_peak_bytes": [cost.activation_peak_bytes], "ratio": bytes_ratio, "flops": cost.flops}
+        rows.append({"name": name, **figures, "flops_ratio": flops_ratio})
+        lines.append(
+            [
+                name,
+                f"{cost.activation_peak_bytes:,}",
+                f"{bytes_ratio:.3f}",
+                "-" if flops_ratio is None else f"{flops_ratio:.3f}",
+            ]
+        )
+    samples = costs[base].samples
+    columns = ["algorithm", "peak bytes", f"over {base}", f"FLOPs over {base}"]
+    title = f"bench memory: peak bytes kept alive for gradients in one update of {net} on {samples} samples"
+    return _Sheet(title, columns, lines), {"net": net, "samples": samples, "baseline": base, "contenders": rows}
+
+
+def _memory_by_depth(
+    algorithms: Sequence[str], make: Make, depths: Sequence[int], width: int
+) -> tuple[_Sheet, dict[str, Any]]:
+    if not depths or any(type(depth) is not int or depth < 1 for depth in depths):
+        raise ValueError(f"bench.depths is {list(depths)}, expected whole numbers of blocks of at least 1")
+    lines = []
+    rows = []
+    for name in algorithms:
+        peaks = [_cost(make(name, f"net.hidden={[width] * depth}")).activation_peak_bytes for depth in depths]
         ratio = peaks[-1] / peaks[0]
         rows.append({"name": name, "activation_peak_bytes": peaks, "ratio": ratio})
         lines.append([name, *(f"{peak:,}" for peak in peaks), f"{ratio:.2f}"])

@@ -160,8 +160,10 @@ class _Search:
     def _claim(self, study: optuna.Study, number: int) -> Trial | None:
         """A trial for this process, its settings drawn; ``None`` where more than ``number`` are taken already."""
         with self.worker.alone():
-            while len(_finished(study)) + len(self._running(study)) <= number:
-                left = [trial for trial in _unfinished(study) if not self._is_run(trial)]
+            while True:
+                taken, left = self._census(study)
+                if taken > number:
+                    return None
                 attempts = left[0].user_attrs.get("attempts", 0) if left else 0
                 if attempts >= _ATTEMPTS:
                     _trial(study, left[0]).set_user_attr("error", f"its process died {attempts} times")
@@ -174,13 +176,26 @@ class _Search:
                 for key, part in self.space.items():
                     _draw(trial, key, part)
                 return trial
-        return None
+
+    def _census(self, study: optuna.Study) -> tuple[int, list[FrozenTrial]]:
+        """Number of trials that are finished or that somebody runs, and those whose process died.
+
+        A trial of another process may end at any moment: all are counted in one look, and what seems dead is looked at
+        again, because its process may have told of it and gone.
+        """
+        trials = _trials(study)
+        dead = {trial.number for trial in trials if trial.state is TrialState.RUNNING and not self._is_run(trial)}
+        if dead:
+            trials = _trials(study)
+        left = [trial for trial in trials if trial.number in dead and trial.state is TrialState.RUNNING]
+        return len(trials) - len(left), left
 
     def _is_run(self, trial: FrozenTrial) -> bool:
         return self.worker.is_at_work(trial.user_attrs.get("worker"))
 
     def _running(self, study: optuna.Study) -> list[FrozenTrial]:
-        return [trial for trial in _unfinished(study) if self._is_run(trial)]
+        unfinished = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial for trial in unfinished if self._is_run(trial)]
 
     def _try(self, algorithm: str, study: optuna.Study, trial: Trial, number: int) -> None:
         """Run a trial and tell Optuna: the study maximises the metric, or its negative."""
@@ -237,9 +252,9 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
 
 
-def _unfinished(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that somebody runs, or ran until he died."""
-    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+def _trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that count or may come to count, oldest first."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING))
 
 
 def _trial(study: optuna.Study, left: FrozenTrial) -> Trial:

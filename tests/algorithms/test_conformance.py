@@ -11,26 +11,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locallearn.algorithms import (
+    MAN,
     Algorithm,
     Backprop,
+    BackpropForwardForward,
+    BackpropL1,
+    CaFo,
     CounterCurrent,
     DeepSupervision,
     FeedbackAlignment,
     ForwardForward,
     ForwardGNN,
     LayerCollaboration,
+    LocalHeads,
     MonoForward,
     Pepita,
     ProductFeedbackAlignment,
+    ScalableForwardForward,
     TaskInfo,
 )
 from locallearn.batch import Batch
 from locallearn.nets import Blocks, gnn, mlp
-from locallearn.testing import AlgorithmConformance
+from locallearn.testing import AlgorithmConformance, plain_loop
 
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "backprop": Backprop,
+    "backprop_l1": partial(BackpropL1, penalty=1e-2),
+    "bp_ff": BackpropForwardForward,
+    "bp_ff-norm": partial(BackpropForwardForward, goodness="norm", threshold=3.0, normalise="unit", inference="vote"),
+    "backprop-accumulate": partial(Backprop, accumulate=3),
+    "backprop-checkpoint": partial(Backprop, checkpoint="auto"),
     "deep_supervision": DeepSupervision,
+    "local_heads-sim": partial(LocalHeads, loss="sim"),
+    "local_heads-predsim": partial(LocalHeads, loss="predsim", beta=0.9),
+    "local_heads-smoothing": partial(LocalHeads, smoothing=0.1),
     "mono_forward": MonoForward,
     "mono_forward-ff": partial(MonoForward, prediction="ff"),
     "forward_forward": ForwardForward,
@@ -38,6 +52,11 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "forward_forward-softmax": partial(ForwardForward, inference="softmax"),
     "forward_forward-peer": partial(ForwardForward, peer=0.03),
     "forward_forward-minimise": partial(ForwardForward, minimise=True),
+    **{
+        f"cafo-{blocks}-{predictor}": partial(CaFo, blocks=blocks, predictor=predictor)
+        for blocks in ("random", "dfa")
+        for predictor in ("mse", "ce", "sparsemax")
+    },
     "forward_forward-symba": partial(ForwardForward, loss="symba", inference="last"),
     "forward_forward-channelwise": partial(ForwardForward, loss="channelwise"),
     "forward_forward-channelwise-softmax": partial(ForwardForward, loss="channelwise", inference="softmax"),
@@ -67,6 +86,73 @@ class TestConformance(AlgorithmConformance):
     @pytest.fixture(params=ALGORITHMS)
     def make_algorithm(self, request: pytest.FixtureRequest) -> Callable[[], Algorithm]:
         return ALGORITHMS[request.param]
+
+
+# Rules that read maps.
+ON_MAPS: dict[str, Callable[[], Algorithm]] = {
+    "deep_supervision-predsim": partial(DeepSupervision, head="conv1", loss="predsim", beta=0.5),
+    "local_heads-conv1": partial(LocalHeads, head="conv1", width=0.5, movement=0.1),
+    "local_heads-predsim": partial(LocalHeads, head="conv1", loss="predsim", beta=0.5, similarity_side=2),
+    "local_heads-dgl": partial(LocalHeads, head="dgl"),
+    "local_heads-auglocal": partial(LocalHeads, head="auglocal", depth=1),
+    "man": partial(MAN, width=0.125),
+    "man-alone": partial(MAN, averaged=False, head="conv1"),
+    "scalable_ff": ScalableForwardForward,
+    "scalable_ff-last": partial(ScalableForwardForward, kernel_size=3, margin=1.0, temperature=2.0, prediction="last"),
+}
+
+
+class _Residual(nn.Module):
+    """Without normalisation, whose statistics move with every pass; a residual unit that has to say so itself."""
+
+    residual_branches = ("conv",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.conv(x)).relu()
+
+
+class TestConformanceOnMaps(AlgorithmConformance):
+    @pytest.fixture(params=ON_MAPS)
+    def make_algorithm(self, request: pytest.FixtureRequest) -> Callable[[], Algorithm]:
+        return ON_MAPS[request.param]
+
+    @pytest.fixture
+    def make_net(self) -> Callable[[int], Blocks]:
+        def make(depth: int) -> Blocks:
+            blocks: dict[str, nn.Module] = {f"unit{i}": _Residual() for i in range(depth)}
+            return Blocks(blocks, nn.Sequential(nn.Flatten(), nn.Linear(48, 4)))
+
+        return make
+
+    @pytest.fixture
+    def batches(self) -> list[Batch]:
+        draw = torch.Generator().manual_seed(0)
+        centres = torch.randn(4, 3, 4, 4, generator=draw)
+        result = []
+        for i in range(6):
+            labels = torch.arange(16) % 4
+            images = centres[labels] + 0.5 * torch.randn(16, 3, 4, 4, generator=draw)
+            result.append(Batch(images, labels, index=torch.arange(16) + i * 16))
+        return result
+
+
+class TestConformanceOfInfoPro(TestConformanceOnMaps):
+    @pytest.fixture(params=[False, True], ids=["classes", "contrast"])
+    def make_algorithm(self, request: pytest.FixtureRequest) -> Callable[[], Algorithm]:
+        ends: dict[str, tuple[float, float]] = {} if request.param else {"classification": (1.0, 1.0)}
+        return lambda: LocalHeads(head="1c2f", loss="infopro", contrast=request.param, **ends)
+
+    def test_units_are_disjoint_and_all_learn(self, attached: Callable[..., Algorithm], batches: list[Batch]) -> None:
+        """But for the decoder's first bias: a BatchNorm takes it out again, as in the official code."""
+        algorithm = attached()
+        before = {name: p.detach().clone() for name, p in algorithm.named_parameters()}
+        plain_loop(algorithm, batches, partial(torch.optim.SGD, lr=0.1))
+        still = [name for name, p in algorithm.named_parameters() if torch.equal(p, before[name])]
+        assert set(still) <= {"heads.terms.0.decoder.layers.0.bias"}
 
 
 NODES, WIDTH, CLASSES = 40, 32, 4

@@ -63,6 +63,37 @@ class Hand(torch.autograd.Function):
         return delta @ weight, delta.T @ x
 
 
+class Keeps(torch.autograd.Function):
+    """A product with something that its context keeps, wherever it is in there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, matrix: Tensor, place: Callable[[Tensor], Any], back: Callable[[Any], Tensor]
+    ) -> Tensor:
+        ctx.kept, ctx.back = place(matrix), back
+        return x @ matrix
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None]:
+        return delta @ ctx.back(ctx.kept).T, None, None, None
+
+
+class Swish(torch.autograd.Function):
+    """An activation that keeps what it read, in another form, and a figure for every column."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.turned, ctx.columns, ctx.mask = x.T, torch.ones(1, x.shape[1], dtype=x.dtype), torch.ones(3, 5) > 0
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        sigmoid = x.sigmoid()
+        return delta * (sigmoid + x * sigmoid * (1 - sigmoid)) * ctx.columns
+
+
 class Remade(torch.autograd.Function):
     """Checkpointing of somebody's own."""
 
@@ -175,6 +206,43 @@ WRONG: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], str]] =
     "distances": (lambda o, x: (x[:, None] - o.weight).abs().sum(-1), (12, 12), r"'odd' \(Odd\)"),
     "norms": (lambda o, x: (x[:, None] - o.weight).norm(dim=-1), (12, 12), r"'odd' \(Odd\)"),
     "by hand": (lambda o, x: Hand.apply(x, o.weight), (12, 12), r"'odd' \(Odd\).*HandBackward"),
+    "running sums": (lambda o, x: (x * o.weight).cumsum(-1), (12,), r"'odd' \(Odd\).*MulBackward"),
+    "windows": (lambda o, x: F.avg_pool1d((x * o.weight)[:, None], 3, 1, 1)[:, 0], (12,), r"'odd' \(Odd\)"),
+    "windows of maps": (
+        lambda o, x: F.avg_pool2d(x.view(-1, 3, 2, 2) * o.weight, 2).flatten(1).repeat(1, 4),
+        (2, 2),
+        r"'odd' \(Odd\)",
+    ),
+    "one window": (
+        lambda o, x: F.adaptive_avg_pool2d(x.view(-1, 2, 2, 3) * o.weight, (1, 2)).flatten(1).repeat(1, 3),
+        (2, 3),
+        r"'odd' \(Odd\)",
+    ),
+    "spectrum": (
+        lambda o, x: torch.fft.irfft(torch.fft.rfft(x) * o.weight, n=12),
+        (7,),
+        r"'odd' \(Odd\)",
+    ),
+    "kept on a context": (
+        lambda o, x: Keeps.apply(x, o.fixed, lambda m: m, lambda m: m),
+        (1,),
+        "after layer 'one' multiplies",
+    ),
+    "kept in a list": (
+        lambda o, x: Keeps.apply(x, o.fixed, lambda m: [{"m": m}], lambda m: m[0]["m"]),
+        (1,),
+        "after layer 'one' multiplies",
+    ),
+    "kept in a function": (
+        lambda o, x: Keeps.apply(x, o.fixed, lambda m: lambda: m, lambda f: f()),
+        (1,),
+        "after layer 'one' multiplies",
+    ),
+    "kept in a module": (
+        lambda o, x: Keeps.apply(x, o.other.weight.detach(), lambda m: o.other, lambda m: m.weight.detach()),
+        (1,),
+        r"'odd\.other' \(Linear\)",
+    ),
     "latent": (lambda o, x: (o.weight @ x.T).T.repeat(1, 3), (4, 12), r"'odd' \(Odd\)"),
 }
 
@@ -258,6 +326,12 @@ RIGHT: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
         lambda o, x: torch.func.functional_call(o.layer, dict(o.layer.named_parameters()), (x,)),
         (1,),
     ),
+    "own activation": (lambda o, x: o.layer(Swish.apply(x)), (1,)),
+    "scale of maps, pooled": (
+        lambda o, x: F.avg_pool2d(x.view(-1, 3, 2, 2) * o.weight, 2).flatten(1).repeat(1, 4),
+        (3, 1, 1),
+    ),
+    "running sums of rows alike": (lambda o, x: (x.view(-1, 3, 4) * o.weight).cumsum(1).flatten(1), (4,)),
     "pooled": (lambda o, x: F.avg_pool1d(o.layer(x)[:, None], 3, 1, 1)[:, 0], (1,)),
 }
 

@@ -487,3 +487,26 @@ def test_a_table_of_rows_learns_as_in_backpropagation_because_no_error_passes_it
     mine = gradients_of(algorithm, batch)
     F.cross_entropy(net(batch.inputs), batch.targets).backward()
     assert _same(mine, {name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("mode", ["dfa", "brsf", "weight_mirror"])
+def test_a_loss_made_anew_has_the_same_draws_and_takes_no_more(mode: Mode) -> None:
+    """For optimizers that ask several times in one step: the same field of directions all along the step."""
+    algorithm, twin = (attached("mlp", FeedbackAlignment(mode)) for _ in range(2))
+    for _ in range(2):
+        (update,), (other,) = algorithm.updates(ROWS), twin.updates(ROWS)
+        update.backward()
+        other.backward()
+        first = [p.grad.clone() for p in algorithm.blocks.parameters() if p.grad is not None]
+        algorithm.zero_grad()
+        assert update.again is not None
+        update.again().backward()
+        second = [p.grad for p in algorithm.blocks.parameters() if p.grad is not None]
+        assert len(first) > 3
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        algorithm.zero_grad()
+        twin.zero_grad()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(algorithm.get_extra_state().values(), twin.get_extra_state().values(), strict=True)
+    )

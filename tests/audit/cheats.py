@@ -396,6 +396,123 @@ class WrittenOut(PerBlock):
         yield from self.handed(batch, found)
 
 
+class Shaped(WrittenOut):
+    """The same, and then something is made of it entry by entry."""
+
+    def shaped(self, gradient: Tensor, number: int) -> Tensor:
+        return gradient
+
+    def handed(
+        self, batch: Batch, gradients: dict[nn.Parameter, Tensor], loss: Tensor | None = None
+    ) -> Iterator[Update]:
+        made = {p: self.shaped(gradients[p], i) for i, p in enumerate(self.blocks.parameters())}
+        yield from super().handed(batch, made, loss)
+
+
+@everywhere(FORWARD, FEEDBACK)
+class SignsOnly(Shaped):
+    """Its sign."""
+
+    def shaped(self, gradient: Tensor, number: int) -> Tensor:
+        return gradient.sign()
+
+
+@cheat(FORWARD)
+class AdamByHand(Shaped):
+    """What Adam makes of it, which remembers."""
+
+    def build(self, task: TaskInfo) -> None:
+        super().build(task)
+        self._first = [torch.zeros_like(p) for p in self.blocks.parameters()]
+        self._second = [torch.zeros_like(p) for p in self.blocks.parameters()]
+
+    def shaped(self, gradient: Tensor, number: int) -> Tensor:
+        first = self._first[number].lerp_(gradient, 0.1)
+        second = self._second[number].lerp_(gradient.square(), 0.001)
+        return first / (second.sqrt() + 1e-8)
+
+
+@cheat(FEEDBACK)
+class SignsInOneUnit(WrittenOut):
+    """Its sign, for all blocks at once."""
+
+    def units(self) -> dict[str, list[dict[str, Any]]]:
+        return {"network": [{"params": list(self.blocks.parameters())}]}
+
+    def handed(
+        self, batch: Batch, gradients: dict[nn.Parameter, Tensor], loss: Tensor | None = None
+    ) -> Iterator[Update]:
+        yield Update("network", loss, {p: g.sign() for p, g in gradients.items()})
+
+
+@cheat(FORWARD)
+class ByForwardMode(PerBlock):
+    """The exact gradient, weight by weight, by differentiation in forward mode: autograd's engine never runs."""
+
+    @torch.no_grad()
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        named = {name: p.detach() for name, p in self.blocks.named_parameters()}
+
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            return self._loss(torch.func.functional_call(self.blocks, values, (batch.inputs,)), batch.targets)
+
+        found = self.jacobian(loss, named)
+        yield from self.handed(batch, {p: self.shaped(found[name]) for name, p in self.blocks.named_parameters()})
+
+    def jacobian(self, loss: Callable[[dict[str, Tensor]], Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: torch.func.vmap(
+                lambda d, name=name, p=p: torch.func.jvp(lambda v: loss({**named, name: v}), (p,), (d,))[1]  # type: ignore[misc]
+            )(torch.eye(p.numel()).view(-1, *p.shape)).view(p.shape)
+            for name, p in named.items()
+        }
+
+    def shaped(self, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@cheat(FORWARD)
+class SignsByForwardMode(ByForwardMode):
+    """And its sign."""
+
+    def shaped(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+
+@cheat(FORWARD)
+class ByDifferences(ByForwardMode):
+    """The exact gradient by two forward passes for every weight."""
+
+    def jacobian(self, loss: Callable[[dict[str, Tensor]], Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: torch.func.vmap(
+                lambda d, name=name, p=p: loss({**named, name: p + d}) - loss({**named, name: p - d})  # type: ignore[misc]
+            )(1e-2 * torch.eye(p.numel()).view(-1, *p.shape)).view(p.shape)
+            / 2e-2
+            for name, p in named.items()
+        }
+
+
+@cheat(FEEDBACK)
+class ByForwardModeBesideAFeint(ByForwardMode):
+    """The engine differentiates something of no account, and there are feedback weights for show."""
+
+    def build(self, task: TaskInfo) -> None:
+        super().build(task)
+        self.register_buffer("feedback", torch.randn(10, 9))
+        self.feint = nn.Parameter(torch.zeros(3))
+
+    def units(self) -> dict[str, list[dict[str, Any]]]:
+        return {"network": [{"params": list(self.blocks.parameters())}]}
+
+    def handed(
+        self, batch: Batch, gradients: dict[nn.Parameter, Tensor], loss: Tensor | None = None
+    ) -> Iterator[Update]:
+        with torch.enable_grad():
+            torch.autograd.grad(self.feint.sum(), self.feint)
+        yield Update("network", loss, gradients)
+
+
 # -- what flows beside the updates ------------------------------------------------------------------------------------
 class Leaky(MonoForward):
     """Mono-Forward whose first block's loss is scaled by something that it should not know."""
@@ -529,6 +646,30 @@ class ByAMovingAverage(Leaky):
         known = self.average.clone()
         self.average.lerp_(self.later(), 0.05)
         return known
+
+
+@cheat(LOCAL)
+class ByAnIntegerBuffer(Leaky):
+    """A buffer of whole numbers that belongs to the last block."""
+
+    def build(self, task: TaskInfo) -> None:
+        super().build(task)
+        self.blocks[2].register_buffer("table", torch.randint(9, (8,)))
+
+    def knows(self, batch: Batch) -> Tensor | float:
+        return 1.0 + 0.1 * self.blocks[2].get_buffer("table").sum()
+
+
+@cheat(LOCAL)
+class ByACountOfTheBlockAbove(Leaky):
+    """A constant that belongs to the last block."""
+
+    def build(self, task: TaskInfo) -> None:
+        super().build(task)
+        self.blocks[2].register_buffer("count", torch.tensor(3))
+
+    def knows(self, batch: Batch) -> Tensor | float:
+        return self.blocks[2].get_buffer("count")
 
 
 @cheat(LOCAL)

@@ -181,6 +181,31 @@ class WithBatchNorm(MonoForward):
         super().build(task)
 
 
+class _Sorted(nn.Module):
+    """Entries in an order that a buffer of whole numbers holds, and a count."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.randperm(width))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("last", torch.tensor([width - 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("count").add_(1)
+        return x[:, self.get_buffer("order")] + x[:, self.get_buffer("last")]
+
+
+@odd(Locality.LAYER_LOCAL)
+class WithIndices(MonoForward):
+    """Buffers of whole numbers: an order, a count, and the last index there is, which no other number may replace."""
+
+    def build(self, task: TaskInfo) -> None:
+        for block in self.blocks:
+            assert isinstance(block, nn.Sequential)
+            block.append(_Sorted(block[0].out_features))
+        super().build(task)
+
+
 @odd(Locality.LAYER_LOCAL)
 class RememberingInputs(MonoForward):
     """Mixes the batch with the one before."""
@@ -283,6 +308,30 @@ class FeedbackBetweenPositions(FeedbackAlignment):
         assert isinstance(self.blocks[0], nn.Sequential)
         self.blocks[0].append(_Positions())
         super().build(task)
+
+
+@odd(Locality.FORWARD_ONLY)
+class FeedbackByHandFromTheFirstWeights(PerBlock):
+    """An error goes back by hand through what the weights were at first: at first an exact gradient."""
+
+    def build(self, task: TaskInfo) -> None:
+        super().build(task)
+        for name, stage in stages(self).items():
+            self.register_buffer(f"b_{name}", next(stage.parameters()).detach().clone())
+
+    @torch.no_grad()
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        held, xs, x = stages(self), [], batch.inputs
+        for stage in held.values():
+            xs.append(x)
+            x = stage(x)
+        delta = (x.softmax(1) - F.one_hot(batch.targets, x.shape[1])) / len(x)
+        found: dict[nn.Parameter, Tensor] = {}
+        for (name, stage), entering in zip(reversed(held.items()), reversed(xs), strict=True):
+            weight, *bias = stage.parameters()
+            found |= {weight: delta.T @ entering, **{b: delta.sum(0) for b in bias}}
+            delta = (delta @ self.get_buffer(f"b_{name}")) * (entering > 0)
+        yield from self.handed(batch, found)
 
 
 @odd(Locality.FORWARD_ONLY)

@@ -33,7 +33,9 @@ def _nothing_is_left() -> Iterator[None]:
 def test_a_cheat_is_caught(name: str) -> None:
     make, claim = CHEATS[name]
     warmup = 56 if "Sixty" in name else 6
-    result = audit(attached(make(), BATCH), BATCH, batches=8, warmup=warmup)
+    slow = any(word in name for word in ("ForwardMode", "Differences"))  # a pass for every weight
+    batches, warmup = (2, 1) if slow else (8, warmup)
+    result = audit(attached(make(), BATCH), BATCH, batches=batches, warmup=warmup)
     assert not result.confirmed
     assert result.claim is claim
     assert str(claim) in result.reason

@@ -23,7 +23,7 @@ from locallearn.cli.settings import compose_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
-COMMANDS = ("train", "compare", "tune", "predict", "report", "audit", "bench", "data")
+COMMANDS = ("train", "compare", "tune", "predict", "analyze", "report", "audit", "bench", "data")
 
 
 class Block(NamedTuple):
@@ -70,6 +70,12 @@ def _forward_forward(names: dict[str, Any]) -> bool:
     )
 
 
+def _man(names: dict[str, Any]) -> bool:
+    verdicts = (names["result"].verdict, names["control"].verdict)
+    confirmed = names["result"].confirmed and names["control"].confirmed
+    return bool(confirmed and verdicts == (Locality.COUPLED, Locality.LAYER_LOCAL))
+
+
 def _add_an_algorithm(names: dict[str, Any]) -> bool:
     return all((names["accuracy"] > 0.85, names["result"].confirmed, not names["refuted"].confirmed))
 
@@ -102,6 +108,9 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "README.md": lambda names: bool(names["accuracy"] > 0.9),
     "docs/add-an-algorithm.md": _add_an_algorithm,
     "docs/algorithms/backprop.md": _control,
+    "docs/algorithms/cafo.md": lambda names: _learns_at_the_stated_cost(names) and bool(names["residual"] < 1e-6),
+    "docs/algorithms/backprop_l1.md": lambda names: bool(names["found"][1] > names["found"][0] + 0.1),
+    "docs/algorithms/bp_ff.md": lambda names: names["accuracy"] > 0.9 and _flops_are_those_of_the_formula(names),
     "docs/algorithms/counter_current.md": lambda names: (
         _learns_at_the_stated_cost(names)
         and names["coupled"].confirmed
@@ -118,6 +127,8 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
         and names["coupled"].verdict is Locality.COUPLED
     ),
     "docs/algorithms/layer_collaboration.md": _forward_forward,
+    "docs/algorithms/local_heads.md": _learns_at_the_stated_cost,
+    "docs/algorithms/man.md": _man,
     "docs/algorithms/mono_forward.md": _mono_forward,
     "docs/algorithms/pepita.md": lambda names: (
         _learns_at_the_stated_cost(names) and bool(names["after"] < names["before"])
@@ -125,6 +136,8 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/algorithms/product_feedback_alignment.md": lambda names: (
         _learns_at_the_stated_cost(names) and bool(names["angle"] < 30)
     ),
+    "docs/algorithms/scalable_ff.md": _learns_at_the_stated_cost,
+    "docs/analysis.md": lambda names: bool(0.1 < names["alike"] <= 1 and names["members"].any()),
     "docs/architecture.md": _architecture,
     "docs/audit.md": lambda names: bool(names["result"].confirmed and names["result"].verdict is Locality.LAYER_LOCAL),
     "docs/graphs.md": lambda names: bool(names["accuracy"] > 0.5 and names["auc"] > 0.7),
@@ -183,6 +196,9 @@ def _sweep(words: list[str]) -> Iterator[list[str]]:
 def _check_command(command: str, words: list[str], extra: list[str]) -> None:
     if command == "predict":  # its first word is a run, whose settings it has
         compose_settings(words[1:])
+        return
+    if command == "analyze":  # several runs, before settings
+        compose_settings([word for word in words if "=" in word])
         return
     assert command in COMMANDS
     for run in _sweep(words):

@@ -269,6 +269,35 @@ def test_a_run_on_the_processor_is_not_billed_for_the_boards(
     assert co2_g["cpu"] == pytest.approx(50 * 10 / 3.6e6 * 400)
 
 
+@pytest.mark.parametrize("device", [None, "cuda:0"])
+@pytest.mark.parametrize("fails", ["nvmlDeviceGetCount", "nvmlInit"])
+def test_boards_that_cannot_be_told_apart_are_not_billed(
+    fails: str, device: str | None, stopped: Any, tracker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVML may fail at any moment; what all boards of the machine draw is never taken for the run's own."""
+    nvml = FakeNvml()
+    nvml.unsupported, nvml.no_driver = {fails}, fails == "nvmlInit"
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    asked: list[Any] = []
+    monkeypatch.setattr(_codecarbon, "_new_tracker", lambda *settings: asked.append(settings[-1]) or tracker)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ccc3"))
+    tracker.gpu_count = 3
+    monitor = EnergyMonitor([CodeCarbonMeter()])
+    if device is not None:
+        monitor.use(device)
+    with monitor.window("w") as window:
+        stopped.pass_by(10)
+    if (device, fails) == (None, "nvmlInit"):
+        assert asked == [None]  # no NVML, and nobody said what the run computes on: the tracker finds what it can
+        return
+    gpu = {reading.source: reading for reading in window.readings}["codecarbon:gpu"]
+    assert asked == [[]]
+    assert gpu.joules is None
+    assert "is not known" in (gpu.reason or "")
+    assert nvml.started == 0
+
+
 def test_the_users_configuration_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[Any]
 ) -> None:

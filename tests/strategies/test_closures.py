@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from locallearn.algorithms import Algorithm, Backprop, DeepSupervision, ForwardForward, MonoForward, Update
+from locallearn.algorithms import (
+    Algorithm,
+    Backprop,
+    DeepSupervision,
+    FeedbackAlignment,
+    ForwardForward,
+    MonoForward,
+    Update,
+)
 from locallearn.batch import Batch
 from locallearn.strategies import LocalStrategy
 
@@ -60,6 +68,8 @@ def _plain(rule: Any, optimizers: dict[str, Any], batch: Batch) -> None:
     """One batch as one would write it without updates."""
     if isinstance(rule, Backprop):
         _step(optimizers["network"], lambda: nn.functional.cross_entropy(rule.blocks(batch.inputs), batch.targets))
+    elif isinstance(rule, FeedbackAlignment):
+        _step(optimizers["network"], lambda: next(rule.updates(batch)).loss)
     elif isinstance(rule, DeepSupervision):
 
         def total() -> Tensor:
@@ -84,7 +94,9 @@ def _plain(rule: Any, optimizers: dict[str, Any], batch: Batch) -> None:
         (Backprop, lbfgs),
         (DeepSupervision, lbfgs),
         (MonoForward, lbfgs),
+        (FeedbackAlignment, lbfgs),
         (Backprop, partial(Sharpness, lr=0.1)),
+        (partial(FeedbackAlignment, mode="kolen_pollack"), partial(Sharpness, lr=0.1)),
         (ForwardForward, partial(Sharpness, lr=0.1)),
     ],
 )

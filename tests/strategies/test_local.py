@@ -407,3 +407,51 @@ def test_networks_with_own_modules_keep_their_place(make_trainer: Maker, train: 
     module = Classification(Blocks.cut(own), torch.zeros(2, 12), 3)
     make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=1).fit(module, train)
     assert not torch.equal(own[0].weight, before)
+
+
+class _Listening(pl.Callback):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
+        self.heard.append("loss")
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.heard.append("gradients")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        self.heard.append("step")
+
+
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize("where", ["class", "object", "callback"])
+def test_hooks_around_a_step_are_called_for_every_unit_whoever_wrote_them(
+    hook: str, where: str, make_module: Maker, make_trainer: Maker, train: Any
+) -> None:
+    """They are left out only where nobody has written one."""
+    heard: list[str] = []
+
+    def note(self: Any, *args: Any) -> None:
+        heard.append(hook)
+
+    module, callback = make_module(), pl.Callback()
+    if where == "class":
+        module.__class__ = type("Heard", (type(module),), {hook: note})
+    elif where == "object":
+        setattr(module, hook, partial(note, module))
+    else:
+        callback.__class__ = type("Heard", (pl.Callback,), {hook: note})
+    trainer = make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=1, callbacks=[callback])
+    trainer.fit(module, train)
+    assert len(heard) == len(train) * len(module.net)
+
+
+def test_with_hooks_and_without_weights_are_the_same(make_module: Maker, make_trainer: Maker, train: Any) -> None:
+    weights = []
+    for callbacks in ([], [_Listening()]):
+        torch.manual_seed(0)
+        trainer = make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=2, callbacks=callbacks)
+        trainer.fit(module := make_module(), train)
+        weights.append(list(module.parameters()))
+    assert callbacks[0].heard[:6] == ["loss", "gradients", "step"] * 2
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

@@ -334,8 +334,34 @@ def test_a_mistake_gets_one_sentence(words: list[str], wanted: tuple[str, ...], 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_needs_a_network_of_equal_blocks(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+def test_memory_of_any_other_network_is_that_of_the_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    """A narrow ResNet: one block's graph at a time, against keeping all, computing again, and smaller batches."""
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", "bench.what=memory", "net=cnn", "net.channels=[4,4]"]) == 2
-    assert "use net=mlp" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("COLUMNS", "200")
+    arms = ["backprop", "mono_forward", "backprop(checkpoint=auto)", "backprop(accumulate=8)"]
+    words = ["net=resnet20", "net.widths=[2,2,2]", "dataset.batch_size=16", "trainer.accelerator=cpu"]
+    quoted = ",".join(f'"{arm}"' for arm in arms)
+    assert main(["bench", "bench.what=memory", f"bench.algorithms=[{quoted}]", *words]) == 0
+    figures = _benched(capsys.readouterr().out)
+    rows = {row["name"]: row for row in figures["contenders"]}
+    assert list(rows) == arms
+    assert (figures["net"], figures["samples"], figures["baseline"]) == ("resnet20", 16, "backprop")
+    border = 16 * 2 * 8 * 8 * 4  # bytes of one activation map of the first stage
+    # a unit keeps its input, two convolutions' and one ReLU's outputs, and its own one, which is also the head's input
+    assert 5 * border <= rows["mono_forward"]["activation_peak_bytes"][0] < 6 * border
+    assert rows["backprop"]["ratio"] == 1.0 > rows["backprop(accumulate=8)"]["ratio"]
+    assert rows["mono_forward"]["ratio"] < rows["backprop(checkpoint=auto)"]["ratio"] < 0.5
+    assert rows["backprop(checkpoint=auto)"]["flops_ratio"] == pytest.approx(4 / 3, rel=0.1)
+    assert rows["backprop(accumulate=8)"]["flops_ratio"] == pytest.approx(1)
+
+
+def test_a_step_is_shown_beside_its_operations(command: Any) -> None:
+    code, out, _ = command("bench.what=step", "bench.algorithms=[backprop,mono_forward]")
+    assert code == 0
+    backprop, local = _benched(out)["contenders"]
+    assert backprop["flops_ratio"] == backprop["time_over_flops"] == 1.0
+    q, first = 64 * 8 + 8 * 8, 64 * 8  # widths 64-8-8, ten classes: 2Q + 3R over 3Q - d0 d1 + 3 C dL
+    assert local["flops_ratio"] == pytest.approx((2 * q + 3 * 160) / (3 * q - first + 240))
+    assert local["time_over_flops"] == pytest.approx(local["ratio"] / local["flops_ratio"])

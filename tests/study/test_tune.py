@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from locallearn.cli.settings import UsageError, compose_settings
 from locallearn.records import load_record
 from locallearn.strategies import Diverged
 from locallearn.study import tune as module
+from locallearn.study._workers import Worker
 from locallearn.study.train import Plan
 from locallearn.study.tune import Best, Range, study_name, tune
 from locallearn.tasks.classification import Classification
@@ -376,6 +378,40 @@ def test_processes_share_a_budget_and_draw_differently(runs: FakeRuns, tmp_path:
         assert len({line for line in asked if line.startswith(algorithm)}) == 3
     assert [path.name for path in (tmp_path / "search").iterdir()] == ["tune.sqlite"]
     assert [best.trials for best in _tune(runs, tmp_path / "search", 3)] == [3, 3]
+    assert runs.asked == []
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["stays", "leaves"])
+def test_a_trial_that_ends_while_trials_are_counted_counts(
+    runs: FakeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    """Another process tells of its trial between two looks, and is gone then, or not."""
+    get_trials, pending = optuna.Study.get_trials, []
+    with ExitStack() as stack:
+        other = stack.enter_context(Worker(tmp_path / "tune.sqlite"))
+        for name in ("a-study", "b-study"):
+            study = optuna.create_study(
+                storage=f"sqlite:///{tmp_path / 'tune.sqlite'}", study_name=name, direction="maximize"
+            )
+            trial = study.ask()
+            for key, value in (("worker", other.name), ("metric", "accuracy"), ("reached", 0.5)):
+                trial.set_user_attr(key, value)
+            trial.suggest_float("optimizer.lr", 1e-4, 1e-1, log=True)
+            pending.append((study, trial))
+
+        def looked(study: optuna.Study, *args: Any, **kwargs: Any) -> Any:
+            found = get_trials(study, *args, **kwargs)
+            for mine, trial in pending:
+                if mine.study_name == study.study_name and trial is not None:
+                    pending[pending.index((mine, trial))] = (mine, None)
+                    mine.tell(trial, 0.5)
+                    if leaves and not any(trial for _, trial in pending):
+                        stack.close()
+                    break
+            return found
+
+        monkeypatch.setattr(optuna.Study, "get_trials", looked)
+        assert [best.trials for best in _tune(runs, tmp_path, 1)] == [1, 1]
     assert runs.asked == []
 
 

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from sklearn.model_selection import KFold, train_test_split
 from torch import Tensor, nn
 
-from locallearn.algorithms import Backprop, MonoForward
+from locallearn.algorithms import Backprop, ForwardGNN, MonoForward
 from locallearn.batch import Batch
 from locallearn.nets import Blocks
 from locallearn.strategies import LocalStrategy
@@ -759,6 +759,20 @@ def test_labels_are_revealed_before_validation_and_test(reveal_validation: bool,
         assert targets is data.known(part)[0]  # type: ignore[arg-type]
         assert rows is data.known(part)[1]  # type: ignore[arg-type]
         assert judged is nodes
+
+
+def test_a_checkpoint_from_when_all_variants_were_one_class_is_taken() -> None:
+    data = GraphData("karate_club")
+    data.prepare_data()
+    data.setup("fit")
+    task = NodeClassification(_net(34, 4), data.example(), 4)
+    task.use(ForwardGNN("sf"))
+    task.on_load_checkpoint({"algorithm": "ForwardGNN", "state_dict": {}})
+    written: dict[str, Any] = {"state_dict": {}}
+    task.on_save_checkpoint(written)
+    task.on_load_checkpoint(written)
+    with pytest.raises(ValueError, match="trained by LabelColumns, and the task predicts with SingleForward"):
+        task.on_load_checkpoint({"algorithm": "LabelColumns", "state_dict": {}})
 
 
 def test_without_a_data_module_the_example_tells_the_training_labels(tmp_path: Path) -> None:

@@ -876,3 +876,37 @@ def test_whoever_writes_into_a_batch_that_is_a_view_is_told() -> None:
     first.inputs.mul_(2)
     with pytest.raises(ValueError, match=r"data of shape \(6, 4\) were written into"):
         next(iter(loader))
+
+
+# -- classes that the network never sees ---------------------------------------------------------------------------------
+
+
+def test_excluded_classes_are_in_no_part_and_the_others_are_split_as_without() -> None:
+    whole = ImageData("digits", batch_size=50, validation=200)
+    data = ImageData("digits", batch_size=50, validation=200, exclude=[3, 7])
+    sizes = data.batch_sizes()  # before setup
+    for make in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        everything, kept = (getattr(one, make)().everything() for one in (whole, data))
+        stays = ~torch.isin(everything.targets, torch.tensor([3, 7]))
+        assert torch.equal(kept.inputs, everything.inputs[stays])
+        assert torch.equal(kept.targets, everything.targets[stays])
+        if make != "train_dataloader":
+            part = "validation" if make == "val_dataloader" else "test"
+            unseen = data.excluded_dataloader(part).everything()  # type: ignore[arg-type]
+            assert torch.equal(unseen.inputs, everything.inputs[~stays])
+            assert unseen.targets.unique().tolist() == [3, 7]
+    assert sizes == {len(batch.inputs) for batch in data.train_dataloader()}
+    assert data.classes == 10
+    few = ImageData("digits", validation=200, exclude=[3], limit_train=90)
+    few.setup()
+    assert few.train_dataloader().samples == 90
+    with pytest.raises(ValueError, match="no class is excluded"):
+        whole.excluded_dataloader("test")
+    with pytest.raises(ValueError, match="without the excluded classes leaves 1 to"):
+        ImageData("digits", validation=200, exclude=[3], limit_train=1200).setup()
+
+
+@pytest.mark.parametrize("exclude", [[10], [-1], [1, 1], [0.5], [True], list(range(9))])
+def test_classes_that_cannot_be_excluded_are_refused(exclude: list[int]) -> None:
+    with pytest.raises(ValueError, match="exclude="):
+        ImageData("digits", exclude=exclude)

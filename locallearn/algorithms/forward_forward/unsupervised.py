@@ -76,7 +76,7 @@ class HybridForwardForward(ForwardForward):
 
     def run(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
         """Run a block, and keep what the readout is to read: that of the images, which are half of the batch already."""
-        output = super().run(index, inputs, batch)
+        output: Tensor = super().run(index, inputs, batch)
         if self.trains("readout") and index in self.readable(len(self.blocks)) and index not in self._seen:
             images = output.detach()[: len(output) // 2]
             self._seen[index] = self.emit(index, images).flatten(1)

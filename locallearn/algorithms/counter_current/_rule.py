@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.counter_current._mirror import NORMS, WEIGHTS, Layer, mirror, trace, weights
+from locallearn.algorithms.counter_current._pairs import ClassPairs, MapPairs, Pairs
 from locallearn.batch import Batch
 from locallearn.functional import counter_current as ccl
 from locallearn.losses.counter_current import CounterCurrentLoss
 from locallearn.nets.blocks import evaluating
-from locallearn.nets.feedforward import initialise
 
 Target = Literal["class", "identity"]
 Loss = Literal["auto", "mlp", "cnn", "autoencoder"]
-
-_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
-_WEIGHTS = (nn.Linear, nn.Conv2d)
-_KNOWN = (*_ACTIVATIONS, *_NORMS, *_POOLS, *_WEIGHTS, nn.Flatten, nn.Upsample)
 
 
 class CounterCurrent(Algorithm):
@@ -163,31 +157,35 @@ class CounterCurrent(Algorithm):
         x = task.example.inputs[:2].to(parameter.device, parameter.dtype, copy=True)
         shapes, traced = [x.shape[1:]], []
         for name, stage in stages:
-            layers, x = _trace(name, stage, x)
+            layers, x = trace(name, stage, x)
             traced.append(layers)
             shapes.append(x.shape[1:])
         convolutional = any(isinstance(layer.module, nn.Conv2d) for layers in traced for layer in layers)
         self.kind = _kind(self.loss, task, convolutional)
+        self._pairs: Pairs
         if self.kind == "autoencoder":
             self._check_images(task, stages, shapes)
+            self._pairs = MapPairs(1.0 if self.c is None else self.c)
         else:
             self.local = CounterCurrentLoss(self.kind == "cnn", self.c, self.gram)
+            self._pairs = ClassPairs(self.local, self.outputs, self.target == "identity")
         self._loss = task.loss
-        before: list[_Layer] = []
+        before: list[Layer] = []
         self.feedback = nn.ModuleList()
         for i, ((name, _), layers) in enumerate(zip(stages, traced, strict=True)):
             # What makes the image at the feedback network's end has its counterpart in the readout, which makes the other one.
             counterpart = traced[-1] if i == 0 and self.kind == "autoencoder" else layers
-            self.feedback.append(_mirror(name, layers, before, biased=_weights(counterpart).bias is not None))
+            self.feedback.append(mirror(name, layers, before, biased=weights(counterpart).bias is not None))
             before = layers
         for path, module in self.blocks.named_modules():
-            if isinstance(module, _NORMS) and any(p.requires_grad for p in module.parameters()):
+            if isinstance(module, NORMS) and any(p.requires_grad for p in module.parameters()):
                 module.requires_grad_(False)
                 self._norms.append(path)
         self.feedback.to(parameter.device, parameter.dtype)
-        self._initialise()
+        self._pairs.initialise(self.feedback)
         self.feedback.requires_grad_(not self.frozen)
         self._check_mirror(stages, shapes, task)
+        self._own = {unit: [p for group in groups for p in group["params"]] for unit, groups in self.units().items()}
 
     def _held(self) -> Container[int]:
         """Scales and shifts of normalisations."""
@@ -211,79 +209,57 @@ class CounterCurrent(Algorithm):
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         """One pair after another, each on detached inputs; with ``clip``, all gradients before the first step."""
-        pairs = self._pairs(batch)
+        updates = self._updates(batch)
         if self.clip is None and not self.centralise:
-            yield from pairs
+            yield from updates
             return
-        learned = {
-            unit: [p for group in groups for p in group["params"] if p.requires_grad]
-            for unit, groups in self.units().items()
-        }
-        updates = (self._differentiated(update, learned[update.unit]) for update in pairs)
+        updates = map(self._differentiated, updates)
         if self.clip is None:
             yield from updates
             return
         backward = {id(p) for p in self.feedback.parameters()}
-        held, norms = [], defaultdict(list)
+        held, networks, norms = [], defaultdict(list), defaultdict(list)
         for update in updates:
             for p, gradient in (update.gradients or {}).items():
+                networks[id(p) in backward].append(gradient)
                 norms[id(p) in backward].append(ccl.gradient_norm(gradient))  # now, while it is in the cache
             held.append(update)
-        factors = {own: ccl.clip_factor(parts, self.clip) for own, parts in norms.items()}
+        for own, gradients in networks.items():
+            torch._foreach_mul_(gradients, ccl.clip_factor(norms[own], self.clip))
+        networks.clear()
         while held:
-            update = held.pop(0)
-            for p, gradient in (update.gradients or {}).items():
-                gradient.mul_(factors[id(p) in backward])
-            yield update
+            yield held.pop(0)
 
-    def _pairs(self, batch: Batch) -> Iterator[Update]:
-        readout = self.blocks.readout
+    def _updates(self, batch: Batch) -> Iterator[Update]:
+        readout, scale = self.blocks.readout, None
         assert readout is not None
-        scale: Tensor | float = 1.0
         if self.warmup_steps > 0:
             self.steps += 1
             scale = (self.steps / self.warmup_steps).clamp(max=1.0)
         signals = self._signals(batch.targets)
-        keep = self._keep(batch)
+        pair_loss, end_loss = self._pairs.losses(batch.targets, self._keep(batch))
         torch.clear_autocast_cache()  # older PyTorch gives casts made without gradients back (pytorch/pytorch#158232)
+
+        def update(unit: str, loss: Tensor) -> Update:
+            return Update(unit, loss if scale is None else scale * loss)
+
         x = batch.inputs
         for i, (name, block) in enumerate(zip(self.blocks.names, self.blocks, strict=True)):
             output = block(x)
-            yield Update(name, scale * self._pair_loss(output, self._partner(i + 1, signals), batch.targets, keep))
+            yield update(name, pair_loss(output, self._partner(i + 1, signals)))
             x = output.detach()
             del output  # the block's graph ends here
-        yield Update("readout", scale * self._output_loss(readout(x), batch.targets))
+        yield update("readout", self._readout_loss(readout(x), batch.targets))
         if not self.frozen:
-            loss = self._end_loss if self.kind == "autoencoder" else self._pair_loss
-            yield Update("input", scale * loss(batch.inputs, self._partner(0, signals), batch.targets, keep))
+            yield update("input", end_loss(batch.inputs, self._partner(0, signals)))
 
-    # -- losses ------------------------------------------------------------------------------------------------------
-    def _pair_loss(self, output: Tensor, signal: Tensor, targets: Tensor, keep: Tensor | None) -> Tensor:
-        if self.kind == "autoencoder":
-            return ccl.centred_map_loss(output, signal, self._map_factor)
-        if keep is not None:
-            output = ccl.drop_rows(output, keep)
-        if self.target == "class":
-            matches = ccl.class_matches(targets, self.outputs)
-        else:
-            signal, matches = signal[targets], torch.eye(len(targets), device=targets.device)
-        loss: Tensor = self.local(output, signal, matches)
-        return loss
+    def _readout_loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        return self._pairs.output(output, self._loss(output, targets))
 
-    def _end_loss(self, inputs: Tensor, signal: Tensor, targets: Tensor, keep: Tensor | None) -> Tensor:
-        return ccl.map_loss(inputs, signal, self._map_factor)
-
-    def _output_loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        loss = self._loss(output, targets)
-        return self._map_factor * output.shape[2] * loss if self.kind == "autoencoder" else loss
-
-    @property
-    def _map_factor(self) -> float:
-        return 1.0 if self.c is None else self.c
-
-    def _differentiated(self, update: Update, parameters: list[nn.Parameter]) -> Update:
-        """The same update with gradients of these parameters in place of a graph."""
+    def _differentiated(self, update: Update) -> Update:
+        """The same update with gradients in place of a graph."""
         assert update.loss is not None
+        parameters = [p for p in self._own[update.unit] if p.requires_grad]
         gradients = _writable(torch.autograd.grad(update.loss, parameters) if parameters else ())
         if self.centralise:
             gradients = list(map(ccl.centralise, gradients))
@@ -293,11 +269,8 @@ class CounterCurrent(Algorithm):
     @torch.no_grad()
     def _signals(self, targets: Tensor) -> dict[int, Tensor]:
         """What the labels send in and ``b_l`` of the hidden layers, by l, without graphs; ``b_0`` is left to its pair."""
-        dtype, last = next(self.feedback.parameters()).dtype, len(self.feedback)
-        if self.kind == "autoencoder":
-            signals = {last: targets.to(dtype)}
-        else:
-            signals = {last: torch.eye(self.outputs, device=targets.device, dtype=dtype)}
+        last = len(self.feedback)
+        signals = {last: self._pairs.sent(targets, next(self.feedback.parameters()).dtype)}
         for i in reversed(range(1, last)):
             signals[i] = self.feedback[i](signals[i + 1])
         return signals
@@ -320,26 +293,6 @@ class CounterCurrent(Algorithm):
     def _feedback_group(self, index: int) -> ParamGroup:
         group: ParamGroup = {"params": _learned(self.feedback[index])}
         return group if self.feedback_lr is None else {**group, "lr": self.feedback_lr}
-
-    def _initialise(self) -> None:
-        """PyTorch's own range, or the code's for autoencoders: orthogonal, quiet where maps grow, zero at the image.
-
-        Biases start at zero, those of an autoencoder's feedback in PyTorch's own range.
-        """
-        initialise(self.feedback, "orthogonal" if self.kind == "autoencoder" else "kaiming_uniform")
-        if self.kind != "autoencoder":
-            return
-        with torch.no_grad():
-            for i, layer in enumerate(self.feedback):
-                modules = list(layer.modules())
-                for module in modules:
-                    if isinstance(module, nn.Conv2d) and module.bias is not None:
-                        bound = module.weight[0].numel() ** -0.5
-                        nn.init.uniform_(module.bias, -bound, bound)
-                if any(isinstance(module, nn.Upsample) for module in modules):
-                    for module in modules:
-                        if isinstance(module, nn.Conv2d):
-                            module.weight.mul_(1e-3 if i > 0 else 0.0)
 
     # -- refusals ----------------------------------------------------------------------------------------------------
     def _check(self, task: TaskInfo) -> None:
@@ -377,9 +330,8 @@ class CounterCurrent(Algorithm):
             )
 
     def _check_mirror(self, stages: list[tuple[str, nn.Module]], shapes: list[torch.Size], task: TaskInfo) -> None:
-        signal = task.example.targets if self.kind == "autoencoder" else torch.eye(self.outputs)
         parameter = next(self.feedback.parameters())
-        signal = signal.to(parameter.device, parameter.dtype)
+        signal = self._pairs.sent(task.example.targets.to(parameter.device), parameter.dtype)
         for i in reversed(range(len(stages))):
             name = stages[i][0]
             try:
@@ -394,14 +346,6 @@ class CounterCurrent(Algorithm):
                 )
 
 
-class _Layer(NamedTuple):
-    """One layer of a block with the shapes around it, samples left out."""
-
-    module: nn.Module
-    before: torch.Size
-    after: torch.Size
-
-
 def _kind(loss: Loss, task: TaskInfo, convolutional: bool) -> str:
     if (loss == "autoencoder") is task.classes and loss != "auto":
         wanted = "'mlp' or 'cnn'" if task.classes else "'autoencoder'"
@@ -414,122 +358,7 @@ def _kind(loss: Loss, task: TaskInfo, convolutional: bool) -> str:
 
 
 def _learned(part: nn.Module) -> list[nn.Parameter]:
-    return [p for module in part.modules() if isinstance(module, _WEIGHTS) for p in module.parameters()]
-
-
-def _trace(name: str, stage: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor]:
-    """The layers of a block in order, with shapes from a dry run; refuses what has no mirror."""
-    layers = []
-    for module in _flat(stage):
-        if not isinstance(module, _KNOWN):
-            raise ValueError(
-                f"{name!r} contains {type(module).__name__}, which counter-current learning cannot mirror: blocks of one "
-                "linear or convolutional layer with BatchNorm, activation, pooling, flattening and upsampling can be"
-            )
-        try:
-            with torch.no_grad():
-                y = module(x)
-        except Exception as error:
-            raise ValueError(
-                f"{name!r}: {type(module).__name__} cannot take shape {tuple(x.shape)}: {error}"
-            ) from error
-        layers.append(_Layer(module, x.shape[1:], y.shape[1:]))
-        x = y
-    count = sum(isinstance(layer.module, _WEIGHTS) for layer in layers)
-    if count != 1:
-        raise ValueError(
-            f"{name!r} holds {count} linear or convolutional layers, and counter-current learning pairs one layer with one: "
-            "cut the network so that every block has exactly one"
-        )
-    _refuse_order(name, layers)
-    return layers, x
-
-
-def _flat(module: nn.Module) -> Iterator[nn.Module]:
-    if type(module).forward is nn.Sequential.forward:
-        for child in module.children():
-            yield from _flat(child)
-    else:
-        yield module
-
-
-def _refuse_order(name: str, layers: list[_Layer]) -> None:
-    at = next(i for i, layer in enumerate(layers) if isinstance(layer.module, _WEIGHTS))
-    for i, layer in enumerate(layers):
-        if i < at and isinstance(layer.module, (*_ACTIVATIONS, *_NORMS)):
-            raise ValueError(
-                f"{name!r} has {type(layer.module).__name__} in front of its weights, where the mirror has no place for it: "
-                "put it at the end of the block before"
-            )
-        if isinstance(layer.module, nn.Upsample) and i != at - 1:
-            raise ValueError(f"{name!r} has nn.Upsample elsewhere than right in front of its convolution: put it there")
-
-
-def _weights(layers: list[_Layer]) -> nn.Linear | nn.Conv2d:
-    """The layer of a block that learns."""
-    return next(layer.module for layer in layers if isinstance(layer.module, _WEIGHTS))
-
-
-def _mirror(name: str, layers: list[_Layer], before: list[_Layer], biased: bool) -> nn.Sequential:
-    """The way back through a block, ending with the normalisation and activation of the block before it."""
-    finish = [_finish(layer.module) for layer in before if isinstance(layer.module, (*_NORMS, *_ACTIVATIONS))]
-    normed = [i for i, layer in enumerate(before) if isinstance(layer.module, _NORMS)]  # takes every bias out again
-    for layer in before[normed[0] :] if normed else ():
-        if isinstance(layer.module, nn.Flatten) and layer.before != layer.after:  # what is normalised are maps
-            finish = [nn.Unflatten(1, tuple(layer.before)), *finish, nn.Flatten()]
-    return nn.Sequential(*_reversed(name, layers, bias=biased and not normed), *finish)
-
-
-def _reversed(name: str, layers: list[_Layer], bias: bool) -> Iterator[nn.Module]:
-    """The block's layers from the end to the beginning, without activations and normalisations."""
-    for i, (module, before, after) in reversed(list(enumerate(layers))):
-        if isinstance(module, nn.Flatten) and before != after:
-            if (module.start_dim, module.end_dim) != (1, -1):
-                raise ValueError(f"{name!r} flattens some dimensions only, which has no mirror here: use nn.Flatten()")
-            yield nn.Unflatten(1, tuple(before))
-        elif isinstance(module, nn.Linear):
-            yield nn.Linear(module.out_features, module.in_features, bias=bias)
-        elif isinstance(module, _POOLS):
-            yield nn.Upsample(size=tuple(before[1:]))
-        elif isinstance(module, nn.Conv2d):
-            grown = layers[i - 1] if i > 0 and isinstance(layers[i - 1].module, nn.Upsample) else None
-            if grown is None and before[1:] != after[1:]:
-                yield nn.Upsample(size=tuple(before[1:]))
-            strides = (1, 1) if grown is None else _strides(name, grown)
-            yield _reversed_convolution(name, module, strides, bias)
-
-
-def _reversed_convolution(name: str, layer: nn.Conv2d, stride: tuple[int, int], bias: bool) -> nn.Conv2d:
-    if layer.groups != 1 or any(side % 2 == 0 for side in layer.kernel_size):
-        raise ValueError(
-            f"{name!r} has a convolution of {layer.groups} groups and kernel {tuple(layer.kernel_size)}, and only those of "
-            "one group and odd kernels can be mirrored"
-        )
-    reach = [d * (side // 2) for d, side in zip(layer.dilation, layer.kernel_size, strict=True)]
-    return nn.Conv2d(
-        layer.out_channels,
-        layer.in_channels,
-        layer.kernel_size,  # type: ignore[arg-type]
-        stride=stride,
-        padding=(reach[0], reach[1]),
-        dilation=layer.dilation,  # type: ignore[arg-type]
-        bias=bias,
-        padding_mode=layer.padding_mode,
-    )
-
-
-def _strides(name: str, grown: _Layer) -> tuple[int, int]:
-    small, large = grown.before[1:], grown.after[1:]
-    if any(b % a for a, b in zip(small, large, strict=True)):
-        raise ValueError(f"{name!r} upsamples {tuple(small)} to {tuple(large)}, and only whole factors can be mirrored")
-    return large[0] // small[0], large[1] // small[1]
-
-
-def _finish(module: nn.Module) -> nn.Module:
-    """The same activation; the same normalisation without weights and without running statistics."""
-    if isinstance(module, _NORMS):
-        return type(module)(module.num_features, module.eps, affine=False, track_running_stats=False)
-    return copy.deepcopy(module)
+    return [p for module in part.modules() if isinstance(module, WEIGHTS) for p in module.parameters()]
 
 
 def _writable(gradients: Iterable[Tensor]) -> list[Tensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from locallearn.algorithms.base import (
     Algorithm,
@@ -21,6 +20,8 @@ from locallearn.algorithms.base import (
     refuse_made_weights,
 )
 from locallearn.algorithms.layer_local import feature_sizes
+from locallearn.algorithms.pepita._layers import Layer, taken_apart, through
+from locallearn.algorithms.pepita._steps import STEPS
 from locallearn.batch import Batch
 from locallearn.functional import pepita
 from locallearn.precision import multiplying
@@ -29,25 +30,6 @@ Variant = Literal["standard", "hebbian", "time_local"]
 Sign = Literal["minus", "plus"]
 OutputError = Literal["first", "second"]
 Presynaptic = Literal["modulated", "original"]
-
-_ELEMENTWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Softplus,
-    nn.Softsign,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Hardtanh,
-)
-_POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 
 class Pepita(Algorithm):
@@ -183,9 +165,7 @@ class Pepita(Algorithm):
     @property
     def linear_optimizer(self) -> str | None:
         """The time-local variant learns from the sum of two steps."""
-        if self._variant != "time_local":
-            return None
-        return "the time-local variant steps twice per batch, and only the sum of the two steps means anything"
+        return STEPS[self._variant].linear_optimizer
 
     # -- what it is made of -------------------------------------------------------------------------------------------
     def build(self, task: TaskInfo) -> None:
@@ -205,8 +185,8 @@ class Pepita(Algorithm):
                 f"PEPITA adds an error to the inputs, and these are {example.inputs.dtype}: make them floats"
             )
         readout = output_layer(self.blocks, "PEPITA")
-        self._hidden = [_taken_apart(name, block) for name, block in zip(self.blocks.names, self.blocks, strict=True)]
-        self._readout = _taken_apart("readout", readout)
+        self._hidden = [taken_apart(name, block) for name, block in zip(self.blocks.names, self.blocks, strict=True)]
+        self._readout = taken_apart("readout", readout)
         if not isinstance(self._readout.weights, nn.Linear) or self._readout.activation or self._readout.after:
             raise ValueError("the readout must be an nn.Linear, or nn.Flatten and nn.Linear, and nothing after it")
         if self._readout.weights.out_features != task.outputs:
@@ -238,15 +218,15 @@ class Pepita(Algorithm):
         weight, shapes = self._hidden[0].weights.weight, []
         x = example.inputs.to(weight.device, weight.dtype)
         for layer in (*self._hidden, self._readout):
-            x = _through(layer.before, x)
+            x = through(layer.before, x)
             if isinstance(layer.weights, nn.Linear) and (x.ndim != 2 or x.shape[1] != layer.weights.in_features):
                 raise ValueError(
                     f"the nn.Linear in {layer.name!r} reads {layer.weights.in_features} numbers per sample and is given "
                     f"inputs of shape {tuple(x.shape)}: put an nn.Flatten in front of it, or make it as wide"
                 )
-            post = _through(layer.activation, layer.weights(x))
+            post = through(layer.activation, layer.weights(x))
             shapes.append(post.shape[1:])
-            x = _through(layer.after, post)
+            x = through(layer.after, post)
         return shapes[:-1]
 
     @property
@@ -284,85 +264,39 @@ class Pepita(Algorithm):
             refuse_made_weights(layer.name, layer.weights, "PEPITA")  # pruned after it was attached, say
         self._mirror_where_due(batch.inputs)
         masks = self._masks(batch.inputs)
-        two_steps = self._variant == "time_local"
-        keeps_inputs = self._variant == "hebbian" or self.presynaptic == "original"
-        kept: list[tuple[Tensor | None, Tensor]] = []  # what every layer read and answered, until its own update
+        steps = STEPS[self._variant](self.reduction, self.presynaptic == "original", self.output_error == "second")
         x = batch.inputs
         for layer, mask in zip(self._hidden, masks, strict=True):
             pre, post, x = self._run(layer, x, mask)
-            if two_steps:
-                yield Update(layer.name, gradients=self._gradients(layer, post, pre))
-            else:
-                kept.append((pre if keeps_inputs else None, post))
-        pre = _through(self._readout.before, x)
+            yield from steps.first(layer, pre, post)
+        pre = through(self._readout.before, x)
         scores = self._readout.weights(pre)
         loss = F.cross_entropy(scores, batch.targets)
         outputs = scores.softmax(1)
         wanted = F.one_hot(batch.targets, self.outputs).to(outputs.dtype)
         error = outputs - wanted
-        if two_steps:
-            yield Update("readout", gradients=self._gradients(self._readout, outputs, pre))
-        else:
-            kept.append((pre if keeps_inputs else None, outputs))
+        yield from steps.first(self._readout, pre, outputs)
 
         sent = error.sign() if self.sign_of_error else error
         x = pepita.modulate(batch.inputs, sent, self.feedback, -1.0 if self.sign == "minus" else 1.0)
         for layer, mask in zip(self._hidden, masks, strict=True):
             pre, post, x = self._run(layer, x, mask)
-            yield Update(layer.name, gradients=self._step(layer, kept, pre, post))
-        pre = _through(self._readout.before, x)
-        if self.output_error == "second":
-            kept[0] = (kept[0][0], self._readout.weights(pre).softmax(1))
-        yield Update("readout", loss, self._step(self._readout, kept, pre, wanted))
+            yield Update(layer.name, gradients=steps.second(layer, pre, post))
+        pre = through(self._readout.before, x)
+        yield Update("readout", loss, steps.second(self._readout, pre, wanted))
 
-    def _run(self, layer: _Layer, x: Tensor, mask: pepita.Mask | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(self, layer: Layer, x: Tensor, mask: pepita.Mask | None) -> tuple[Tensor, Tensor, Tensor]:
         """What the weights of a hidden layer read, what it answers, and what the next layer is given."""
-        pre = _through(layer.before, x)
+        pre = through(layer.before, x)
         post = self._answer(layer, pre, mask)
-        return pre, post, _through(layer.after, post)
+        return pre, post, through(layer.after, post)
 
-    def _answer(self, layer: _Layer, pre: Tensor, mask: pepita.Mask | None) -> Tensor:
+    def _answer(self, layer: Layer, pre: Tensor, mask: pepita.Mask | None) -> Tensor:
         """A hidden layer's activity: activation, then dropout, then the norm of what is left."""
-        post = _through(layer.activation, layer.weights(pre))
+        post = through(layer.activation, layer.weights(pre))
         if mask is not None:
             mask.apply_(post)
         return pepita.normalise(post) if self.normalise else post
-
-    def _step(
-        self, layer: _Layer, kept: list[tuple[Tensor | None, Tensor]], pre: Tensor, post: Tensor
-    ) -> dict[nn.Parameter, Tensor]:
-        """Gradients of a layer from what it reads and answers in the second pass; of the readout, what it should answer."""
-        if self._variant == "time_local":
-            return self._gradients(layer, -post, pre)
-        pre_first, post_first = kept.pop(0)
-        if self._variant == "standard":
-            return self._gradients(layer, post_first - post, pre if pre_first is None else pre_first)
-        assert pre_first is not None
-        gradients = self._gradients(layer, post_first, pre_first)
-        for parameter, gradient in self._gradients(layer, post, pre).items():
-            gradients[parameter].sub_(gradient)
-        return gradients
-
-    def _gradients(self, layer: _Layer, post: Tensor, pre: Tensor) -> dict[nn.Parameter, Tensor]:
-        module = layer.weights
-        held = dict(module.named_parameters())  # these and no others: refused where it was taken apart
-        weight = held.pop("weight")
-        gradients = {bias: pepita.bias_correlation(post, self.reduction) for bias in held.values()}
-        if isinstance(module, nn.Linear):
-            gradients[weight] = pepita.correlation(post, pre)
-        else:
-            assert not isinstance(module.padding, str)  # refused where it was taken apart
-            gradients[weight] = pepita.conv_correlation(
-                post,
-                pre,
-                module.kernel_size,
-                module.stride,
-                module.padding,
-                module.dilation,
-                module.groups,
-                self.reduction,
-            )
-        return gradients
 
     def _masks(self, inputs: Tensor) -> list[pepita.Mask | None]:
         """One mask per hidden layer."""
@@ -409,7 +343,7 @@ class Pepita(Algorithm):
         if not self.normalise:
             return super().predict(inputs)
         *_, last = self.activations(inputs)
-        scores: Tensor = self._readout.weights(_through(self._readout.before, last))
+        scores: Tensor = self._readout.weights(through(self._readout.before, last))
         return scores
 
     def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
@@ -436,71 +370,3 @@ class Pepita(Algorithm):
                 own = angles.setdefault(name, {})  # a block may be named "input"
                 own["mirror_angle"] = pepita.angle(self.get_buffer(f"mirror{i + 1}"), weight.T)
         return angles
-
-
-class _Layer(NamedTuple):
-    """A block taken apart: one layer of weights, and what stands around it."""
-
-    name: str
-    before: tuple[nn.Module, ...]
-    weights: nn.Linear | nn.Conv2d
-    activation: tuple[nn.Module, ...]
-    after: tuple[nn.Module, ...]
-
-
-def _through(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    for module in modules:
-        x = module(x)
-    return x
-
-
-def _members(block: nn.Module) -> Iterator[nn.Module]:
-    if type(block) is nn.Sequential:
-        for child in block:
-            yield from _members(child)
-    elif not isinstance(block, nn.Identity):
-        yield block
-
-
-def _taken_apart(name: str, block: nn.Module) -> _Layer:
-    """Split a block at its weights.
-
-    Raises:
-        ValueError: the block is not one linear or convolutional layer with what may stand around it; names the block.
-    """
-    before: list[nn.Module] = []
-    activation: list[nn.Module] = []
-    after: list[nn.Module] = []
-    weights: nn.Linear | nn.Conv2d | None = None
-    for module in _members(block):
-        if isinstance(module, nn.Linear | nn.Conv2d) and not any(map(is_lazy, module.parameters())):
-            refuse_made_weights(name, module, "PEPITA")
-            if weights is not None:
-                raise ValueError(
-                    f"block {name!r} has two layers of weights, and PEPITA trains one per block: make it two"
-                )
-            weights = module
-        elif isinstance(module, nn.Flatten) and weights is None:
-            before.append(module)
-        elif isinstance(module, _ELEMENTWISE) and weights is not None and not after:
-            activation.append(module)
-        elif isinstance(module, (*_POOLINGS, nn.Flatten)) and weights is not None:
-            after.append(module)
-        elif isinstance(module, _DROPOUTS):
-            raise ValueError(
-                f"block {name!r} has an nn.{type(module).__name__}, and PEPITA draws masks of its own, the same for both "
-                "passes: take it out and set algorithm.dropout"
-            )
-        else:
-            raise ValueError(
-                f"block {name!r} has a {type(module).__name__} where PEPITA has no rule for it: a block is nn.Flatten or "
-                "nothing, one nn.Linear or nn.Conv2d, elementwise activations without weights, then pooling"
-            )
-    if weights is None:
-        raise ValueError(f"block {name!r} has no nn.Linear or nn.Conv2d: put its layers into the block before it")
-    if isinstance(weights, nn.Conv2d) and (isinstance(weights.padding, str) or weights.padding_mode != "zeros"):
-        raise ValueError(
-            f"block {name!r} has a convolution with padding={weights.padding!r}, padding_mode={weights.padding_mode!r}: "
-            "PEPITA's step is written for numbers of zeros"
-        )
-    return _Layer(name, tuple(before), weights, tuple(activation), tuple(after))
