@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -233,6 +233,8 @@ def _spoken(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return " or ".join(repr(part) for part in arguments)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping"
     parts = [spoken for spoken in map(_spoken, arguments) if spoken]
     if isinstance(origin, type) and parts and issubclass(origin, Sequence):
         return f"a list, each entry {parts[0]}"

@@ -183,6 +183,24 @@ def test_forward_forward_trains_its_readout_last(fit: Maker) -> None:
     assert _changed(diary.weights[-2], diary.weights[-1]) == {"algorithm.readout.weight"}
 
 
+class _Unjudged(MonoForward):
+    """Its predictions say nothing about the first block."""
+
+    @property
+    def judges(self) -> bool:
+        return self.trains("layer3")
+
+
+def test_a_stage_that_validation_cannot_judge_has_all_epochs_and_keeps_its_last_weights(fit: Maker) -> None:
+    schedule, algorithm = Schedule(sequential=True, patience=1), _Unjudged()
+    _, module, diary = fit(schedule, algorithm, epochs=4, optimizer=wild)
+    assert schedule.epochs_by_stage[:2] == [4, 4]
+    for unit, last in (("layer1", 3), ("layer2", 7)):
+        kept = {name: _state(module)[name] for name in _unit(algorithm, module, unit)}
+        assert not _changed(kept, diary.weights[last]), unit
+    assert max(diary.accuracy[:4]) > diary.accuracy[3] or max(diary.accuracy[4:8]) > diary.accuracy[7]
+
+
 # -- validations that do not come with every epoch, and trainings that something else ends --------------------------------
 _WHEN_VALIDATED: list[dict[str, Any]] = [
     {"check_val_every_n_epoch": 2},

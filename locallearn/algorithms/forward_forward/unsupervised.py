@@ -61,8 +61,8 @@ class HybridForwardForward(ForwardForward):
         if inputs.ndim != 4 or not inputs.is_floating_point():
             raise ValueError(
                 f"negatives=hybrid mixes images by masks with a height and a width, and these inputs are {inputs.dtype} of "
-                f"shape {tuple(inputs.shape[1:])} per sample: give floating point images (channels, height, width), which "
-                "dataset.flatten=false keeps"
+                f"shape {tuple(inputs.shape[1:])} per sample: give floating point images (channels, height, width); "
+                "a network may flatten them itself"
             )
         if self.blurs < 0:
             raise ValueError(f"blurs is {self.blurs}, expected 0 (single random bits) or above")
