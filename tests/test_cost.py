@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from locallearn.algorithms import (
     DeepSupervision,
     FeedbackAlignment,
     ForwardForward,
+    Locality,
     MonoForward,
     Pepita,
     ProductFeedbackAlignment,
     TaskInfo,
+    Update,
 )
 from locallearn.batch import Batch
 from locallearn.cost import UpdateCost, activation_bytes, drive, measure_update
@@ -337,3 +340,30 @@ def test_batches_that_cannot_be_halved_are_measured(samples: int) -> None:
     cost = measure_update(rule, batch)
     assert cost.flops == 2 * (2 * 5 * 7 + 3 * 7 * 3)
     assert cost.inference_flops is None  # whatever goes wrong there costs nothing else
+
+
+class _HoldsAndDifferentiates(Algorithm):
+    """Hands gradients over, keeps much between two updates, and has a small graph beside it."""
+
+    @property
+    def locality(self) -> Locality:
+        return Locality.GLOBAL
+
+    def build(self, task: TaskInfo) -> None:
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def units(self) -> dict[str, list[dict[str, Any]]]:
+        return {"weight": [{"params": [self.weight]}]}
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        kept = torch.ones(1000)
+        (gradient,) = torch.autograd.grad(self.weight.square().exp().sum(), self.weight)
+        yield Update("weight", gradients={self.weight: gradient})
+        assert len(kept) == 1000
+
+
+def test_what_is_kept_between_updates_counts_beside_graphs_too() -> None:
+    batch = Batch(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))
+    rule = _HoldsAndDifferentiates()
+    rule.attach(mlp((3,), 2, (3,)), TaskInfo(batch, 2, F.cross_entropy))
+    assert measure_update(rule, batch).activation_peak_bytes >= 4000

@@ -54,9 +54,10 @@ def _unusable(error: OSError) -> str:
     from locallearn.study.train import CHECKPOINT
 
     full = error.errno in _FULL
-    what = f"{error.filename} cannot be used ({error.strerror})"
+    file = error.filename2 or error.filename or "a file"  # of a copy or a new name: where it was going
+    what = f"{file} cannot be used ({error.strerror})"
     if full:
-        what = f"the disk is full: {error.filename or 'a file'} could not be written ({error.strerror})"
+        what = f"the disk is full: {file} could not be written ({error.strerror})"
     folder = getattr(error, "run_folder", None)
     if folder is None:
         return what + (

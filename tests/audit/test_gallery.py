@@ -13,7 +13,10 @@ from torch import Tensor
 
 from locallearn.algorithms import Algorithm, Locality, MonoForward
 from locallearn.audit import audit
+from locallearn.audit._border import Border
+from locallearn.audit._examine import Findings
 from locallearn.audit._judge import STRICTNESS
+from locallearn.audit._replay import Batches, parties
 from locallearn.batch import Batch
 from tests.audit.cheats import _GLOBAL, _REGISTRY, CHEATS, HiddenAfterTheFirstPass, attached
 from tests.audit.oddities import ODDITIES
@@ -87,6 +90,28 @@ def test_a_gradient_that_is_not_finite_is_told_and_no_difference_is_made_of_it()
     assert "changes with" not in result.reason
 
 
+class _NotFiniteLater(_NotFinite):
+    def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:
+        self.batches_seen += index == 0
+        wrong = self.batches_seen > 3
+        return super().local_loss(index, output, batch) if wrong else MonoForward.local_loss(self, index, output, batch)
+
+
+def test_the_step_is_told_from_which_on_gradients_are_not_finite() -> None:
+    result = audit(attached(_NotFiniteLater(), BATCH), BATCH, batches=3, warmup=2)
+    assert "'layer1' are not finite from step 3 on" in result.reason
+
+
+def test_what_acts_through_another_unit_is_left_out() -> None:
+    algorithm = attached(MonoForward(), BATCH)
+    known = parties(algorithm)
+    border = Border(algorithm, Batches([BATCH], 1))
+    late = {("layer2", "layer1"): 1, ("layer3", "layer2"): 1, ("layer3", "layer1"): 2}
+    assert Findings(algorithm, known, border, since=late).directly(known["layer1"]) == ["layer2"]
+    at_once = late | {("layer3", "layer1"): 1}
+    assert Findings(algorithm, known, border, since=at_once).directly(known["layer1"]) == ["layer2", "layer3"]
+
+
 def test_a_rate_too_large_is_made_smaller() -> None:
     def wild(algorithm: Algorithm) -> dict[str, torch.optim.Optimizer]:
         return {unit: torch.optim.SGD(groups, lr=1e30) for unit, groups in algorithm.units().items()}
@@ -129,8 +154,6 @@ def test_several_batches_are_taken() -> None:
 
 
 def test_batches_are_the_same_the_old_ones_and_new_ones() -> None:
-    from locallearn.audit._replay import Batches
-
     run = list(Batches([BATCH], 10))
     assert run[1] is run[0]
     assert run[4] is run[3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from locallearn.cli.mistakes import explain
 from tests.cli.conftest import Cli, Outcome
 
 _ALGORITHMS = ("backprop", "deep_supervision", "forward_forward", "mono_forward")
@@ -292,3 +294,13 @@ def test_a_network_that_cannot_take_a_graph_is_refused_before_training(cli: Cli,
     outcome = cli("train", "dataset=karate_club", "net=mlp", "algorithm=backprop", f"runs_dir={tmp_path / 'runs'}")
     _is_one_sentence(outcome, "block 'layer1'", "cannot take")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_copy_that_does_not_fit_is_named_by_where_it_was_going() -> None:
+    """Lightning writes checkpoints to a temporary place first; it is the other one that is full."""
+    code, sentence = explain(
+        OSError(errno.ENOSPC, "No space left on device", "/tmp/x7", None, "runs/a/resume.ckpt"), []
+    )
+    assert code == 2
+    assert "the disk is full: runs/a/resume.ckpt could not" in sentence
+    assert "x7" not in sentence
