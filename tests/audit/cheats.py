@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -980,3 +981,42 @@ def attached(algorithm: Algorithm, batch: Batch) -> Algorithm:
         net = mlp((12,), 3, (10, 9, 8))
     algorithm.attach(net, TaskInfo(Batch(batch.inputs[:2], batch.targets[:2]), 3, F.cross_entropy))
     return algorithm
+
+
+@cheat(COUPLED)
+class DifferentiatesCopies(MonoForward):
+    """Every block's loss is the task's through copies of all later blocks, declared as averages."""
+
+    def build(self, task: TaskInfo) -> None:
+        super().build(task)
+        self._task_loss = task.loss
+        self.copies = nn.ModuleList(copy.deepcopy(later).requires_grad_(False) for later in self._later())
+
+    def _later(self) -> list[nn.Module]:
+        parts = list(stages(self).values())
+        return [nn.Sequential(*parts[i + 1 :]) for i in range(len(self.blocks) - 1)]
+
+    @property
+    def averages(self) -> list[nn.Module]:
+        return list(self.copies)
+
+    def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:
+        if index == len(self.copies):
+            return super().local_loss(index, output, batch)
+        return self._task_loss(self.copies[index](output), batch.targets)
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        yield from super().updates(batch)
+        with torch.no_grad():
+            for kept, later in zip(self.copies, self._later(), strict=True):
+                for old, new in zip(kept.parameters(), later.parameters(), strict=True):
+                    old.copy_(new)
+
+
+@cheat(COUPLED)
+class DeclaresItsFeedback(FollowsItsWeights):
+    """Feedback weights that follow the forward weights, declared as averages: the error comes back all the same."""
+
+    @property
+    def averages(self) -> list[nn.Module]:
+        return [self]
