@@ -127,6 +127,7 @@ class Algorithm(nn.Module, ABC):
         self._generators: dict[str, torch.Generator] = {}
         self._active: frozenset[str] | None = None
         self._resting: frozenset[str] = frozenset()
+        self._learns: list[tuple[nn.Parameter, bool]] | None = None  # what was frozen when frozen parts were looked for
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Have every rule look for frozen parts before a batch, whoever wrote its :meth:`updates`."""
@@ -311,7 +312,7 @@ class Algorithm(nn.Module, ABC):
 
     def train_only(self, units: frozenset[str] | None) -> None:
         """Train these units only and freeze the others; ``None`` trains all."""
-        self._active = units
+        self._active, self._learns = units, None
 
     def trains(self, unit: str) -> bool:
         """Whether this unit is trained now."""
@@ -325,13 +326,15 @@ class Algorithm(nn.Module, ABC):
         that are frozen or thawed later are seen at the next call, or by the next :meth:`updates`.
         """
         super().train(mode)
-        self._resting = frozenset()
+        self._resting, self._learns = frozenset(), None
         self._rest()
         return self
 
     def _rest(self) -> None:
-        if self.training:
-            self._resting = rest(self, self._resting, self._asleep(), self._held())
+        if not self.training or (self._learns and all(p.requires_grad is learns for p, learns in self._learns)):
+            return  # nothing was frozen or thawed since
+        self._resting = rest(self, self._resting, self._asleep(), self._held())
+        self._learns = [(p, p.requires_grad) for p in self.parameters()]
 
     def _asleep(self) -> Container[str]:
         """Paths of parts that rest although their weights are not frozen. Default: none."""
@@ -366,7 +369,7 @@ class Algorithm(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # A torch.Generator can be neither copied nor pickled; its state can.
-        return {**self.__dict__, "_generators": self.get_extra_state()}
+        return {**self.__dict__, "_generators": self.get_extra_state(), "_learns": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
