@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,13 +33,15 @@ class Classification(Task):
             which brings its own.
         scheduler: makes its learning rate scheduler, advanced every epoch.
         context: what every block gets after its input (see :class:`~locallearn.batch.Batch`).
+        label_smoothing: share of the target that is spread over all classes while training; validation and test judge by the
+            plain cross entropy.
 
     Attributes:
         metric: what is judged by; ``validation/<metric>`` and ``test/<metric>`` are logged.
         maximise: whether more of it is better.
 
     Raises:
-        ValueError: fewer than two classes, or a context beside that of an example batch.
+        ValueError: fewer than two classes, no share, or a context beside that of an example batch.
     """
 
     metric = "accuracy"
@@ -52,8 +55,11 @@ class Classification(Task):
         optimizer: Callable[[Any], Optimizer] = torch.optim.Adam,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         context: tuple[Any, ...] = (),
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(net, optimizer, scheduler)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {label_smoothing}, expected a share from 0 to below 1")
         if classes < 2:
             raise ValueError(f"classes is {classes}, expected at least 2")
         if isinstance(example, Batch) and context:
@@ -62,11 +68,12 @@ class Classification(Task):
             example = Batch(example, torch.arange(len(example)) % classes, context)
         self._example = example
         self._classes = classes
+        self._loss = partial(F.cross_entropy, label_smoothing=label_smoothing) if label_smoothing else F.cross_entropy
 
     @override
     def info(self) -> TaskInfo:
         """Shapes and loss, for an algorithm."""
-        return TaskInfo(self._example, self._classes, F.cross_entropy)
+        return TaskInfo(self._example, self._classes, self._loss)
 
     @override
     def to_batch(self, raw: Any) -> Batch:
