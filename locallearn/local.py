@@ -478,8 +478,8 @@ def _in_blocks(net: nn.Module, input_shape: Sequence[int], cuts: int | Sequence[
     layers = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     if layers and len(input_shape) == 3 and layers[0].in_channels != input_shape[0]:
         raise ValueError(
-            f"{type(net).__name__} takes images of {layers[0].in_channels} channels, and these have {input_shape[0]}: use another "
-            "data set, or a factory of your own that makes its first layer fit"
+            f"{type(net).__name__} takes images of {layers[0].in_channels} channels, and these have {input_shape[0]}: use "
+            "another data set, or a factory of your own that makes its first layer fit"
         )
     example = torch.randn(4, *input_shape, generator=torch.Generator().manual_seed(0))
     names = balanced(net, cuts, example) if isinstance(cuts, int) else list(cuts)
