@@ -6,14 +6,28 @@ use them.
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from locallearn.batch import Batch
 from locallearn.nets.blocks import Blocks
 
+if TYPE_CHECKING:
+    from locallearn.local import Local, localize, show
+
 __version__ = "0.1.0"
 
-__all__ = ["Batch", "Blocks", "__version__", "load"]
+__all__ = ["Batch", "Blocks", "Local", "__version__", "load", "localize", "show"]
+
+
+def __getattr__(name: str) -> Any:
+    """``localize``, ``show``, ``Local`` and every rule by its class name, imported when they are asked for."""
+    if name in ("Local", "localize", "show"):
+        return getattr(import_module("locallearn.local"), name)
+    if name[:1].isupper():
+        rules = import_module("locallearn.algorithms")
+        if name in rules.__all__:
+            return getattr(rules, name)
+    raise AttributeError(f"module 'locallearn' has no attribute {name!r}")
 
 
 def load(run: str | Path, *, trust: bool = False, data_dir: str | Path | None = None) -> Any:

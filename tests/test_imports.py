@@ -18,6 +18,8 @@ LAYERS = [
     {"tasks"},
     {"strategies"},
     {"analysis", "audit", "cost", "probe", "testing"},
+    {"local"},
+    {"audit", "cost", "probe", "testing"},
     {"algorithms"},
     {"losses"},
     {"functional"},
@@ -63,7 +65,7 @@ def _allowed(importer: str, imported: str) -> bool:
     if importer in IMPORTERS:
         return False
     if importer == "__init__":
-        return imported in ("batch", "nets")
+        return imported in ("batch", "nets", "local")  # the last for type checkers; it is imported when it is asked for
     if imported == "__init__":  # for its version; what it imports itself would go round in a circle
         return importer not in ("batch", "nets")
     return LEVEL[importer] <= LEVEL[imported]

@@ -19,6 +19,7 @@ from locallearn.cli.settings import UsageError
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "locallearn.algorithms": ("locallearn.algorithms.base.Algorithm",),
     "locallearn.nets": ("locallearn.nets.blocks.Blocks",),
+    "locallearn.local": ("locallearn.nets.blocks.Blocks",),  # not its factory, which imports what it is told
     "locallearn.tasks": (
         "lightning.pytorch.LightningDataModule",
         "lightning.pytorch.LightningModule",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.nets.border import Border, main
+from locallearn.nets.equal import check_equal
 from locallearn.nets.inplace import InputGuard, try_out
 
 # A layer of these kinds belongs to the layer before it: it normalises that layer's output.
@@ -137,7 +138,8 @@ class Blocks(nn.Module):
             module: the network.
             blocks: names in the order of the forward pass, e.g. ``[("conv1", "bn1"), "layer1", "layer2"]``.
             readout: name of the submodule that maps the last block's output to the network's output.
-            example: an input, shape ``(N, ...)``. Blocks run in a chain must reproduce ``module(example)``. Needed
+            example: an input, shape ``(N, ...)``. Blocks run in a chain must give what the module's own forward gives, outputs
+                and gradients, in training and evaluation mode, on this and on scaled, negated and noisy inputs. Needed
                 wherever names are given, because nothing else shows what the forward does between them.
 
         Raises:
@@ -288,23 +290,26 @@ def _refuse_leftovers(module: nn.Module, blocks: Blocks) -> None:
 
 
 def _check_chain(module: nn.Module, blocks: Blocks, example: Tensor) -> None:
-    """Run the blocks in a chain in eval mode and compare with the module's own forward."""
+    """Run the blocks in a chain, and compare with the module's own forward, in both modes and at other inputs, too."""
     with evaluating(module), torch.no_grad():
-        want = module(example.clone())  # its first layer may work in place
-        x, at = example, "the input"
+        x: Any = example.clone()  # the first layer may work in place
+        at = "the input"
         for name, block in [*blocks.members.items(), ("readout", blocks.readout)]:
             if block is None:
                 continue
             try:
-                x = block(x)
+                x = block(main(x) if name == "readout" else x)
             except Exception as error:
                 raise ValueError(
                     f"{type(module).__name__} cannot be cut before {name!r}: what comes from {at} "
                     f"does not fit it ({error}); its forward does something in between, so put that into a module"
                 ) from error
             at = name
-    if not isinstance(want, Tensor) or x.shape != want.shape or not torch.allclose(x, want, rtol=1e-4, atol=1e-5):
-        raise ValueError(
-            f"{type(module).__name__} cannot be cut here: its blocks run one after another do not give what its own "
-            f"forward gives; something happens outside of {', '.join(blocks.names)}"
-        )
+    check_equal(
+        module,
+        blocks,
+        lambda values: module(values["input"]),
+        lambda values: blocks(values["input"]),
+        {"input": example},
+        blocks._runnable,
+    )

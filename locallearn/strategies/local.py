@@ -30,6 +30,7 @@ from typing_extensions import override
 from locallearn.algorithms.base import Algorithm, TaskInfo
 from locallearn.batch import Batch
 from locallearn.cost import to_device
+from locallearn.local import Local
 from locallearn.nets.blocks import Blocks
 from locallearn.strategies.making import (
     AFTER_VALIDATION,
@@ -126,8 +127,10 @@ class LocalStrategy(SingleDeviceStrategy):
     per batch; ``training_step`` and ``configure_optimizers`` never, because the rule and the strategy stand for them.
 
     Args:
-        algorithm: the rule. It is attached to the module's network when the Trainer connects, unless it is already.
+        algorithm: the rule. It is attached to the module's network when the Trainer connects, unless it is already. Or what
+            ``localize`` made; then the module's ``net`` is its ``blocks``.
         optimizer: makes one optimizer from a unit's parameter groups, e.g. ``functools.partial(torch.optim.Adam, lr=1e-3)``.
+            Default: what a ``Local`` was made with.
         scheduler: makes a learning rate scheduler from an optimizer; one per unit.
         scheduler_interval: ``"epoch"`` or ``"step"``: when schedulers advance. ``ReduceLROnPlateau`` advances after every
             validation: in mode ``min`` by ``validation/loss``, in mode ``max`` by the task's metric.
@@ -146,14 +149,20 @@ class LocalStrategy(SingleDeviceStrategy):
 
     def __init__(
         self,
-        algorithm: Algorithm,
-        optimizer: OptimizerFactory,
+        algorithm: Algorithm | Local,
+        optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
         scheduler_interval: str = "epoch",
     ) -> None:
         super().__init__()
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}, expected 'epoch' or 'step'")
+        if isinstance(algorithm, Local):
+            algorithm, optimizer = algorithm.algorithm, optimizer or algorithm.make_optimizer
+        if optimizer is None:
+            raise ValueError(
+                "give optimizer=, which makes a unit's optimizer, e.g. functools.partial(torch.optim.Adam, lr=1e-3)"
+            )
         self.algorithm = algorithm
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
@@ -207,7 +216,9 @@ class LocalStrategy(SingleDeviceStrategy):
                 f"{type(model).__name__} has no blocks to train: give it a `net` made by locallearn.Blocks, as the tasks in "
                 "locallearn.tasks have"
             )
-        if task.algorithm is None:
+        if task.algorithm is None and getattr(self.algorithm, "blocks", None) is task.net:  # by localize
+            task.algorithm = self.algorithm
+        elif task.algorithm is None:
             task.use(self.algorithm)
         elif task.algorithm is not self.algorithm:
             raise ValueError(

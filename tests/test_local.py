@@ -1,0 +1,261 @@
+"""``ll.localize``: one call puts any network under a rule, and it learns as a loop by hand would teach it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch_geometric.nn.models import GAT, GCN
+
+import locallearn as ll
+from locallearn.local import _partition, bytes_in
+from locallearn.strategies import LocalStrategy
+from locallearn.tasks.classification import Classification
+
+DRAW = torch.Generator().manual_seed(0)
+X, Y = torch.randn(12, 3, 32, 32, generator=DRAW), torch.arange(12) % 10
+SGD = partial(torch.optim.SGD, lr=0.05)
+
+
+def _resnet() -> nn.Module:
+    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    return net
+
+
+def _vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10)
+
+
+def _dense() -> nn.Module:
+    return torchvision.models.DenseNet(8, (1, 1, 1, 1), 16, num_classes=10)
+
+
+def _mobile() -> nn.Module:
+    return torchvision.models.mobilenet_v3_small(num_classes=10, width_mult=0.25, dropout=0.0)
+
+
+def _by_hand_resnet(net: Any) -> list[Callable[[Tensor], Tensor]]:
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
+    return [stem, net.layer2, net.layer3, net.layer4, nn.Sequential(net.avgpool, nn.Flatten(), net.fc)]
+
+
+def _by_hand_vit(net: Any) -> list[Callable[[Tensor], Tensor]]:
+    def first(x: Tensor) -> Tensor:
+        tokens = net.conv_proj(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([net.class_token.expand(len(x), -1, -1), tokens], 1) + net.encoder.pos_embedding
+        out: Tensor = net.encoder.layers[0](net.encoder.dropout(tokens))
+        return out
+
+    return [first, lambda x: net.encoder.ln(net.encoder.layers[1](x)), lambda x: net.heads(x[:, 0])]
+
+
+def _by_hand_dense(net: Any) -> list[Callable[[Tensor], Tensor]]:
+    parts = net.features
+
+    def head(x: Tensor) -> Tensor:
+        out: Tensor = net.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return out
+
+    return [parts[:5], lambda x: F.relu(parts[5:](x)), head]
+
+
+def _by_hand_mobile(net: Any) -> list[Callable[[Tensor], Tensor]]:
+    return [net.features[:4], net.features[4:], lambda x: net.classifier(net.avgpool(x).flatten(1))]
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], list[str], Callable[[Any], list[Callable[[Tensor], Tensor]]]]] = {
+    "resnet": (_resnet, ["layer1", "layer2", "layer3"], _by_hand_resnet),
+    "vit": (_vit, ["encoder.layers.encoder_layer_0"], _by_hand_vit),
+    "densenet": (_dense, ["features.denseblock1"], _by_hand_dense),
+    "mobilenet": (_mobile, ["features.3"], _by_hand_mobile),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_an_epoch_equals_a_loop_that_knows_nothing_of_cutting(name: str) -> None:
+    make, cuts, by_hand = NETS[name]
+    torch.manual_seed(1)
+    net = make()
+    twin = copy.deepcopy(net)
+    keys = list(net.state_dict())
+    local = ll.localize(net, ll.MonoForward(seed=2), cuts=cuts, example=X[:4], optimizer=SGD)
+    assert list(net.state_dict()) == keys
+    assert {id(p) for p in local.blocks.parameters()} == {id(p) for p in net.parameters()}
+    heads = [nn.Parameter(p.projection.detach().clone()) for p in local.algorithm.heads.projections]  # type: ignore[union-attr]
+    *blocks, readout = by_hand(twin)
+    optimizer = SGD([*twin.parameters(), *heads])
+    twin.train()
+    for images, labels in zip(X.split(6), Y.split(6), strict=True):
+        losses = local.step(images, labels)
+        x, total = images, []
+        for i, block in enumerate(blocks):
+            output = block(x)
+            scores = output.flatten(1) @ heads[i].T if i < len(heads) else readout(output)
+            total.append(F.cross_entropy(scores, labels))
+            x = output.detach()
+        optimizer.zero_grad()
+        sum(total).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        assert torch.allclose(torch.stack(list(losses.values())), torch.stack(total).detach(), rtol=1e-4)
+    for key, value in twin.state_dict().items():
+        assert torch.allclose(net.state_dict()[key].double(), value.double(), rtol=1e-4, atol=1e-6), key
+    assert torch.allclose(
+        local.predict(X), net.eval()(X), atol=1e-5
+    )  # attention has a path of its own without gradients
+
+
+def test_one_block_is_backpropagation_of_its_loss() -> None:
+    net = _vit()
+    twin = copy.deepcopy(net)
+    local = ll.localize(net, ll.MonoForward(), cuts=1, example=X[:4], optimizer=SGD)
+    optimizer = SGD(twin.parameters())
+    for _ in range(2):
+        loss = F.cross_entropy(twin(X), Y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        (mine,) = local.step(X, Y).values()
+        assert torch.allclose(mine, loss.detach())
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_loop_with_an_empty_body_trains_as_step_does_and_a_body_may_clip() -> None:
+    states = []
+    for way in range(3):
+        torch.manual_seed(0)
+        local = ll.localize(_mobile(), ll.MonoForward(), cuts=["features.3"], example=X[:4], optimizer=SGD)
+        if way == 0:
+            local.step(X, Y)
+        else:
+            for update in local.updates(X, Y):
+                if way == 2:
+                    update.backward()
+        states.append(local.net.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+        assert torch.equal(value, states[2][name]), name
+
+
+def test_state_resumes_and_modes_are_followed() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        make_optimizer = partial(torch.optim.Adam, lr=1e-3)
+        return ll.localize(_mobile(), ll.MonoForward(), cuts=["features.3"], example=X[:4], optimizer=make_optimizer)
+
+    whole, halves = make(), make()
+    whole.step(X, Y)
+    halves.step(X, Y)
+    file = io.BytesIO()
+    torch.save(halves.state_dict(), file)
+    file.seek(0)
+    fresh = make()
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    whole.step(X, Y)
+    fresh.step(X, Y)
+    for name, value in whole.net.state_dict().items():
+        assert torch.equal(value, fresh.net.state_dict()[name]), name
+    with pytest.raises(ValueError, match="optimizers is missing"):
+        fresh.load_state_dict({"net": {}, "algorithm": {}})
+    net = fresh.net.eval()
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    fresh.step(X, Y)  # as in any loop: evaluation mode moves no statistics
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+    net.train()
+    fresh.predict(X)
+    assert all(m.training for m in net.modules())
+    fresh.step(X, Y)
+    assert any(not torch.equal(value, before[name]) for name, value in net.named_buffers())
+
+
+@pytest.mark.parametrize("make", [GCN, GAT])
+def test_graphs(make: Any) -> None:
+    nodes, edges = torch.randn(9, 5, generator=DRAW), torch.randint(9, (2, 30), generator=DRAW)
+    net = make(5, 8, 3, 3)
+    example: dict[str, Tensor] = {"x": nodes, "edge_index": edges}
+    if make is GCN:
+        example["edge_weight"] = torch.rand(30, generator=DRAW)
+    local = ll.localize(net, ll.MonoForward(), cuts=["convs.0", "convs.1"], example=example)
+    losses = local.step(example, torch.arange(9) % 3, rows=torch.arange(5))
+    assert list(losses) == ["convs_0", "convs_1"]
+    assert torch.allclose(local.predict(example), net.eval()(**example))
+
+
+def test_cuts_by_number_and_by_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    net = _resnet()
+    table = ll.show(net, X)
+    assert [row.name for row in table.rows] == ["maxpool", "layer1", "layer2", "layer3", ""]
+    assert str(table) in capsys.readouterr().out
+    assert sum(row.parameters for row in table.rows) == sum(p.numel() for p in net.parameters())
+    assert ll.localize(net, ll.MonoForward(), cuts=3, example=X).blocks.names == ["layer1", "layer3", "layer4"]
+    roomy = ll.localize(net, ll.MonoForward(), memory="1GiB", example=X)
+    assert roomy.cuts == ()
+    tight = ll.localize(net, ll.MonoForward(), memory="3MiB", example=X)
+    assert len(tight.blocks) > 1
+    with pytest.raises(
+        ValueError, match=r"memory allows 1000 B, and a step of MonoForward on this example keeps at least"
+    ):
+        ll.localize(net, ll.MonoForward(), memory="1kB", example=X)
+    with pytest.raises(ValueError, match=r"cuts is 9, and ResNet can be cut into 5 blocks at most"):
+        ll.localize(net, ll.MonoForward(), cuts=9, example=X)
+
+
+def test_sizes_and_partitions() -> None:
+    assert [bytes_in(size) for size in (5, "1KiB", "2 kB", "1.5MiB")] == [5, 1024, 2000, 1572864]
+    for size in ("200 Mib", "", "-1MB", 0, "0MB"):
+        with pytest.raises(ValueError, match="expected a number of bytes"):
+            bytes_in(size)
+    assert _partition([1, 1, 1, 3], 2) == [2]
+    assert _partition([5, 1, 1, 1], 3) == [0, 1]
+
+
+def test_what_is_refused() -> None:
+    net = _mobile()
+    with pytest.raises(ValueError, match="pass example="):
+        ll.localize(net, ll.MonoForward(), cuts=2)
+    with pytest.raises(ValueError, match="give either cuts="):
+        ll.localize(net, ll.MonoForward(), example=X)
+    with pytest.raises(ValueError, match=r"write \['features'\]"):
+        ll.localize(net, ll.MonoForward(), cuts="features", example=X)
+    with pytest.raises(ValueError, match="expected a rule"):
+        ll.localize(net, ll.MonoForward, cuts=1, example=X)  # type: ignore[arg-type]
+    local = ll.localize(net, ll.MonoForward(), cuts=["features.3"], example=X)
+    with pytest.raises(ValueError, match="labels go from 0 to 10, expected class ids 0 to 9"):
+        local.step(X, torch.arange(12) % 11)
+    with pytest.raises(
+        ValueError, match=r"block 'features_4' has a normalisation|block 'features_3' has a normalisation"
+    ):
+        local.step(X[:1], Y[:1])
+
+
+def test_lightning_trains_it_too() -> None:
+    torch.manual_seed(0)
+    local = ll.localize(_mobile(), ll.MonoForward(), cuts=["features.3"], example=X[:4], optimizer=SGD)
+    twin = copy.deepcopy(local.net)
+    task = Classification(local.blocks, X[:2], 10)
+    flags: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        strategy=LocalStrategy(local), max_epochs=1, accelerator="cpu", enable_model_summary=False, **flags
+    )
+    trainer.fit(task, DataLoader(TensorDataset(X, Y), batch_size=6))
+    other = ll.localize(twin, ll.MonoForward(), cuts=["features.3"], example=X[:4], optimizer=SGD)
+    for images, labels in zip(X.split(6), Y.split(6), strict=True):
+        other.step(images, labels)
+    for (name, a), b in zip(local.net.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_names_of_the_package_are_lazy() -> None:
+    assert ll.MonoForward is __import__("locallearn.algorithms").algorithms.MonoForward
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = ll.Nothing
