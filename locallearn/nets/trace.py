@@ -47,7 +47,7 @@ class CannotTrace(ValueError):
 class _Known(fx.Proxy):
     """What a symbol can be asked for while it is traced: facts of shape, type and device, as they are for the example."""
 
-    tracer: Tracer  # type: ignore[assignment]
+    tracer: Tracer
 
     def __getattr__(self, name: str) -> Any:
         return _KnownAttribute(self, name)

@@ -142,7 +142,8 @@ class LocalStrategy(SingleDeviceStrategy):
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}, expected 'epoch' or 'step'")
         if isinstance(algorithm, Local):
-            algorithm, optimizer = algorithm.algorithm, optimizer or algorithm.make_optimizer
+            optimizer = algorithm.make_optimizer if optimizer is None else optimizer
+            algorithm = algorithm.algorithm
         if optimizer is None:
             raise ValueError(
                 "give optimizer=, which makes a unit's optimizer, e.g. functools.partial(torch.optim.Adam, lr=1e-3)"
