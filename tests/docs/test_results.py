@@ -56,6 +56,8 @@ ACCURACIES = [
     ("mono_forward_mnist", "backprop", 5),
     ("forward_forward_mnist", "forward_forward", 1),
     ("mono_forward_cifar10", "mono_forward", 1),
+    ("cafo_cifar10", "cafo", 1),
+    ("cafo_cifar10_ce", "cafo", 1),
     ("digits", "backprop", 3),
     ("digits", "deep_supervision", 3),
     ("digits", "mono_forward", 3),
