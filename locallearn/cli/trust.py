@@ -26,7 +26,11 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
         "locallearn.tasks.images.Augment",
         "locallearn.tasks.graphs.GeneratedGraph",
     ),
-    "locallearn.strategies": ("locallearn.strategies.schedule.Schedule", "torch.optim.lr_scheduler.LRScheduler"),
+    "locallearn.strategies": (
+        "locallearn.strategies.schedule.Schedule",
+        "torch.optim.Optimizer",
+        "torch.optim.lr_scheduler.LRScheduler",
+    ),
     "locallearn.energy": ("locallearn.energy.Meter",),
     "torch.optim": ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler"),
     "torch.nn": ("torch.nn.Module",),

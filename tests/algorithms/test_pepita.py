@@ -565,7 +565,6 @@ def _net(*layers: nn.Module, readout: nn.Module | None = None) -> Blocks:
         (_net(nn.Linear(8, 8), nn.Dropout(0.1)), "block 'odd' has an nn.Dropout, .* set algorithm.dropout"),
         (_net(nn.Linear(8, 8), nn.BatchNorm1d(8)), "block 'odd' has a BatchNorm1d"),
         *((_net(make(nn.Linear(8, 8))), "'odd' has a .* that makes its weight from something else") for make in MADE),
-        (_net(nn.LazyLinear(8)), "block 'odd' has a LazyLinear"),
         (_net(nn.Linear(8, 8), nn.PReLU()), "block 'odd' has a PReLU"),
         (_net(nn.ReLU(), nn.Linear(8, 8)), "block 'odd' has a ReLU where"),
         (_net(nn.MultiheadAttention(8, 2)), "block 'odd' has a MultiheadAttention"),

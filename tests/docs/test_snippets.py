@@ -189,7 +189,8 @@ def _sweep(words: list[str]) -> Iterator[list[str]]:
     choices = []
     for word in words:
         key, _, values = word.partition("=")
-        choices.append([f"{key}={value}" for value in values.split(",")] if values else [])
+        chosen = values.split(",") if values else []
+        choices.append([f"{key}={value}" for value in (chosen[:1] if key == "seed" else chosen)])  # seeds are all alike
     yield from (list(run) for run in itertools.product(*filter(None, choices)))
 
 

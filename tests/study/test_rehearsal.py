@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from locallearn.algorithms import FeedbackAlignment
+from locallearn.algorithms import Pepita
 from locallearn.nets import Blocks
 from locallearn.strategies import Schedule
 from locallearn.study import train as study
@@ -68,7 +68,7 @@ def _of_doubles() -> Blocks:
         ({"make_net": _narrow}, "first batch cannot be trained: .*out of bounds"),
         ({"make_net": _of_doubles}, "dtype|same"),
         (
-            {"optimizer": partial(torch.optim.LBFGS, lr=0.1, max_iter=2), "rule": FeedbackAlignment},
+            {"optimizer": partial(torch.optim.LBFGS, lr=0.1, max_iter=2), "rule": Pepita},
             "asks for the loss again",
         ),
         ({"trainer": {"accelerator": "cpu", "limit_val_batches": 0}, "schedule": Schedule(patience=1)}, "leaves none"),
