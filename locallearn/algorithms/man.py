@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update
-from locallearn.algorithms.heads import BlockHeads
+from locallearn.algorithms.heads import BlockHeads, Head, takes_parts
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.algorithms.local_heads import LocalHeads
 from locallearn.batch import Batch
@@ -41,13 +41,14 @@ class MAN(LocalHeads):
 
     _owner: ClassVar[str] = "MAN"
 
+    @takes_parts
     def __init__(
         self,
         momentum: float = 0.995,
         averaged: bool = True,
         scale: bool = True,
         unit: str | None = None,
-        head: Any = "man",
+        head: Head = "man",
         seed: int = 0,
         **parts: Any,
     ) -> None:
