@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
-from locallearn.algorithms.heads import BlockHeads, HeadParts
+from locallearn.algorithms.heads import BlockHeads, HeadParts, takes_parts
 from locallearn.batch import Batch
 
 
@@ -24,6 +24,7 @@ class DeepSupervision(Algorithm):
         parts: the fields of :class:`~locallearn.algorithms.heads.HeadParts`; default: Mono-Forward's linear heads.
     """
 
+    @takes_parts
     def __init__(self, seed: int = 0, **parts: Any) -> None:
         super().__init__(seed)
         self.parts = HeadParts(**parts)

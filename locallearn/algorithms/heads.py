@@ -16,10 +16,13 @@ the last block's head, with the task's loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +44,7 @@ from locallearn.nets.units import residual_branches, sample_shapes
 
 Head = Literal["linear", "conv1", "1c2f", "dgl", "man", "mirror", "auglocal"]
 Loss = Literal["ce", "sim", "predsim", "infopro"]
+_Init = TypeVar("_Init", bound=Callable[..., None])
 
 _EMBEDDING = 128  # entries of what the contrast compares, and of the hidden layer of InfoPro's head
 _LIMIT = 4096  # inputs of predsim's linear head, as in its code
@@ -117,18 +121,21 @@ class HeadParts:
         moves = self.movement if isinstance(self.movement, int | float) else tuple(self.movement)
         object.__setattr__(self, "movement", moves)
         wanted = {
-            "width": (self.width > 0, "above 0"),
-            "depth": (self.depth >= 1 and self.depth == int(self.depth), "a whole number, at least 1"),
+            "width": (0 < self.width < math.inf, "above 0"),
+            "depth": (1 <= self.depth < math.inf and self.depth == int(self.depth), "a whole number, at least 1"),
             "decay": (0 <= self.decay <= 1, "within 0 and 1"),
             "head_limit": (self.head_limit is None or self.head_limit >= 1, "at least 1, or null"),
             "smoothing": (0 <= self.smoothing < 1, "at least 0 and below 1"),
             "beta": (0 <= self.beta <= 1, "within 0 and 1"),
             "similarity_side": (self.similarity_side is None or self.similarity_side >= 1, "at least 1, or null"),
-            "temperature": (self.temperature > 0, "above 0"),
-            "reconstruction": (min(self.reconstruction) >= 0, "not negative"),
-            "classification": (min(self.classification) >= 0, "not negative"),
-            "pixels": (self.pixels is None or self.pixels[0] < self.pixels[1], "a smaller and a larger value"),
-            "movement": (min((moves,) if isinstance(moves, int | float) else moves, default=0) >= 0, "not negative"),
+            "temperature": (0 < self.temperature < math.inf, "above 0"),
+            "reconstruction": (_weights(self.reconstruction), "not negative"),
+            "classification": (_weights(self.classification), "not negative"),
+            "pixels": (
+                self.pixels is None or -math.inf < self.pixels[0] < self.pixels[1] < math.inf,
+                "a smaller and a larger value",
+            ),
+            "movement": (_weights((moves,) if isinstance(moves, int | float) else moves), "not negative"),
         }
         for name, (right, what) in wanted.items():
             if not right:
@@ -137,7 +144,7 @@ class HeadParts:
 
     def _check_pair(self, name: str) -> None:
         value = getattr(self, name)
-        if value is None:
+        if value is None and name == "pixels":
             return
         pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
         if len(pair) != 2:
@@ -155,6 +162,22 @@ class HeadParts:
                 )
         if self.loss == "sim" and self.head != "linear":
             raise ValueError(f"loss=sim has no head, and head is {self.head!r}: leave it out, or use loss=predsim")
+        if self.temperature != defaults["temperature"] and not self.contrast:
+            raise ValueError(
+                f"temperature={self.temperature} is for contrast=true, and contrast is false: leave it out"
+            )
+        if self.pixels is not None and not self.decodes:
+            raise ValueError(
+                f"pixels={self.pixels} is for a decoder, and reconstruction is 0 for all blocks: leave it out"
+            )
+        if self.loss == "infopro" and not any(self.classification) and (self.contrast or self.head != "linear"):
+            idle = "contrast=true" if self.contrast else f"head={self.head}"
+            raise ValueError(f"{idle} is for a head, and classification is 0 for all blocks: leave it out")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether any block gives the image back."""
+        return self.loss == "infopro" and any(weight > 0 for weight in self.reconstruction)
 
     def moves(self, blocks: int) -> list[float]:
         """Weight of the movement by block.
@@ -167,6 +190,39 @@ class HeadParts:
         if len(self.movement) != blocks:
             raise ValueError(f"movement has {len(self.movement)} weights for {blocks} blocks: give one for every block")
         return [float(weight) for weight in self.movement]
+
+
+def _weights(given: Sequence[float]) -> bool:
+    return all(0 <= weight < math.inf for weight in given)
+
+
+def takes_parts(init: _Init) -> _Init:
+    """Write the fields of :class:`HeadParts` into the signature of an ``__init__(self, ..., **parts)`` that hands them on.
+
+    So a misspelt name is told as such, by Python and by the command line, which also reads the types there.
+    """
+    own, hints = inspect.signature(init), get_type_hints(HeadParts)
+    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = {p.name for p in named}
+    parts = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(HeadParts)
+        if field.name not in names
+    ]
+    known = [p.name for p in (*named[1:], *parts)]
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **settings: Any) -> None:
+        for name in settings:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__} has no setting {name!r}; it has {', '.join(known)}")
+        init(self, *args, **settings)
+
+    checked.__signature__ = own.replace(parameters=[*named, *parts])  # type: ignore[attr-defined]
+    checked.__annotations__ = {**init.__annotations__, **{p.name: p.annotation for p in parts}}
+    return cast(_Init, checked)
 
 
 class BlockHeads(nn.Module):
@@ -224,7 +280,7 @@ class BlockHeads(nn.Module):
         self.terms = nn.ModuleList()
         if parts.loss != "ce":
             self.terms.extend(self._make_term(i, shapes[i], task.outputs, image) for i in range(self._local))
-        if parts.loss == "infopro":
+        if self._observes:
             self.register_buffer("low", torch.full((image[0],), torch.inf))
             self.register_buffer("high", torch.full((image[0],), -torch.inf))
         self._contrast = SupervisedContrastiveLoss(parts.temperature)
@@ -371,9 +427,14 @@ class BlockHeads(nn.Module):
             ) from None
         return read
 
+    @property
+    def _observes(self) -> bool:
+        """Whether what is black and white must be found out."""
+        return self.parts.decodes and self.parts.pixels is None
+
     def observe(self, inputs: Tensor) -> None:
         """Note the smallest and the largest value of every channel of the images, for those who give them back."""
-        if self.parts.loss == "infopro":
+        if self._observes:
             axes = (0, 2, 3)
             self.low.copy_(torch.minimum(self.low, inputs.detach().amin(axes)))
             self.high.copy_(torch.maximum(self.high, inputs.detach().amax(axes)))

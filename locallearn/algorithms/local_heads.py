@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo
-from locallearn.algorithms.heads import BlockHeads, HeadParts
+from locallearn.algorithms.heads import BlockHeads, HeadParts, takes_parts
 from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.batch import Batch
 
@@ -26,6 +26,7 @@ class LocalHeads(LayerLocal):
 
     _owner: ClassVar[str] = "the rule of local heads"
 
+    @takes_parts
     def __init__(self, seed: int = 0, **parts: Any) -> None:
         super().__init__(seed)
         self.parts = HeadParts(**parts)

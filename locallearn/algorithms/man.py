@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update
-from locallearn.algorithms.heads import BlockHeads
+from locallearn.algorithms.heads import BlockHeads, Head, takes_parts
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.algorithms.local_heads import LocalHeads
 from locallearn.batch import Batch
+from locallearn.nets.border import main
 from locallearn.nets.inplace import InputGuard, try_out
 from locallearn.nets.units import first_unit
 
@@ -41,13 +42,14 @@ class MAN(LocalHeads):
 
     _owner: ClassVar[str] = "MAN"
 
+    @takes_parts
     def __init__(
         self,
         momentum: float = 0.995,
         averaged: bool = True,
         scale: bool = True,
         unit: str | None = None,
-        head: Any = "man",
+        head: Head = "man",
         seed: int = 0,
         **parts: Any,
     ) -> None:
@@ -123,8 +125,14 @@ class MAN(LocalHeads):
             for i, output in enumerate(self.blocks.features(x, *example.context)):
                 if i < len(self.trained):
                     try:
-                        shapes.append(tuple(self.trained[i](output, *example.context).shape[1:]))
+                        shapes.append(tuple(main(self.trained[i](output, *example.context)).shape[1:]))
                     except Exception as error:
+                        carrier = self.blocks.carrier(example.inputs, example.context)
+                        if carrier is not None and self.unit is None:
+                            raise ValueError(
+                                f"MAN's units read one tensor, and block {carrier!r} hands over more than one: cut the network "
+                                "where only one tensor crosses, or name a unit by algorithm.unit"
+                            ) from error
                         raise ValueError(
                             f"what block {self.blocks.names[i]!r} gives does not fit the first unit of block "
                             f"{self.blocks.names[i + 1]!r} ({type(self._source(i)).__name__}: {error}): name another one by "
@@ -164,10 +172,10 @@ class MAN(LocalHeads):
         """s·B(h) + (2 - s)·E(h), or B(h) alone."""
         if index >= len(self.trained):
             return output
-        trained: Tensor = self.trained[index](output, *context)
+        trained: Tensor = main(self.trained[index](output, *context))
         if not self.averaged:
             return trained
-        average: Tensor = self.average[index](output, *context)
+        average: Tensor = main(self.average[index](output, *context))
         if not self.scale:
             return trained + average
         scale: Tensor = self.scales[index]

@@ -35,8 +35,7 @@ def similarity_matrix(activations: Tensor) -> Tensor:
     x = x.flatten(2).std(2) if x.ndim == 4 and x.shape[1] > 3 and x.shape[2] > 1 else x.flatten(1)
     x = x - x.mean(1, keepdim=True)
     x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-8)
-    similarity: Tensor = x @ x.T
-    return similarity.clamp(-1, 1)
+    return _pairs(x).clamp(-1, 1)
 
 
 def similarity_loss(activations: Tensor, targets: Tensor, classes: int) -> Tensor:
@@ -76,7 +75,7 @@ def supervised_contrast(embeddings: Tensor, targets: Tensor, temperature: float 
     """
     z = F.normalize(_exact(embeddings), dim=1)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    logits = (z @ z.T / temperature).masked_fill(own, -torch.inf)
+    logits = (_pairs(z) / temperature).masked_fill(own, -torch.inf)
     partners = (targets[:, None] == targets) & ~own
     log_probability = logits - logits.logsumexp(1, keepdim=True)
     chosen = torch.where(partners, log_probability, 0).sum(1)
@@ -149,6 +148,13 @@ def halvings(size: int, later: Sequence[int]) -> list[int]:
         strides.append(2 if size > side else 1)
         size = -(-size // strides[-1])
     return strides
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Inner products of all pairs of rows, as exact as the rows: autocast would round them to halves again."""
+    with torch.autocast(x.device.type, enabled=False):
+        product: Tensor = x @ x.T
+        return product
 
 
 def _exact(x: Tensor) -> Tensor:

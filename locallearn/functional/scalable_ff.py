@@ -8,6 +8,7 @@ Symbols: B samples, C classes, h the output of a block, ``(B, channels, H, W)``.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,9 +20,9 @@ def goodness(maps: Tensor) -> Tensor:
         maps: u, shape ``(B, C, H, W)``.
 
     Returns:
-        g, shape ``(B, C)``, not negative.
+        g, shape ``(B, C)``, not negative, in at least single precision.
     """
-    return maps.square().flatten(2).mean(2)
+    return maps.to(torch.promote_types(maps.dtype, torch.float32)).square().flatten(2).mean(2)
 
 
 def loss(goodness: Tensor, targets: Tensor, margin: float = 0.0, temperature: float = 1.0) -> Tensor:

@@ -612,6 +612,8 @@ def test_tasks_that_have_no_classes_or_no_samples_by_themselves_are_refused() ->
     batch = _data()
     with pytest.raises(ValueError, match="this task has none"):
         CaFo().attach(_net(), _info(batch, classes=False))
+    with pytest.raises(ValueError, match="tells classes apart, and this task has 1: it takes at least 2"):
+        CaFo().attach(_net(), TaskInfo(_part(batch, slice(0, 2)), 1, F.cross_entropy))
     graph = Batch(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64), (torch.zeros(2, 0, dtype=torch.int64),))
 
     class Reads(nn.Linear):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locallearn.algorithms import Algorithm, Backprop, DeepSupervision, LocalHeads, MonoForward, TaskInfo
+from locallearn.algorithms import MAN, Algorithm, Backprop, DeepSupervision, LocalHeads, MonoForward, TaskInfo
+from locallearn.algorithms.heads import HeadParts
 from locallearn.batch import Batch
+from locallearn.cli.settings import UsageError, check_arguments
 from locallearn.cost import measure_update
 from locallearn.losses import PredSimLoss, ReconstructionLoss, SupervisedContrastiveLoss
 from locallearn.nets import Blocks, cnn, mlp, resnet
@@ -465,8 +469,17 @@ def test_movement_by_block_and_in_deep_supervision() -> None:
         ({"movement": -0.1}, "movement is -0.1"),
         ({"loss": "infopro", "reconstruction": [1.0]}, "reconstruction is \\[1.0\\], expected two numbers"),
         ({"loss": "infopro", "pixels": [1, 0]}, "pixels is \\(1, 0\\)"),
-        ({"loss": "infopro", "temperature": 0}, "temperature is 0"),
+        ({"loss": "infopro", "contrast": True, "temperature": 0}, "temperature is 0"),
         ({"head_limit": 0}, "head_limit is 0"),
+        ({"head": "auglocal", "depth": math.nan}, "depth is nan, expected a whole number"),
+        ({"head": "conv1", "width": math.inf}, "width is inf"),
+        ({"movement": math.inf}, "movement is inf"),
+        ({"movement": [0.1, math.nan]}, "movement is \\(0.1, nan\\)"),
+        ({"loss": "infopro", "reconstruction": None}, "reconstruction is None, expected two numbers"),
+        ({"loss": "infopro", "temperature": 0.2}, "temperature=0.2 is for contrast=true"),
+        ({"loss": "infopro", "pixels": [0, 1], "reconstruction": [0, 0]}, "is for a decoder"),
+        ({"loss": "infopro", "head": "dgl", "classification": [0, 0]}, "head=dgl is for a head"),
+        ({"loss": "infopro", "contrast": True, "classification": [0, 0]}, "contrast=true is for a head"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], sentence: str) -> None:
@@ -529,6 +542,43 @@ def test_other_bad_input_is_told() -> None:
     wrong[1].residual_branches = ("nowhere",)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="residual_branches names 'nowhere'"):
         _attached(LocalHeads(movement=0.1), wrong)
+
+
+@pytest.mark.parametrize("make", [LocalHeads, DeepSupervision, MAN])
+def test_a_setting_that_there_is_not_is_told_with_those_there_are(make: Any) -> None:
+    with pytest.raises(TypeError, match=f"{make.__name__} has no setting 'hed'; it has .*seed.*movement"):
+        make(hed="conv1")
+
+
+@pytest.mark.parametrize("make", [LocalHeads, DeepSupervision, MAN])
+def test_parts_stand_in_the_signature_with_their_types(make: Any) -> None:
+    """So that the command line tells a wrong name or value before anything is made."""
+    parameters = inspect.signature(make).parameters
+    assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+    for field in dataclasses.fields(HeadParts):
+        assert parameters[field.name].default == ("man" if make is MAN and field.name == "head" else field.default)
+    check_arguments(make, {"head": "conv1", "width": 1, "movement": [0, 0.1], "pixels": None, "seed": 3}, "algorithm")
+    for values, says in (
+        ({"hed": "conv1"}, "there is no setting 'algorithm.hed'; algorithm has .*head, .*width"),
+        ({"head": "cnn"}, "algorithm.head is 'cnn', expected 'linear' or"),
+        ({"width": "wide"}, "algorithm.width is 'wide', expected a number"),
+        ({"depth": 2.5}, "algorithm.depth is 2.5, expected a whole number"),
+        ({"movement": [0.1, "x"]}, "algorithm.movement is"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            check_arguments(make, values, "algorithm")
+
+
+def test_nothing_is_observed_where_no_image_is_given_back() -> None:
+    """Vectors and tokens have no channels to look at, and need none where λ1 is 0 or black and white are told."""
+    settings: dict[str, Any] = {"loss": "infopro", "reconstruction": (0, 0), "classification": (1, 1)}
+    nets = [mlp((6,), 4, (5, 5)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for make, net in zip((LocalHeads(**settings), LocalHeads()), nets, strict=True):
+        plain_loop(_attached(make, net, ROWS), [ROWS] * 2, sgd)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+    told = _attached(LocalHeads(loss="infopro", pixels=[-1, 1]), _resnet())
+    assert not any(name.endswith(("low", "high")) for name, _ in told.named_buffers())
 
 
 def test_smoothing_is_that_of_every_head() -> None:

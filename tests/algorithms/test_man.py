@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import locallearn
 from locallearn.algorithms import MAN, Backprop, LocalHeads, Locality, TaskInfo
 from locallearn.audit import audit
 from locallearn.batch import Batch
@@ -240,3 +241,17 @@ def test_the_audit_tells_coupling_from_locality() -> None:
     for settings, want in (({"momentum": 0.5}, Locality.COUPLED), ({"averaged": False}, Locality.LAYER_LOCAL)):
         result = audit(_attached(light(**settings), copy.deepcopy(net)), BATCH, batches=3)
         assert (result.confirmed, result.verdict) == (True, want), result.reason
+
+
+def test_units_that_would_need_more_than_one_tensor_are_refused_by_name() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(*sides) for sides in ((6, 5), (5, 5), (5, 5), (5, 4)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.a(x).relu()
+            return self.d(first + self.c(self.b(first).relu()).relu())
+
+    with pytest.raises(ValueError, match=r"read one tensor, and block .* hands over more than one: cut the network"):
+        locallearn.localize(Skip(), MAN(head="linear"), cuts=["a", "b", "c"], example=torch.randn(8, 6))

@@ -175,3 +175,27 @@ def test_hand_over_does_not_see_the_scale() -> None:
     assert torch.allclose(sff.normalise(7 * x, eps=0.0), plain)
     assert torch.allclose(plain.flatten(1).mean(1), torch.zeros(3).double(), atol=1e-12)
     assert torch.allclose(plain.flatten(1).square().mean(1), torch.ones(3).double())
+
+
+def test_autocast_rounds_no_pair_and_no_square() -> None:
+    """What these equations are given may be halves; what they make of it is as exact as outside of autocast."""
+    y, maps = torch.arange(32) % 4, torch.randn(32, 16, 4, 4, generator=DRAW)
+    rows = torch.randn(32, 12, generator=DRAW)
+
+    def found() -> list[torch.Tensor]:
+        halves = maps.bfloat16()
+        return [
+            heads.similarity_matrix(halves),
+            heads.similarity_loss(halves, y, 4),
+            heads.supervised_contrast(rows.bfloat16(), y),
+            heads.movement(halves),
+            sff.goodness(halves),
+        ]
+
+    plain = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = found()
+    for one, other in zip(plain, under, strict=True):
+        assert one.dtype is other.dtype is torch.float32
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(plain[4], sff.goodness(maps.bfloat16().double()).float(), rtol=1e-6, atol=0)

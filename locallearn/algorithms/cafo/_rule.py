@@ -132,6 +132,8 @@ class CaFo(LayerLocal):
         """Give every block its predictor, and what learns by direct feedback its matrices."""
         if not task.classes:
             raise ValueError("CaFo fits predictors of class labels to every block, and this task has none")
+        if task.outputs < 2:
+            raise ValueError(f"CaFo tells classes apart, and this task has {task.outputs}: it takes at least 2")
         if task.example.context:
             raise ValueError(
                 "CaFo fits a predictor to the output of every sample by itself, and these batches have a context (a graph's "
