@@ -156,8 +156,8 @@ class RecurrentForwardForward(ForwardForward):
             layer = nn.Linear(above, here, bias=False)
             nn.init.normal_(layer.weight, std=above**-0.5)
             self.from_above.append(layer)
-        for block in self.blocks:
-            self._relu(block).register_forward_pre_hook(self._add_from_above)
+        for relu in dict.fromkeys(self._relu(block) for block in self.blocks):  # blocks may share one
+            relu.register_forward_pre_hook(self._add_from_above)
 
     @staticmethod
     def _relu(block: nn.Module) -> nn.ReLU:
