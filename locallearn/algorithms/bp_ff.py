@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,8 +16,6 @@ from locallearn.functional import forward_forward as ff
 from locallearn.losses.emergent import SummedGoodnessLoss
 
 Inference = Literal["goodness", "vote"]
-Normalise = Literal["rms", "unit"]
-_NORMALISE: dict[str, Callable[[Tensor], Tensor]] = {"rms": ff.rms_normalise, "unit": emergent.unit_normalise}
 
 
 class BackpropForwardForward(Algorithm):
@@ -25,8 +23,8 @@ class BackpropForwardForward(Algorithm):
 
     Positives, negatives, label and the normalisation between blocks are those of
     :class:`~locallearn.algorithms.ForwardForward`; the loss is one, softplus(theta - sum G+) and softplus(sum G- - theta),
-    and its gradient goes through all blocks and through the normalisation between them. What differs from Forward-Forward
-    is locality and nothing else.
+    and its gradient goes through all blocks and through the normalisation between them. With the same goodness, normalisation
+    and inference over all blocks, what differs from Forward-Forward is locality and nothing else.
 
     Deviations: negatives are drawn anew for every batch, of the batch's own samples; the paper draws them once and unpaired
     (:func:`locallearn.functional.emergent.static_negatives`). The label is written into the first channel alone, with a
@@ -49,18 +47,17 @@ class BackpropForwardForward(Algorithm):
         self,
         goodness: emergent.Goodness = "squares",
         threshold: float | None = None,
-        normalise: Normalise = "rms",
+        normalise: emergent.Normalise = "rms",
         inference: Inference = "goodness",
         label_strength: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
-        if normalise not in _NORMALISE:
-            raise ValueError(f"normalise is {normalise!r}, expected 'rms' (root mean square 1) or 'unit' (length 1)")
+        emergent.check_scale(normalise)
         if inference not in get_args(Inference):
             raise ValueError(f"inference is {inference!r}, expected 'goodness' (sum over blocks) or 'vote' (of blocks)")
         self.goodness = goodness
-        self.normalise = normalise
+        self.normalise: emergent.Normalise = normalise
         self.inference = inference
         self.label_strength = label_strength
         self._local = SummedGoodnessLoss(threshold, goodness)
@@ -100,7 +97,7 @@ class BackpropForwardForward(Algorithm):
 
     def hand_on(self, output: Tensor) -> Tensor:
         """What the next block sees of a block's output: the pattern without its goodness, with its graph."""
-        return _NORMALISE[self.normalise](output)
+        return emergent.normalise(output, self.normalise)
 
     def outputs_of_blocks(self, inputs: Tensor) -> list[Tensor]:
         """Every block's output before normalisation, ``(N, ...)``; ``inputs`` are prepared ones."""

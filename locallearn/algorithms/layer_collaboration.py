@@ -145,7 +145,7 @@ class LayerCollaboration(LabelledGoodness):
         """Run a block and keep its goodness, one number per row."""
         output: Tensor = super().run(index, inputs, batch)
         if index not in self._scores:  # an optimizer that asks again has moved the weights by then
-            self._scores[index] = self.goodness(output.detach())
+            self._scores[index] = self.goodness_of(output.detach())
         return output
 
     def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ logistic function; ⁺ positive data, ⁻ negative data. The loss has the form o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -17,8 +18,10 @@ import torch
 from torch import Generator, Tensor
 
 from locallearn.functional._widths import weight_count
+from locallearn.functional.forward_forward import rms_normalise
 
 Goodness = Literal["squares", "norm", "l1"]
+Normalise = Literal["rms", "unit"]
 
 
 def check_kind(kind: str) -> None:
@@ -31,6 +34,16 @@ def check_kind(kind: str) -> None:
         raise ValueError(
             f"goodness is {kind!r}, expected 'squares' (sum of squares), 'norm' (Euclidean length) or 'l1'"
         )
+
+
+def check_scale(kind: str) -> None:
+    """Refuse a normalisation that there is not.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if kind not in get_args(Normalise):
+        raise ValueError(f"normalise is {kind!r}, expected 'rms' (root mean square 1) or 'unit' (length 1)")
 
 
 def goodness(x: Tensor, kind: Goodness = "norm") -> Tensor:
@@ -88,6 +101,38 @@ def unit_normalise(x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=_at_least_single(x))
     divisor = torch.where(length > 0, length, 1.0).view(-1, *[1] * (x.dim() - 1))
     return (x / divisor).to(x.dtype)
+
+
+def normalise(x: Tensor, kind: Normalise = "unit") -> Tensor:
+    """Take the goodness out of a layer's output, so that the next one sees the pattern alone.
+
+    Args:
+        x: shape ``(B, ...)``.
+        kind: ``"unit"``: Euclidean length 1, the paper's, see `unit_normalise`; ``"rms"``: root mean square 1, Hinton's, see
+            `locallearn.functional.forward_forward.rms_normalise`.
+
+    Returns:
+        Same shape and dtype.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    check_scale(kind)
+    return unit_normalise(x) if kind == "unit" else rms_normalise(x)
+
+
+def undecided(entries: int, kind: Goodness = "norm") -> float:
+    """Return the goodness of an output that is 1 everywhere: n of squares and of l1, sqrt(n) of the norm.
+
+    Args:
+        entries: n, per sample.
+        kind: see `goodness`.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    check_kind(kind)
+    return math.sqrt(entries) if kind == "norm" else float(entries)
 
 
 def vote(goodness: Tensor) -> Tensor:

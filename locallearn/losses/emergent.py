@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class SummedGoodnessLoss(nn.Module):
             )
         threshold = self.threshold
         if threshold is None:
-            threshold = sum(float(emergent.goodness(h[:1].new_ones((1, *h.shape[1:])), self.goodness)) for h in good)
+            threshold = sum(emergent.undecided(math.prod(h.shape[1:]), self.goodness) for h in good)
         return forward_forward.loss(
             emergent.summed_goodness(good, self.goodness), emergent.summed_goodness(bad, self.goodness), threshold
         )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from locallearn.functional import forward_forward
+from locallearn.functional import emergent, forward_forward
 
 
 class ForwardForwardLoss(nn.Module):
@@ -17,21 +17,25 @@ class ForwardForwardLoss(nn.Module):
     the next layer.
 
     Args:
-        threshold: θ, the goodness at which a sample counts as undecided; ``None`` takes the number of entries of one
-            sample, as Hinton's code does.
+        threshold: θ, the goodness at which a sample counts as undecided; ``None`` takes that of an output which is 1
+            everywhere: of squares the number of entries of one sample, as in Hinton's code.
         temperature: T, divides G − θ.
         minimise: make positive data quiet instead of loud (min-ssq).
         peer: λ of peer normalisation, 0.03 in Hinton's code, 0 for none.
         features: number of units n, dimension 1 of the activations; wanted only with ``peer`` above 0.
+        goodness: ``"squares"`` (Σ z²), Hinton's; ``"norm"`` (‖z‖₂), that of Tosato et al., who take θ = 3 and inputs of
+            length 1 (`locallearn.functional.emergent.unit_normalise`); ``"l1"`` (Σ |z|).
 
     Attributes:
         peer_mean: with ``peer`` above 0, a buffer of shape ``(features,)``: the running mean activity of every unit on
             positive data. It moves with every call in training mode and stays put after ``.eval()``.
 
     Raises:
-        ValueError: ``temperature`` is not positive, ``peer`` is negative, or ``peer`` comes without ``features``.
+        ValueError: ``temperature`` is not positive, ``peer`` is negative, or comes without ``features``, or an unknown
+            goodness.
 
-    Paper: G. Hinton, "The Forward-Forward Algorithm", arXiv 2212.13345, and its Matlab code.
+    Paper: G. Hinton, "The Forward-Forward Algorithm", arXiv 2212.13345, and its Matlab code; of the other kinds of goodness
+    Tosato et al., arXiv 2305.18353.
 
     Deviations: with T other than 1 the gradient carries 1/T (it is that of the loss), Hinton's hand-made one does not.
     In convolutional maps the unit of peer normalisation is the channel.
@@ -61,12 +65,15 @@ class ForwardForwardLoss(nn.Module):
         minimise: bool = False,
         peer: float = 0.0,
         features: int | None = None,
+        goodness: emergent.Goodness = "squares",
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature={temperature} must be above 0.")
         if peer < 0:
             raise ValueError(f"peer={peer} must be 0 (no peer normalisation) or above.")
+        emergent.check_kind(goodness)
+        self.goodness = goodness
         self.threshold = threshold
         self.temperature = temperature
         self.minimise = minimise
@@ -94,8 +101,10 @@ class ForwardForwardLoss(nn.Module):
                 f"positive activations of shape {tuple(positive.shape)} and negative ones of shape "
                 f"{tuple(negative.shape)} differ: give as many negatives as positives, from the same layer."
             )
-        threshold = float(math.prod(positive.shape[1:])) if self.threshold is None else self.threshold
-        good, bad = forward_forward.goodness(positive), forward_forward.goodness(negative)
+        threshold = self.threshold
+        if threshold is None:
+            threshold = emergent.undecided(math.prod(positive.shape[1:]), self.goodness)
+        good, bad = emergent.goodness(positive, self.goodness), emergent.goodness(negative, self.goodness)
         loss = forward_forward.loss(good, bad, threshold, self.temperature, self.minimise)
         return loss + self._peer_term(positive, pre_activation) if self.peer > 0 else loss
 

@@ -60,6 +60,7 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "forward_forward-symba": partial(ForwardForward, loss="symba", inference="last"),
     "forward_forward-channelwise": partial(ForwardForward, loss="channelwise"),
     "forward_forward-channelwise-softmax": partial(ForwardForward, loss="channelwise", inference="softmax"),
+    "forward_forward-norm": partial(ForwardForward, goodness="norm", threshold=3.0, normalise="unit", inference="vote"),
     "forward_forward-recurrent": partial(ForwardForward, recurrent=4),
     "layer_collaboration": LayerCollaboration,
     "layer_collaboration-previous": partial(LayerCollaboration, gamma="previous", threshold="midpoint"),

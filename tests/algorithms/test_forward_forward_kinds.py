@@ -326,6 +326,17 @@ def test_the_label_whose_goodness_lasts_is_the_answer() -> None:
     torch.testing.assert_close(algorithm.blocks(images), _attached(recurrent=8).double().blocks(images))
 
 
+def test_blocks_that_share_their_relu_hear_once_from_above() -> None:
+    one = nn.ReLU()
+    scores = []
+    for relus in ([one, one], [nn.ReLU(), nn.ReLU()]):
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Flatten(), nn.Linear(72, 8)), nn.Linear(8, 8)]
+        net = Blocks({f"b{i}": nn.Sequential(*pair) for i, pair in enumerate(zip(layers, relus, strict=True))})
+        scores.append(_attached(net, recurrent=3).predict(IMAGES.inputs))
+    torch.testing.assert_close(*scores)
+
+
 def test_few_time_steps_are_read_as_far_as_they_go() -> None:
     assert Recurrence.of(8) == Recurrence(8, 0.3, (3, 5))
     assert Recurrence.of(4).read == (3, 4)

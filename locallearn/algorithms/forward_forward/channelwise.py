@@ -37,7 +37,8 @@ class ChannelwiseForwardForward(ForwardForward):
 
     def _idle(self) -> tuple[str, ...]:
         threshold = ("threshold",) if self.competition == "cwc" else ()
-        return ("negatives", "temperature", "minimise", "peer", "label_strength", "alpha", "blurs", *threshold)
+        always = ("negatives", "temperature", "minimise", "peer", "label_strength", "alpha", "blurs")
+        return (*always, "goodness", "normalise", *threshold)
 
     @property
     def locality(self) -> Locality:

@@ -59,19 +59,21 @@ class LabelledGoodness(LayerLocal):
 
     # -- the way of a batch ----------------------------------------------------------------------------------------------
     def pairs(self, batch: Batch, wrong: Tensor) -> Tensor:
-        """Positives on top of negatives with these wrong labels, ``(2N, ...)``, scaled to RMS 1."""
-        return ff.rms_normalise(
-            torch.cat((self.written(batch.inputs, batch.targets), self.written(batch.inputs, wrong)))
-        )
+        """Positives on top of negatives with these wrong labels, ``(2N, ...)``, scaled."""
+        return self.scaled(torch.cat((self.written(batch.inputs, batch.targets), self.written(batch.inputs, wrong))))
 
     def prepare(self, batch: Batch) -> Batch:
         """Positives on top of negatives, any wrong label as likely as another."""
         labels = batch.targets
         return Batch(self.pairs(batch, ff.wrong_labels_uniform(labels, self.outputs, self.rng(labels.device))), labels)
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """What a block sees of the input, or of the block below: no goodness, only the pattern. Default: RMS 1."""
+        return ff.rms_normalise(x)
+
     def emit(self, index: int, output: Tensor) -> Tensor:
-        """The output scaled to RMS 1, so that the next block sees no goodness, only the pattern."""
-        return ff.rms_normalise(output.detach())
+        """The output, scaled."""
+        return self.scaled(output.detach())
 
     def written(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Inputs with these labels in their first entries."""
@@ -79,11 +81,11 @@ class LabelledGoodness(LayerLocal):
 
     def neutral(self, inputs: Tensor) -> Tensor:
         """What enters the first block where no label is preferred."""
-        return ff.rms_normalise(ff.embed_neutral(inputs, self.outputs, self.label_strength))
+        return self.scaled(ff.embed_neutral(inputs, self.outputs, self.label_strength))
 
     # -- inference -------------------------------------------------------------------------------------------------------
-    def goodness(self, output: Tensor) -> Tensor:
-        """Goodness of every row of a block's output, ``(N,)``."""
+    def goodness_of(self, output: Tensor) -> Tensor:
+        """Goodness of every row of a block's output, ``(N,)``. Default: the sum of squares."""
         return ff.goodness(output)
 
     def read(self, depth: int) -> range:
@@ -93,10 +95,10 @@ class LabelledGoodness(LayerLocal):
     def goodness_by_block(self, inputs: Tensor, label: int) -> Iterator[Tensor]:
         """Goodness of every trained block with this label in the inputs, ``(N,)`` each."""
         labels = torch.full((len(inputs),), label, device=inputs.device)
-        x = ff.rms_normalise(self.written(inputs, labels))
+        x = self.scaled(self.written(inputs, labels))
         for i in range(self.depth):
             output = self.blocks[i](x)
-            yield self.goodness(output)
+            yield self.goodness_of(output)
             if i + 1 < self.depth:
                 x = self.emit(i, output)
 
@@ -114,9 +116,7 @@ class LabelledGoodness(LayerLocal):
     @torch.no_grad()
     def examine(self, batch: Batch) -> dict[str, dict[str, float]]:
         """By block: its accuracy alone, and what the sum over blocks loses without it (of blocks that are in the sum)."""
-        sign = -1.0 if self.minimise else 1.0
-        by_label = [torch.stack(list(self.goodness_by_block(batch.inputs, label)), 1) for label in range(self.outputs)]
-        goodness = sign * torch.stack(by_label, 1)
+        goodness = self.said(self.goodness_by_label(batch.inputs))
         read = list(self.read(self.depth))
         alone = layer_collaboration.contributions(goodness, batch.targets).alone
         gained = layer_collaboration.contributions(goodness[:, :, read], batch.targets).gained
@@ -126,6 +126,15 @@ class LabelledGoodness(LayerLocal):
         for i, value in zip(read, gained, strict=True):
             figures[self.blocks.names[i]]["accuracy_gained"] = float(value)
         return figures
+
+    def goodness_by_label(self, inputs: Tensor) -> Tensor:
+        """Goodness of every label in every trained block, ``(N, C, L)``."""
+        by_label = [torch.stack(list(self.goodness_by_block(inputs, label)), 1) for label in range(self.outputs)]
+        return torch.stack(by_label, 1)
+
+    def said(self, goodness: Tensor) -> Tensor:
+        """What every block says for every label, from its goodness ``(N, C, L)``: the sum over blocks is the answer."""
+        return -goodness if self.minimise else goodness
 
     def _total_goodness(self, inputs: Tensor, label: int) -> Tensor:
         total: Tensor | None = None

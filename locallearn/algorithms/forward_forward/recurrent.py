@@ -156,8 +156,8 @@ class RecurrentForwardForward(ForwardForward):
             layer = nn.Linear(above, here, bias=False)
             nn.init.normal_(layer.weight, std=above**-0.5)
             self.from_above.append(layer)
-        for block in self.blocks:
-            self._relu(block).register_forward_pre_hook(self._add_from_above)
+        for relu in dict.fromkeys(self._relu(block) for block in self.blocks):  # blocks may share one
+            relu.register_forward_pre_hook(self._add_from_above)
 
     @staticmethod
     def _relu(block: nn.Module) -> nn.ReLU:
@@ -183,7 +183,7 @@ class RecurrentForwardForward(ForwardForward):
         """One update of every block that trains per time step, all from the activities of the step before."""
         labels = batch.targets
         wrong = ff.wrong_labels_uniform(labels, self.outputs, self.rng(labels.device))
-        image = ff.rms_normalise(batch.inputs)
+        image = self.scaled(batch.inputs)
         above = self._above(torch.cat((labels, wrong)), image.dtype)
         below = torch.cat((image, image))
         states = self._started(below)
@@ -210,7 +210,7 @@ class RecurrentForwardForward(ForwardForward):
 
     def _above(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """Labels as activities of a layer above the last block, ``(N, C)``."""
-        return self.label_strength * ff.rms_normalise(nn.functional.one_hot(labels, self.outputs).to(dtype))
+        return self.label_strength * self.scaled(nn.functional.one_hot(labels, self.outputs).to(dtype))
 
     @torch.no_grad()
     def _started(self, below: Tensor) -> list[Tensor]:
@@ -219,13 +219,12 @@ class RecurrentForwardForward(ForwardForward):
         x = below
         for block in self.blocks:
             states.append(block(x).detach())
-            x = ff.rms_normalise(states[-1])
+            x = self.scaled(states[-1])
         return states
 
-    @staticmethod
-    def _reads(below: Tensor, states: list[Tensor], above: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What every block reads from below and from above, scaled to RMS 1; the image and the label are already."""
-        scaled = [ff.rms_normalise(state) for state in states]
+    def _reads(self, below: Tensor, states: list[Tensor], above: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What every block reads from below and from above, scaled; the image and the label are already."""
+        scaled = [self.scaled(state) for state in states]
         return list(zip([below, *scaled[:-1]], [*scaled[1:], above], strict=True))
 
     def _step(self, index: int, state: Tensor, reads: tuple[Tensor, Tensor]) -> Tensor:
@@ -239,7 +238,7 @@ class RecurrentForwardForward(ForwardForward):
     # -- inference -------------------------------------------------------------------------------------------------------
     def _settle(self, inputs: Tensor, above: Tensor) -> Iterator[list[Tensor]]:
         """Activities after every time step up to the last that inference reads."""
-        below = ff.rms_normalise(inputs)
+        below = self.scaled(inputs)
         states = self._started(below)
         for _ in range(self.recurrence.read[1]):
             reads = self._reads(below, states, above)
@@ -252,7 +251,7 @@ class RecurrentForwardForward(ForwardForward):
         totals: list[Tensor] = []
         for time, states in enumerate(self._settle(inputs, self._above(labels, inputs.dtype)), 1):
             if time >= self.recurrence.read[0]:
-                now = [self.goodness(state) for state in states]
+                now = [self.goodness_of(state) for state in states]
                 totals = now if not totals else [old + new for old, new in zip(totals, now, strict=True)]
         yield from totals
 
@@ -263,8 +262,9 @@ class RecurrentForwardForward(ForwardForward):
 
     def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
         """What every block hands on at the last time step that is read, with no label preferred above."""
-        neutral = self.label_strength * torch.ones(len(inputs), self.outputs, dtype=inputs.dtype, device=inputs.device)
+        equal = torch.ones(len(inputs), self.outputs, dtype=inputs.dtype, device=inputs.device)
+        neutral = self.label_strength * self.scaled(equal)
         states: list[Tensor] = []
         for states in self._settle(inputs, neutral):  # noqa: B007
             pass
-        yield from (ff.rms_normalise(state.detach()) for state in states)
+        yield from (self.scaled(state.detach()) for state in states)

@@ -14,6 +14,7 @@ from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update
 from locallearn.algorithms.forward_forward.frame import LabelledGoodness
 from locallearn.algorithms.forward_forward.peers import last_relu, unit_count, unit_layer
 from locallearn.batch import Batch
+from locallearn.functional import emergent
 from locallearn.functional import forward_forward as ff
 from locallearn.losses.channelwise import Competition
 from locallearn.losses.forward_forward import ForwardForwardLoss
@@ -21,7 +22,7 @@ from locallearn.losses.symba import SymBaLoss
 from locallearn.nets.locally_connected import LocallyConnected2d
 
 Negatives = Literal["uniform", "hard", "hybrid"]
-Inference = Literal["goodness", "last", "softmax"]
+Inference = Literal["goodness", "last", "softmax", "vote"]
 Loss = Literal["logistic", "symba", "channelwise"]
 
 
@@ -42,7 +43,8 @@ class ForwardForward(_ByOptions):
 
     The label is written into the first ``classes`` entries of the input: the true one makes a positive sample, a wrong
     one a negative sample. Block i learns from softplus((theta-G+)/T) and softplus((G- - theta)/T), G the sum of squares of
-    its output; the next block sees that output scaled to RMS 1.
+    its output; the next block sees that output scaled to RMS 1. With ``goodness="norm", threshold=3.0, normalise="unit",
+    inference="vote"`` it is the Forward-Forward of Tosato et al. (arXiv 2305.18353).
 
     Options that change more than a part of this make an object of another class, a subclass of this one:
     ``negatives="hybrid"`` learns without labels
@@ -59,14 +61,17 @@ class ForwardForward(_ByOptions):
         negatives: ``"uniform"``: any wrong label; ``"hard"``: drawn from the readout's softmax with the true class ruled
             out, on a pass with the neutral label; ``"hybrid"``: images mixed from two, no label in the input.
         inference: ``"goodness"``: for every label one pass, argmax of the summed goodness; ``"last"``: of the last block's
-            alone; ``"softmax"``: one pass with the neutral label and the readout; ``None``: what the kind can do, in this
-            order (``"last"`` with ``loss="channelwise"``).
-        threshold: theta; ``None``: the number of entries of a block's output, 2 with ``loss="channelwise"``.
+            alone; ``"softmax"``: one pass with the neutral label and the readout; ``"vote"``: for every label one pass,
+            argmax of the sum over blocks of the softmax over labels of their goodness; ``None``: what the kind can do, in
+            this order (``"last"`` with ``loss="channelwise"``).
+        threshold: theta; ``None``: the goodness of an output that is 1 everywhere (of squares the number of its entries), 2
+            with ``loss="channelwise"``.
         temperature: T.
         minimise: positives quiet instead of loud (min-ssq).
         peer: strength of peer normalisation, 0.03 in the Matlab code; every block must then contain an ``nn.ReLU``.
         skip_first: leave the first block out of inference and readout, as the Matlab code does; a network of one block
-            keeps it. ``None``: true where the first block reads the label from its input, and with hybrids; else false.
+            keeps it. ``None``: true where the first block reads the label from its input, and with hybrids; else false, and
+            with ``inference="vote"``, where all blocks vote.
         label_strength: value of the label's slot.
         readout_lr: learning rate of the readout; ``None``: that of the blocks.
         readout_weight_decay: weight decay of the readout; ``None``: that of the blocks.
@@ -78,6 +83,8 @@ class ForwardForward(_ByOptions):
             :class:`~locallearn.losses.ChannelwiseCompetitiveLoss`.
         blurs: of ``negatives="hybrid"``: how often a mask of random bits is blurred before it is thresholded.
         recurrent: number of time steps, or ``{"steps": 8, "damping": 0.3, "read": [3, 5]}``; ``None``: one pass upward.
+        goodness: ``"squares"``: the sum of squares; ``"norm"``: the Euclidean length; ``"l1"``: the sum of magnitudes.
+        normalise: what a block sees of the input and of the block below: ``"rms"``: scaled to RMS 1; ``"unit"``: to length 1.
 
     Raises:
         ValueError: an unknown choice, or an option that means nothing beside the others.
@@ -107,6 +114,8 @@ class ForwardForward(_ByOptions):
         competition: Competition = "cwc",
         blurs: int = 6,
         recurrent: int | Mapping[str, Any] | None = None,
+        goodness: emergent.Goodness = "squares",
+        normalise: emergent.Normalise = "rms",
     ) -> None:
         super().__init__(label_strength, minimise, seed)
         if negatives not in get_args(Negatives):
@@ -114,13 +123,15 @@ class ForwardForward(_ByOptions):
         if loss not in get_args(Loss):
             raise ValueError(f"loss is {loss!r}, expected 'logistic', 'symba' or 'channelwise'")
         if inference is not None and inference not in get_args(Inference):
-            raise ValueError(f"inference is {inference!r}, expected 'goodness', 'last' or 'softmax'")
+            raise ValueError(f"inference is {inference!r}, expected 'goodness', 'last', 'softmax' or 'vote'")
+        emergent.check_kind(goodness)
+        emergent.check_scale(normalise)
         self.negatives = negatives
         self.inference: Inference = self.inferences[0] if inference is None else inference
         self.threshold = threshold
         self.temperature = temperature
         self.peer = peer
-        self.skip_first = self.skips_first if skip_first is None else skip_first
+        self.skip_first = self.skips_first and inference != "vote" if skip_first is None else skip_first
         self.readout_lr = readout_lr
         self.readout_weight_decay = readout_weight_decay
         self.loss = loss
@@ -128,6 +139,8 @@ class ForwardForward(_ByOptions):
         self.competition = competition
         self.blurs = blurs
         self.recurrent = recurrent
+        self.goodness: emergent.Goodness = goodness
+        self.normalise: emergent.Normalise = normalise
         self.readout: nn.Linear | None = None
         self._pre_activation: Tensor | None = None
         self._neutral: Tensor | None = None
@@ -143,7 +156,9 @@ class ForwardForward(_ByOptions):
 
     def _idle(self) -> tuple[str, ...]:
         """Options that would do nothing in this kind."""
-        of_loss = ("alpha",) if self.loss == "logistic" else ("threshold", "temperature", "minimise", "peer")
+        of_loss = (
+            ("alpha",) if self.loss == "logistic" else ("threshold", "temperature", "minimise", "peer", "goodness")
+        )
         return (*of_loss, "competition", "blurs")
 
     def _refuse_idle(self) -> None:
@@ -186,7 +201,7 @@ class ForwardForward(_ByOptions):
         if self.peer > 0:
             last_relu(self.blocks, index)
             units = unit_count(unit_layer(self.blocks, index))
-        return ForwardForwardLoss(self.threshold, self.temperature, self.minimise, self.peer, units)
+        return ForwardForwardLoss(self.threshold, self.temperature, self.minimise, self.peer, units, self.goodness)
 
     def _asleep(self) -> Container[str]:
         """The blocks that do not train now, and the mean activities of all that rest."""
@@ -208,7 +223,7 @@ class ForwardForward(_ByOptions):
 
     # -- the way of a batch ----------------------------------------------------------------------------------------------
     def prepare(self, batch: Batch) -> Batch:
-        """Positives on top of negatives, ``(2N, ...)``, scaled to RMS 1."""
+        """Positives on top of negatives, ``(2N, ...)``, scaled."""
         if self.readout is not None and (self.negatives == "hard" or self.trains("readout")):
             with torch.no_grad():
                 self._neutral = self._features(self.activations(batch.inputs))
@@ -239,16 +254,27 @@ class ForwardForward(_ByOptions):
             neutral, self._neutral = self._neutral, None
             yield Update("readout", F.cross_entropy(self.readout(neutral), batch.targets))
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Scaled to RMS 1, or to length 1."""
+        return emergent.normalise(x, self.normalise)
+
     # -- inference -------------------------------------------------------------------------------------------------------
-    def goodness(self, output: Tensor) -> Tensor:
-        """Sum of squares, or their mean with ``loss="symba"``."""
-        return ff.mean_goodness(output) if self.loss == "symba" else ff.goodness(output)
+    def goodness_of(self, output: Tensor) -> Tensor:
+        """Sum of squares, their mean with ``loss="symba"``, Euclidean length or sum of magnitudes."""
+        return ff.mean_goodness(output) if self.loss == "symba" else emergent.goodness(output, self.goodness)
+
+    def said(self, goodness: Tensor) -> Tensor:
+        """Goodness (negated for min-ssq), or a softmax of it over the labels where blocks vote."""
+        said = super().said(goodness)
+        return said.softmax(1) if self.inference == "vote" else said
 
     def predict(self, inputs: Tensor, *context: Any) -> Tensor:
-        """Summed goodness of every label (negated for min-ssq), or the readout's logits, shape ``(N, C)``."""
+        """Summed goodness of every label (negated for min-ssq), the blocks' votes, or the readout's logits, ``(N, C)``."""
         if self.inference == "softmax" and self.depth == len(self.blocks):
             assert self.readout is not None
             scores: Tensor = self.readout(self._features(self.activations(inputs)))
+        elif self.inference == "vote":
+            scores = self.said(self.goodness_by_label(inputs))[:, :, list(self.read(self.depth))].sum(2)
         else:
             scores = super().predict(inputs)
         self._pre_activation = None  # the hook cannot tell prediction from learning, and would keep a graph alive

@@ -69,10 +69,10 @@ class HybridForwardForward(ForwardForward):
         return feature_sizes(self.blocks, task.example)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Images on top of hybrids, ``(2N, ...)``, scaled to RMS 1."""
+        """Images on top of hybrids, ``(2N, ...)``, scaled."""
         hybrids = ff.hybrid_images(batch.inputs, self.blurs, self.rng(batch.inputs.device))
         self._seen: dict[int, Tensor] = {}
-        return Batch(ff.rms_normalise(torch.cat((batch.inputs, hybrids))), batch.targets)
+        return Batch(self.scaled(torch.cat((batch.inputs, hybrids))), batch.targets)
 
     def run(self, index: int, inputs: Tensor, batch: Batch) -> Tensor:
         """Run a block, and keep what the readout is to read: that of the images, which are half of the batch already."""
@@ -96,7 +96,7 @@ class HybridForwardForward(ForwardForward):
 
     def neutral(self, inputs: Tensor) -> Tensor:
         """The images themselves."""
-        return ff.rms_normalise(inputs)
+        return self.scaled(inputs)
 
     def examine(self, batch: Batch) -> dict[str, dict[str, float]]:
         """Nothing: goodness knows no labels here."""
