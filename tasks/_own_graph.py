@@ -163,8 +163,8 @@ def _carried(data: Any, edges: int, name: str) -> Tensor | None:
             f"of the two, {leave}."
         )
     for key, value in carried.items():
-        good = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
-        if not good or value.dim() not in (1, 2) or len(value) != edges:
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and value.dim() in (1, 2)
+        if not isinstance(value, Tensor) or not dense or value.is_complex() or len(value) != edges:
             raise ValueError(
                 f"The graph {name!r} has {key} that is {_what(value)}, expected real numbers, one row for each of its {edges} "
                 f"edges: repair it, {leave}."
