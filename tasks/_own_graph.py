@@ -96,11 +96,16 @@ def checked(data: Any, name: str, edge_features: bool) -> tuple[Tensor, Tensor, 
         raise ValueError(
             f"The graph {name!r} has no node features: give x, a dense matrix (N, F) of real numbers; it is {_what(x)}."
         )
+    x = x.detach().float()
     if not bool(x.isfinite().all()):
-        raise ValueError(f"The graph {name!r} has features x that are not finite numbers: take NaN and infinity out.")
+        raise ValueError(
+            f"The graph {name!r} has features x that are not finite numbers in float32: take NaN and infinity out, and scale "
+            "what is too large."
+        )
     if not isinstance(y, Tensor):
         raise ValueError(
-            f"The graph {name!r} has no labels: give y, a class id for each node (zeros if only edges count)."
+            f"The graph {name!r} has no labels: give y, a class id for each node, int64 (zeros if only edges count); it is "
+            f"{_what(y)}."
         )
     y = y.squeeze(1) if y.dim() == 2 and y.shape[1] == 1 else y
     if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex():
@@ -108,7 +113,14 @@ def checked(data: Any, name: str, edge_features: bool) -> tuple[Tensor, Tensor, 
             f"The graph {name!r} has labels y of shape {tuple(y.shape)} and {y.dtype} for {len(x)} nodes; give one class id"
             " for each node, int64."
         )
-    if not isinstance(edges, Tensor) or edges.dim() != 2 or len(edges) != 2 or edges.dtype != torch.int64:
+    _check_labels(y, name)
+    if (
+        not isinstance(edges, Tensor)
+        or edges.layout != torch.strided
+        or edges.dim() != 2
+        or len(edges) != 2
+        or edges.dtype != torch.int64
+    ):
         raise ValueError(
             f"The graph {name!r} has no edges: give edge_index, node ids (2, E), int64; it is {_what(edges)}"
             + (", so take edge_index.T." if isinstance(edges, Tensor) and edges.shape[1:] == (2,) else ".")
@@ -118,7 +130,25 @@ def checked(data: Any, name: str, edge_features: bool) -> tuple[Tensor, Tensor, 
             f"The graph {name!r} has edges between nodes {int(edges.min())} and {int(edges.max())}, but its nodes are 0 to"
             f" {len(x) - 1}: take them out of edge_index."
         )
-    return x.float(), y.long(), edges, _carried(data, edges.shape[1], name) if edge_features else None
+    return x, y.long(), edges, _carried(data, edges.shape[1], name) if edge_features else None
+
+
+def _check_labels(y: Tensor, name: str) -> None:
+    """Refuse class ids that are not counted from 0; the network has an output for each number up to the largest."""
+    known = y.long()[y >= 0]
+    if known.numel() == 0:
+        return
+    low, high = map(int, known.aminmax())
+    if low > 0:
+        raise ValueError(
+            f"The graph {name!r} has labels y from {low} to {high}, expected class ids from 0: take y - {low}, with -1 where a "
+            "node has no label."
+        )
+    if high >= len(y):
+        raise ValueError(
+            f"The graph {name!r} has labels y up to {high}, more classes than its {len(y)} nodes: number the classes from 0 "
+            "(torch.unique(y, return_inverse=True)[1]), and give nodes without a label -1."
+        )
 
 
 def _carried(data: Any, edges: int, name: str) -> Tensor | None:
@@ -133,19 +163,23 @@ def _carried(data: Any, edges: int, name: str) -> Tensor | None:
             f"of the two, {leave}."
         )
     for key, value in carried.items():
-        if not isinstance(value, Tensor) or value.is_complex() or len(value) != edges or value.dim() > 2:
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and value.dim() in (1, 2)
+        if not isinstance(value, Tensor) or not dense or value.is_complex() or len(value) != edges:
             raise ValueError(
                 f"The graph {name!r} has {key} that is {_what(value)}, expected real numbers, one row for each of its {edges} "
                 f"edges: repair it, {leave}."
             )
+        value = value.detach().float()
         if not bool(value.isfinite().all()):
-            raise ValueError(f"The graph {name!r} has {key} that is not finite everywhere: repair it, {leave}.")
+            raise ValueError(
+                f"The graph {name!r} has {key} that is not finite everywhere in float32: repair it, {leave}."
+            )
         if key == "edge_weight" and value.dim() == 2 and value.shape[1] != 1:
             raise ValueError(
                 f"The graph {name!r} has edge_weight of shape {tuple(value.shape)}, but a weight is one number: call it "
                 f"edge_attr, {leave}."
             )
-        return value.float().flatten() if key == "edge_weight" else value.float().reshape(edges, -1)
+        return value.flatten() if key == "edge_weight" else value.reshape(edges, -1)
     return None
 
 
@@ -168,7 +202,7 @@ def masked_parts(data: Any, nodes: int, split: int, name: str) -> dict[str, Tens
         if not good:
             raise ValueError(
                 f"The graph {name!r} has masks that are not boolean with one row for each node: {_PARTS[part]} is "
-                f"{_what(mask)} for {nodes} nodes."
+                f"{_what(mask)} for {nodes} nodes; make one of node ids by torch_geometric.utils.index_to_mask."
             )
     columns = {part: mask if mask.dim() == 2 else mask[:, None] for part, mask in masks.items()}
     if split >= min(column.shape[1] for column in columns.values()):
@@ -210,4 +244,5 @@ def tell_unused(data: Any, name: str) -> None:
 def _what(value: Any) -> str:
     if not isinstance(value, Tensor):
         return "missing" if value is None else f"a {type(value).__name__}"
-    return f"{value.dtype} of shape {tuple(value.shape)}"
+    kind = "" if value.layout == torch.strided else f"{value.layout} ".removeprefix("torch.")
+    return f"{kind}{value.dtype} of shape {tuple(value.shape)}"

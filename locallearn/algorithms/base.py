@@ -127,7 +127,9 @@ class Algorithm(nn.Module, ABC):
         self._generators: dict[str, torch.Generator] = {}
         self._active: frozenset[str] | None = None
         self._resting: frozenset[str] = frozenset()
-        self._learns: list[tuple[nn.Parameter, bool]] | None = None  # what was frozen when frozen parts were looked for
+        # What was frozen when frozen parts were looked for, and the parts that were found.
+        self._learns: list[tuple[nn.Parameter, bool]] | None = None
+        self._rested: list[nn.Module] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Have every rule look for frozen parts before a batch, whoever wrote its :meth:`updates`."""
@@ -331,10 +333,14 @@ class Algorithm(nn.Module, ABC):
         return self
 
     def _rest(self) -> None:
-        if not self.training or (self._learns and all(p.requires_grad is learns for p, learns in self._learns)):
-            return  # nothing was frozen or thawed since
+        if not self.training:
+            return
+        same = self._learns and all(p.requires_grad is learns for p, learns in self._learns)
+        if same and not any(part.training for part in self._rested):
+            return  # nothing was frozen, thawed or woken since
         self._resting = rest(self, self._resting, self._asleep(), self._held())
         self._learns = [(p, p.requires_grad) for p in self.parameters()]
+        self._rested = [self.get_submodule(path) for path in self._resting]
 
     def _asleep(self) -> Container[str]:
         """Paths of parts that rest although their weights are not frozen. Default: none."""
@@ -369,7 +375,7 @@ class Algorithm(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # A torch.Generator can be neither copied nor pickled; its state can.
-        return {**self.__dict__, "_generators": self.get_extra_state(), "_learns": None}
+        return {**self.__dict__, "_generators": self.get_extra_state(), "_learns": None, "_rested": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -186,7 +186,8 @@ def rest(root: nn.Module, resting: frozenset[str], asleep: Container[str], held:
 
     ``requires_grad_(False)`` stops gradients and nothing else: normalisation statistics would go on moving, and dropout
     drawing. A part rests if it has parameters and none of them learns; what is inside of it (layers without parameters,
-    too) rests with it. Whatever else was put into eval mode by hand stays so.
+    too) rests with it, even where ``train()`` was called on the network since. Whatever else was put into eval mode by hand
+    stays so.
 
     Args:
         root: in training mode; its parts are looked at, not ``root`` itself.
@@ -220,8 +221,9 @@ def rest(root: nn.Module, resting: frozenset[str], asleep: Container[str], held:
     learns(root, "")
     for path in resting - found.keys():
         root.get_submodule(path).train()
-    for path in found.keys() - resting:
-        found[path].eval()
+    for part in found.values():
+        if part.training:  # new here, or woken by somebody's train() on the network alone
+            part.eval()
     return frozenset(found)
 
 

@@ -257,12 +257,7 @@ class LocalStrategy(SingleDeviceStrategy):
             for kind, why in _REFUSED.items():
                 if isinstance(callback, kind):
                     raise ValueError(f"{type(callback).__name__} {why}")
-        reason = self.algorithm.linear_optimizer
-        if reason is not None and trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
-            raise ValueError(
-                f"gradients are clipped entry by entry, but {type(self.algorithm).__name__} can be clipped by norm only "
-                f"(gradient_clip_algorithm='norm'): {reason}"
-            )
+        self._check_clipping(trainer)
         module = self.lightning_module
         if module is not None and not module.automatic_optimization:
             raise ValueError(
@@ -279,6 +274,16 @@ class LocalStrategy(SingleDeviceStrategy):
         if batches != 1:
             raise ValueError(
                 f"accumulate_grad_batches is {batches}, but every unit steps with every batch: use a larger batch instead"
+            )
+
+    def _check_clipping(self, trainer: pl.Trainer) -> None:
+        if not trainer.gradient_clip_val or trainer.gradient_clip_algorithm != "value":
+            return
+        reason = self.algorithm.linear_optimizer
+        if reason is not None:
+            raise ValueError(
+                f"gradients are clipped entry by entry, but {type(self.algorithm).__name__} can be clipped by norm only "
+                f"(gradient_clip_algorithm='norm'): {reason}"
             )
 
     @override
@@ -324,7 +329,8 @@ class LocalStrategy(SingleDeviceStrategy):
         """Drive the algorithm's generator through one batch."""
         module = self.lightning_module
         assert module is not None
-        self._check_accumulation(module.trainer.accumulate_grad_batches)  # callbacks may change it at any time
+        self._check_accumulation(module.trainer.accumulate_grad_batches)  # callbacks may change it at any time,
+        self._check_clipping(module.trainer)  # and this, too
         self.batch = batch = self.task.to_batch(args[0])
         plugin, listened = self.precision_plugin, self._listened_to(module)
         # In plain precision there is nothing to enter.

@@ -77,6 +77,20 @@ def test_statistics_of_a_frozen_block_stay(make: Callable[[], Algorithm]) -> Non
         assert all(not torch.equal(value, before[name]) for name, value in block.state_dict().items() if name in before)
 
 
+@pytest.mark.parametrize("make", RULES)
+def test_training_mode_of_the_network_alone_wakes_no_frozen_block(make: Callable[[], Algorithm]) -> None:
+    """As a callback sets it, or a module of one's own in which the network is registered after the rule."""
+    net = _net()
+    net[1].requires_grad_(False)
+    rule = _attached(make(), net)
+    for _ in range(2):
+        net.train()
+        before = {name: value.clone() for name, value in net.state_dict().items() if "running" in name}
+        _step(rule)
+        moved = {name for name in before if not torch.equal(net.state_dict()[name], before[name])}
+        assert moved == {name for name in before if "two" not in name}
+
+
 def test_the_mean_activity_of_a_frozen_block_stays() -> None:
     net = _net()
     rule = _attached(ForwardForward(peer=0.03), net)
@@ -130,6 +144,7 @@ def test_plain_backpropagation_rests_the_same_parts() -> None:
     for learn in (False, True):
         task.train()
         net[0].requires_grad_(learn)  # after train(): seen by the step
+        net.train()
         before = {name: value.clone() for name, value in net.state_dict().items() if "running" in name}
         task.training_step(BATCH, 0)
         moved = {name.split(".")[1] for name in before if not torch.equal(net.state_dict()[name], before[name])}

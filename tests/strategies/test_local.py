@@ -317,6 +317,19 @@ def test_clipping_by_value_is_refused_where_steps_must_be_linear(
             trainer.fit(make_module(), train)
 
 
+def test_clipping_by_value_that_begins_later_is_refused(make_module: Maker, make_trainer: Maker, train: Any) -> None:
+    class Later(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+            if index == 2:
+                trainer.gradient_clip_val, trainer.gradient_clip_algorithm = 0.1, "value"
+
+    strategy = LocalStrategy(ProductFeedbackAlignment(), partial(torch.optim.SGD, lr=0.1))
+    trainer = make_trainer(strategy=strategy, max_epochs=1, callbacks=[Later()])
+    with pytest.raises(ValueError, match="can be clipped by norm only"):
+        trainer.fit(make_module(), train)
+    assert trainer.global_step == 2
+
+
 def test_a_gradient_scaler_is_refused() -> None:
     """On a CPU the Trainer itself turns 16-mixed into bf16-mixed, so the strategy is asked directly."""
     strategy = LocalStrategy(MonoForward(), adam)
