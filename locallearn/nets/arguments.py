@@ -36,11 +36,11 @@ class Arguments:
     def __init__(self, net: nn.Module, example: Any, main: str | None = None) -> None:
         self._kind = dict if isinstance(example, Mapping) else tuple if isinstance(example, tuple | list) else Tensor
         given = example if isinstance(example, Mapping) else tuple(example) if self._kind is tuple else (example,)
-        first = next(
+        leading = next(
             (v for v in (given.values() if isinstance(given, Mapping) else given) if isinstance(v, Tensor)), None
         )
-        if first is not None and not first.numel():
-            raise ValueError(f"the example is empty, of shape {tuple(first.shape)}: give a batch of some samples")
+        if leading is not None and not leading.numel():
+            raise ValueError(f"the example is empty, of shape {tuple(leading.shape)}: give a batch of some samples")
         positional = () if isinstance(given, Mapping) else given
         keywords = dict(given) if isinstance(given, Mapping) else {}
         owner = type(net).__name__
