@@ -104,7 +104,7 @@ def test_a_network_of_torchvision_trains_and_is_built_again(bare: Cli) -> None:
     ("words", "told"),
     [
         (["net.name=resnet81"], "torchvision has no classification network 'resnet81'; it has resnet18"),
-        (["net.name=vit_b_16", "net.options={image_size:32,patch_sice:8}"], "cannot be made with"),
+        (["net.name=vit_b_16", "net.options={image_size:32,patch_sice:8}"], "there is no setting 'patch_sice'"),
         (["net.cuts=[features.99]"], "has no module 'features.99'"),
         (["net.cuts=99"], "blocks at most"),
         (["net.weights=DEFAULT"], "set net.weights=null"),
