@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
@@ -61,7 +61,6 @@ class Local:
         self.cuts, self.unused = tuple(cuts), cut.unused
         self.make_optimizer = optimizer
         self._arguments = cut.arguments
-        self._own = {id(module) for module in net.modules()}
         self._mode: bool | None = None
         self.optimizers = _optimizers(algorithm, optimizer)
         self._follow()
@@ -74,14 +73,26 @@ class Local:
         """Inputs as the network takes them and targets, as a rule takes them.
 
         Raises:
-            ValueError: inputs are given otherwise than the example was, or labels are no class ids.
+            ValueError: inputs are given otherwise than the example was, labels are no class ids, or there are none.
         """
         main, *context = self._arguments.by_name(inputs).values()
-        if self.task.classes and isinstance(targets, Tensor):
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"targets are a {type(targets).__name__}, expected a tensor")
+        if self.task.classes:
+            wanted = self.task.example.targets
+            if targets.ndim != wanted.ndim:
+                raise ValueError(
+                    f"labels have shape {tuple(targets.shape)}, expected class ids of shape "
+                    f"({', '.join(['N', *map(str, wanted.shape[1:])])}{',' if wanted.ndim == 1 else ''})"
+                )
             if targets.is_floating_point() or targets.dtype == torch.bool:
                 raise ValueError(f"labels are {targets.dtype}, expected class ids of dtype int64")
-            if targets.device.type == "cpu" and targets.numel() and rows is None:
-                low, high = int(targets.min()), int(targets.max())
+            targets = targets.long()
+            counted = targets if rows is None else targets[rows]
+            if not counted.numel():
+                raise ValueError("this batch is empty: there is nothing to learn from")
+            if targets.device.type == "cpu":
+                low, high = int(counted.min()), int(counted.max())
                 if low < 0 or high >= self.task.outputs:
                     raise ValueError(
                         f"labels go from {low} to {high}, expected class ids 0 to {self.task.outputs - 1}: the network has "
@@ -163,6 +174,8 @@ class Local:
         Raises:
             ValueError: it is the state of something else.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"this is no state of a Local, but a {type(state).__name__}")
         missing = {"net", "algorithm", "optimizers"} - set(state)
         if missing:
             raise ValueError(f"this is no state of a Local: {', '.join(sorted(missing))} is missing")
@@ -179,14 +192,22 @@ class Local:
                 f"this is the state of another network or rule: {str(error).splitlines()[-1].strip()}"
             ) from error
         for unit, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][unit])
+            given = state["optimizers"][unit]
+            for mine, theirs in zip(optimizer.param_groups, given["param_groups"], strict=False):
+                if set(mine) != set(theirs):
+                    raise ValueError(
+                        f"this is the state of another optimizer than {type(optimizer).__name__}, with settings "
+                        f"{', '.join(sorted(set(theirs) ^ set(mine)))} in one of the two only: make the same one"
+                    )
+            optimizer.load_state_dict(given)
 
     def _follow(self) -> None:
         """Train in the mode of the network: ``net.train()`` and ``net.eval()`` decide, as in any loop."""
         if self._mode is not self.net.training:
             self._mode = self.net.training
+            own = {id(module) for module in self.net.modules()}  # asked anew: a copy of this has other modules
             for module in self.algorithm.modules():
-                if id(module) not in self._own:
+                if id(module) not in own:
                     module.training = self._mode
             self.algorithm._resting = frozenset()
         for path in self.algorithm._resting:
@@ -230,6 +251,7 @@ def localize(
     Raises:
         ValueError: the network cannot be cut so, or the rule cannot train it; the sentence says what to do.
     """
+    _check_net(net)
     if not isinstance(algorithm, Algorithm):
         raise ValueError(
             f"algorithm is a {type(algorithm).__name__}, expected a rule of locallearn.algorithms, e.g. ll.MonoForward()"
@@ -242,6 +264,11 @@ def localize(
         raise ValueError(
             "give either cuts= (names of modules, or a number of blocks) or memory= (bytes that a step may keep)"
         )
+    if optimizer is not None and not callable(optimizer):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}, and every unit needs one of its own: give what makes them, e.g. "
+            "functools.partial(torch.optim.AdamW, lr=1e-3)"
+        )
     make: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3) if optimizer is None else optimizer
     if classes is None:
         classes = loss is None or _of_classes(loss)
@@ -253,12 +280,19 @@ def localize(
         assert cuts is not None
         if isinstance(cuts, str):
             raise ValueError(f"cuts is {cuts!r}, expected a list of names, or a number of blocks: write [{cuts!r}]")
+        if not isinstance(cuts, int | Iterable):
+            raise ValueError(f"cuts is {cuts!r}, expected names of modules, or a whole number of blocks")
         names = balanced(net, cuts, example, input=input, output=output) if isinstance(cuts, int) else list(cuts)
         cut, task = again(algorithm, names)
     else:
         names = _within(net, algorithm, bytes_in(memory), example, again, input, output)
         cut, task = again(algorithm, names)
     return Local(net, cut, algorithm, task, names, make)
+
+
+def _check_net(net: Any) -> None:
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"net is a {type(net).__name__}, expected a torch.nn.Module")
 
 
 def _cut_and_attach(
@@ -275,14 +309,40 @@ def _cut_and_attach(
     readout: str | bool,
 ) -> tuple[Cut, TaskInfo]:
     cut = cut_network(net, cuts, example, input=input, output=output, readout=readout)
-    given = _two(cut.arguments)
-    with evaluating(cut.blocks), torch.no_grad(), preserved(net):
-        result = cut.blocks(given.inputs, *given.context)
-    width = int(result.shape[1]) if result.ndim > 1 else 1
-    if outputs is not None and outputs != width and cut.blocks.readout is not None:
+    if outputs is not None and outputs != _width(_result(net, cut)) and cut.blocks.readout is not None:
         # What the network gives are features: rules that need an output layer add one, or say so.
         cut = cut_network(net, cuts, example, input=input, output=output, readout=False)
-    count = width if outputs is None else outputs
+    return cut, attach_cut(net, cut, algorithm, loss=loss, classes=classes, outputs=outputs)
+
+
+def attach_cut(
+    net: nn.Module,
+    cut: Cut,
+    algorithm: Algorithm,
+    *,
+    loss: Loss = F.cross_entropy,
+    classes: bool = True,
+    outputs: int | None = None,
+) -> TaskInfo:
+    """Attach a rule to a network that has been cut, and try a step on a copy.
+
+    Args:
+        net: the network.
+        cut: its pieces.
+        algorithm: the rule, not attached yet.
+        loss: see :func:`localize`.
+        classes: see :func:`localize`.
+        outputs: see :func:`localize`.
+
+    Returns:
+        What the rule was told.
+
+    Raises:
+        ValueError: the rule cannot train it.
+    """
+    given = _two(cut.arguments)
+    result = _result(net, cut)
+    count = _width(result) if outputs is None else outputs
     if classes and count < 2:
         raise ValueError(
             f"the network gives {tuple(result.shape)}, expected (N, classes) with two classes at least; or give loss="
@@ -299,7 +359,19 @@ def _cut_and_attach(
     algorithm.attach(cut.blocks, task)
     _to_network(algorithm, net)
     _try_step(net, algorithm, task)
-    return cut, task
+    return task
+
+
+def _result(net: nn.Module, cut: Cut) -> Tensor:
+    """What the pieces give for the example."""
+    given = _two(cut.arguments)
+    with evaluating(cut.blocks), torch.no_grad(), preserved(net):
+        result: Tensor = cut.blocks(given.inputs, *given.context)
+    return result
+
+
+def _width(result: Tensor) -> int:
+    return int(result.shape[1]) if result.ndim > 1 else 1
 
 
 def _try_step(net: nn.Module, algorithm: Algorithm, task: TaskInfo) -> None:
@@ -525,11 +597,6 @@ class Cuts(NamedTuple):
         )
 
 
-def _line(words: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = words
-    return "  ".join([first.ljust(widths[0]), *(word.rjust(n) for word, n in zip(others, widths[1:], strict=True))])
-
-
 def show(net: nn.Module, example: Any = None, *, input: str | None = None, output: str | int | None = None) -> Cuts:
     """Print where a network can be cut, with operations, bytes and parameters from each place to the next.
 
@@ -539,6 +606,7 @@ def show(net: nn.Module, example: Any = None, *, input: str | None = None, outpu
         input: see :func:`localize`.
         output: see :func:`localize`.
     """
+    _check_net(net)
     example = _guessed(net) if example is None else example
     rows = places(net, example, _weigh, input=input, output=output)
     cuts = Cuts(type(net).__name__, tuple(rows), rows[-1].shape[0] if rows[-1].shape else 1)
@@ -711,4 +779,4 @@ def _guessed(net: nn.Module) -> Tensor:
     raise ValueError(f"no guess of an input fits {owner}: pass example=, a batch of inputs")
 
 
-__all__ = ["Cuts", "Local", "balanced", "bytes_in", "factory", "localize", "show", "torchvision"]
+__all__ = ["Cuts", "Local", "attach_cut", "balanced", "bytes_in", "factory", "localize", "show", "torchvision"]

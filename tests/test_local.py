@@ -44,6 +44,16 @@ def _mobile() -> nn.Module:
     return torchvision.models.mobilenet_v3_small(num_classes=10, width_mult=0.25, dropout=0.0)
 
 
+def _vgg() -> nn.Module:
+    """VGG-11 of an eighth of its width; its head, which is made 25088-4096-4096 at any width, is made smaller."""
+    with torch.device("meta"):
+        net = torchvision.models.VGG(nn.Identity(), 10, init_weights=False)
+    net.features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"])
+    layers = [nn.Linear(64 * 49, 32), nn.ReLU(True), nn.Dropout(0.0), nn.Linear(32, 32), nn.ReLU(True), nn.Dropout(0.0)]
+    net.classifier = nn.Sequential(*layers, nn.Linear(32, 10))
+    return net
+
+
 def _by_hand_resnet(net: Any) -> list[Callable[[Tensor], Tensor]]:
     stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
     return [stem, net.layer2, net.layer3, net.layer4, nn.Sequential(net.avgpool, nn.Flatten(), net.fc)]
@@ -73,10 +83,17 @@ def _by_hand_mobile(net: Any) -> list[Callable[[Tensor], Tensor]]:
     return [net.features[:4], net.features[4:], lambda x: net.classifier(net.avgpool(x).flatten(1))]
 
 
+def _by_hand_vgg(net: Any) -> list[Callable[[Tensor], Tensor]]:
+    parts, head = net.features, net.classifier
+    last = nn.Sequential(parts[11:], net.avgpool, nn.Flatten(), head[:5])
+    return [parts[:6], parts[6:11], last, head[5:]]
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], list[str], Callable[[Any], list[Callable[[Tensor], Tensor]]]]] = {
     "resnet": (_resnet, ["layer1", "layer2", "layer3"], _by_hand_resnet),
     "vit": (_vit, ["encoder.layers.encoder_layer_0"], _by_hand_vit),
     "densenet": (_dense, ["features.denseblock1"], _by_hand_dense),
+    "vgg": (_vgg, ["features.5", "features.10"], _by_hand_vgg),
     "mobilenet": (_mobile, ["features.3"], _by_hand_mobile),
 }
 
@@ -236,6 +253,73 @@ def test_what_is_refused() -> None:
         ValueError, match=r"block 'features_4' has a normalisation|block 'features_3' has a normalisation"
     ):
         local.step(X[:1], Y[:1])
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"example": torch.randn(4, 6)}, r"^Sequential cannot run the example in training mode: .*mat1 and mat2"),
+        ({"example": torch.randn(0, 5)}, r"the example is empty, of shape \(0, 5\)"),
+        ({"cuts": 2.0}, r"cuts is 2.0, expected names of modules, or a whole number of blocks"),
+        ({"net": len}, r"net is a builtin_function_or_method, expected a torch.nn.Module"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, r"optimizer is a SGD, and every unit needs one of its own"),
+        ({"cuts": ["7"]}, r"has no module '7'"),
+    ],
+)
+def test_what_is_given_wrongly_is_told(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"net": _mlp(), "cuts": ["0"], "example": torch.randn(4, 5), **change}
+    with pytest.raises(ValueError, match=message):
+        ll.localize(given.pop("net"), ll.MonoForward(), **given)
+
+
+def test_one_sample_is_no_example_for_a_normalisation_and_a_key_may_be_missing() -> None:
+    with pytest.raises(
+        ValueError, match=r"in training mode: Expected more than 1 value .*; give an example of several"
+    ):
+        ll.localize(_resnet(), ll.MonoForward(), cuts=["layer1"], example=X[:1])
+
+    class Told(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return {"scores": super().forward(x)}
+
+    with pytest.raises(ValueError, match=r"^output is 'scors', and Told gives scores$"):
+        ll.localize(Told(*_mlp()), ll.MonoForward(), cuts=1, example=torch.randn(4, 5), output="scors")
+
+
+def test_targets_are_looked_at() -> None:
+    local = ll.localize(_mlp(), ll.MonoForward(), cuts=["0"], example=torch.randn(4, 5))
+    inputs, labels = torch.randn(4, 5), torch.arange(4) % 3
+    assert local.step(inputs, labels.int()).keys() == {"0", "2"}
+    for wrong, message in (
+        (labels.view(-1, 1), r"labels have shape \(4, 1\), expected class ids of shape \(N,\)"),
+        ([0, 1, 2, 0], r"targets are a list, expected a tensor"),
+        (labels[:0], r"this batch is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            local.step(inputs, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"labels go from 0 to 7"):
+        local.step(inputs, torch.tensor([0, 7, 1, 2]), rows=torch.arange(2))
+
+
+def test_states_of_something_else_are_refused_and_a_copy_is_a_network_of_its_own() -> None:
+    local = ll.localize(_mlp(), ll.MonoForward(), cuts=["0"], example=torch.randn(4, 5))
+    other = ll.localize(_mlp(), ll.MonoForward(), cuts=["0"], example=torch.randn(4, 5), optimizer=SGD)
+    with pytest.raises(ValueError, match=r"the state of another optimizer than Adam"):
+        local.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"no state of a Local, but a int"):
+        local.load_state_dict(3)  # type: ignore[arg-type]
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    local = ll.localize(net.eval(), ll.MonoForward(), cuts=["2"], example=torch.randn(4, 5))
+    twin = copy.deepcopy(local)
+    twin.net.train()[1].eval()  # type: ignore[index]
+    before = twin.net.state_dict()["1.running_mean"].clone()
+    twin.step(torch.randn(4, 5), torch.arange(4) % 3)
+    assert torch.equal(twin.net.state_dict()["1.running_mean"], before)  # the user's eval() of one part counts
+    assert not torch.equal(twin.net.state_dict()["0.weight"], net.state_dict()["0.weight"])
 
 
 def test_lightning_trains_it_too() -> None:

@@ -13,6 +13,10 @@ from torch import Tensor, fx, nn
 _FIRST_CHOICES = ("logits", "out")
 
 
+class OutputMissing(ValueError):
+    """What is asked for of a network's output is not there."""
+
+
 class Arguments:
     """How a network is called, learned from an example.
 
@@ -32,6 +36,11 @@ class Arguments:
     def __init__(self, net: nn.Module, example: Any, main: str | None = None) -> None:
         self._kind = dict if isinstance(example, Mapping) else tuple if isinstance(example, tuple | list) else Tensor
         given = example if isinstance(example, Mapping) else tuple(example) if self._kind is tuple else (example,)
+        leading = next(
+            (v for v in (given.values() if isinstance(given, Mapping) else given) if isinstance(v, Tensor)), None
+        )
+        if leading is not None and not leading.numel():
+            raise ValueError(f"the example is empty, of shape {tuple(leading.shape)}: give a batch of some samples")
         positional = () if isinstance(given, Mapping) else given
         keywords = dict(given) if isinstance(given, Mapping) else {}
         owner = type(net).__name__
@@ -109,14 +118,14 @@ def picked(output: Any, key: str | int | None, owner: str) -> Any:
         owner: whose, for the message.
 
     Raises:
-        ValueError: nothing goes by this key, or there is no tensor.
+        OutputMissing: nothing goes by this key, or there is no tensor.
     """
     value = output.tracer.value(output.node) if isinstance(output, fx.Proxy) else output  # type: ignore[attr-defined]
     if isinstance(value, Tensor | fx.Proxy):
         return output
     names = _names(value)
     if names is None:
-        raise ValueError(
+        raise OutputMissing(
             f"the output of {owner} is a {type(value).__name__}, in which there is no tensor to learn from"
         )
     if key is not None:
@@ -126,14 +135,14 @@ def picked(output: Any, key: str | int | None, owner: str) -> Any:
         elif isinstance(key, int) and -len(names) <= key < 0:
             name = names[key]
         if name not in names:
-            raise ValueError(f"output is {key!r}, and {owner} gives {', '.join(map(str, names))}")
+            raise OutputMissing(f"output is {key!r}, and {owner} gives {', '.join(map(str, names))}")
         return picked(_part(output, value, name), None, owner)
     order = [name for name in _FIRST_CHOICES if name in names] or names
     for name in order:
         part = _part(value, value, name)
         if part is not None and (isinstance(part, Tensor | fx.Proxy) or _names(part)):
             return picked(_part(output, value, name), None, owner)
-    raise ValueError(f"the output of {owner} has no tensor, only {', '.join(map(str, names)) or 'nothing'}")
+    raise OutputMissing(f"the output of {owner} has no tensor, only {', '.join(map(str, names)) or 'nothing'}")
 
 
 def _names(value: Any) -> list[Any] | None:

@@ -17,6 +17,8 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_leaves
 
+from locallearn.nets.arguments import OutputMissing
+
 # They make tensors from numbers alone, so nothing of the trace would show in them; recorded, they run in every pass anew.
 _FACTORIES = (
     "arange",
@@ -117,6 +119,7 @@ class Tracer(fx.Tracer):
         except CannotTrace:
             raise
         except Exception as error:
+            self._check_example()
             where = self._failed or ""
             owner = type(net.get_submodule(where)).__name__
             whole = (
@@ -129,6 +132,29 @@ class Tracer(fx.Tracer):
                 f"{_first_line(error)}; {whole}, or cut the network by hand with locallearn.Blocks",
                 where,
             ) from error
+
+    def _check_example(self) -> None:
+        """Whether the network itself runs the example; where it does not, the trace is not to blame.
+
+        Raises:
+            ValueError: it does not; or what is asked for of its output is not there.
+        """
+        before, self._concrete = self._concrete, True
+        mode = "training" if self._net.training else "evaluation"
+        values = {name: v.clone() if isinstance(v, Tensor) else v for name, v in self._inputs.items()}
+        try:
+            with torch.no_grad(), preserved(self._net):
+                self._call(self._net, values)
+        except OutputMissing:
+            raise
+        except Exception as error:
+            few = "more than 1 value per channel" in str(error)
+            more = "; give an example of several samples" if few else ""
+            raise ValueError(
+                f"{type(self._net).__name__} cannot run the example in {mode} mode: {_first_line(error)}{more}"
+            ) from error
+        finally:
+            self._concrete = before
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """See :meth:`record`."""
