@@ -28,7 +28,19 @@ _CURVED = re.compile(r"^(pow|abs|exp|expm1|sqrt|norm|linalgvectornorm)$")
 # Functions of two operands, or of one and a constant, each of whose entries comes of one entry of either.
 _FACTORS = frozenset(("mul", "div"))
 _MEETING = _FACTORS | {"add", "sub", "rsub", "addcmul", "addcdiv", "lerp", "pow", "maximum", "minimum"}
-_IN_PLACE = _FACTORS | {"add", "sub", "rsub", "neg", "nativedropout", "fuseddropout", "clone", "tocopy", "alias"}
+# A slice that keeps the shape: older versions of PyTorch make one of every `:` between brackets.
+_IN_PLACE = _FACTORS | {
+    "add",
+    "sub",
+    "rsub",
+    "neg",
+    "nativedropout",
+    "fuseddropout",
+    "clone",
+    "tocopy",
+    "alias",
+    "slice",
+}
 _MOVING = frozenset(("view", "reshapealias", "unsafeview", "unsqueeze", "squeeze", "transpose", "permute", "t"))
 # Functions that add up entries, by the number of last dimensions along which they do; none: they say themselves which.
 _MIXING = dict.fromkeys(("sum", "mean", "cumsum", "fftr2c", "fftc2c", "fftc2r"), 0) | {
