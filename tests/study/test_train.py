@@ -202,12 +202,15 @@ def test_the_second_ctrl_c_stops_at_once(make_plan: MakePlan) -> None:
 
 def test_ctrl_c_outside_of_training_is_an_interruption_too(make_plan: MakePlan) -> None:
     plan = make_plan("mono_forward")
-    before = signal.getsignal(signal.SIGINT)
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     plan.data.test_dataloader = lambda: signal.raise_signal(signal.SIGINT)  # type: ignore[method-assign]
-    with pytest.raises(Interrupted) as caught:
-        run(plan)
-    assert _record(caught.value.run_folder)["status"] == "interrupted"  # type: ignore[attr-defined]
-    assert signal.getsignal(signal.SIGINT) is before
+    try:
+        with pytest.raises(Interrupted) as caught:
+            run(plan)
+        assert _record(caught.value.run_folder)["status"] == "interrupted"  # type: ignore[attr-defined]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, found)
 
 
 def test_a_finished_run_has_nothing_to_resume_from(make_plan: MakePlan) -> None:
