@@ -214,7 +214,7 @@ def test_links_are_not_followed(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_large_page_stays_small(make: Make, tmp_path: Path) -> None:
-    records = [make("mono_forward", seed) for seed in range(30)]
+    records = [make("mono_forward", seed) for seed in range(6)]
     wide = {
         **_layer("wide"),
         "units": 400,
