@@ -22,7 +22,7 @@ from locallearn.algorithms.base import Algorithm, ParamGroup, TaskInfo, Update
 from locallearn.batch import Batch
 from locallearn.cost import FlopCounter, activation_bytes, drive
 from locallearn.nets.arguments import Arguments
-from locallearn.nets.blocks import Blocks, evaluating
+from locallearn.nets.blocks import Blocks, evaluating, fitted
 from locallearn.nets.cut import Cut, Place, cut_network, names_for, places
 from locallearn.nets.equal import rows_of, some_rows
 from locallearn.nets.trace import preserved
@@ -767,9 +767,7 @@ def _guessed(net: nn.Module) -> Tensor:
             tries = [torch.zeros(2, first.in_features)]
         else:
             tries = [torch.zeros(2, 16, dtype=torch.int64)]
-        parameter = next(net.parameters())
-        for x in tries:
-            x = x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
+        for x in (fitted(net, x) for x in tries):
             try:
                 with evaluating(net), torch.no_grad():
                     net(x)

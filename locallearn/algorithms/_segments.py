@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from locallearn.batch import Batch
-from locallearn.nets.blocks import Blocks
+from locallearn.nets.blocks import Blocks, fitted
 
 Checkpoint = str | int | Sequence[str]
 """``"auto"``, a number of segments, or names of the blocks after which a segment ends."""
@@ -151,10 +151,8 @@ class _Sizes:
 
     def __init__(self, blocks: Blocks, example: Batch) -> None:
         twin = copy.deepcopy(blocks).train()
-        weight = next(twin.parameters())
         known = _places([*twin.parameters(), *twin.buffers()])
-        x: Any = example.inputs.to(weight.device)
-        x = x.to(weight.dtype) if x.is_floating_point() else x
+        x: Any = fitted(twin, example.inputs)
         self._saved: list[dict[int, int]] = []  # of every block: place of a storage -> bytes
         self._inputs: list[dict[int, int]] = []
         self._flops: list[int] = []

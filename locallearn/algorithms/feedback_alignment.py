@@ -21,6 +21,7 @@ from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import feedback_alignment as fa
 from locallearn.functional.feedback_alignment import Geometry
+from locallearn.nets.blocks import fitted
 
 Mode = Literal["fa", "dfa", "usf", "brsf", "frsf", "weight_mirror", "kolen_pollack"]
 
@@ -271,9 +272,7 @@ class FeedbackChain(Algorithm):
                     "it is trained"
                 )
         feature_sizes(self.blocks, example)  # tells which block it is that cannot run
-        parameter = next(self.blocks.parameters())
-        inputs = example.inputs.to(parameter.device)
-        inputs = inputs.to(parameter.dtype) if inputs.is_floating_point() else inputs
+        inputs = fitted(self.blocks, example.inputs)
         frozen = [p for p in self.blocks.parameters() if not p.requires_grad and p.is_floating_point()]
         self.layers, self._lowest, self._products = {}, [], []
         lowest: dict[str, None] = {}

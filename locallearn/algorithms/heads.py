@@ -38,7 +38,7 @@ from locallearn.losses.local_heads import (
     SimilarityLoss,
     SupervisedContrastiveLoss,
 )
-from locallearn.nets.blocks import Blocks
+from locallearn.nets.blocks import Blocks, fitted
 from locallearn.nets.heads import ConvHead, LinearHead, MLPHead, ResidualHead
 from locallearn.nets.units import residual_branches, sample_shapes
 
@@ -272,9 +272,9 @@ class BlockHeads(nn.Module):
         if shapes is None:
             shapes = [(size,) for size in sizes]
             if parts != HeadParts(movement=parts.movement, smoothing=parts.smoothing):
-                shapes, maps = sample_shapes(blocks, _floating(blocks, task.example.inputs), task.example.context)
+                shapes, maps = sample_shapes(blocks, fitted(blocks, task.example.inputs), task.example.context)
         elif parts.head in ("mirror", "auglocal"):
-            _, maps = sample_shapes(blocks, _floating(blocks, task.example.inputs), task.example.context)
+            _, maps = sample_shapes(blocks, fitted(blocks, task.example.inputs), task.example.context)
         image = tuple(task.example.inputs.shape[1:])
         self.projections = nn.ModuleList(self._make_head(i, shapes[i], maps, task.outputs) for i in range(self._local))
         self.terms = nn.ModuleList()
@@ -495,12 +495,6 @@ class BlockHeads(nn.Module):
         if self.parts.smoothing:
             return F.cross_entropy(scores, targets, label_smoothing=self.parts.smoothing)
         return self._loss(scores, targets)
-
-
-def _floating(blocks: Blocks, inputs: Tensor) -> Tensor:
-    """An example as these weights take it."""
-    parameter = next(blocks.parameters())
-    return inputs.to(parameter.device, parameter.dtype) if inputs.is_floating_point() else inputs.to(parameter.device)
 
 
 def _stages(size: int, later: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:

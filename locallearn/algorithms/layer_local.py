@@ -12,7 +12,7 @@ from torch import Tensor
 
 from locallearn.algorithms.base import Algorithm, ParamGroup, Update
 from locallearn.batch import Batch
-from locallearn.nets.blocks import Blocks
+from locallearn.nets.blocks import Blocks, fitted
 from locallearn.nets.border import Border, main, replaced
 
 
@@ -219,12 +219,11 @@ def feature_sizes(blocks: Blocks, example: Batch) -> list[int]:
     sizes: list[int] = []
     x: Any
     x, context = example.inputs, example.context
-    parameter = next(blocks.parameters(), None)
-    if parameter is None:
+    if next(blocks.parameters(), None) is None:
         raise ValueError(
             f"the network has no parameters in its blocks {', '.join(blocks.names)}, so there is nothing to train"
         )
-    x = x.to(parameter.device, parameter.dtype) if x.is_floating_point() else x.to(parameter.device)
+    x = fitted(blocks, x)
     with torch.no_grad():
         for name, block in zip(blocks.names, blocks, strict=True):
             try:

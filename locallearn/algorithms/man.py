@@ -14,6 +14,7 @@ from locallearn.algorithms.heads import BlockHeads, Head, takes_parts
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.algorithms.local_heads import LocalHeads
 from locallearn.batch import Batch
+from locallearn.nets.blocks import fitted
 from locallearn.nets.border import main
 from locallearn.nets.inplace import InputGuard, try_out
 from locallearn.nets.units import first_unit
@@ -117,9 +118,7 @@ class MAN(LocalHeads):
     def _shapes(self, example: Batch) -> list[tuple[int, ...]]:
         """Of one sample of what the heads read."""
         shapes = []
-        parameter = next(self.blocks.parameters())
-        x = example.inputs.to(parameter.device)
-        x = x.to(parameter.dtype) if x.is_floating_point() else x
+        x = fitted(self.blocks, example.inputs)
         self.trained.eval()
         with torch.no_grad():
             for i, output in enumerate(self.blocks.features(x, *example.context)):

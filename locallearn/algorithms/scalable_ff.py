@@ -13,6 +13,7 @@ from locallearn.algorithms.layer_local import LayerLocal, feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import scalable_ff as sff
 from locallearn.losses.scalable_ff import ScalableForwardForwardLoss, check
+from locallearn.nets.blocks import fitted
 from locallearn.nets.units import sample_shapes
 
 Prediction = Literal["mean", "softmax", "last"]
@@ -67,10 +68,7 @@ class ScalableForwardForward(LayerLocal):
         if not task.classes:
             raise ValueError("scalable Forward-Forward compares the goodness of classes, and this task has none")
         feature_sizes(self.blocks, task.example)  # says what cannot be run
-        parameter = next(self.blocks.parameters())
-        inputs = task.example.inputs.to(parameter.device)
-        if inputs.is_floating_point():
-            inputs = inputs.to(parameter.dtype)
+        inputs = fitted(self.blocks, task.example.inputs)
         shapes, _ = sample_shapes(self.blocks, inputs, task.example.context)
         for name, shape in zip(self.blocks.names, shapes, strict=True):
             if len(shape) != 3:

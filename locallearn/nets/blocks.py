@@ -181,6 +181,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+def fitted(module: nn.Module, x: Tensor) -> Tensor:
+    """An example on the device of a module's first weight and, if it holds floats, in that weight's dtype."""
+    weight = next(module.parameters())
+    return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+
+
 def rest(root: nn.Module, resting: frozenset[str], asleep: Container[str], held: Container[int]) -> frozenset[str]:
     """Put the parts of a network into eval mode that do not learn, and those back into training mode that do again.
 

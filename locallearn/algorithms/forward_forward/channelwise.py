@@ -15,6 +15,7 @@ from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import layer_collaboration
 from locallearn.losses.channelwise import ChannelwiseCompetitiveLoss
+from locallearn.nets.blocks import fitted
 
 
 class ChannelwiseForwardForward(ForwardForward):
@@ -63,9 +64,7 @@ class ChannelwiseForwardForward(ForwardForward):
         """
         refuse_unfit(task)
         sizes = feature_sizes(self.blocks, task.example)
-        parameter = next(self.blocks.parameters())
-        x = task.example.inputs
-        x = x.to(parameter.device, parameter.dtype) if x.is_floating_point() else x.to(parameter.device)
+        x = fitted(self.blocks, task.example.inputs)
         with torch.no_grad():
             for name, output in zip(self.blocks.names, self.blocks.features(x), strict=True):
                 if output.shape[1] % task.outputs:
