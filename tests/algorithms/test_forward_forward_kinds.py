@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -244,12 +245,13 @@ def test_channels_compete_in_every_block(competition: str) -> None:
 
 
 def test_channels_answer_by_the_last_block_or_the_sum_or_a_readout() -> None:
-    nets = [_attached(cnn((2, 6, 6), CLASSES, (8, 4)), loss="channelwise", inference=i) for i in ("last", "goodness")]
+    net = cnn((2, 6, 6), CLASSES, (8, 4))
+    nets = [_attached(deepcopy(net), loss="channelwise", inference=i) for i in ("last", "goodness")]
     outputs = list(nets[0].blocks.features(IMAGES.inputs))
     groups = [channelwise.group_goodness(z, CLASSES) for z in outputs]
     torch.testing.assert_close(nets[0].predict(IMAGES.inputs), groups[1])
     torch.testing.assert_close(nets[1].predict(IMAGES.inputs), groups[0] + groups[1])
-    read = _attached(cnn((2, 6, 6), CLASSES, (8, 4)), loss="channelwise", inference="softmax")
+    read = _attached(deepcopy(net), loss="channelwise", inference="softmax")
     nn.init.normal_(read.readout.weight)
     features = torch.cat([z.flatten(1) for z in outputs], 1)
     torch.testing.assert_close(read.predict(IMAGES.inputs), features @ read.readout.weight.T)
