@@ -25,6 +25,7 @@ from locallearn.nets.arguments import Arguments
 from locallearn.nets.blocks import Blocks, evaluating, fitted
 from locallearn.nets.cut import Cut, Place, cut_network, names_for, places
 from locallearn.nets.equal import rows_of, some_rows
+from locallearn.nets.execution import Execution
 from locallearn.nets.trace import preserved
 
 OptimizerFactory = Callable[[list[ParamGroup]], Optimizer]
@@ -46,6 +47,7 @@ class Local:
         task: what the rule was told.
         cuts: names of the modules behind which blocks end.
         unused: parameters of the network that its output does not depend on; nothing trains them (auxiliary heads, say).
+        execution: how blocks are run.
     """
 
     def __init__(
@@ -56,8 +58,12 @@ class Local:
         task: TaskInfo,
         cuts: Sequence[str],
         optimizer: OptimizerFactory,
+        execution: Execution,
     ) -> None:
         self.net, self.blocks, self.algorithm, self.task = net, cut.blocks, algorithm, task
+        self.execution, self._proved = execution, execution.compile is None  # that blocks run compiled
+        execution.check(cut.blocks, task.example.inputs)
+        execution.lay_out(algorithm)
         self.cuts, self.unused = tuple(cuts), cut.unused
         self.make_optimizer = optimizer
         self._arguments = cut.arguments
@@ -98,7 +104,7 @@ class Local:
                         f"labels go from {low} to {high}, expected class ids 0 to {self.task.outputs - 1}: the network has "
                         f"{self.task.outputs} outputs"
                     )
-        return Batch(main, targets, tuple(context), rows)
+        return self.execution.given(Batch(main, targets, tuple(context), rows))
 
     def updates(self, inputs: Any, targets: Tensor, rows: Tensor | None = None) -> Iterator[Update]:
         """Train on one batch, one unit after the other.
@@ -127,7 +133,13 @@ class Local:
                     f"block {name!r} has a normalisation, which has nothing to normalise by in a batch of one sample: use "
                     "larger batches, and drop_last=True in the loader"
                 ) from error
+            except RuntimeError as error:
+                self.execution.explain(error)
+                raise
             if update is None:
+                if not self._proved:
+                    self.execution.check_ran(self.blocks, self.algorithm.trains, type(self.algorithm).__name__)
+                    self._proved = True
                 return
             done += 1
             yield update
@@ -156,7 +168,7 @@ class Local:
     @torch.no_grad()
     def predict(self, inputs: Any) -> Tensor:
         """Outputs by the rule's own inference in evaluation mode, ``(N, ...)``, whatever mode the network is in."""
-        main, *context = self._arguments.by_name(inputs).values()
+        main, *context = self.execution.given(list(self._arguments.by_name(inputs).values()))
         with evaluating(self.algorithm):
             return self.algorithm.predict(main, *context)
 
@@ -203,6 +215,7 @@ class Local:
 
     def _follow(self) -> None:
         """Train in the mode of the network: ``net.train()`` and ``net.eval()`` decide, as in any loop."""
+        self.execution.compile_each(self.blocks)  # anew in a copy of this
         if self._mode is not self.net.training:
             self._mode = self.net.training
             own = {id(module) for module in self.net.modules()}  # asked anew: a copy of this has other modules
@@ -228,6 +241,9 @@ def localize(
     input: str | None = None,
     output: str | int | None = None,
     readout: str | bool = True,
+    channels_last: bool = False,
+    compile: str | None = None,
+    compile_backend: str = "inductor",
 ) -> Local:
     """Put a network under a learning rule. It stays as it is, and is what learns.
 
@@ -247,11 +263,16 @@ def localize(
         input: name of the main input. Default: the first tensor.
         output: key, field or place of the output that counts. Default: ``logits``, else ``out``, else the first tensor.
         readout: see :func:`~locallearn.nets.cut.cut_network`.
+        channels_last: keep images and kernels in memory with channels last; changes no number beyond rounding.
+        compile: ``"blocks"``: ``torch.compile`` every block by itself, which changes no number beyond rounding, either
+            (:class:`~locallearn.nets.execution.Execution` says what stays uncompiled). ``net(images)`` runs as ever.
+        compile_backend: of ``torch.compile``.
 
     Raises:
         ValueError: the network cannot be cut so, or the rule cannot train it; the sentence says what to do.
     """
     _check_net(net)
+    execution = Execution(channels_last, compile, compile_backend)
     if not isinstance(algorithm, Algorithm):
         raise ValueError(
             f"algorithm is a {type(algorithm).__name__}, expected a rule of locallearn.algorithms, e.g. ll.MonoForward()"
@@ -287,7 +308,7 @@ def localize(
     else:
         names = _within(net, algorithm, bytes_in(memory), example, again, input, output)
         cut, task = again(algorithm, names)
-    return Local(net, cut, algorithm, task, names, make)
+    return Local(net, cut, algorithm, task, names, make, execution)
 
 
 def _check_net(net: Any) -> None:

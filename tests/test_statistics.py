@@ -269,6 +269,14 @@ def test_table_says_when_more_than_the_seed_differs() -> None:
     assert "data_dir" not in mixed.notes[0]
 
 
+def test_a_setting_that_came_later_sets_older_runs_apart_only_where_it_is_used() -> None:
+    later = {"channels_last": False, "compile": None, "compile_backend": "inductor"}
+    older = run("mono", 0, 0.5, trainer={"devices": 1})
+    assert list(by_label(compare_table([older, run("mono", 0, 0.6, trainer={"devices": 1, **later})]))) == ["mono"]
+    faster = run("mono", 0, 0.6, trainer={"devices": 1, **later, "compile": "blocks"})
+    assert len(compare_table([older, faster])) == 2
+
+
 def test_variants_stand_apart_and_share_the_plain_baseline() -> None:
     records = [record("backprop", 0, 0.5), record("mono", 0, 0.6), record("mono", 0, 0.7, variant="sequential")]
     rows = by_label(compare_table(records))

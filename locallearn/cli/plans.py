@@ -48,6 +48,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
     max_epochs, probe_samples, checkpoint_s, matmul_precision = (
         trainer.pop(k) for k in ("max_epochs", "probe_samples", "checkpoint_s", "matmul_precision")
     )
+    execution = _execution(*(trainer.pop(k) for k in ("channels_last", "compile", "compile_backend")))
     _check_numbers(cfg, max_epochs, probe_samples, checkpoint_s)
     check_types(config)
     _check_trainer(trainer)
@@ -100,6 +101,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         max_epochs=max_epochs,
         trainer={str(k): v for k, v in trainer.items()},
         matmul_precision=matmul_precision,
+        **execution,
         logger=make(cfg.logger) if cfg.logger else None,
         config={str(k): v for k, v in config.items()},
         command=command,
@@ -110,6 +112,18 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         keep_model=cfg.keep_model,
         resume=None if cfg.resume is None else folder_setting(cfg, "resume"),
     )
+
+
+def _execution(channels_last: Any, compile: Any, backend: Any) -> dict[str, Any]:
+    """The trainer's settings of how blocks are run, found good."""
+    from locallearn.nets.execution import Execution
+
+    compile = None if compile is False else compile
+    try:
+        Execution(channels_last, compile, backend)
+    except ValueError as error:
+        raise UsageError(f"trainer.{error}") from None
+    return {"channels_last": channels_last, "compile": compile, "compile_backend": backend}
 
 
 def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: Any) -> None:

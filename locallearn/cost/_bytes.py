@@ -300,7 +300,7 @@ def cache_bytes(module: nn.Module, without: Iterable[Any] = ()) -> int:
         without: batches and the like, whose tensors are there anyway.
     """
     own = storages([*module.parameters(), *module.buffers(), *tree_leaves(list(without))])
-    skipped = {"_parameters", "_buffers", "_modules"}
+    skipped = {"_parameters", "_buffers", "_modules", "_compiled_call_impl"}
     kept = [
         tensor
         for part in module.modules()

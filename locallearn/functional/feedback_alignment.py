@@ -221,7 +221,8 @@ def sign_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
 def xavier_uniform(weight: Tensor, generator: Generator | None = None) -> Tensor:
     """Draw a matrix like ``weight`` from U(-a, a), a = sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
     bound = math.sqrt(6 / sum(_fans(weight)))
-    return torch.empty_like(weight).uniform_(-bound, bound, generator=generator)
+    # Draws follow the memory: however the weight lies there, they are the same.
+    return torch.empty_like(weight, memory_format=torch.contiguous_format).uniform_(-bound, bound, generator=generator)
 
 
 def mirror(noise: Tensor, weight: Tensor, geometry: Geometry | None = None) -> Tensor:

@@ -16,6 +16,8 @@ _FREE_SETTINGS = frozenset(
         *("compare", "tune", "report", "bench", "hydra"),
     }
 )
+# Settings that came later, and what older records had in their place.
+_LATER = {"trainer.channels_last": False, "trainer.compile": None, "trainer.compile_backend": "inductor"}
 # Packages that decide no number of a run.
 _IDLE_PACKAGES = frozenset({"hydra-core", "optuna", "plotly"})
 _MACHINE = ("cpu", "machine", "usable_cores", "threads", "gpus")
@@ -84,7 +86,7 @@ def _setting(name: str, value: str) -> str:
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if key == "seed" or name in _FREE_SETTINGS:
+        if key == "seed" or name in _FREE_SETTINGS or (name in _LATER and value == _LATER[name]):
             continue
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{name}.")

@@ -32,6 +32,7 @@ from locallearn.batch import Batch
 from locallearn.cost import to_device
 from locallearn.local import Local
 from locallearn.nets.blocks import Blocks
+from locallearn.nets.execution import Execution
 from locallearn.strategies.making import (
     AFTER_VALIDATION,
     Closure,
@@ -134,9 +135,13 @@ class LocalStrategy(SingleDeviceStrategy):
         scheduler: makes a learning rate scheduler from an optimizer; one per unit.
         scheduler_interval: ``"epoch"`` or ``"step"``: when schedulers advance. ``ReduceLROnPlateau`` advances after every
             validation: in mode ``min`` by ``validation/loss``, in mode ``max`` by the task's metric.
+        channels_last: see :class:`~locallearn.nets.execution.Execution`, which changes no number beyond rounding.
+        compile: the same: ``"blocks"``: every block by itself, until the Trainer is done.
+        compile_backend: the same.
 
     Attributes:
         batch: of the last step, for callbacks; who has read it may set it to ``None``.
+        execution: how blocks are run.
 
     Raises:
         ValueError: before training, where the module has no blocks, the algorithm cannot train them, a scheduler cannot be
@@ -153,8 +158,13 @@ class LocalStrategy(SingleDeviceStrategy):
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
         scheduler_interval: str = "epoch",
+        channels_last: bool = False,
+        compile: str | None = None,
+        compile_backend: str = "inductor",
     ) -> None:
         super().__init__()
+        self.execution = Execution(channels_last, compile, compile_backend)
+        self._proved = compile is None  # that blocks run compiled
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}, expected 'epoch' or 'step'")
         if isinstance(algorithm, Local):
@@ -226,6 +236,8 @@ class LocalStrategy(SingleDeviceStrategy):
                 f"{type(model).__name__} is trained by {type(task.algorithm).__name__} already: make a new module for "
                 f"{type(self.algorithm).__name__}"
             )
+        if self.execution.channels_last:
+            self.execution.check(task.net, task.info().example.inputs)
         super().connect(model)
 
     def check(self, trainer: pl.Trainer) -> None:
@@ -293,6 +305,18 @@ class LocalStrategy(SingleDeviceStrategy):
         if type(plugin) is MixedPrecision:
             self.precision_plugin = _Unscaled("bf16-mixed", plugin.device)
         super().setup(trainer)
+        self.execution.prepare(self.algorithm, self.algorithm.blocks)
+
+    @override
+    def teardown(self) -> None:
+        if hasattr(self.algorithm, "blocks"):
+            self.execution.undo(self.algorithm.blocks)
+        super().teardown()
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """On the device, images laid out as they are wanted."""
+        return self.execution.given(super().batch_to_device(batch, device, dataloader_idx))
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -331,7 +355,25 @@ class LocalStrategy(SingleDeviceStrategy):
         assert module is not None
         self._check_accumulation(module.trainer.accumulate_grad_batches)  # callbacks may change it at any time,
         self._check_clipping(module.trainer)  # and this, too
-        self.batch = batch = self.task.to_batch(args[0])
+        self.batch = batch = self.execution.given(self.task.to_batch(args[0]))
+        try:
+            total = self._learn(batch, module)
+        except RuntimeError as error:
+            self.execution.explain(error)
+            raise
+        self._check_finite(total)
+        if not self._proved:
+            self._proved = True
+            learns, owner = self.algorithm.trains, type(self.algorithm).__name__
+            self.execution.check_ran(self.algorithm.blocks, learns, owner)
+        progress: Any = module.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch or progress.current.ready >= module.trainer.num_training_batches:
+            self.algorithm.end_epoch()
+        # Lightning wants a loss; a rule without one (closed form, zeroth order) reports zero.
+        return torch.zeros((), device=self.root_device) if total is None else total
+
+    def _learn(self, batch: Batch, module: pl.LightningModule) -> Tensor | None:
+        """Step every unit; the sum of their losses."""
         plugin, listened = self.precision_plugin, self._listened_to(module)
         # In plain precision there is nothing to enter.
         context = nullcontext if type(plugin) is Precision else plugin.train_step_context
@@ -359,12 +401,7 @@ class LocalStrategy(SingleDeviceStrategy):
                 self._note(update.unit, update.loss)
                 total = update.loss if total is None else total + update.loss
             del closure, update
-        self._check_finite(total)
-        progress: Any = module.trainer.fit_loop.epoch_loop.batch_progress
-        if progress.is_last_batch or progress.current.ready >= module.trainer.num_training_batches:
-            self.algorithm.end_epoch()
-        # Lightning wants a loss; a rule without one (closed form, zeroth order) reports zero.
-        return torch.zeros((), device=self.root_device) if total is None else total
+        return total
 
     def _listened_to(self, module: pl.LightningModule) -> bool:
         """Whether anybody has written a hook around backward passes and steps, clips, or takes the time of such hooks."""
@@ -426,8 +463,8 @@ class LocalStrategy(SingleDeviceStrategy):
                 cast(ReduceLROnPlateau, config.scheduler).step(float(metrics[config.monitor]))
 
     def feed(self, batch: Batch) -> Batch:
-        """A batch as the training loop hands it over: in the dtype of the precision, on the device."""
-        return to_device(self.precision_plugin.convert_input(batch), self.root_device)
+        """A batch as the training loop hands it over: in the dtype of the precision, on the device, laid out."""
+        return self.execution.given(to_device(self.precision_plugin.convert_input(batch), self.root_device))
 
     @property
     def losses(self) -> dict[str, tuple[float, int]]:

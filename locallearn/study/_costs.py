@@ -17,6 +17,7 @@ from typing_extensions import override
 from locallearn.algorithms.base import Algorithm
 from locallearn.batch import Batch
 from locallearn.cost import UpdateCost, cache_bytes, measure_update, optimizer_bytes, to_device, undisturbed
+from locallearn.nets.execution import Execution
 from locallearn.strategies.local import LocalStrategy, LocalTask
 from locallearn.strategies.making import Closure, make_optimizers
 from locallearn.study.plan import Interrupted, Plan
@@ -74,7 +75,8 @@ class _Costs(pl.Callback):
             try:
                 steps = int(min(self.plan.warmup_steps, trainer.num_training_batches))
                 with trainer.precision_plugin.train_step_context():
-                    _warm_up(self.plan, _batches(self.plan, trainer, task, steps))
+                    execution = cast(LocalStrategy, trainer.strategy).execution
+                    _warm_up(self.plan, _batches(self.plan, trainer, task, steps), execution)
             except Interrupted:
                 raise
             except Exception as error:
@@ -152,6 +154,8 @@ class _Costs(pl.Callback):
     def figures(self, trainer: pl.Trainer, task: LocalTask) -> dict[str, Any]:
         """Entries of the record's ``cost`` that this callback knows. Call it after training."""
         update = self._measured(trainer, task)
+        if update is not None and self.plan.compile is not None:
+            self.notes.append("operations and bytes of an update are those of the same blocks uncompiled")
         stages = []
         for number, units in enumerate(self.plan.schedule.stages(self.plan.algorithm)):
             seen = self._stages.get(number, _Seen())
@@ -194,6 +198,7 @@ class _Costs(pl.Callback):
         device = trainer.strategy.root_device
         try:
             fresh = cast(Algorithm, trainer.precision_plugin.convert_module(self._fresh)).to(device)
+            cast(LocalStrategy, trainer.strategy).execution.lay_out(fresh)
             batch, *others = _batches(self.plan, trainer, task, 2)
             recurs = _batches(self.plan, trainer, task, 1)[0].inputs is batch.inputs
             predicted = to_device(task.info().example, device) if batch.context else None
@@ -237,11 +242,12 @@ class _Allocated:
             self._running = False
 
 
-def _warm_up(plan: Plan, batches: list[Batch]) -> None:
+def _warm_up(plan: Plan, batches: list[Batch], execution: Execution) -> None:
     """Some steps of every stage on a copy, so that the first measured step finds allocators, kernels and plans ready."""
     with _untouched(plan.algorithm), undisturbed(batches[0].inputs.device), torch.enable_grad():
         twin = copy.deepcopy(plan.algorithm)
         twin.train()
+        execution.prepare(twin, twin.blocks)
         optimizers = make_optimizers(twin, plan.optimizer)
         for stage in plan.schedule.stages(twin):
             twin.train_only(frozenset(stage) if plan.schedule.sequential else None)

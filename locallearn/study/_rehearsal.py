@@ -32,8 +32,9 @@ _OF_THE_WHOLE = ("max_steps", "min_steps", "min_epochs", "max_time", "val_check_
 
 def make_trainer(plan: Plan, algorithm: Algorithm, callbacks: list[pl.Callback], **other: Any) -> pl.Trainer:
     """A Trainer with the plan's arguments that runs an algorithm and stays silent."""
+    execution = (plan.channels_last, plan.compile, plan.compile_backend)
     arguments = {
-        "strategy": LocalStrategy(algorithm, plan.optimizer, plan.scheduler, plan.scheduler_interval),
+        "strategy": LocalStrategy(algorithm, plan.optimizer, plan.scheduler, plan.scheduler_interval, *execution),
         "callbacks": callbacks,
         "enable_checkpointing": False,
         "enable_progress_bar": False,

@@ -226,6 +226,8 @@ def _prepare(plan: Plan) -> _Loop:
     check_last_batch(plan, task)
     strategy = cast(LocalStrategy, make_trainer(plan, plan.algorithm, [], logger=False).strategy)
     strategy.precision_plugin.convert_module(task).to(strategy.root_device).train()
+    strategy.execution.check(task.net, task.info().example.inputs)
+    strategy.execution.prepare(plan.algorithm, task.net)
     return _Loop(task, plan.algorithm, make_optimizers(plan.algorithm, plan.optimizer), strategy)
 
 

@@ -54,6 +54,9 @@ class Plan:
         trainer: further arguments of ``lightning.pytorch.Trainer``.
         matmul_precision: inside products of float32 matrices: ``highest`` (float32), ``high`` (TF32 where the device has
             it) or ``medium`` (bfloat16 where it has it); sums and everything else stay in float32.
+        channels_last: see :class:`~locallearn.nets.execution.Execution`.
+        compile: the same.
+        compile_backend: the same.
         logger: a Lightning logger to copy the metrics to.
         variant: what sets this run apart from others of the same algorithm, for the record.
         config: the resolved configuration, for the record.
@@ -84,6 +87,9 @@ class Plan:
     scheduler_interval: str = "epoch"
     trainer: dict[str, Any] = field(default_factory=dict)
     matmul_precision: str = "highest"
+    channels_last: bool = False
+    compile: str | None = None
+    compile_backend: str = "inductor"
     logger: Logger | None = None
     variant: str | None = None
     config: dict[str, Any] = field(default_factory=dict)

@@ -149,7 +149,9 @@ def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningMod
     if plan.scheduler is not None:
         make_schedulers(optimizers, plan.scheduler, plan.scheduler_interval, metric, cast(LocalTask, task).maximise)
     trainer = make_trainer(plan, plan.algorithm, callbacks, max_epochs=plan.max_epochs, logger=plan.logger or False)
-    cast(LocalStrategy, trainer.strategy).check(trainer)
+    strategy = cast(LocalStrategy, trainer.strategy)
+    strategy.check(trainer)
+    strategy.execution.check(cast(LocalTask, task).net, cast(LocalTask, task).info().example.inputs)
     return task, trainer
 
 

@@ -373,6 +373,21 @@ def test_products_have_the_precision_asked_for_during_the_run_and_not_after_it(m
     assert torch.get_float32_matmul_precision() == before
 
 
+def test_a_compiled_run_has_the_figures_of_a_plain_one_and_says_how_they_were_got(make_plan: MakePlan) -> None:
+    once: dict[str, Any] = {
+        "max_epochs": 1,
+        "warmup_steps": 1,
+        "trainer": {"accelerator": "cpu", "limit_train_batches": 2},
+    }
+    plain = load_record(run(make_plan("mono_forward", **once))).data
+    compiled = load_record(run(make_plan("mono_forward", compile="blocks", compile_backend="eager", **once))).data
+    assert compiled["notes"] == ["operations and bytes of an update are those of the same blocks uncompiled"]
+    assert plain["notes"] == []
+    for figure in ("update_flops", "train_flops", "activation_peak_bytes", "cache_bytes"):
+        assert compiled["cost"][figure] == plain["cost"][figure]
+    assert compiled["test"] == pytest.approx(plain["test"], rel=1e-4)
+
+
 def _diverged(*_: object) -> None:
     raise FloatingPointError
 
