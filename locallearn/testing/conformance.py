@@ -313,7 +313,11 @@ class AlgorithmConformance:
         assert bool(algorithm.predict(batch.inputs, *batch.context).isfinite().all())
 
     def test_what_is_added_has_the_dtype_of_the_network(
-        self, make_algorithm: Callable[[], Algorithm], make_net: Callable[[int], Blocks], batches: list[Batch], task: TaskInfo
+        self,
+        make_algorithm: Callable[[], Algorithm],
+        make_net: Callable[[int], Blocks],
+        batches: list[Batch],
+        task: TaskInfo,
     ) -> None:
         """Attached to a network of float64, a rule trains it as it is: nobody has to convert what was added."""
         algorithm, net, first = make_algorithm(), make_net(3).double(), batches[0]
