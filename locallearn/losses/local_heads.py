@@ -235,8 +235,9 @@ class InfoProLoss(nn.Module):
             targets: class ids ``(N,)``, int64.
         """
         reconstruction, classification = self.weights
-        loss: Tensor = reconstruction * self.reconstruct(activations, images)
-        return loss + classification * self.classify(self.head(activations), targets)
+        image: Tensor = self.reconstruct(activations, images)
+        labels: Tensor = self.classify(self.head(activations), targets)
+        return reconstruction * image + classification * labels
 
 
 class MovementLoss(nn.Module):
