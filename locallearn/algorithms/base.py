@@ -217,14 +217,20 @@ class Algorithm(nn.Module, ABC):
             )
         if hasattr(self, "blocks"):
             raise ValueError(f"{type(self).__name__} is attached to a network already: make a new one for another")
+        own = {*self._modules, *self._buffers}
         self.blocks = blocks
         self.outputs = task.outputs
-        with evaluating(blocks), torch.random.fork_rng(devices=[]):  # the first for the dry runs of build()
-            blocks.try_out(task.example.inputs, task.example.context)
-            if not self.carries:
-                self._refuse_borders(task.example)
-            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reseed the GPUs, too
-            self.build(task)
+        try:
+            with evaluating(blocks), torch.random.fork_rng(devices=[]):  # the first for the dry runs of build()
+                blocks.try_out(task.example.inputs, task.example.context)
+                if not self.carries:
+                    self._refuse_borders(task.example)
+                torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reseed the GPUs, too
+                self.build(task)
+        except Exception:  # as if nothing had been: a network that fits may come next
+            for name in {*self._modules, *self._buffers} - own:
+                delattr(self, name)
+            raise
         self._join(next((p for p in blocks.parameters() if p.is_floating_point()), None))
 
     def _join(self, like: Tensor | None) -> None:

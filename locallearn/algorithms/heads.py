@@ -436,7 +436,8 @@ class BlockHeads(nn.Module):
     @property
     def _observes(self) -> bool:
         """Whether what is black and white must be found out."""
-        return self.parts.decodes and self.parts.pixels is None
+        decodes = self.parts.loss == "infopro" and any(beside for _, beside in self.weights)
+        return decodes and self.parts.pixels is None
 
     def observe(self, inputs: Tensor) -> None:
         """Note the smallest and the largest value of every channel of the images, for those who give them back."""

@@ -641,6 +641,10 @@ def test_nothing_is_observed_where_no_image_is_given_back() -> None:
     for make, net in zip((LocalHeads(**settings), LocalHeads()), nets, strict=True):
         plain_loop(_attached(make, net, ROWS), [ROWS] * 2, sgd)
     assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+    whole = _attached(LocalHeads(loss="infopro"), Blocks({"all": nn.Sequential(*nets[0])}, nets[0].readout), ROWS)
+    last = _attached(LocalHeads(loss="infopro", reconstruction=(0, 1), classification=(1, 0)), nets[1], ROWS)
+    for algorithm in (whole, last):  # no block, or none of those that there are, gives an image back
+        assert all(map(math.isfinite, _losses(algorithm, ROWS)))
     told = _attached(LocalHeads(loss="infopro", pixels=[-1, 1]), _resnet())
     assert not any(name.endswith(("low", "high")) for name, _ in told.named_buffers())
 
@@ -653,3 +657,18 @@ def test_smoothing_is_that_of_every_head() -> None:
         assert loss == pytest.approx(
             float(F.cross_entropy(scores, IMAGES.targets, label_smoothing=0.2).detach()), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("make", [LocalHeads, DeepSupervision, MAN])
+def test_a_rule_that_was_refused_one_network_takes_another(make: Any) -> None:
+    """Nothing is left of the first one, and nobody is told that the rule has a network already."""
+    nets, rules = [_resnet(), _resnet()], [make(head="dgl"), make(head="dgl")]
+    with pytest.raises(ValueError, match="gives vectors"):
+        _attached(rules[0], mlp((6,), 4, (5, 5)), ROWS)
+    assert not list(rules[0].parameters())
+    for rule, net in zip(rules, nets, strict=True):
+        plain_loop(_attached(rule, net), [IMAGES], sgd)
+    state, fresh = (rule.state_dict() for rule in rules)
+    tensors = {name for name, value in fresh.items() if isinstance(value, Tensor)}
+    assert state.keys() == fresh.keys()
+    assert all(torch.equal(state[name], fresh[name]) for name in tensors)
