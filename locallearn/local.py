@@ -378,7 +378,6 @@ def attach_cut(
         targets = torch.zeros_like(result)
     task = TaskInfo(given._replace(targets=targets), count, loss, classes)
     algorithm.attach(cut.blocks, task)
-    _to_network(algorithm, net)
     _try_step(net, algorithm, task)
     return task
 
@@ -418,16 +417,6 @@ def _two(arguments: Arguments) -> Batch:
     values = arguments.values if rows_of(arguments.values) is None else some_rows(arguments.values, 2)
     main, *context = values.values()
     return Batch(main, main, tuple(context))
-
-
-def _to_network(algorithm: Algorithm, net: nn.Module) -> None:
-    """What the rule adds goes to the network's device, in its dtype."""
-    first = next((p for p in net.parameters() if p.is_floating_point()), None)
-    if first is None:
-        return
-    for name, child in algorithm.named_children():
-        if name != "blocks":
-            child.to(device=first.device, dtype=first.dtype)
 
 
 def _optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optimizer]:

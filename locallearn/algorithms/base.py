@@ -204,7 +204,7 @@ class Algorithm(nn.Module, ABC):
         return 1
 
     def attach(self, blocks: Blocks, task: TaskInfo) -> None:
-        """Build what the rule adds to each block. Called once, before devices, dtypes and checkpoints are dealt with.
+        """Build what the rule adds to each block, on the network's device and in its dtype. Called once.
 
         Raises:
             ValueError: these are no blocks, or the rule cannot train this network or this task; the sentence names the
@@ -217,14 +217,32 @@ class Algorithm(nn.Module, ABC):
             )
         if hasattr(self, "blocks"):
             raise ValueError(f"{type(self).__name__} is attached to a network already: make a new one for another")
+        own = {*self._modules, *self._buffers}
         self.blocks = blocks
         self.outputs = task.outputs
-        with evaluating(blocks), torch.random.fork_rng(devices=[]):  # the first for the dry runs of build()
-            blocks.try_out(task.example.inputs, task.example.context)
-            if not self.carries:
-                self._refuse_borders(task.example)
-            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reseed the GPUs, too
-            self.build(task)
+        try:
+            with evaluating(blocks), torch.random.fork_rng(devices=[]):  # the first for the dry runs of build()
+                blocks.try_out(task.example.inputs, task.example.context)
+                if not self.carries:
+                    self._refuse_borders(task.example)
+                torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reseed the GPUs, too
+                self.build(task)
+        except Exception:  # as if nothing had been: a network that fits may come next
+            for name in {*self._modules, *self._buffers} - own:
+                delattr(self, name)
+            raise
+        self._join(next((p for p in blocks.parameters() if p.is_floating_point()), None))
+
+    def _join(self, like: Tensor | None) -> None:
+        """What was added goes where the network's weights are; drawn before, so that the draws are the same in any dtype."""
+        if like is None:
+            return
+        for name, child in self.named_children():
+            if name != "blocks":
+                child.to(like.device, like.dtype)
+        for name, held in self._buffers.items():
+            if held is not None:
+                self._buffers[name] = held.to(like.device, like.dtype if held.is_floating_point() else None)
 
     def _refuse_borders(self, example: Batch) -> None:
         try:

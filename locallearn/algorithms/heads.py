@@ -268,6 +268,12 @@ class BlockHeads(nn.Module):
         self._check(blocks, task, owner)
         self._local = len(sizes) if blocks.readout is None else len(sizes) - 1
         self.weights = [self._weights_of(i) for i in range(self._local)]
+        idle = next((name for name, weights in zip(self.names, self.weights, strict=False) if not any(weights)), None)
+        if idle is not None:
+            raise ValueError(
+                f"block {idle!r} has nothing to learn from: with reconstruction={list(parts.reconstruction)} and "
+                f"classification={list(parts.classification)} both are 0 there; give one of them more than 0"
+            )
         maps: list[list[tuple[int, ...]]] = [[] for _ in sizes]
         if shapes is None:
             shapes = [(size,) for size in sizes]
@@ -430,7 +436,8 @@ class BlockHeads(nn.Module):
     @property
     def _observes(self) -> bool:
         """Whether what is black and white must be found out."""
-        return self.parts.decodes and self.parts.pixels is None
+        decodes = self.parts.loss == "infopro" and any(beside for _, beside in self.weights)
+        return decodes and self.parts.pixels is None
 
     def observe(self, inputs: Tensor) -> None:
         """Note the smallest and the largest value of every channel of the images, for those who give them back."""

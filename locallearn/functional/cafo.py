@@ -212,10 +212,10 @@ def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Solution:
 
 
 # -- direct feedback -------------------------------------------------------------------------------------------------------
-def unit_rows(classes: int, features: int, like: Tensor) -> Tensor:
+def unit_rows(classes: int, features: int, like: Tensor | None = None) -> Tensor:
     """A Gaussian matrix B ``(classes, features)`` with rows of length 1, drawn from PyTorch's generator on the CPU."""
-    draw = torch.randn(classes, features)
-    return F.normalize(draw, dim=1).to(like.device, like.dtype)
+    rows = F.normalize(torch.randn(classes, features), dim=1)
+    return rows if like is None else rows.to(like.device, like.dtype)
 
 
 def output_error(scores: Tensor, targets: Tensor) -> Tensor:

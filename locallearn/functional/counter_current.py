@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from locallearn.functional._lengths import at_least_single, unit_normalise
 from locallearn.functional._widths import weight_count
 
 REFERENCE_WIDTH = 256
@@ -62,9 +63,7 @@ def normalise(x: Tensor) -> Tensor:
     Returns:
         Shape ``(N, d)``, same dtype; the length is computed in at least single precision.
     """
-    flat = x.flatten(1)
-    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=_at_least_single(x))
-    return (flat / torch.where(length > 0, length, 1.0)).to(x.dtype)
+    return unit_normalise(x.flatten(1))
 
 
 def pair_loss(activations: Tensor, signals: Tensor, matches: Tensor, c: float = 0.5) -> Tensor:
@@ -196,7 +195,7 @@ def unlearned(logits: Tensor, targets: Tensor, threshold: float) -> Tensor:
     Returns:
         Shape ``(N,)``, bool.
     """
-    probability = logits.to(_at_least_single(logits)).softmax(1).gather(1, targets[:, None])
+    probability = logits.to(at_least_single(logits)).softmax(1).gather(1, targets[:, None])
     return probability[:, 0] <= threshold
 
 
@@ -225,7 +224,7 @@ def centralise(gradient: Tensor) -> Tensor:
 
 def gradient_norm(gradient: Tensor) -> Tensor:
     """Return the L2 norm over all entries of any shape, a scalar in at least single precision."""
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=_at_least_single(gradient))
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=at_least_single(gradient))
     return norm
 
 
@@ -267,16 +266,12 @@ def update_flops(widths: Sequence[int], classes: int, samples: int, frozen: bool
     return 4 * weights + (6 * weights - 2 * first) * classes / samples + classes * (6 * hidden + 4 * widths[0])
 
 
-def _at_least_single(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _mean_square(x: Tensor, target: Tensor) -> Tensor:
-    return (x.to(_at_least_single(x)) - target).square().mean()
+    return (x.to(at_least_single(x)) - target).square().mean()
 
 
 def _centred(x: Tensor) -> Tensor:
-    x = x.to(_at_least_single(x))
+    x = x.to(at_least_single(x))
     rest = x - x.mean((2, 3), keepdim=True)
     length = torch.linalg.vector_norm(rest, dim=(2, 3), keepdim=True)
     return rest / torch.where(length > 0, length, 1.0)

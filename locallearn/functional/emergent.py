@@ -17,6 +17,8 @@ from typing import Literal, get_args
 import torch
 from torch import Generator, Tensor
 
+from locallearn.functional._lengths import at_least_single
+from locallearn.functional._lengths import unit_normalise as unit_normalise
 from locallearn.functional._widths import weight_count
 from locallearn.functional.forward_forward import rms_normalise
 
@@ -63,7 +65,7 @@ def goodness(x: Tensor, kind: Goodness = "norm") -> Tensor:
         ValueError: an unknown kind.
     """
     check_kind(kind)
-    flat = x.flatten(1).to(_at_least_single(x))
+    flat = x.flatten(1).to(at_least_single(x))
     if kind == "squares":
         return flat.square().sum(1)
     length: Tensor = torch.linalg.vector_norm(flat, ord=2 if kind == "norm" else 1, dim=1)
@@ -87,20 +89,6 @@ def summed_goodness(outputs: Sequence[Tensor], kind: Goodness = "norm") -> Tenso
     if not outputs:
         raise ValueError("there is no layer whose goodness could be summed: give the outputs of at least one.")
     return torch.stack([goodness(output, kind) for output in outputs]).sum(0)
-
-
-def unit_normalise(x: Tensor) -> Tensor:
-    """Scale every sample to Euclidean length 1 over all its entries, h/‖h‖₂; a sample of zeros stays zero.
-
-    Args:
-        x: shape ``(B, ...)``.
-
-    Returns:
-        Same shape and dtype; the length is computed in at least single precision.
-    """
-    length = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=_at_least_single(x))
-    divisor = torch.where(length > 0, length, 1.0).view(-1, *[1] * (x.dim() - 1))
-    return (x / divisor).to(x.dtype)
 
 
 def normalise(x: Tensor, kind: Normalise = "unit") -> Tensor:
@@ -234,7 +222,3 @@ def update_flops(widths: Sequence[int]) -> int:
         ValueError: ``widths`` names no hidden layer.
     """
     return 12 * weight_count(widths) - 4 * widths[0] * widths[1]
-
-
-def _at_least_single(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from locallearn.functional._lengths import at_least_single, divided, lengths
 from locallearn.functional._widths import weight_count
 
 
@@ -46,10 +47,7 @@ def rms_normalise(x: Tensor) -> Tensor:
     Returns:
         Same shape and dtype; the root is computed in at least single precision.
     """
-    flat = x.flatten(1)
-    rms = torch.linalg.vector_norm(flat, dim=1, dtype=_at_least_single(x)) / math.sqrt(flat.shape[1])
-    divisor = torch.where(rms > 0, rms, 1.0).view(-1, *[1] * (x.dim() - 1))
-    return (x / divisor).to(x.dtype)
+    return divided(x, lengths(x) / math.sqrt(x.flatten(1).shape[1]))
 
 
 def goodness(x: Tensor) -> Tensor:
@@ -61,7 +59,7 @@ def goodness(x: Tensor) -> Tensor:
     Returns:
         Shape ``(B,)``, in at least single precision: near θ = n = 1000, bfloat16 would only resolve steps of 4.
     """
-    return x.flatten(1).to(_at_least_single(x)).square().sum(1)
+    return x.flatten(1).to(at_least_single(x)).square().sum(1)
 
 
 def mean_goodness(x: Tensor) -> Tensor:
@@ -73,7 +71,7 @@ def mean_goodness(x: Tensor) -> Tensor:
     Returns:
         Shape ``(B,)``, in at least single precision.
     """
-    return x.flatten(1).to(_at_least_single(x)).square().mean(1)
+    return x.flatten(1).to(at_least_single(x)).square().mean(1)
 
 
 def loss(
@@ -226,7 +224,7 @@ def wrong_labels_hard(logits: Tensor, labels: Tensor, generator: Generator) -> T
             "negative data needs at least 2 classes."
         )
     noise = torch.empty(logits.shape, device=generator.device).exponential_(generator=generator).log_().neg_()
-    noisy = logits.detach().to(_at_least_single(logits)) + noise.to(logits.device)
+    noisy = logits.detach().to(at_least_single(logits)) + noise.to(logits.device)
     return noisy.scatter(1, labels.unsqueeze(1), -math.inf).argmax(1)
 
 
@@ -328,7 +326,7 @@ def peer_term(pre_activation: Tensor, mean: Tensor, strength: float) -> Tensor:
     """
     _check_units(pre_activation, mean)
     pull = (mean.mean() - mean).detach()
-    unit_sums = pre_activation.transpose(0, 1).flatten(1).sum(1, dtype=_at_least_single(pre_activation))
+    unit_sums = pre_activation.transpose(0, 1).flatten(1).sum(1, dtype=at_least_single(pre_activation))
     return -strength * (pull * unit_sums).sum() / pre_activation.shape[0]
 
 
@@ -356,10 +354,6 @@ def _blurred(x: Tensor, dim: int) -> Tensor:
     before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, size - 1)], dim)
     after = torch.cat([x.narrow(dim, 1, size - 1), x.narrow(dim, size - 1, 1)], dim)
     return 0.5 * x + 0.25 * (before + after)
-
-
-def _at_least_single(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check_units(x: Tensor, mean: Tensor) -> None:

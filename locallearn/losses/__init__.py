@@ -7,6 +7,7 @@ from locallearn.losses.emergent import SummedGoodnessLoss
 from locallearn.losses.forward_forward import ForwardForwardLoss
 from locallearn.losses.layer_collaboration import LayerCollaborationLoss
 from locallearn.losses.local_heads import (
+    InfoProLoss,
     MovementLoss,
     PredSimLoss,
     ReconstructionLoss,
@@ -21,6 +22,7 @@ __all__ = [
     "ChannelwiseCompetitiveLoss",
     "CounterCurrentLoss",
     "ForwardForwardLoss",
+    "InfoProLoss",
     "LayerCollaborationLoss",
     "MonoForwardLoss",
     "MovementLoss",

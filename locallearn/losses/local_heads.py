@@ -177,6 +177,69 @@ class ReconstructionLoss(nn.Module):
         return F.binary_cross_entropy_with_logits(self.decoder(activations), images)
 
 
+class InfoProLoss(nn.Module):
+    """The image given back, times λ1, and the classes told apart, times λ2.
+
+    Args:
+        channels: of the map.
+        image: ``(C, H, W)``.
+        head: reads the map. Without ``temperature`` it gives class scores ``(N, C)``, else embeddings ``(N, d)``.
+        reconstruction: λ1.
+        classification: λ2.
+        temperature: of the supervised contrast; ``None``: cross entropy.
+
+    Attributes:
+        head: as given.
+        reconstruct: a :class:`ReconstructionLoss`.
+
+    Raises:
+        ValueError: a negative weight, both of them 0, or a temperature that is not positive.
+
+    Paper: Wang et al., InfoPro, arXiv 2101.10832.
+
+    Example:
+        >>> import torch
+        >>> from locallearn.losses import InfoProLoss
+        >>> from locallearn.nets.heads import ConvHead
+        >>> layer, head = torch.nn.Conv2d(3, 8, 3, padding=1), ConvHead(8, outputs=128, width=16, hidden=128)
+        >>> local = InfoProLoss(8, (3, 12, 12), head, reconstruction=0.6, classification=0.4, temperature=0.07)
+        >>> images, targets = torch.rand(16, 3, 12, 12), torch.randint(10, (16,))
+        >>> local(layer(images).relu(), images, targets).backward()
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        image: Sequence[int],
+        head: nn.Module,
+        reconstruction: float = 1.0,
+        classification: float = 1.0,
+        temperature: float | None = None,
+    ) -> None:
+        super().__init__()
+        if min(reconstruction, classification) < 0 or reconstruction == classification == 0:
+            raise ValueError(
+                f"reconstruction={reconstruction}, classification={classification}: neither may be negative, nor both be 0."
+            )
+        self.weights = (reconstruction, classification)
+        self.head = head
+        self.reconstruct = ReconstructionLoss(channels, image)
+        self.classify = nn.CrossEntropyLoss() if temperature is None else SupervisedContrastiveLoss(temperature)
+
+    def forward(self, activations: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        """Return the local loss, a scalar.
+
+        Args:
+            activations: a map, shape ``(N, channels, h, w)``.
+            images: pixels in [0, 1], shape ``(N, *image)``.
+            targets: class ids ``(N,)``, int64.
+        """
+        reconstruction, classification = self.weights
+        image: Tensor = self.reconstruct(activations, images)
+        labels: Tensor = self.classify(self.head(activations), targets)
+        return reconstruction * image + classification * labels
+
+
 class MovementLoss(nn.Module):
     """Half the squared length of a residual branch's output, times a weight: blocks should move what they get but little.
 

@@ -312,6 +312,22 @@ class AlgorithmConformance:
         assert all(p.dtype is dtype and bool(p.isfinite().all()) for p in algorithm.parameters())
         assert bool(algorithm.predict(batch.inputs, *batch.context).isfinite().all())
 
+    def test_what_is_added_has_the_dtype_of_the_network(
+        self,
+        make_algorithm: Callable[[], Algorithm],
+        make_net: Callable[[int], Blocks],
+        batches: list[Batch],
+        task: TaskInfo,
+    ) -> None:
+        """Attached to a network of float64, a rule trains it as it is: nobody has to convert what was added."""
+        algorithm, net, first = make_algorithm(), make_net(3).double(), batches[0]
+        algorithm.attach(net, task)
+        targets = first.targets.double() if first.targets.is_floating_point() else first.targets
+        batch = first._replace(inputs=first.inputs.double(), targets=targets)
+        plain_loop(algorithm, [batch], _sgd)
+        assert all(p.dtype is torch.float64 and bool(p.isfinite().all()) for p in algorithm.parameters())
+        assert algorithm.predict(batch.inputs, *batch.context).dtype is torch.float64
+
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
     def test_learns_on_the_gpu(self, attached: Callable[..., Algorithm], batches: list[Batch]) -> None:

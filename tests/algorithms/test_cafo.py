@@ -178,6 +178,20 @@ def test_outputs_are_standardised_by_the_first_batch_once() -> None:
     assert all(torch.equal(a, b.mean) for a, b in zip(before, algorithm.standards, strict=True))
 
 
+def test_of_tokens_every_entry_is_a_channel() -> None:
+    """As everywhere here, (N, T, D) are T tokens of D entries: one of another scale is levelled, one token is not."""
+    net = Blocks({"a": nn.Linear(5, 6), "b": nn.Linear(6, 6)}, nn.Sequential(nn.Flatten(), nn.Linear(18, CLASSES)))
+    with torch.no_grad():
+        net[0].weight[0] *= 100
+    batch = Batch(torch.randn(SAMPLES, 3, 5), torch.arange(SAMPLES) % CLASSES)
+    algorithm = _attached(net, batch)
+    plain_loop(algorithm, [batch], sgd)
+    assert [standard.mean.shape for standard in algorithm.standards] == [(6,), (6,)]
+    for output in algorithm.activations(batch.inputs):
+        torch.testing.assert_close(output.mean((0, 1)), torch.zeros(6), atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.var((0, 1), correction=0), torch.ones(6), atol=1e-2, rtol=0)
+
+
 def test_a_channel_that_never_varied_keeps_its_scale() -> None:
     algorithm = _attached(mlp((6,), CLASSES, (5,)), one := Batch(torch.randn(1, 6), torch.tensor([1])))
     plain_loop(algorithm, [one], sgd)  # of a single sample nothing varies

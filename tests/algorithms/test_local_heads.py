@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import doctest
 import inspect
 import math
 from collections.abc import Callable
@@ -16,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import locallearn.losses.local_heads
 from locallearn.algorithms import MAN, Algorithm, Backprop, DeepSupervision, LocalHeads, MonoForward, TaskInfo
 from locallearn.algorithms.heads import HeadParts
 from locallearn.batch import Batch
 from locallearn.cli.settings import UsageError, check_arguments
-from locallearn.cost import measure_update
-from locallearn.losses import PredSimLoss, ReconstructionLoss, SupervisedContrastiveLoss
+from locallearn.cost import FlopCounter, measure_update
+from locallearn.losses import InfoProLoss, PredSimLoss, ReconstructionLoss, SupervisedContrastiveLoss
 from locallearn.nets import Blocks, cnn, mlp, resnet
 from locallearn.nets.heads import ConvHead, MLPHead, ResidualHead, pooling
 from locallearn.nets.residual import ResidualUnit
@@ -276,6 +278,26 @@ def test_infopro_without_reconstruction_is_its_head_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("contrast", [False, True])
+def test_infopros_loss_alone_is_that_of_the_frame(contrast: bool) -> None:
+    ends: dict[str, Any] = {"reconstruction": (0.6, 0.6), "classification": (0.4, 0.4), "pixels": (-3.0, 3.0)}
+    algorithm = _attached(LocalHeads(head="1c2f", loss="infopro", contrast=contrast, **ends), _resnet())
+    own = InfoProLoss(4, (3, 8, 8), algorithm.heads.projections[0], 0.6, 0.4, 0.07 if contrast else None)
+    own.reconstruct.load_state_dict(algorithm.heads.terms[0].state_dict())
+    hidden, pixels = algorithm.blocks[0](IMAGES.inputs), ((IMAGES.inputs + 3) / 6).clamp(0, 1)
+    want = algorithm.heads.loss(algorithm.blocks, 0, hidden, IMAGES)
+    torch.testing.assert_close(own(hidden, pixels, IMAGES.targets), want)
+    for weights in ((0.0, 0.0), (-0.1, 1.0)):
+        with pytest.raises(ValueError, match="neither may be negative, nor both be 0"):
+            InfoProLoss(4, (3, 8, 8), own.head, *weights)
+
+
+def test_the_examples_of_the_losses_run() -> None:
+    outcome = doctest.testmod(locallearn.losses.local_heads)
+    assert outcome.attempted > 10
+    assert outcome.failed == 0
+
+
 # -- the shapes of heads ----------------------------------------------------------------------------------------------
 def test_dgl_has_the_published_size() -> None:
     """128 channels on 32x32, ten classes: 846 346 in the authors' code, of which 256 are never used."""
@@ -317,6 +339,14 @@ def test_auglocal_on_resnet_32_has_the_published_size() -> None:
     algorithm = LocalHeads(head="auglocal", depth=3)
     algorithm.attach(Blocks(blocks, net.readout), TaskInfo(batch, 10, F.cross_entropy))
     assert algorithm.added_parameters == 1_511_608
+    algorithm.eval()
+    with torch.no_grad(), FlopCounter() as forward:
+        outputs = list(algorithm.blocks.features(batch.inputs))
+    with torch.no_grad(), FlopCounter() as heads:
+        for head, output in zip(algorithm.heads.projections, outputs, strict=False):
+            head(output)
+    assert round(heads.total / forward.total, 3) == 1.790
+    assert round(forward.total / 2 / len(batch.inputs) / 1e6, 1) == 69.1  # F in MACs per image
 
 
 def test_mirror_has_a_unit_of_stride_2_for_every_later_stage() -> None:
@@ -389,6 +419,35 @@ def test_the_order_of_steps_and_of_backward_passes_does_not_matter() -> None:
     total.backward()
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     assert all((a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad) for a, b in pairs)
+
+
+def test_a_block_may_be_stepped_before_or_after_the_next_one_has_run() -> None:
+    """Property 9, with steps: at once, or all of them in the end."""
+    one, other = (_attached(LocalHeads(head="dgl", loss="predsim"), _resnet()) for _ in range(2))
+    plain_loop(one, [IMAGES], sgd)
+    kept = list(other.updates(IMAGES))
+    for update in kept:
+        update.backward()
+    for groups in other.units().values():
+        sgd(groups).step()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_frozen_first_block_leaves_the_others_steps_as_they_are() -> None:
+    """Property 11: on the same h_1, which a block without normalisation gives frozen or not."""
+    one, other = (_attached(LocalHeads(head="conv1", loss="predsim"), _resnet()) for _ in range(2))
+    for algorithm in (one, other):
+        algorithm.blocks.members["stem"] = nn.Conv2d(3, 4, 3, padding=1)
+        algorithm.blocks[0].load_state_dict(one.blocks[0].state_dict())
+    other.blocks[0].requires_grad_(False)
+    before = copy.deepcopy(other.blocks[0].state_dict())
+    for algorithm in (one, other):
+        plain_loop(algorithm, [IMAGES], sgd)
+    assert all(torch.equal(a, before[name]) for name, a in other.blocks[0].state_dict().items())
+    assert not torch.equal(one.blocks[0].weight, other.blocks[0].weight)
+    for index in (1, 2, 3):
+        pairs = zip(one.blocks[index].parameters(), other.blocks[index].parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_inference_drops_the_heads() -> None:
@@ -509,6 +568,11 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], sente
         ),
         ({"loss": "sim"}, lambda: Blocks({"a": nn.Linear(6, 5)}), "has no readout"),
         ({"movement": [1.0]}, lambda: mlp((6,), 4, (5, 5)), "movement has 1 weights for 2 blocks"),
+        (
+            {"loss": "infopro", "reconstruction": [0, 0], "classification": [1, 0]},
+            lambda: mlp((6,), 4, (5, 5, 5)),
+            "block 'layer2' has nothing to learn from: with reconstruction=\\[0, 0\\] and classification=\\[1, 0\\]",
+        ),
     ],
 )
 def test_networks_that_do_not_fit_are_refused_by_name(settings: dict[str, Any], net: Any, sentence: str) -> None:
@@ -577,6 +641,10 @@ def test_nothing_is_observed_where_no_image_is_given_back() -> None:
     for make, net in zip((LocalHeads(**settings), LocalHeads()), nets, strict=True):
         plain_loop(_attached(make, net, ROWS), [ROWS] * 2, sgd)
     assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+    whole = _attached(LocalHeads(loss="infopro"), Blocks({"all": nn.Sequential(*nets[0])}, nets[0].readout), ROWS)
+    last = _attached(LocalHeads(loss="infopro", reconstruction=(0, 1), classification=(1, 0)), nets[1], ROWS)
+    for algorithm in (whole, last):  # no block, or none of those that there are, gives an image back
+        assert all(map(math.isfinite, _losses(algorithm, ROWS)))
     told = _attached(LocalHeads(loss="infopro", pixels=[-1, 1]), _resnet())
     assert not any(name.endswith(("low", "high")) for name, _ in told.named_buffers())
 
@@ -589,3 +657,18 @@ def test_smoothing_is_that_of_every_head() -> None:
         assert loss == pytest.approx(
             float(F.cross_entropy(scores, IMAGES.targets, label_smoothing=0.2).detach()), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("make", [LocalHeads, DeepSupervision, MAN])
+def test_a_rule_that_was_refused_one_network_takes_another(make: Any) -> None:
+    """Nothing is left of the first one, and nobody is told that the rule has a network already."""
+    nets, rules = [_resnet(), _resnet()], [make(head="dgl"), make(head="dgl")]
+    with pytest.raises(ValueError, match="gives vectors"):
+        _attached(rules[0], mlp((6,), 4, (5, 5)), ROWS)
+    assert not list(rules[0].parameters())
+    for rule, net in zip(rules, nets, strict=True):
+        plain_loop(_attached(rule, net), [IMAGES], sgd)
+    state, fresh = (rule.state_dict() for rule in rules)
+    tensors = {name for name, value in fresh.items() if isinstance(value, Tensor)}
+    assert state.keys() == fresh.keys()
+    assert all(torch.equal(state[name], fresh[name]) for name in tensors)

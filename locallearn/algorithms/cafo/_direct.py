@@ -21,14 +21,13 @@ class DirectFeedback(nn.Module):
         sizes: entries of one sample of every block's output.
         classes: C.
         own_head: make a linear head on the last block, for networks without a readout.
-        like: for dtype and device.
     """
 
-    def __init__(self, sizes: Sequence[int], classes: int, own_head: bool, like: Tensor) -> None:
+    def __init__(self, sizes: Sequence[int], classes: int, own_head: bool) -> None:
         super().__init__()
-        self.head = nn.Linear(sizes[-1], classes).to(like.device, like.dtype) if own_head else None
+        self.head = nn.Linear(sizes[-1], classes) if own_head else None
         for k, size in enumerate(sizes[:-1]):
-            self.register_buffer(f"feedback{k}", cafo.unit_rows(classes, size, like))
+            self.register_buffer(f"feedback{k}", cafo.unit_rows(classes, size))
 
     def matrices(self) -> list[Tensor]:
         """B_1 … B_{K−1}, each ``(C, D_k)`` with rows of length 1."""

@@ -140,7 +140,6 @@ class CaFo(LayerLocal):
                 "edges): use mono_forward or forward_gnn"
             )
         sizes = feature_sizes(self.blocks, task.example)
-        like = next(self.blocks.parameters())
         self.predictors: nn.ModuleList
         if self.closed_form:
             self._check_sums(sizes, task.outputs)
@@ -148,16 +147,15 @@ class CaFo(LayerLocal):
         else:
             loss: cafo.Loss = "ce" if self.predictor == "ce" else "sparsemax"
             made = [Stepped(size, task.outputs, loss, self.rows) for size in sizes]
-        self.predictors = nn.ModuleList(made).to(like.device, like.dtype if like.is_floating_point() else None)
+        self.predictors = nn.ModuleList(made)
         self.standards = nn.ModuleList(Standard() for _ in sizes if self._standardises)
-        self.standards.to(like.device, like.dtype)
-        self.epoch = Epoch().to(like.device)
+        self.epoch = Epoch()
         self.feedback: DirectFeedback | None = None
         if self.learning == "dfa":
             clash = set(self.blocks.names) & {self._unit(i) for i in range(len(sizes))}
             if clash:
                 raise ValueError(f"a block is named {min(clash)!r}, as CaFo names the predictor of another: rename it")
-            self.feedback = DirectFeedback(sizes, task.outputs, self.blocks.readout is None, like)
+            self.feedback = DirectFeedback(sizes, task.outputs, self.blocks.readout is None)
 
     @property
     def _standardises(self) -> bool:

@@ -34,7 +34,8 @@ class Grown(nn.Module):
 class Standard(Grown):
     """Takes mean and deviation of every channel out of a block's outputs, as measured once on training data.
 
-    A channel is an entry of a vector, or a map of an image; one that never varies keeps its scale.
+    A channel is an entry of a vector, a map of an image, or, of tokens ``(N, T, D)``, an entry of every token; one that never
+    varies keeps its scale.
     """
 
     eps = 1e-4  # as in the normalisation of the paper's blocks
@@ -52,8 +53,8 @@ class Standard(Grown):
         return len(self.mean) > 0
 
     def measure(self, outputs: Tensor) -> None:
-        """Take mean and variance over all but dimension 1 of these outputs, ``(N, C, ...)``."""
-        over = [d for d in range(outputs.ndim) if d != 1]
+        """Take mean and variance of every channel of these outputs, ``(N, C, ...)`` or ``(N, T, D)``."""
+        over = [d for d in range(outputs.ndim) if d != self._channel(outputs)]
         variance, mean = torch.var_mean(outputs.double(), over, correction=0)
         self.mean, self.variance = mean.to(self.mean), variance.to(self.mean)
 
@@ -61,9 +62,14 @@ class Standard(Grown):
         """Outputs of the same shape."""
         if not self.measured:
             return outputs
-        shape = [1, -1, *[1] * (outputs.ndim - 2)]
+        shape = [1] * outputs.ndim
+        shape[self._channel(outputs)] = -1
         scale = torch.where(self.variance > 0, self.variance + self.eps, 1).rsqrt()
         return (outputs - self.mean.view(shape)) * scale.view(shape)
+
+    @staticmethod
+    def _channel(outputs: Tensor) -> int:
+        return 2 if outputs.ndim == 3 else 1
 
 
 class Epoch(Grown):
