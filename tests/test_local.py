@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_geometric.nn.models import GAT, GCN
 
 import locallearn as ll
-from locallearn.local import _partition, bytes_in
+from locallearn.local import bytes_in
+from locallearn.local._where import partition
 from locallearn.strategies import LocalStrategy
 from locallearn.tasks.classification import Classification
 
@@ -232,8 +233,8 @@ def test_sizes_and_partitions() -> None:
     for size in ("200 Mib", "", "-1MB", 0, "0MB"):
         with pytest.raises(ValueError, match="expected a number of bytes"):
             bytes_in(size)
-    assert _partition([1, 1, 1, 3], 2) == [2]
-    assert _partition([5, 1, 1, 1], 3) == [0, 1]
+    assert partition([1, 1, 1, 3], 2) == [2]
+    assert partition([5, 1, 1, 1], 3) == [0, 1]
 
 
 def test_what_is_refused() -> None:
@@ -343,3 +344,97 @@ def test_names_of_the_package_are_lazy() -> None:
     assert ll.MonoForward is __import__("locallearn.algorithms").algorithms.MonoForward
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = ll.Nothing
+
+
+class _Masked(nn.Module):
+    """Three layers that all read a mask, which is made from the context in the type of the activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        mask = (1.0 - keep.to(x.dtype)) * torch.finfo(x.dtype).min / 1e38
+        for layer in (self.first, self.second, self.third):
+            x = nn.ReLU()(layer(x) + mask)
+        return self.head(x)
+
+
+def test_a_mask_that_all_layers_read_is_no_reason_not_to_cut() -> None:
+    example = {"x": torch.randn(5, 6), "keep": torch.randint(2, (5, 6))}
+    net = _Masked()
+    local = ll.localize(net, ll.MonoForward(), cuts=3, example=example)
+    assert local.cuts == ("first", "second")
+    assert set(local.step(example, torch.arange(5) % 3)) == {"first", "second", "third"}
+    torch.testing.assert_close(local.predict(example), net(**example))
+
+
+class _Loose(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.loose = nn.Linear(6, 6), nn.Linear(6, 3), [nn.Linear(6, 6)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.loose[0](self.first(x)))
+
+
+class _DynamicCache:
+    """Of a class that no graph can show."""
+
+
+class _Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = _Remembers(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, use_cache: bool = True) -> Tensor:
+        return self.head(self.first(x, _DynamicCache() if use_cache else None))
+
+
+class _Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        return self.layer(x)
+
+
+def test_what_no_graph_shows_is_told_with_what_to_do() -> None:
+    x = torch.randn(4, 6)
+    with pytest.raises(ValueError, match=r"test_local.py:\d+ .*runs a Linear that is no member of the network"):
+        ll.localize(_Loose(), ll.MonoForward(), cuts=["first"], example=x)
+    with pytest.raises(ValueError, match=r"it passes a _DynamicCache on, .* a dict with use_cache=False"):
+        ll.localize(_Caching(), ll.MonoForward(), cuts=["first"], example=x)
+    assert ll.localize(_Caching(), ll.MonoForward(), cuts=["first"], example={"x": x, "use_cache": False})
+
+
+def test_a_frozen_network_is_refused_before_and_after() -> None:
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    local = ll.localize(net, ll.MonoForward(), cuts=["0", "2"], example=x)
+    net[0].requires_grad_(False)
+    before = net[0].weight.clone(), net[2].weight.clone()
+    local.step(x, y)
+    assert torch.equal(before[0], net[0].weight)
+    assert not torch.equal(before[1], net[2].weight)
+    net.requires_grad_(False)
+    with pytest.raises(ValueError, match="all 6 parameters of Sequential are frozen"):
+        local.step(x, y)
+    with pytest.raises(ValueError, match="set requires_grad_"):
+        ll.localize(net, ll.MonoForward(), cuts=["0"], example=x)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_its_unit() -> None:
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    local = ll.localize(net, ll.MonoForward(), cuts=["0"], example=x)
+    before = net[0].weight.clone()
+    with pytest.raises(ValueError, match="unit '0' is nan, because the inputs have entries that are not finite"):
+        local.step(x.index_fill(1, torch.tensor([0]), float("nan")), y)
+    assert torch.equal(before, net[0].weight)
+    with torch.no_grad():
+        net[0].weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="unit '0' diverged: its loss is nan; a smaller learning rate"):
+        local.step(x, y)

@@ -12,6 +12,7 @@ from locallearn.algorithms._segments import Checkpoint, Segments, segments
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
+from locallearn.nets.blocks import evaluating
 
 
 class Backprop(Algorithm):
@@ -73,8 +74,14 @@ class Backprop(Algorithm):
 
     def build(self, task: TaskInfo) -> None:
         """Add nothing."""
-        output_layer(self.blocks, "backpropagation")
         feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
+        if (
+            self.blocks.readout is None
+        ):  # the blocks may give the outputs themselves, where no layer could be kept apart
+            with evaluating(self.blocks), torch.no_grad():
+                given = self.blocks(task.example.inputs, *task.example.context)
+            if (given.shape[1] if given.ndim > 1 else 1) != task.outputs:
+                output_layer(self.blocks, "backpropagation")
         if self._parts > 1 and (task.example.context or task.example.rows is not None):
             raise ValueError(
                 f"accumulate is {self._parts}, but a graph is one batch whose nodes see one another: it cannot pass in parts"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from locallearn.algorithms.backprop import Backprop
-from locallearn.algorithms.base import Update, selected
+from locallearn.algorithms.base import TaskInfo, Update, output_layer, selected
 from locallearn.batch import Batch
 from locallearn.functional import emergent
 
@@ -29,6 +29,11 @@ class BackpropL1(Backprop):
         if not (penalty >= 0 and math.isfinite(penalty)):
             raise ValueError(f"penalty is {penalty}, expected a finite number of at least 0")
         self.penalty = penalty
+
+    def build(self, task: TaskInfo) -> None:
+        """Add nothing. What is charged is what comes before the output layer, so there has to be one."""
+        output_layer(self.blocks, "backprop_l1")
+        super().build(task)
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         """The task's loss with the price of activity."""

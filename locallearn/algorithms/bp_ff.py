@@ -81,6 +81,11 @@ class BackpropForwardForward(Algorithm):
                 "BP/FF stacks positives and negatives into one batch, which cannot be done with the context of this task (a "
                 "graph?): use another algorithm"
             )
+        if not task.example.inputs.is_floating_point():
+            raise ValueError(
+                f"BP/FF writes labels over its inputs and scales them, and these are {task.example.inputs.dtype} (token ids?): "
+                "give floating point inputs, embeddings instead of ids"
+            )
         ff.embed_neutral(task.example.inputs, task.outputs)  # refuses inputs that are too small for the label
         feature_sizes(self.blocks, task.example)
 

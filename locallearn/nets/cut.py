@@ -265,8 +265,12 @@ def places(
     *,
     input: str | None = None,
     output: str | int | None = None,
+    closed: list[CannotTrace] | None = None,
 ) -> list[Place]:
-    """Where a network may be cut so that one tensor crosses and every piece has parameters; the last entry is its end.
+    """Where a network may be cut so that every piece has parameters and one tensor crosses; the last entry is its end.
+
+    Whole numbers (token ids) and what is made from the context alone (an attention mask) may cross beside it: no gradient is
+    lost with them.
 
     Args:
         net: the network.
@@ -274,6 +278,8 @@ def places(
         weigh: runs something and tells its result, its operations, and the bytes that it keeps for gradients by storage.
         input: see :func:`cut_network`.
         output: see :func:`cut_network`.
+
+        closed: gets what modules said that could not be followed, inside of which there are no places.
 
     Raises:
         CannotTrace: the network's own forward cannot be followed.
@@ -289,7 +295,7 @@ def places(
     few = some_rows(arguments.values)
     rows = rows_of(arguments.values)
     factor = 1.0 if rows is None else rows / len(few[arguments.names[0]])
-    course = _open_course(net, few, call, arguments)
+    course = _open_course(net, few, call, arguments, closed)
     readout = course.readout_start([])
     kept = {readout, *course.ancestors([readout])} if readout is not None else set(course.nodes)
     found: dict[frozenset[fx.Node], tuple[list[str], fx.Node]] = {}
@@ -300,7 +306,8 @@ def places(
         stage = course.stages([end])
         below = frozenset(n for n in course.nodes if stage[n] == 0 and course.learns(n))
         above = [n for n in course.nodes if stage[n] == 1 and course.learns(n)]
-        if not below or not any(n in kept for n in above) or course.crossing(stage, 0) != [end]:
+        crossing = [n for n in course.crossing(stage, 0) if n is end or not course.aside(n)]
+        if not below or not any(n in kept for n in above) or crossing != [end]:
             continue
         first = course.module(above[0])
         if (
@@ -341,8 +348,14 @@ def places(
     ]
 
 
-def _open_course(net: nn.Module, example: Mapping[str, Any], call: Callable[..., Any], arguments: Arguments) -> Course:
-    """The pass in evaluation mode with every module opened that can be followed."""
+def _open_course(
+    net: nn.Module,
+    example: Mapping[str, Any],
+    call: Callable[..., Any],
+    arguments: Arguments,
+    closed: list[CannotTrace] | None,
+) -> Course:
+    """The pass in evaluation mode with every module opened that can be followed; ``closed`` gets what the others said."""
     opened = {id(m): m for m in net.modules() if not is_layer(m)}
     while True:
         try:
@@ -351,6 +364,8 @@ def _open_course(net: nn.Module, example: Mapping[str, Any], call: Callable[...,
         except CannotTrace as error:
             if not error.path:
                 raise
+            if closed is not None:
+                closed.append(error)
             kind = type(net.get_submodule(error.path))
             known = len(opened)
             opened = {key: m for key, m in opened.items() if type(m) is not kind or m is net}

@@ -418,10 +418,37 @@ class Course:
         """Whether a value comes from parameters, constants and the context alone."""
         return not any(n.op == "call_module" or n.target == self.inputs[0] for n in self.ancestors([node]))
 
+    def aside(self, node: fx.Node) -> bool:
+        """Whether no gradient is lost where a value crosses a border: it is no number of the reals, or comes from the context.
+
+        A mask does, though it takes its size and type from other tensors.
+        """
+        value = self.tracer.value(node)
+        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+            return True
+        seen: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node in seen or self._looks(node):
+                continue
+            if node.op == "call_module" or node.target == self.inputs[0] or self.learns(node):
+                return False
+            seen.add(node)
+            stack.extend(self._needs[node])
+        return True
+
     def is_tail(self, node: fx.Node) -> bool:
         """Whether a node only reshapes, pools over everything or drops out, as what comes before a readout does."""
         module = self.module(node)
-        return isinstance(module, _TAIL_MODULES) if module is not None else name_of(node) in _TAIL
+        if module is None:
+            return name_of(node) in _TAIL
+        return isinstance(module, _TAIL_MODULES) or (id(module) in self._free and self._makes_vectors(node))
+
+    def _makes_vectors(self, node: fx.Node) -> bool:
+        """Whether a node makes a vector per sample of something larger: a pooling of somebody's own, say."""
+        sources = [source for source in node.all_input_nodes if self.is_tensor(source)]
+        return len(sources) == 1 and self.is_tensor(node) and self.tensor(node).ndim == 2 < self.tensor(sources[0]).ndim
 
     def stages(self, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
         """The piece of every node: the first one that needs it."""

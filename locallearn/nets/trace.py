@@ -36,6 +36,8 @@ _FACTORIES = (
     "tensor",
     "zeros",
 )
+# They want a dtype itself, and take no symbol of one.
+_FACTS = ("finfo", "iinfo")
 
 
 class CannotTrace(ValueError):
@@ -214,17 +216,18 @@ class Tracer(fx.Tracer):
 
     @contextmanager
     def _factories(self) -> Iterator[None]:
-        def recorded(make: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(make: Callable[..., Any], always: bool) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                if self._concrete:
+                if self._concrete or not (always or any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values()))):
                     return make(*args, **kwargs)
                 return self.create_proxy("call_function", make, args, kwargs)
 
             return call
 
         with ExitStack() as stack:
-            for name in _FACTORIES:
-                stack.enter_context(mock.patch.object(torch, name, recorded(getattr(torch, name))))
+            for name in (*_FACTORIES, *_FACTS):
+                made = recorded(getattr(torch, name), always=name in _FACTORIES)
+                stack.enter_context(mock.patch.object(torch, name, made))
             yield
 
     # -- what fx asks for ------------------------------------------------------------------------------------------------
@@ -248,6 +251,13 @@ class Tracer(fx.Tracer):
         """Follow, or make a node."""
         if self._concrete:
             return forward(*args, **kwargs)
+        if not any(m is module for module in self._net.modules()):
+            if any(True for _ in m.parameters()) or any(True for _ in m.buffers()):
+                raise ValueError(
+                    f"it runs a {type(m).__name__} that is no member of the network, so nothing would train its weights; make "
+                    "it one (nn.ModuleList and nn.ModuleDict hold lists and dicts of modules)"
+                )
+            return forward(*args, **kwargs)  # made in the forward itself: nn.ReLU()(x) is what relu(x) is
         path = self.path_of_module(m)
         self.counts[path] = self.counts.get(path, 0) + 1
         try:
@@ -293,7 +303,15 @@ class Tracer(fx.Tracer):
             return self.create_node("get_attr", name, (), {})
         if a is None or isinstance(a, torch.device | torch.dtype | torch.layout | torch.memory_format):
             return a
-        return super().create_arg(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            kind = type(a).__name__
+            without = ", for which the example may be a dict with use_cache=False" if "Cache" in kind else ""
+            raise TypeError(
+                f"it passes a {kind} on, and a graph shows tensors, numbers, strings, tuples, lists and dicts alone: have the "
+                f"network do without it{without}"
+            ) from error
 
 
 def trace(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -33,6 +34,11 @@ CLASSES = 4
 _DRAW = torch.Generator().manual_seed(0)
 _IMAGES = torch.randn(6, 3, 32, 32, generator=_DRAW)
 _LARGE = torch.randn(6, 3, 64, 64, generator=_DRAW)
+_TOKENS = torch.randint(64, (6, 12), generator=_DRAW)
+_MASKED = {
+    "input_ids": _TOKENS,
+    "attention_mask": (torch.arange(12) < torch.tensor([8, 12, 12, 10, 12, 12])[:, None]).long(),
+}
 _GRAPH = {"x": torch.randn(8, 12, generator=_DRAW), "edge_index": torch.randint(8, (2, 24), generator=_DRAW)}
 
 
@@ -52,6 +58,30 @@ def _convnext() -> nn.Module:
     return torchvision.models.ConvNeXt([block(8, 16, 1), block(16, 32, 1), block(32, None, 1)], num_classes=CLASSES)
 
 
+def _timm(name: str, *args: Any, **settings: Any) -> nn.Module:
+    """A class of timm; imported late, which takes seconds."""
+    import timm
+
+    net: nn.Module = getattr(timm.models, name)(*args, num_classes=CLASSES, **settings)
+    return net
+
+
+def _timm_resnet() -> nn.Module:
+    import timm
+
+    stem = {"stem_width": 8, "stem_type": "deep_tiered", "avg_down": True}
+    return _timm("ResNet", timm.models.resnet.BasicBlock, (1, 1, 1, 1), channels=(8, 16, 32, 64), **stem)
+
+
+def _transformers(name: str, **settings: Any) -> nn.Module:
+    """A sequence classifier of transformers from its configuration: random weights, nothing is loaded."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(vocab_size=64, num_labels=CLASSES, pad_token_id=0, **settings)
+    net: nn.Module = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    return net
+
+
 class Network(NamedTuple):
     """A public network, small.
 
@@ -60,12 +90,14 @@ class Network(NamedTuple):
         told: what it is, for the page.
         cuts: names of the modules behind which it is cut.
         example: a batch.
+        needs: the package that only the tests need.
     """
 
     make: Callable[[], nn.Module]
     told: str
     cuts: list[str]
     example: Any = _IMAGES
+    needs: str = "torch"
 
 
 NETWORKS: Mapping[str, Network] = {
@@ -116,6 +148,48 @@ NETWORKS: Mapping[str, Network] = {
         ["convs.0", "convs.1"],
         _GRAPH,
     ),
+    "ResNet-T": Network(
+        _timm_resnet,
+        "timm `ResNet(BasicBlock, (1, 1, 1, 1), stem_type='deep_tiered', avg_down=True)`",
+        ["layer1", "layer2", "layer3"],
+        needs="timm",
+    ),
+    "MLP-Mixer": Network(
+        partial(_timm, "MlpMixer", img_size=32, patch_size=8, num_blocks=3, embed_dim=16),
+        "timm `MlpMixer(img_size=32, patch_size=8, num_blocks=3, embed_dim=16)`",
+        ["blocks.0", "blocks.1"],
+        needs="timm",
+    ),
+    "Swin": Network(
+        partial(*(_timm, "SwinTransformer", 32, 2), window_size=4, depths=(1, 1), embed_dim=16, num_heads=(2, 2)),
+        "timm `SwinTransformer(32, 2, window_size=4, depths=(1, 1), embed_dim=16, num_heads=(2, 2))`",
+        ["layers.0"],
+        needs="timm",
+    ),
+    "BERT": Network(
+        partial(
+            *(_transformers, "Bert"), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
+        ),
+        "transformers `BertForSequenceClassification`, 3 layers of 16; called with `input_ids` and `attention_mask`",
+        ["bert.encoder.layer.0", "bert.encoder.layer.1"],
+        _MASKED,
+        "transformers",
+    ),
+    "DistilBERT": Network(
+        partial(_transformers, "DistilBert", dim=16, n_layers=3, n_heads=2, hidden_dim=32),
+        "transformers `DistilBertForSequenceClassification`, 3 layers of 16; called with `input_ids` alone",
+        ["distilbert.transformer.layer.0", "distilbert.transformer.layer.1"],
+        _TOKENS,
+        "transformers",
+    ),
+    "GPT-2": Network(
+        partial(_transformers, "GPT2", n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0),
+        "transformers `GPT2ForSequenceClassification`, 3 layers of 16; called with `input_ids`, `attention_mask` and "
+        "`use_cache=False`",
+        ["transformer.h.0", "transformer.h.1"],
+        _MASKED | {"use_cache": False},
+        "transformers",
+    ),
 }
 
 
@@ -134,7 +208,7 @@ def refusal(rule: str, net: nn.Module, pieces: Cut) -> str:
     try:
         task = attach_cut(net, pieces, algorithm)
     except ValueError as error:
-        return str(error)
+        return re.sub("|".join(rf"(?<=block )'{name}'|^'{name}'" for name in pieces.blocks.names), "'…'", str(error))
     main, *context = pieces.arguments.values.values()
     batch = Batch(main, torch.arange(len(main)) % CLASSES, tuple(context))
     stepped = []
@@ -198,10 +272,12 @@ def page(columns: Mapping[str, Mapping[str, str]]) -> str:
 _HEAD = [
     "# Which rule trains which network",
     "",
-    "Every rule with the settings of its YAML, on twelve public networks cut as [Your own network](own-network.md) says.",
+    "Every rule with the settings of its YAML, on public networks of torchvision, PyG, timm and transformers, cut as",
+    "[Your own network](own-network.md) says.",
     "`yes`: it attaches, a step moves every unit, its losses are finite, and it predicts scores of the right shape. That is",
-    "less than learning well. A number: it refuses, with that sentence of those below. The page is made by",
-    "`tests/docs/networks.py`, and a test compares it with what it finds.",
+    "less than learning well. A number: it refuses, with that sentence of those below, where '…' is the name of the block that",
+    "it is about. Maps are read as (C, H, W): Swin hands over (H, W, C), and rules that read maps take its rows for channels.",
+    "The page is made by `tests/docs/networks.py`, and a test compares it with what it finds.",
     "",
 ]
 

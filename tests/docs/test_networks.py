@@ -20,8 +20,10 @@ def _told() -> tuple[dict[str, list[str]], list[str]]:
     return {rule: cells.split(" | ") for rule, cells in rows}, listed
 
 
-@pytest.mark.parametrize("name", ["VGG", "ViT", "GCN"])
+@pytest.mark.parametrize("name", ["VGG", "ViT", "GCN", "ResNet-T", "BERT", "DistilBERT", "GPT-2"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_some_columns_of_the_page(name: str) -> None:
+    pytest.importorskip(NETWORKS[name].needs, reason="timm and transformers are needed by tests alone")
     cells, sentences = _told()
     assert list(cells) == RULES
     place = list(NETWORKS).index(name)
@@ -35,4 +37,6 @@ def test_some_columns_of_the_page(name: str) -> None:
 def test_the_whole_page() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        for network in NETWORKS.values():
+            pytest.importorskip(network.needs)
         assert page({name: column(name) for name in NETWORKS}) == PAGE.read_text(encoding="utf-8")

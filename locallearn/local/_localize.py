@@ -1,0 +1,183 @@
+"""Any network under a local rule in one call: cut, attached, with an optimizer for every unit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from locallearn.algorithms.base import Algorithm, TaskInfo
+from locallearn.batch import Batch
+from locallearn.cost import activation_bytes, drive
+from locallearn.local._attach import Loss, attach_cut, result_of, width_of
+from locallearn.local._object import Local, OptimizerFactory
+from locallearn.local._where import BYTES, balanced, bytes_in, check_net, partition, short, weigh
+from locallearn.nets.cut import Cut, cut_network, names_for, places
+from locallearn.nets.equal import rows_of
+from locallearn.nets.execution import Execution
+from locallearn.nets.trace import preserved
+
+_OF_CLASSES = (F.cross_entropy, F.nll_loss, F.multi_margin_loss)
+_MODULES_OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+
+
+def localize(
+    net: nn.Module,
+    algorithm: Algorithm,
+    cuts: int | Sequence[str] | None = None,
+    *,
+    memory: str | int | None = None,
+    example: Any = None,
+    optimizer: OptimizerFactory | None = None,
+    loss: Loss | None = None,
+    classes: bool | None = None,
+    outputs: int | None = None,
+    input: str | None = None,
+    output: str | int | None = None,
+    readout: str | bool = True,
+    channels_last: bool = False,
+    compile: str | None = None,
+    compile_backend: str = "inductor",
+) -> Local:
+    """Put a network under a learning rule. It stays as it is, and is what learns.
+
+    Args:
+        net: the network, on any device.
+        algorithm: the rule, not attached yet.
+        cuts: names of the modules behind which blocks end, in the order of execution; or the number of blocks, which are then
+            of about the same number of operations. 1 is the whole network.
+        memory: instead of ``cuts``: bytes that a step on a batch like the example may keep for gradients, e.g. ``"200MiB"``
+            (units B, kB, MB, GB, KiB, MiB, GiB). The fewest blocks are made that stay below.
+        example: a batch with shapes and dtypes of the real ones: a tensor, a tuple of positional arguments, or a dict of
+            keyword arguments.
+        optimizer: makes a unit's optimizer from its parameter groups, e.g. ``partial(AdamW, lr=1e-3)``. Default: Adam, 1e-3.
+        loss: ``loss(outputs, targets)``, a mean over samples. Default: cross entropy.
+        classes: whether targets are class ids. Default: yes, unless ``loss`` is given and is none of PyTorch's for class ids.
+        outputs: number of classes, or of the network's outputs. Default: what the network gives.
+        input: name of the main input. Default: the first tensor.
+        output: key, field or place of the output that counts. Default: ``logits``, else ``out``, else the first tensor.
+        readout: see :func:`~locallearn.nets.cut.cut_network`.
+        channels_last: keep images and kernels in memory with channels last; changes no number beyond rounding.
+        compile: ``"blocks"``: ``torch.compile`` every block by itself, which changes no number beyond rounding, either
+            (:class:`~locallearn.nets.execution.Execution` says what stays uncompiled). ``net(images)`` runs as ever.
+        compile_backend: of ``torch.compile``.
+
+    Raises:
+        ValueError: the network cannot be cut so, or the rule cannot train it; the sentence says what to do.
+    """
+    check_net(net)
+    execution = Execution(channels_last, compile, compile_backend)
+    if not isinstance(algorithm, Algorithm):
+        raise ValueError(
+            f"algorithm is a {type(algorithm).__name__}, expected a rule of locallearn.algorithms, e.g. ll.MonoForward()"
+        )
+    if example is None:
+        raise ValueError(
+            "pass example=, a batch of inputs: only by running the network can it be found out where it can be cut"
+        )
+    if (cuts is None) is (memory is None):
+        raise ValueError(
+            "give either cuts= (names of modules, or a number of blocks) or memory= (bytes that a step may keep)"
+        )
+    if optimizer is not None and not callable(optimizer):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}, and every unit needs one of its own: give what makes them, e.g. "
+            "functools.partial(torch.optim.AdamW, lr=1e-3)"
+        )
+    make: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3) if optimizer is None else optimizer
+    if classes is None:
+        classes = loss is None or _of_classes(loss)
+    again = partial(
+        _cut_and_attach, net, example=example, loss=loss or F.cross_entropy, classes=classes, outputs=outputs, input=input,
+        output=output, readout=readout,
+    )  # fmt: skip
+    if memory is None:
+        assert cuts is not None
+        if isinstance(cuts, str):
+            raise ValueError(f"cuts is {cuts!r}, expected a list of names, or a number of blocks: write [{cuts!r}]")
+        if not isinstance(cuts, int | Iterable):
+            raise ValueError(f"cuts is {cuts!r}, expected names of modules, or a whole number of blocks")
+        names = balanced(net, cuts, example, input=input, output=output) if isinstance(cuts, int) else list(cuts)
+        cut, task = again(algorithm, names)
+    else:
+        names = _within(net, algorithm, bytes_in(memory), example, again, input, output)
+        cut, task = again(algorithm, names)
+    return Local(net, cut, algorithm, task, names, make, execution)
+
+
+def _cut_and_attach(
+    net: nn.Module,
+    algorithm: Algorithm,
+    cuts: Sequence[str],
+    *,
+    example: Any,
+    loss: Loss,
+    classes: bool,
+    outputs: int | None,
+    input: str | None,
+    output: str | int | None,
+    readout: str | bool,
+) -> tuple[Cut, TaskInfo]:
+    cut = cut_network(net, cuts, example, input=input, output=output, readout=readout)
+    if outputs is not None and outputs != width_of(result_of(net, cut)) and cut.blocks.readout is not None:
+        # What the network gives are features: rules that need an output layer add one, or say so.
+        cut = cut_network(net, cuts, example, input=input, output=output, readout=False)
+    return cut, attach_cut(net, cut, algorithm, loss=loss, classes=classes, outputs=outputs)
+
+
+def _within(
+    net: nn.Module,
+    algorithm: Algorithm,
+    limit: int,
+    example: Any,
+    attach: Callable[[Algorithm, Sequence[str]], tuple[Cut, TaskInfo]],
+    input: str | None,
+    output: str | int | None,
+) -> list[str]:
+    """The fewest cuts with which a step on the example keeps no more bytes than allowed, as measured."""
+    rows = places(net, example, weigh, input=input, output=output)
+    least: tuple[float, int] = (float("inf"), 1)
+    for blocks in range(1, len(rows) + 1):
+        chosen = partition([row.bytes for row in rows], blocks)
+        edges = [-1, *chosen, len(rows) - 1]
+        guess = max(sum(row.bytes for row in rows[a + 1 : b + 1]) for a, b in pairwise(edges))
+        if guess > 1.5 * limit and blocks < len(rows):
+            continue  # a pass would only show it
+        names = names_for([rows[i] for i in chosen])
+        trial = copy.deepcopy(algorithm)
+        cut, task = attach(trial, names)
+        peak = _peak(net, trial, cut, task)
+        least = min(least, (peak, blocks))
+        if peak <= limit:
+            return names
+    raise ValueError(
+        f"memory allows {short(limit, 1024, BYTES)}, and a step of {type(algorithm).__name__} on this example keeps at least "
+        f"{short(least[0], 1024, BYTES)} for gradients, in {least[1]} block{'s' if least[1] > 1 else ''}: allow more, or use "
+        "a smaller batch"
+    )
+
+
+def _peak(net: nn.Module, algorithm: Algorithm, cut: Cut, task: TaskInfo) -> int:
+    """Bytes that a step on the whole example keeps alive for gradients at once."""
+    main, *context = cut.arguments.values.values()
+    known = task.example.targets
+    rows = rows_of(cut.arguments.values)
+    targets = known if rows is None else known[torch.arange(rows, device=known.device) % len(known)]
+    kept = [(p, p.grad) for p in net.parameters()]
+    with preserved(net), activation_bytes(algorithm) as count:
+        drive(algorithm, Batch(main, targets, tuple(context)))
+    for parameter, gradient in kept:
+        parameter.grad = gradient
+    return count.peak
+
+
+def _of_classes(loss: Any) -> bool:
+    while isinstance(loss, partial):
+        loss = loss.func
+    return loss in _OF_CLASSES or isinstance(loss, _MODULES_OF_CLASSES)

@@ -1,0 +1,284 @@
+"""A network with a rule that trains it, in a loop of the user's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from locallearn.algorithms.base import Algorithm, ParamGroup, TaskInfo, Update
+from locallearn.batch import Batch
+from locallearn.nets.blocks import evaluating
+from locallearn.nets.cut import Cut
+from locallearn.nets.execution import Execution
+
+OptimizerFactory = Callable[[list[ParamGroup]], Optimizer]
+
+
+class Local:
+    """A network with a rule that trains it; made by :func:`localize`.
+
+    Attributes:
+        net: the network, unmodified; it is what learns, and ``net(images)`` works at any time.
+        blocks: its pieces.
+        algorithm: the rule, attached.
+        optimizers: by unit.
+        task: what the rule was told.
+        cuts: names of the modules behind which blocks end.
+        unused: parameters of the network that its output does not depend on; nothing trains them (auxiliary heads, say).
+        execution: how blocks are run.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        cut: Cut,
+        algorithm: Algorithm,
+        task: TaskInfo,
+        cuts: Sequence[str],
+        optimizer: OptimizerFactory,
+        execution: Execution,
+    ) -> None:
+        self.net, self.blocks, self.algorithm, self.task = net, cut.blocks, algorithm, task
+        self.execution, self._proved = execution, execution.compile is None  # that blocks run compiled
+        execution.check(cut.blocks, task.example.inputs)
+        execution.lay_out(algorithm)
+        self.cuts, self.unused = tuple(cuts), cut.unused
+        self.make_optimizer = optimizer
+        self._arguments = cut.arguments
+        self._mode: bool | None = None
+        self.optimizers = _optimizers(algorithm, optimizer)
+        self._refuse_frozen()
+        self._follow()
+
+    def __repr__(self) -> str:
+        unused = f", {len(self.unused)} parameters that its output does not need" if self.unused else ""
+        return f"Local({type(self.net).__name__} under {type(self.algorithm).__name__}: {', '.join(self.blocks.names)}{unused})"
+
+    def batch(self, inputs: Any, targets: Tensor, rows: Tensor | None = None) -> Batch:
+        """Inputs as the network takes them and targets, as a rule takes them.
+
+        Raises:
+            ValueError: inputs are given otherwise than the example was, labels are no class ids, or there are none.
+        """
+        main, *context = self._arguments.by_name(inputs).values()
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"targets are a {type(targets).__name__}, expected a tensor")
+        if self.task.classes:
+            wanted = self.task.example.targets
+            if targets.ndim != wanted.ndim:
+                raise ValueError(
+                    f"labels have shape {tuple(targets.shape)}, expected class ids of shape "
+                    f"({', '.join(['N', *map(str, wanted.shape[1:])])}{',' if wanted.ndim == 1 else ''})"
+                )
+            if targets.is_floating_point() or targets.dtype == torch.bool:
+                raise ValueError(f"labels are {targets.dtype}, expected class ids of dtype int64")
+            targets = targets.long()
+            counted = targets if rows is None else targets[rows]
+            if not counted.numel():
+                raise ValueError("this batch is empty: there is nothing to learn from")
+            if targets.device.type == "cpu":
+                low, high = int(counted.min()), int(counted.max())
+                if low < 0 or high >= self.task.outputs:
+                    raise ValueError(
+                        f"labels go from {low} to {high}, expected class ids 0 to {self.task.outputs - 1}: the network has "
+                        f"{self.task.outputs} outputs"
+                    )
+        return self.execution.given(Batch(main, targets, tuple(context), rows))
+
+    def updates(self, inputs: Any, targets: Tensor, rows: Tensor | None = None) -> Iterator[Update]:
+        """Train on one batch, one unit after the other.
+
+        Every unit is handed out before it learns: ``update.unit`` and ``update.loss`` are known, its gradients are not. When
+        the loop goes on, the unit is differentiated (unless the body has called ``update.backward()``, to clip gradients,
+        say), stepped, and its gradients are dropped. So a loop with an empty body trains, and a unit at which the
+        loop is broken off does not.
+
+        Args:
+            inputs: as the example was given: a tensor, a tuple, or a dict.
+            targets: class ids ``(N,)``, or what the loss takes.
+            rows: see :class:`~locallearn.batch.Batch`; on a graph the nodes that are learned from.
+        """
+        self._refuse_frozen()
+        self._follow()
+        updates = self.algorithm.updates(self.batch(inputs, targets, rows))
+        done = 0
+        while True:
+            try:
+                update = next(updates, None)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                name = self.blocks.names[min(done, len(self.blocks) - 1)]
+                raise ValueError(
+                    f"block {name!r} has a normalisation, which has nothing to normalise by in a batch of one sample: use "
+                    "larger batches, and drop_last=True in the loader"
+                ) from error
+            except RuntimeError as error:
+                self.execution.explain(error)
+                raise
+            if update is None:
+                if not self._proved:
+                    self.execution.check_ran(self.blocks, self.algorithm.trains, type(self.algorithm).__name__)
+                    self._proved = True
+                return
+            done += 1
+            yield update
+            optimizer = self.optimizers[update.unit]
+            if _needs_closure(optimizer):
+                optimizer.step(partial(_again, update, optimizer, [True]))  # type: ignore[arg-type]
+            else:
+                update.backward()
+                optimizer.step()
+            optimizer.zero_grad()
+            del update
+
+    def step(self, inputs: Any, targets: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Train on one batch; see :meth:`updates`.
+
+        Returns:
+            The loss of every unit before its step, detached. Units of rules without a loss are left out.
+
+        Raises:
+            ValueError: a loss is not finite; its unit is not stepped. On a CPU alone: elsewhere, reading every loss would
+                have the device waited for, and it is up to the loop to look now and then.
+        """
+        losses: dict[str, Tensor] = {}
+        for update in self.updates(inputs, targets, rows):
+            if update.loss is not None:
+                loss = update.loss.detach()
+                if loss.device.type == "cpu" and not bool(torch.isfinite(loss)):
+                    raise ValueError(_diverged(update.unit, loss, inputs))
+                losses[update.unit] = losses[update.unit] + loss if update.unit in losses else loss
+        return losses
+
+    @torch.no_grad()
+    def predict(self, inputs: Any) -> Tensor:
+        """Outputs by the rule's own inference in evaluation mode, ``(N, ...)``, whatever mode the network is in."""
+        main, *context = self.execution.given(list(self._arguments.by_name(inputs).values()))
+        with evaluating(self.algorithm):
+            return self.algorithm.predict(main, *context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on: network, rule with its generators, and optimizers. ``torch.save`` takes it."""
+        return {
+            "net": self.net.state_dict(),
+            "algorithm": self.algorithm.state_dict(),
+            "optimizers": {unit: optimizer.state_dict() for unit, optimizer in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was taken, under the same rule with the same cuts.
+
+        Raises:
+            ValueError: it is the state of something else.
+        """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"this is no state of a Local, but a {type(state).__name__}")
+        missing = {"net", "algorithm", "optimizers"} - set(state)
+        if missing:
+            raise ValueError(f"this is no state of a Local: {', '.join(sorted(missing))} is missing")
+        if set(state["optimizers"]) != set(self.optimizers):
+            raise ValueError(
+                f"this state has units {', '.join(state['optimizers'])}, and there are {', '.join(self.optimizers)}: cut the "
+                "network at the same places, under the same rule"
+            )
+        try:
+            self.net.load_state_dict(state["net"])
+            self.algorithm.load_state_dict(state["algorithm"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"this is the state of another network or rule: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        for unit, optimizer in self.optimizers.items():
+            given = state["optimizers"][unit]
+            for mine, theirs in zip(optimizer.param_groups, given["param_groups"], strict=False):
+                if set(mine) != set(theirs):
+                    raise ValueError(
+                        f"this is the state of another optimizer than {type(optimizer).__name__}, with settings "
+                        f"{', '.join(sorted(set(theirs) ^ set(mine)))} in one of the two only: make the same one"
+                    )
+            optimizer.load_state_dict(given)
+
+    def _refuse_frozen(self) -> None:
+        """Whether there is anything left of the network that could learn, where this rule moves its weights at all."""
+        parameters = list(self.net.parameters())
+        if any(p.requires_grad for p in parameters):
+            return
+        own = {id(p) for p in parameters}
+        if any(
+            id(p) in own for unit in self.optimizers.values() for group in unit.param_groups for p in group["params"]
+        ):
+            raise ValueError(
+                f"all {len(parameters)} parameters of {type(self.net).__name__} are frozen (requires_grad is False), so a step "
+                "would move none of its weights: set requires_grad_(True) for what is to learn"
+            )
+
+    def _follow(self) -> None:
+        """Train in the mode of the network: ``net.train()`` and ``net.eval()`` decide, as in any loop."""
+        self.execution.compile_each(self.blocks)  # anew in a copy of this
+        if self._mode is not self.net.training:
+            self._mode = self.net.training
+            own = {id(module) for module in self.net.modules()}  # asked anew: a copy of this has other modules
+            for module in self.algorithm.modules():
+                if id(module) not in own:
+                    module.training = self._mode
+            self.algorithm._resting = frozenset()
+        for path in self.algorithm._resting:
+            self.algorithm.get_submodule(path).eval()
+
+
+def _optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optimizer]:
+    optimizers = {unit: make(groups) for unit, groups in algorithm.units().items()}
+    reason = algorithm.linear_optimizer
+    for optimizer in optimizers.values():
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(
+                f"optimizer made a {type(optimizer).__name__} from a unit's parameter groups, expected an optimizer: give a "
+                "class with its settings, e.g. functools.partial(torch.optim.AdamW, lr=1e-3)"
+            )
+        if reason is not None and not isinstance(optimizer, torch.optim.SGD):
+            raise ValueError(
+                f"the optimizer is {type(optimizer).__name__}, but {type(algorithm).__name__} needs SGD, with or without "
+                f"momentum: {reason}"
+            )
+    return optimizers
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _again(update: Update, optimizer: Optimizer, first: list[bool]) -> Tensor:
+    """Loss and gradients of a unit, for optimizers that ask for them."""
+    with torch.enable_grad():
+        if first.pop() if first else False:
+            update.backward()
+            return torch.zeros(()) if update.loss is None else update.loss
+        if update.again is None:
+            raise ValueError(
+                f"the optimizer {type(optimizer).__name__} asks for the loss again within one step, but this rule works out "
+                f"the update of unit {update.unit!r} only once per batch: use an optimizer that asks once, such as Adam or SGD"
+            )
+        optimizer.zero_grad()
+        loss = update.again()
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+def _diverged(unit: str, loss: Tensor, inputs: Any) -> str:
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not all(bool(torch.isfinite(t).all()) for t in tensors):
+        return f"the loss of unit {unit!r} is {float(loss)}, as the inputs have entries that are not finite: clean the data"
+    return (
+        f"unit {unit!r} diverged: its loss is {float(loss)}; a smaller learning rate may help, or clipped gradients "
+        "(in a loop over updates())"
+    )

@@ -1,0 +1,195 @@
+"""Where to cut: places with their costs, and choices of so many blocks or so many bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from locallearn.cost import FlopCounter
+from locallearn.nets.blocks import evaluating, fitted
+from locallearn.nets.cut import CannotTrace, Place, names_for, places
+
+_UNITS = {"": 1, "B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+class Cuts(NamedTuple):
+    """Where a network can be cut so that one tensor crosses; printed, a table.
+
+    Attributes:
+        owner: class of the network.
+        rows: the places in the order of execution, and last, without a name, what comes behind the last of them.
+        samples: of the example.
+    """
+
+    owner: str
+    rows: tuple[Place, ...]
+    samples: int
+
+    def __str__(self) -> str:
+        head = ("cut behind", "what crosses", "FLOPs forward", "bytes for gradients", "parameters")
+        lines = [
+            (
+                row.name or "(the output)",
+                "x".join(map(str, row.shape)),
+                short(row.flops, 1000, ("", "k", "M", "G", "T")),
+                short(row.bytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB")),
+                f"{row.parameters:,}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+        text = [
+            "  ".join(word.ljust(widths[0]) if i == 0 else word.rjust(widths[i]) for i, word in enumerate(line))
+            for line in [head, *lines]
+        ]
+        return "\n".join(
+            [
+                f"{self.owner}: {len(self.rows) - 1} possible cuts, for {self.samples} samples; each line from the one before",
+                *text,
+            ]
+        )
+
+
+def show(net: nn.Module, example: Any = None, *, input: str | None = None, output: str | int | None = None) -> Cuts:
+    """Print where a network can be cut, with operations, bytes and parameters from each place to the next.
+
+    Args:
+        net: the network.
+        example: a batch, as for :func:`localize`; ``None``: two samples of a guessed shape.
+        input: see :func:`localize`.
+        output: see :func:`localize`.
+    """
+    check_net(net)
+    example = _guessed(net) if example is None else example
+    rows = places(net, example, weigh, input=input, output=output)
+    cuts = Cuts(type(net).__name__, tuple(rows), rows[-1].shape[0] if rows[-1].shape else 1)
+    print(cuts)
+    return cuts
+
+
+def balanced(
+    net: nn.Module, blocks: int, example: Any, *, input: str | None = None, output: str | int | None = None
+) -> list[str]:
+    """Names of the modules behind which to cut, so that the largest of so many blocks is as small as it can be.
+
+    Args:
+        net: the network.
+        blocks: how many.
+        example: a batch.
+        input: see :func:`localize`.
+        output: see :func:`localize`.
+
+    Raises:
+        ValueError: fewer than one block, or more than there can be.
+    """
+    if isinstance(blocks, bool) or blocks < 1:
+        raise ValueError(f"cuts is {blocks}, expected a number of blocks of at least 1, or names of modules")
+    if blocks == 1:
+        return []
+    closed: list[CannotTrace] = []
+    rows = places(net, example, weigh, input=input, output=output, closed=closed)
+    if blocks > len(rows):
+        most = f"{len(rows)} block{'s' if len(rows) > 1 else ''} at most"
+        why = f"; inside of {closed[-1].path!r} there is no place, because {closed[-1]}" if closed else ""
+        raise ValueError(
+            f"cuts is {blocks}, and {type(net).__name__} can be cut into {most}, behind "
+            f"{', '.join(row.name for row in rows[:-1]) or 'no module'}: ask for fewer, or name modules{why}"
+        )
+    return names_for([rows[i] for i in partition([row.flops for row in rows], blocks)])
+
+
+def partition(sizes: Sequence[float], parts: int) -> list[int]:
+    """Places of the last members of all parts but the last, so that the largest sum is smallest; the earliest such places."""
+    sums = [0.0]
+    for size in sizes:
+        sums.append(sums[-1] + size)
+    n = len(sizes)
+    best = [[float("inf")] * (n + 1) for _ in range(parts + 1)]
+    chosen = [[0] * (n + 1) for _ in range(parts + 1)]
+    best[0][0] = 0.0
+    for k in range(1, parts + 1):
+        for end in range(k, n + 1):
+            for start in range(k - 1, end):
+                worst = max(best[k - 1][start], sums[end] - sums[start])
+                if worst < best[k][end]:
+                    best[k][end], chosen[k][end] = worst, start
+    ends, end = [], n
+    for k in range(parts, 1, -1):
+        end = chosen[k][end]
+        ends.append(end - 1)
+    return ends[::-1]
+
+
+def weigh(run: Callable[[], Any]) -> tuple[Any, float, dict[int, int]]:
+    """Result, operations, and bytes kept for gradients by storage."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    counter = FlopCounter()
+    with saved_tensors_hooks(pack, lambda tensor: tensor), counter:
+        result = run()
+    return result, float(counter.total), kept
+
+
+def bytes_in(size: str | int) -> int:
+    """Bytes in a size such as ``200MiB``, ``1.5 GB`` or a plain number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
+    if found is None or found[2] not in _UNITS or not float(found[1]):
+        units = ", ".join(filter(None, _UNITS))
+        raise ValueError(f"memory is {size!r}, expected a number of bytes or a size such as '200MiB' (units {units})")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def short(number: float, base: int, units: Sequence[str]) -> str:
+    place = 0
+    while abs(number) >= base and place < len(units) - 1:
+        number /= base
+        place += 1
+    return f"{number:.0f} {units[place]}".rstrip() if place == 0 else f"{number:.1f} {units[place]}"
+
+
+def check_net(net: Any) -> None:
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"net is a {type(net).__name__}, expected a torch.nn.Module")
+
+
+def _guessed(net: nn.Module) -> Tensor:
+    """Two samples that the network takes, by its first layer."""
+    owner = type(net).__name__
+    layer = next(
+        (m for m in net.modules() if m._parameters and any(p is not None for p in m._parameters.values())), None
+    )
+    tries: list[Tensor] = []
+    layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding)]
+    if layer is not None and layers:
+        first = layers[0]
+        if isinstance(first, nn.Conv2d):
+            tries = [torch.zeros(2, first.in_channels, side, side) for side in (32, 64, 224, 299, 28)]
+        elif isinstance(first, nn.Linear):
+            tries = [torch.zeros(2, first.in_features)]
+        else:
+            tries = [torch.zeros(2, 16, dtype=torch.int64)]
+        for x in (fitted(net, x) for x in tries):
+            try:
+                with evaluating(net), torch.no_grad():
+                    net(x)
+            except Exception:
+                continue
+            return x
+    raise ValueError(f"no guess of an input fits {owner}: pass example=, a batch of inputs")
