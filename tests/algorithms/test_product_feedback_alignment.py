@@ -181,7 +181,7 @@ def test_what_the_rule_says_of_itself() -> None:
     weights = [algorithm.blocks.get_parameter(layer.parameter) for layer in algorithm.layers.values()]
     assert algorithm.added_parameters == 10 * sum(w.numel() + len(w) ** 2 for w in weights)  # R and B, k = 10
     assert set(algorithm.diagnostics()["stage2_1.shortcut.0"]) == {"path_angle", "norm_ratio"}
-    result = audit(algorithm, IMAGES)
+    result = audit(algorithm, IMAGES, batches=5, warmup=7)  # as in the conformance suite
     assert result.confirmed, result.reason
 
 
