@@ -17,6 +17,7 @@ from locallearn.algorithms._selection import Selection, sample_losses
 from locallearn.batch import Batch
 from locallearn.cost import measure_update
 from locallearn.nets import Blocks, mlp, resnet
+from locallearn.tasks._checks import check_batch_sizes
 from locallearn.testing import plain_loop
 
 DRAW = torch.Generator().manual_seed(0)
@@ -268,6 +269,10 @@ def test_batches_that_have_no_part() -> None:
             list(algorithm.updates(small))
         with pytest.raises(ValueError, match=sentence):
             algorithm.learned_from(list(algorithm.units())[-1], 2)
+        info = TaskInfo(small, 4, F.cross_entropy)
+        with pytest.raises(ValueError, match=sentence):  # a short last one, before the first is trained
+            check_batch_sizes({64, 2}, algorithm.blocks, algorithm, info)
+        check_batch_sizes({64, 4}, algorithm.blocks, algorithm, info)
     with pytest.raises(ValueError, match="takes 10 of a batch of 10 samples"):
         Selection(0.99).count(10)
     with pytest.raises(ValueError, match="do not say which samples they hold"):
