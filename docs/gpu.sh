@@ -7,16 +7,17 @@
 #   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh cnn       counter-current and PEPITA with convolutions, CIFAR-10 and -100
 #   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh mlp       counter-current and PEPITA, fully connected, five seeds
 #   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh moonshot1 ResNet-18 in four blocks: light and mirrored heads and all controls
+#   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh moonshot2 the hardest half of every batch, seventy epochs, and its controls
 #   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh moonshot3 the ladder of heads, thirty epochs of each
 #   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh predsim   VGG8b layer by layer, MNIST and CIFAR-10
 #   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh cafo      Cascaded Forward with blocks trained by DFA, CIFAR-10
 #   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh monocnn   Mono-Forward's four convolutions, CIFAR-10 and MNIST
-# These five take LIMIT seconds at most (default 570): what then runs is stopped as by Ctrl-C, and the same command again takes over
+# These six take LIMIT seconds at most (default 570): what then runs is stopped as by Ctrl-C, and the same command again takes over
 # what is finished and goes on with the rest. The most valuable runs come first.
 # Needs locallearn importable (installed, or its unpacked wheel on PYTHONPATH). Records go to $OUT/records; copy them to
 # docs/records/ with the command that made them.
 set -uo pipefail
-part=${1:?say short, long, resnet, cnn, mlp, moonshot1, moonshot3, predsim, cafo or monocnn}
+part=${1:?say short, long, resnet, cnn, mlp, moonshot1, moonshot2, moonshot3, predsim, cafo or monocnn}
 out=${OUT:-runs/gpu}
 run() { echo "+ locallearn $*"; python3 -m locallearn.cli "$@" trainer.accelerator=cuda "runs_dir=$out/records" || echo "FAILED: $*"; }
 # One rule of a comparison at a time, so that each has its place in the order; all seeds of it before the next one.
@@ -39,8 +40,16 @@ if [ "$part" = moonshot1 ]; then
   long=("${fast[@]}" trainer.max_epochs=60 'compare.seeds=[0]')
   for rule in "local_heads($light,net.cuts=B)" backprop "local_heads($light,net.cuts=A)" \
     'backprop(checkpoint=auto,net.cuts=units)' 'local_heads(head=mirror,width=0.25,net.cuts=B)' \
-    "deep_supervision($light,net.cuts=B)" 'local_heads(head=mirror,width=0.5,net.cuts=A)' "deep_supervision($light,net.cuts=A)"; do
+    "deep_supervision($light,net.cuts=B)" 'local_heads(head=mirror,width=0.5,net.cuts=A)' 'local_heads(head=mirror,width=0.25,net.cuts=A)' \
+    "deep_supervision($light,net.cuts=A)"; do
     arm "$rule" "${long[@]}"
+  done
+elif [ "$part" = moonshot2 ]; then
+  # Cuts A for all; the first block chooses. The whole batch is the first control, then halves: any, and backpropagation's own.
+  half=("${fast[@]}" trainer.max_epochs=70 'compare.seeds=[0]' net.cuts=A)
+  for rule in "local_heads($light,keep=0.5)" "local_heads($light)" "local_heads($light,keep=0.5,keep_by=random)" \
+    'backprop(keep=0.5)' backprop 'backprop(keep=0.5,keep_by=random)' "local_heads($light,keep=0.5,keep_after=layer2)"; do
+    arm "$rule" "${half[@]}"
   done
 elif [ "$part" = moonshot3 ]; then
   ladder=("${fast[@]}" trainer.max_epochs=30 'compare.seeds=[0]')

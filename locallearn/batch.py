@@ -20,6 +20,8 @@ class Batch(NamedTuple):
             of shape ``(2, M)`` means pairs of rows (the ends of edges), with one target for each pair, ``(M,)``.
         index: position of every sample in the training set, shape ``(N,)``, int64; ``None`` where samples have no
             stable position. A cache of frozen activations is looked up by it.
+        source: the same of samples that augmentation makes anew every time, whose values must not be looked up: position of
+            the sample that each was made from, shape ``(N,)``, int64; ``None`` where ``index`` says it, or nobody knows.
     """
 
     inputs: Tensor
@@ -27,3 +29,9 @@ class Batch(NamedTuple):
     context: tuple[Any, ...] = ()
     rows: Tensor | None = None
     index: Tensor | None = None  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
+    source: Tensor | None = None
+
+    @property
+    def places(self) -> Tensor | None:
+        """Which samples of the training set these are, whatever became of their values; ``None``: nobody knows."""
+        return self.source if self.index is None else self.index

@@ -129,6 +129,7 @@ class BatchLoader:
         drop_last: leave out the last batch of an epoch if it is smaller.
         indexed: hand out ``Batch.index``, the samples' positions ``0 … N - 1`` in ``images``. Meant for training data:
             elsewhere positions would be mistaken for positions in the training set.
+        sourced: hand the same positions out as ``Batch.source``: for augmented samples, which are new ones every time.
         epoch_batches: after how many batches whoever iterates ends an epoch early, as a ``Trainer`` with
             ``limit_train_batches`` does: a checkpoint made there goes on with the next epoch. ``None`` means all.
         memory_budget: bytes that the scaled samples may take.
@@ -152,6 +153,7 @@ class BatchLoader:
         device: torch.device | str = "cpu",
         drop_last: bool = False,
         indexed: bool = True,
+        sourced: bool = False,
         epoch_batches: int | None = None,
         memory_budget: int = MEMORY_BUDGET_BYTES,
     ) -> None:
@@ -164,7 +166,8 @@ class BatchLoader:
         self._scale = None if scale is None else tuple(self._per_channel(part, images) for part in scale)
         self._images = images.to(self.device)
         self._labels = labels.to(self.device)
-        self._positions = torch.arange(self.samples, device=self.device) if indexed else None
+        self._positions = torch.arange(self.samples, device=self.device)
+        self._indexed, self._sourced = indexed, sourced
         self._ready = augment is None and images.numel() * 4 <= memory_budget
         if self._ready:
             self._images = self._scaled(self._images)
@@ -226,14 +229,14 @@ class BatchLoader:
         if order is None:
             images, labels = self._images[here], self._labels[here]
             images = images if self._augment is None else images.clone()
-            index = None if self._positions is None else self._positions[here]
+            places = self._positions[here]
         else:
-            chosen = order[here]
-            images, labels = self._images.index_select(0, chosen), self._labels.index_select(0, chosen)
-            index = None if self._positions is None else chosen
+            places = order[here]
+            images, labels = self._images.index_select(0, places), self._labels.index_select(0, places)
         if self._augment is not None:
             images = self._augment(images, stream_generator(self._seed, epoch, number + 1))
-        return Batch(images if self._ready else self._scaled(images), labels, index=index)
+        index, source = (places if told else None for told in (self._indexed, self._sourced))
+        return Batch(images if self._ready else self._scaled(images), labels, index=index, source=source)
 
     def _order(self, epoch: int) -> Tensor | None:
         if not self._shuffle:

@@ -147,9 +147,14 @@ def check_batch_sizes(sizes: Iterable[int], net: Blocks, algorithm: Algorithm | 
         info: what the task tells an algorithm.
 
     Raises:
-        ValueError: it cannot be trained on one sample, though it can on two.
+        ValueError: it cannot be trained on one sample, though it can on two; or the algorithm takes a part of every batch, and
+            cannot of one of these.
     """
     sizes = set(sizes)
+    if algorithm is not None:
+        for size in sorted(sizes, reverse=True):
+            for unit in algorithm.units():
+                algorithm.learned_from(unit, size)  # says what it cannot learn from
     single = _rows(info.example, 1) if 1 in sizes else None
     if single is None:
         return

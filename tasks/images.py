@@ -194,7 +194,7 @@ class ImageData(MemoryData):
         }
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled, augmented batches; ``Batch.index`` counts the samples that are left for training."""
+        """Shuffled, augmented batches; ``Batch.index`` (augmented: ``source``) counts the samples left for training."""
         return self._placed(self._loader("train", self._batch_size, training=True))
 
     def val_dataloader(self) -> BatchLoader:
@@ -243,6 +243,7 @@ class ImageData(MemoryData):
             drop_last=self._drop_last and training,
             # An augmented sample is a new one every time, so its place in the training set says nothing about its values.
             indexed=training and self._augment is None,
+            sourced=training and self._augment is not None,
             epoch_batches=self._epoch_batches(len(images), self._batch_size, self._drop_last) if training else None,
             memory_budget=self._memory_budget,
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.algorithms._segments import Checkpoint, Segments, segments
+from locallearn.algorithms._selection import By, LastLosses, Selection, rows_of, sample_losses
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
@@ -30,18 +31,33 @@ class Backprop(Algorithm):
       up to rounding, however the parts come out; but a layer that looks across the batch (BatchNorm) sees each part by
       itself, moves its statistics with each, and makes another function of the network, and dropout draws otherwise.
 
+    Learning from a part of every batch is the control of local rules that pass on a part (``keep`` of
+    :class:`~locallearn.algorithms.LocalHeads`). Which samples are hard is not known before the network has run, so they are
+    ranked by the loss that each had when it was last learned from; those that never were come first.
+
     Args:
-        seed: nothing is drawn.
+        seed: of a random choice; nothing else is drawn.
         checkpoint: ``None``: keep everything; ``"auto"``: the segments with the fewest peak bytes; a number: so many segments,
             the best of their kind; or the names of the blocks after which a segment ends.
         accumulate: parts of a batch, at least 1; a batch with fewer samples passes one by one.
+        keep: share of every batch that is learned from; 1: all of it.
+        keep_by: ``loss``: the samples whose last loss was largest, for which batches must say which samples they hold
+            (:attr:`Batch.places <locallearn.batch.Batch.places>`); ``random``: any.
 
     Raises:
         ValueError: when attached, where there is no such block, or where a batch cannot be split (a graph).
     """
 
-    def __init__(self, seed: int = 0, checkpoint: Checkpoint | None = None, accumulate: int = 1) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        checkpoint: Checkpoint | None = None,
+        accumulate: int = 1,
+        keep: float = 1.0,
+        keep_by: By = "loss",
+    ) -> None:
         super().__init__(seed)
+        self.selection = Selection(keep, keep_by)
         if type(accumulate) is not int or accumulate < 1:
             raise ValueError(f"accumulate is {accumulate}, expected a whole number of parts of at least 1")
         self._checkpoint, self._parts = checkpoint, accumulate
@@ -63,9 +79,11 @@ class Backprop(Algorithm):
 
     @property
     def variant(self) -> str | None:
-        """How memory is saved, where it is."""
+        """How memory is saved, and what is learned from, where it is not all."""
         told = [] if self._checkpoint is None else [f"checkpoint={_written(self._checkpoint)}"]
-        return ", ".join(told + ([f"accumulate={self._parts}"] if self._parts > 1 else [])) or None
+        told += [f"accumulate={self._parts}"] if self._parts > 1 else []
+        told += [f"keep={self.selection.keep:g}", f"keep_by={self.selection.by}"] if self.selection else []
+        return ", ".join(told) or None
 
     @property
     def checkpoints(self) -> list[str]:
@@ -86,6 +104,8 @@ class Backprop(Algorithm):
             raise ValueError(
                 f"accumulate is {self._parts}, but a graph is one batch whose nodes see one another: it cannot pass in parts"
             )
+        self.selection.check(task)
+        self.last_losses = LastLosses() if self.selection.ranks else None
         self._loss = task.loss
         self._segments: Segments | None = None
         if self._checkpoint is not None:
@@ -99,16 +119,35 @@ class Backprop(Algorithm):
         output: Tensor = (self._segments or self.blocks)(inputs, *context)
         return output
 
+    def learned_from(self, unit: str, samples: int) -> int:
+        """The part that is chosen."""
+        return self.selection.count(samples)
+
     def updates(self, batch: Batch) -> Iterator[Update]:
         """The task's loss on the network's output; of a batch in parts its gradients, which are summed here."""
+        batch = self._chosen(batch)
 
         def loss() -> Tensor:
-            return self._loss(*selected(batch, self._forward(batch.inputs, *batch.context)))
+            return self._lost(batch)
 
         if self._parts == 1:
             yield Update("network", loss(), again=loss)
         else:
             yield Update("network", *self._accumulated(batch))
+
+    def _chosen(self, batch: Batch) -> Batch:
+        """What of a batch is learned from."""
+        if not self.selection:
+            return batch
+        losses = None if self.last_losses is None else self.last_losses.of(batch)
+        return rows_of(batch, self.selection.choose(len(batch.inputs), losses, self.rng(batch.inputs.device)))
+
+    def _lost(self, batch: Batch) -> Tensor:
+        """The task's loss; what every sample costs is kept where samples are ranked by it."""
+        scores, targets = selected(batch, self._forward(batch.inputs, *batch.context))
+        if self.last_losses is not None:
+            self.last_losses.note(batch, sample_losses(self._loss, scores, targets))
+        return self._loss(scores, targets)
 
     def _accumulated(self, batch: Batch) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
         """Loss and gradients of the whole batch, of which one part after another is run and differentiated."""
@@ -117,8 +156,8 @@ class Backprop(Algorithm):
         for p in aside:
             p.grad = None
         losses = []
-        for inputs, targets in zip(*(t.tensor_split(min(self._parts, rows)) for t in batch[:2]), strict=True):
-            loss = self._loss(self._forward(inputs), targets) * (len(inputs) / rows)
+        for part in torch.arange(rows).tensor_split(min(self._parts, rows)):
+            loss = self._lost(rows_of(batch, slice(int(part[0]), int(part[-1]) + 1))) * (len(part) / rows)
             if loss.requires_grad:
                 torch.autograd.backward(loss)
             losses.append(loss.detach())

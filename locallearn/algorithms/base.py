@@ -292,6 +292,14 @@ class Algorithm(nn.Module, ABC):
         """Whether a further epoch of the units that train now would change nothing, so that it need not come."""
         return False
 
+    def learned_from(self, unit: str, samples: int) -> int:
+        """How many of a batch's samples a unit learns from. Default: all of them.
+
+        Raises:
+            ValueError: the rule cannot learn from a batch of that size.
+        """
+        return samples
+
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Figures of the rule's own by layer and name, e.g. ``{"layer1": {"weight_angle": 71.3}}``; logged every epoch."""
         return {}

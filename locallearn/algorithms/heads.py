@@ -28,10 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from locallearn.algorithms._selection import sample_losses
 from locallearn.algorithms.base import ParamGroup, TaskInfo, selected
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import local_heads as equations
+from locallearn.functional.local_heads import Reduction
 from locallearn.losses.local_heads import (
     MovementLoss,
     ReconstructionLoss,
@@ -471,7 +473,15 @@ class BlockHeads(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def loss(self, blocks: Blocks, index: int, output: Tensor, batch: Batch, moved: Sequence[Tensor] = ()) -> Tensor:
+    def loss(
+        self,
+        blocks: Blocks,
+        index: int,
+        output: Tensor,
+        batch: Batch,
+        moved: Sequence[Tensor] = (),
+        each: list[Tensor] | None = None,
+    ) -> Tensor:
         """The local loss of block ``index``, over the rows that carry targets.
 
         Args:
@@ -480,21 +490,33 @@ class BlockHeads(nn.Module):
             output: of the block, or what else its head reads.
             batch: inputs, targets, context and rows.
             moved: what :meth:`watching` collected.
+            each: where given, what every sample costs by the head and by the term goes in here, ``(N,)`` without a graph.
         """
+        reduction: Reduction = "mean" if each is None else "none"
+
+        def mean(values: Tensor, share: float) -> Tensor:
+            if each is not None:
+                each.append(share * values.detach())
+                values = values.mean()
+            return values if share == 1 else share * values
+
         weight, beside = self.weights[index] if index < self._local else (1.0, 0.0)
         found: list[Tensor] = []
         if weight:
             scores, targets = selected(batch, self.scores(blocks, index, output, batch))
-            contrasts = index < self._local and self.parts.contrast
-            value = self._contrast(scores, targets) if contrasts else self._classify(scores, targets)
-            found.append(value if weight == 1 else weight * value)
+            if index < self._local and self.parts.contrast:
+                found.append(mean(self._contrast(scores, targets, reduction), weight))
+            else:  # the task's loss is whatever the task says, and a mean
+                value = self._classify(scores, targets)
+                found.append(value if weight == 1 else weight * value)
+                if each is not None:
+                    each.append(weight * sample_losses(self._classify, scores, targets))
         if beside:
             term = self.terms[index]
             if isinstance(term, ReconstructionLoss):
-                value = term(output, self.images(batch.inputs))
+                found.append(mean(term(output, self.images(batch.inputs), reduction), beside))
             else:
-                value = term(*selected(batch, output))
-            found.append(value if beside == 1 else beside * value)
+                found.append(mean(term(*selected(batch, output), reduction), beside))
         first, *others = [*found, *moved]
         return sum(others, start=first)
 

@@ -60,6 +60,10 @@ class LayerLocal(Algorithm):
         """What the next block is given: what :meth:`emit` makes of the main tensor, and what is carried along, detached."""
         return replaced(output, self.emit(index, main(output)))
 
+    def pass_on(self, index: int, inputs: Any, batch: Batch) -> tuple[Any, Batch]:
+        """What of a batch the blocks after ``index`` learn from: ``inputs`` of the next one, and the batch. Default: all."""
+        return inputs, batch
+
     @abstractmethod
     def block_groups(self, index: int) -> list[ParamGroup]:
         """Parameter groups of block ``index`` with what the rule added to it."""
@@ -105,7 +109,7 @@ class LayerLocal(Algorithm):
                 with torch.no_grad():
                     output = self.run(i, x, prepared)
             if i + 1 < self.depth:  # what no block reads need not be made
-                x = self.hand_over(i, output)
+                x, prepared = self.pass_on(i, self.hand_over(i, output), prepared)
             del output  # the block's graph ends here
         yield from self.extra_updates(batch, prepared)
 
@@ -165,7 +169,7 @@ class LayerLocal(Algorithm):
         self._cache = FrozenActivations() if keep else None
 
 
-_WAY = ("run", "updates", "hand_over", "activations")
+_WAY = ("run", "updates", "hand_over", "pass_on", "activations")
 """What a rule must not have of its own where blocks hand over several tensors, unless it says that it knows them."""
 
 

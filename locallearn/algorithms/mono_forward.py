@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
+from locallearn.algorithms._selection import By
 from locallearn.algorithms.local_heads import LocalHeads
 from locallearn.batch import Batch
 
@@ -25,13 +26,23 @@ class MonoForward(LocalHeads):
     Args:
         prediction: ``"bp"``: argmax of the last block's goodness, the paper's recommendation; ``"ff"``: of the sum over
             all blocks.
-        seed: of the projections.
+        seed: of the projections, and of a random choice.
+        keep: share of every batch that goes on behind a block, see :class:`~locallearn.algorithms.LocalHeads`.
+        keep_by: which part that is.
+        keep_after: behind which block.
     """
 
     _owner: ClassVar[str] = "Mono-Forward"
 
-    def __init__(self, prediction: Prediction = "bp", seed: int = 0) -> None:
-        super().__init__(seed)
+    def __init__(
+        self,
+        prediction: Prediction = "bp",
+        seed: int = 0,
+        keep: float = 1.0,
+        keep_by: By = "loss",
+        keep_after: str | None = None,
+    ) -> None:
+        super().__init__(seed, keep, keep_by, keep_after)
         if prediction not in get_args(Prediction):
             raise ValueError(f"prediction is {prediction!r}, expected 'bp' (last block) or 'ff' (sum over blocks)")
         self.prediction = prediction

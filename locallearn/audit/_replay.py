@@ -116,9 +116,8 @@ def part(value: Any, rows: Tensor) -> Any:
 
 def rows_of(batch: Batch, rows: Tensor) -> Batch:
     """These samples of a batch without a context."""
-    return Batch(
-        part(batch.inputs, rows), part(batch.targets, rows), batch.context, batch.rows, part(batch.index, rows)
-    )
+    inputs, targets, index, source = (part(t, rows) for t in (batch.inputs, batch.targets, batch.index, batch.source))
+    return Batch(inputs, targets, batch.context, batch.rows, index, source)
 
 
 def moved(inputs: Tensor, seed: int, size: float = 0.1) -> Tensor:

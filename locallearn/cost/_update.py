@@ -253,6 +253,7 @@ def _fixed_flops(flops: Callable[..., float], batch: Batch, step: float) -> floa
         batch.inputs[:half].clone(),
         batch.targets[:half].clone(),
         index=None if batch.index is None else batch.index[:half],
+        source=None if batch.source is None else batch.source[:half],
     )
     try:
         halved = flops(part)

@@ -13,10 +13,13 @@ Symbols: N samples, C classes, K blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Reduction = Literal["mean", "none"]
 
 
 def similarity_matrix(activations: Tensor) -> Tensor:
@@ -38,7 +41,7 @@ def similarity_matrix(activations: Tensor) -> Tensor:
     return _pairs(x).clamp(-1, 1)
 
 
-def similarity_loss(activations: Tensor, targets: Tensor, classes: int) -> Tensor:
+def similarity_loss(activations: Tensor, targets: Tensor, classes: int, reduction: Reduction = "mean") -> Tensor:
     """Return the mean squared difference of the samples' similarities and those of their one-hot labels.
 
     Two samples of one class should be alike by 1, two of different classes by -1/(C-1). All N² pairs count, a sample with
@@ -48,6 +51,7 @@ def similarity_loss(activations: Tensor, targets: Tensor, classes: int) -> Tenso
         activations: ``(N, ...)``, what :func:`similarity_matrix` takes.
         targets: class ids ``(N,)``, int64, each in ``[0, classes)``.
         classes: C, at least 2.
+        reduction: ``mean``: a scalar; ``none``: ``(N,)``, of every sample the mean over its pairs.
 
     Raises:
         ValueError: ``targets`` is not one class id per sample.
@@ -58,10 +62,13 @@ def similarity_loss(activations: Tensor, targets: Tensor, classes: int) -> Tenso
             f"give one class id per sample, shape ({activations.shape[0]},)."
         )
     found = similarity_matrix(activations)
-    return F.mse_loss(found, similarity_matrix(F.one_hot(targets, classes).to(found.dtype)))
+    wanted = similarity_matrix(F.one_hot(targets, classes).to(found.dtype))
+    return F.mse_loss(found, wanted) if reduction == "mean" else (found - wanted).square().mean(1)
 
 
-def supervised_contrast(embeddings: Tensor, targets: Tensor, temperature: float = 0.07) -> Tensor:
+def supervised_contrast(
+    embeddings: Tensor, targets: Tensor, temperature: float = 0.07, reduction: Reduction = "mean"
+) -> Tensor:
     """Return the supervised contrastive loss (Khosla et al., arXiv 2004.11362) of one view per sample.
 
     Rows are scaled to length 1. Every sample asks for its partners (those of its class) among all others; the log
@@ -72,6 +79,7 @@ def supervised_contrast(embeddings: Tensor, targets: Tensor, temperature: float 
         embeddings: ``(N, d)``.
         targets: class ids ``(N,)``.
         temperature: divides the similarities.
+        reduction: ``mean``: a scalar; ``none``: of every sample, ``(N,)``.
     """
     z = F.normalize(_exact(embeddings), dim=1)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -79,7 +87,8 @@ def supervised_contrast(embeddings: Tensor, targets: Tensor, temperature: float 
     partners = (targets[:, None] == targets) & ~own
     log_probability = logits - logits.logsumexp(1, keepdim=True)
     chosen = torch.where(partners, log_probability, 0).sum(1)
-    return -(chosen / partners.sum(1).clamp(min=1)).mean()
+    losses = chosen / partners.sum(1).clamp(min=1)
+    return -(losses.mean() if reduction == "mean" else losses)
 
 
 def movement(branch: Tensor) -> Tensor:

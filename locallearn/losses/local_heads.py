@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locallearn.functional import local_heads
+from locallearn.functional.local_heads import Reduction
 from locallearn.nets.heads import Decoder, LinearHead
 
 
@@ -55,18 +56,19 @@ class SimilarityLoss(nn.Module):
         else:
             self.layer = nn.Linear(shape[-1], shape[-1], bias=False)
 
-    def forward(self, activations: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, activations: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Return the mean squared difference of similarities, a scalar.
 
         Args:
             activations: the layer's output, shape ``(N, *shape)``.
             targets: class ids ``(N,)``, int64, each in ``[0, classes)``.
+            reduction: ``none``: of every sample the mean over its pairs, ``(N,)``.
 
         Raises:
             ValueError: ``targets`` is not one class id per sample.
         """
         x = activations.mean(1) if self.tokens else self.pool(activations)
-        return local_heads.similarity_loss(self.layer(x), targets, self.classes)
+        return local_heads.similarity_loss(self.layer(x), targets, self.classes, reduction)
 
 
 class PredSimLoss(nn.Module):
@@ -140,14 +142,15 @@ class SupervisedContrastiveLoss(nn.Module):
             raise ValueError(f"temperature={temperature} must be above 0.")
         self.temperature = temperature
 
-    def forward(self, embeddings: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Return the mean loss, a scalar.
 
         Args:
             embeddings: a head's output, shape ``(N, d)``; it is scaled to length 1 here.
             targets: class ids ``(N,)``.
+            reduction: ``none``: of every sample, ``(N,)``.
         """
-        return local_heads.supervised_contrast(embeddings, targets, self.temperature)
+        return local_heads.supervised_contrast(embeddings, targets, self.temperature, reduction)
 
 
 class ReconstructionLoss(nn.Module):
@@ -167,14 +170,16 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.decoder = Decoder(channels, image)
 
-    def forward(self, activations: Tensor, images: Tensor) -> Tensor:
+    def forward(self, activations: Tensor, images: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Return the mean loss, a scalar.
 
         Args:
             activations: a map, shape ``(N, channels, h, w)``.
             images: pixels in [0, 1], shape ``(N, *image)``.
+            reduction: ``none``: of every sample, ``(N,)``.
         """
-        return F.binary_cross_entropy_with_logits(self.decoder(activations), images)
+        losses = F.binary_cross_entropy_with_logits(self.decoder(activations), images, reduction=reduction)
+        return losses if reduction == "mean" else losses.flatten(1).mean(1)
 
 
 class InfoProLoss(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, repeat
 from typing import Any, cast
 
@@ -30,7 +30,8 @@ class _Seen:
     Attributes:
         steps: batches.
         rows: of all of them.
-        samples: of these, the ones that carry targets: what a unit of this stage has seen.
+        samples: of these, the ones that carry targets: what a unit of this stage has seen, where a batch is for all.
+        batches: how many there were by the number of such samples in them.
         distinct: rows of the stage's first epoch: those of the training set.
         epoch: which epoch that was.
         cache_bytes: most that the rule kept from one step to the next.
@@ -42,6 +43,17 @@ class _Seen:
     distinct: int = 0
     epoch: int = 0
     cache_bytes: int = 0
+    batches: dict[int, int] = field(default_factory=dict)
+
+    def by_unit(self, algorithm: Algorithm, units: list[str]) -> dict[str, int]:
+        """Samples that each unit has learned from."""
+        sizes = self.batches.items()
+        return {unit: sum(count * algorithm.learned_from(unit, size) for size, count in sizes) for unit in units}
+
+    def per_unit(self, algorithm: Algorithm, units: list[str]) -> float:
+        """The same in the mean over units; of a closed form, which has none, all samples."""
+        learned = self.by_unit(algorithm, units)
+        return sum(learned.values()) / len(learned) if learned else self.samples
 
 
 class _Costs(pl.Callback):
@@ -111,6 +123,7 @@ class _Costs(pl.Callback):
         if given.rows is None or given.rows is not self._rows:
             self._rows, self._labelled = given.rows, _labelled(given)  # of a mask, which a device must be waited for
         seen.samples += self._labelled
+        seen.batches[self._labelled] = seen.batches.get(self._labelled, 0) + 1
         if trainer.current_epoch == seen.epoch:
             seen.distinct += len(given.inputs)
 
@@ -148,8 +161,9 @@ class _Costs(pl.Callback):
 
     @property
     def samples_per_unit(self) -> float:
-        """Samples that a unit has seen, in the mean over stages; what each stage saw is in :meth:`figures`."""
-        return self.samples / len(self.plan.schedule.stages(self.plan.algorithm))
+        """Samples that a unit has learned from, in the mean over units and stages; :meth:`figures` has those of each."""
+        stages, algorithm = self.plan.schedule.stages(self.plan.algorithm), self.plan.algorithm
+        return sum(seen.per_unit(algorithm, stages[number]) for number, seen in self._stages.items()) / len(stages)
 
     def figures(self, trainer: pl.Trainer, task: LocalTask) -> dict[str, Any]:
         """Entries of the record's ``cost`` that this callback knows. Call it after training."""
@@ -160,6 +174,9 @@ class _Costs(pl.Callback):
         for number, units in enumerate(self.plan.schedule.stages(self.plan.algorithm)):
             seen = self._stages.get(number, _Seen())
             stage: dict[str, Any] = {"units": units, **{k: getattr(seen, k) for k in ("steps", "rows", "samples")}}
+            learned = seen.by_unit(self.plan.algorithm, units)
+            if set(learned.values()) - {seen.samples}:
+                stage["samples_by_unit"] = learned
             if update is not None:
                 cost = update.stages[number]
                 stage |= {

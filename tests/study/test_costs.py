@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from functools import partial
@@ -62,6 +63,17 @@ def test_training_costs_what_its_steps_cost(
     assert record["cost"]["train_flops"] == total
     assert record["cost"]["once_flops"] == 0
     assert record["cost"]["uncounted"] == []
+
+
+def test_a_part_of_every_batch_is_billed_as_such(make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units behind the one that chooses learn from half of every batch."""
+    plan = dataclasses.replace(make_plan("mono_forward", max_epochs=1), algorithm=MonoForward(keep=0.5))
+    record, total = _counted(plan, monkeypatch)
+    (stage,) = record["cost"]["stages"]
+    seen = stage["samples"]
+    assert stage["samples_by_unit"] == {"layer1": seen, "layer2": seen // 64 * 32 + round(seen % 64 / 2)}
+    assert record["cost"]["samples"] == sum(stage["samples_by_unit"].values()) / 2
+    assert record["cost"]["train_flops"] == pytest.approx(total, rel=1e-3)  # of an odd last batch half a sample less goes on
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -794,8 +794,15 @@ def test_flat_and_standard_inputs() -> None:
 def test_only_training_batches_are_augmented() -> None:
     plain, augmented = ImageData("digits"), ImageData("digits", augment=Augment(pad=1))
     # A cache of activations is looked up by position, and an augmented sample is another one every time.
-    assert next(iter(plain.train_dataloader())).index is not None
-    assert next(iter(augmented.train_dataloader())).index is None
+    first, same = next(iter(plain.train_dataloader())), next(iter(augmented.train_dataloader()))
+    assert first.index is not None
+    assert first.source is None
+    assert same.index is None
+    # Where it came from is known all the same.
+    assert same.source is not None
+    assert torch.equal(same.source, first.index)
+    assert torch.equal(first.places, same.places)  # type: ignore[arg-type]
+    assert next(iter(augmented.val_dataloader())).places is None
     assert torch.equal(_inputs(augmented.val_dataloader()), _inputs(plain.val_dataloader()))
     assert torch.equal(_inputs(augmented.test_dataloader()), _inputs(plain.test_dataloader()))
     assert not torch.equal(_inputs(augmented.train_dataloader()), _inputs(plain.train_dataloader()))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locallearn.algorithms.cafo._state import Grown
+from locallearn.algorithms._grown import Grown
 from locallearn.functional import cafo
 from locallearn.functional.cafo import Loss
 
