@@ -200,7 +200,9 @@ class Local:
         if any(p.requires_grad for p in parameters):
             return
         own = {id(p) for p in parameters}
-        if any(id(p) in own for unit in self.optimizers.values() for group in unit.param_groups for p in group["params"]):
+        if any(
+            id(p) in own for unit in self.optimizers.values() for group in unit.param_groups for p in group["params"]
+        ):
             raise ValueError(
                 f"all {len(parameters)} parameters of {type(self.net).__name__} are frozen (requires_grad is False), so a step "
                 "would move none of its weights: set requires_grad_(True) for what is to learn"
@@ -262,7 +264,7 @@ def _again(update: Update, optimizer: Optimizer, first: list[bool]) -> Tensor:
 def _diverged(unit: str, loss: Tensor, inputs: Any) -> str:
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not all(bool(torch.isfinite(t).all()) for t in tensors):
-        return f"the loss of unit {unit!r} is {float(loss)}, because the inputs have entries that are not finite: clean the data"
+        return f"the loss of unit {unit!r} is {float(loss)}, because the inputs have entries that are not finite"
     return (
         f"unit {unit!r} diverged: its loss is {float(loss)}; a smaller learning rate may help, or clipped gradients "
         "(in a loop over updates())"
