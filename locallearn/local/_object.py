@@ -277,7 +277,7 @@ def _again(update: Update, optimizer: Optimizer, first: list[bool]) -> Tensor:
 def _diverged(unit: str, loss: Tensor, inputs: Any) -> str:
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not all(bool(torch.isfinite(t).all()) for t in tensors):
-        return f"the loss of unit {unit!r} is {float(loss)}, as the inputs have entries that are not finite: clean the data"
+        return f"the loss of unit {unit!r} is {float(loss)}, because the inputs have entries that are not finite"
     return (
         f"unit {unit!r} diverged: its loss is {float(loss)}; a smaller learning rate may help, or clipped gradients "
         "(in a loop over updates())"
