@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -400,6 +401,19 @@ def output_layer(blocks: Blocks, owner: str) -> nn.Module:
             "Blocks.cut(..., readout=...)"
         )
     return blocks.readout
+
+
+def choices(made: object, init: Callable[..., None], *names: str) -> str | None:
+    """Those of an object's settings that are not the default, as a command line has them: what tells its variant.
+
+    Args:
+        made: keeps its settings under the names of its arguments.
+        init: has the arguments with their defaults.
+        names: the settings that make another rule of it, not those that tune it.
+    """
+    defaults = inspect.signature(init).parameters
+    told = {name: getattr(made, name) for name in names if getattr(made, name) != defaults[name].default}
+    return ", ".join(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in told.items()) or None
 
 
 def selected(batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:

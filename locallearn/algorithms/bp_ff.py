@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, choices
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import emergent
@@ -71,6 +71,11 @@ class BackpropForwardForward(Algorithm):
     def broadcast(self) -> str:
         """The label in the input, and the error through every layer."""
         return "label in the input, positive/negative bit, and the error through every transposed weight"
+
+    @property
+    def variant(self) -> str | None:
+        """The goodness, where it is not the sum of squares."""
+        return choices(self, BackpropForwardForward.__init__, "goodness")
 
     def build(self, task: TaskInfo) -> None:
         """Add nothing."""

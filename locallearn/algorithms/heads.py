@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locallearn.algorithms.base import ParamGroup, TaskInfo, selected
+from locallearn.algorithms.base import ParamGroup, TaskInfo, choices, selected
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import local_heads as equations
@@ -173,6 +173,11 @@ class HeadParts:
         if self.loss == "infopro" and not any(self.classification) and (self.contrast or self.head != "linear"):
             idle = "contrast=true" if self.contrast else f"head={self.head}"
             raise ValueError(f"{idle} is for a head, and classification is 0 for all blocks: leave it out")
+
+    @property
+    def variant(self) -> str | None:
+        """What makes another rule of it: the parts, not their sizes."""
+        return choices(self, type(self).__init__, "head", "loss", "contrast", "movement")
 
     @property
     def decodes(self) -> bool:
