@@ -634,6 +634,8 @@ def balanced(
     if blocks == 1:
         return []
     rows = places(net, example, _weigh, input=input, output=output)
+    if blocks > len(rows):  # skip connections then cross the borders
+        rows = places(net, example, _weigh, input=input, output=output, several=True)
     if blocks > len(rows):
         raise ValueError(
             f"cuts is {blocks}, and {type(net).__name__} can be cut into {len(rows)} blocks at most, behind "

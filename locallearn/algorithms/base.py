@@ -403,6 +403,20 @@ def output_layer(blocks: Blocks, owner: str) -> nn.Module:
     return blocks.readout
 
 
+def refuse_dense(task: TaskInfo, owner: str) -> None:
+    """Refuse labels of places (segmentation) where a rule answers with one class per sample.
+
+    Raises:
+        ValueError: names the shape.
+    """
+    if task.classes and task.example.targets.ndim > 1:
+        raise ValueError(
+            f"{owner} answers with one class per sample, and these labels have shape "
+            f"(N, {', '.join(map(str, task.example.targets.shape[1:]))}): use a rule that trains the network's own output, "
+            "backpropagation or feedback alignment"
+        )
+
+
 def choices(made: object, init: Callable[..., None], *names: str) -> str | None:
     """Those of an object's settings that are not the default, as a command line has them: what tells its variant.
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locallearn.algorithms.base import ParamGroup, TaskInfo, choices, selected
+from locallearn.algorithms.base import ParamGroup, TaskInfo, choices, refuse_dense, selected
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import local_heads as equations
@@ -264,6 +264,7 @@ class BlockHeads(nn.Module):
             raise ValueError(f"{owner} compares every block with class labels, and this task has none")
         if task.outputs < 2:
             raise ValueError(f"{owner} tells classes apart, and this task has {task.outputs}: it takes at least 2")
+        refuse_dense(task, owner)
         parts = HeadParts() if parts is None else parts
         self.parts = parts
         self.names = blocks.names
