@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import combinations, pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -234,7 +236,7 @@ def test_sizes_and_partitions() -> None:
         with pytest.raises(ValueError, match="expected a number of bytes"):
             bytes_in(size)
     assert partition([1, 1, 1, 3], 2) == [2]
-    assert partition([5, 1, 1, 1], 3) == [0, 1]
+    assert partition([5, 1, 1, 1], 3) == [0, 1]  # of two alike the first
 
 
 def test_what_is_refused() -> None:
@@ -340,6 +342,106 @@ def test_lightning_trains_it_too() -> None:
         assert torch.equal(a, b), name
 
 
+class _Segments(nn.Module):
+    """Gives a dict of maps of the input's size: the size crosses every border, and no single layer is the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.head(F.relu(self.b(F.relu(self.a(x)))))
+        return {"out": F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)}
+
+
+def test_segmentation_is_trained_by_the_networks_own_output_and_refused_by_rules_of_one_class_per_sample() -> None:
+    x, y = X[:4, :, :8, :8], torch.arange(4 * 64).view(4, 8, 8) % 5
+    net = _Segments()
+    twin = copy.deepcopy(net)
+    local = ll.localize(net, ll.Backprop(), cuts=3, example=x, optimizer=SGD)
+    assert local.cuts == ("a", "b")
+    optimizer = SGD(twin.parameters())
+    F.cross_entropy(twin(x)["out"], y).backward()
+    optimizer.step()
+    local.step(x, y)
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(local.predict(x), net(x)["out"])
+    for rule in (ll.MonoForward(), ll.DeepSupervision(), ll.LocalHeads(loss="predsim")):
+        with pytest.raises(ValueError, match=r"one class per sample, and these labels have shape \(N, 8, 8\)"):
+            ll.localize(_Segments(), rule, cuts=["a"], example=x)
+
+
+class _Adds(nn.Module):
+    """What it gives is no single layer's: the input is added in the end; the same weight may be used twice."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 5)
+        self.tied = tied
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(F.relu(self.a(x))) if self.tied else F.relu(self.a(x))
+        out: Tensor = self.b(y) if self.tied else self.b(y) + x[:, :5]
+        return F.linear(out, self.b.weight.T @ self.b.weight[:, :5].T) if self.tied else out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_where_no_layer_can_be_kept_apart_the_networks_own_output_learns(tied: bool) -> None:
+    """Not a head of the rule's on top of it, with which ``net(x)`` would be nothing that was trained."""
+    x, labels = X[:, 0, :1, :12].flatten(1), Y % 5
+    net = _Adds(tied)
+    twin = copy.deepcopy(net)
+    local = ll.localize(net, ll.MonoForward(), cuts=1, example=x, optimizer=SGD)
+    optimizer = SGD(twin.parameters())
+    F.cross_entropy(twin(x), labels).backward()
+    optimizer.step()
+    local.step(x, labels)
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(local.predict(x), net(x))
+
+
+class _UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.deep = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, stride=2), nn.ReLU())
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.last = nn.Conv2d(8, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.down(x)
+        joined = torch.cat([self.up(self.deep(skip)), skip], 1)
+        out: Tensor = self.fc(F.relu(self.last(joined)).mean((2, 3)))
+        return out
+
+
+def test_more_blocks_than_single_tensors_allow_let_skip_connections_cross() -> None:
+    assert ll.localize(_UNet(), ll.MonoForward(), cuts=2, example=X[:4]).cuts == ("up",)
+    local = ll.localize(_UNet(), ll.MonoForward(), cuts=4, example=X[:4])
+    assert local.cuts == ("down", "deep", "up")
+    assert list(local.step(X, Y % 5)) == ["down", "deep", "up", "last"]
+    with pytest.raises(ValueError, match="into 4 blocks at most, behind down, deep, up"):
+        ll.localize(_UNet(), ll.MonoForward(), cuts=9, example=X[:4])
+
+
+def test_no_cut_is_offered_between_two_uses_of_one_weight() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.n, self.c = nn.Linear(12, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.c(F.relu(self.b(self.n(self.b(F.relu(self.a(x)))))))
+            return out
+
+    local = ll.localize(Shared(), ll.MonoForward(), cuts=2, example=X[:, 0, :1, :12].flatten(1))
+    assert local.cuts == ("a",)
+
+
 def test_names_of_the_package_are_lazy() -> None:
     assert ll.MonoForward is __import__("locallearn.algorithms").algorithms.MonoForward
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
@@ -438,3 +540,20 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_unit() -> None:
         net[0].weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="unit '0' diverged: its loss is nan; a smaller learning rate"):
         local.step(x, y)
+
+
+def test_the_largest_block_is_least_and_none_is_left_with_next_to_nothing() -> None:
+    """Against every partition there is."""
+    draw = random.Random(0)
+    for parts in (2, 3, 4):
+        for _ in range(30):
+            sizes = [draw.choice([0.0, 1.0, 2.0, 3.0, 8.0]) for _ in range(7)]
+
+            def sums(ends: Sequence[int], sizes: Sequence[float] = sizes) -> list[float]:
+                edges = [-1, *ends, len(sizes) - 1]
+                return [sum(sizes[a + 1 : b + 1]) for a, b in pairwise(edges)]
+
+            every = [sums(ends) for ends in combinations(range(len(sizes) - 1), parts - 1)]
+            wanted = min((max(found), sum(size * size for size in found)) for found in every)
+            chosen = sums(partition(sizes, parts))
+            assert (max(chosen), sum(size * size for size in chosen)) == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -426,6 +427,33 @@ def output_layer(blocks: Blocks, owner: str) -> nn.Module:
             "Blocks.cut(..., readout=...)"
         )
     return blocks.readout
+
+
+def refuse_dense(task: TaskInfo, owner: str) -> None:
+    """Refuse labels of places (segmentation) where a rule answers with one class per sample.
+
+    Raises:
+        ValueError: names the shape.
+    """
+    if task.classes and task.example.targets.ndim > 1:
+        raise ValueError(
+            f"{owner} answers with one class per sample, and these labels have shape "
+            f"(N, {', '.join(map(str, task.example.targets.shape[1:]))}): use a rule that trains the network's own output, "
+            "backpropagation or feedback alignment"
+        )
+
+
+def choices(made: object, init: Callable[..., None], *names: str) -> str | None:
+    """Those of an object's settings that are not the default, as a command line has them: what tells its variant.
+
+    Args:
+        made: keeps its settings under the names of its arguments.
+        init: has the arguments with their defaults.
+        names: the settings that make another rule of it, not those that tune it.
+    """
+    defaults = inspect.signature(init).parameters
+    told = {name: getattr(made, name) for name in names if getattr(made, name) != defaults[name].default}
+    return ", ".join(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in told.items()) or None
 
 
 def selected(batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:

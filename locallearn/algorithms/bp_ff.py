@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, choices, refuse_dense
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import emergent
@@ -72,10 +72,16 @@ class BackpropForwardForward(Algorithm):
         """The label in the input, and the error through every layer."""
         return "label in the input, positive/negative bit, and the error through every transposed weight"
 
+    @property
+    def variant(self) -> str | None:
+        """The goodness, where it is not the sum of squares."""
+        return choices(self, BackpropForwardForward.__init__, "goodness")
+
     def build(self, task: TaskInfo) -> None:
         """Add nothing."""
         if not task.classes:
             raise ValueError("BP/FF writes class labels into the input, and this task has none")
+        refuse_dense(task, "BP/FF")
         if task.example.context:
             raise ValueError(
                 "BP/FF stacks positives and negatives into one batch, which cannot be done with the context of this task (a "

@@ -35,6 +35,11 @@ class DeepSupervision(Algorithm):
         return Locality.GLOBAL
 
     @property
+    def variant(self) -> str | None:
+        """Head and loss, where they are not Mono-Forward's, and what stands beside them."""
+        return self.parts.variant
+
+    @property
     def carries(self) -> bool:
         """Whatever crosses the borders."""
         return True

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locallearn.algorithms._selection import sample_losses
-from locallearn.algorithms.base import ParamGroup, TaskInfo, selected
+from locallearn.algorithms.base import ParamGroup, TaskInfo, choices, refuse_dense, selected
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import local_heads as equations
@@ -177,6 +177,11 @@ class HeadParts:
             raise ValueError(f"{idle} is for a head, and classification is 0 for all blocks: leave it out")
 
     @property
+    def variant(self) -> str | None:
+        """What makes another rule of it: the parts, not their sizes."""
+        return choices(self, type(self).__init__, "head", "loss", "contrast", "movement")
+
+    @property
     def decodes(self) -> bool:
         """Whether any block gives the image back."""
         return self.loss == "infopro" and any(weight > 0 for weight in self.reconstruction)
@@ -261,6 +266,7 @@ class BlockHeads(nn.Module):
             raise ValueError(f"{owner} compares every block with class labels, and this task has none")
         if task.outputs < 2:
             raise ValueError(f"{owner} tells classes apart, and this task has {task.outputs}: it takes at least 2")
+        refuse_dense(task, owner)
         parts = HeadParts() if parts is None else parts
         self.parts = parts
         self.names = blocks.names

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from locallearn.algorithms.base import Locality, TaskInfo, Update
+from locallearn.algorithms.base import Locality, TaskInfo, Update, choices
 from locallearn.algorithms.forward_forward.frame import LabelledGoodness
 from locallearn.batch import Batch
 from locallearn.functional import layer_collaboration as lc
@@ -85,8 +85,9 @@ class LayerCollaboration(LabelledGoodness):
 
     @property
     def variant(self) -> str:
-        """Whose goodness is heard."""
-        return f"gamma {self.gamma}"
+        """Whose goodness is heard, and what else makes another rule of it."""
+        chosen = choices(self, LayerCollaboration.__init__, "threshold", "negative_loss", "order")
+        return ", ".join(filter(None, (f"gamma={self.gamma}", chosen)))
 
     @property
     def stages(self) -> list[list[str]]:

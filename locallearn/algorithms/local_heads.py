@@ -58,6 +58,11 @@ class LocalHeads(LayerLocal):
         return Locality.LAYER_LOCAL
 
     @property
+    def variant(self) -> str | None:
+        """Head and loss, where they are not Mono-Forward's, and what stands beside them."""
+        return self.parts.variant
+
+    @property
     def carries(self) -> bool:
         """Whatever crosses the borders: heads read the main tensor. Of a part of the batch only one tensor."""
         return not self.selection

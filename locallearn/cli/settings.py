@@ -166,7 +166,7 @@ class Arm:
     def beyond(self, variant: str | None) -> list[str]:
         """Settings that a rule's name of its variant does not tell already."""
         pairs = [setting.removeprefix("algorithm.") for setting in self.settings]
-        told = {variant, *(variant or "").split(", ")}
+        told = {variant, *re.split(", |-", variant or "")}
         return [pair for pair in pairs if told.isdisjoint((pair, *pair.split("=")))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +95,9 @@ def balanced(
         return []
     closed: list[CannotTrace] = []
     rows = places(net, example, weigh, input=input, output=output, closed=closed)
+    if blocks > len(rows):  # skip connections then cross the borders
+        closed.clear()
+        rows = places(net, example, weigh, input=input, output=output, closed=closed, several=True)
     if blocks > len(rows):
         most = f"{len(rows)} block{'s' if len(rows) > 1 else ''} at most"
         why = f"; inside of {closed[-1].path!r} there is no place, because {closed[-1]}" if closed else ""
@@ -105,25 +109,32 @@ def balanced(
 
 
 def partition(sizes: Sequence[float], parts: int) -> list[int]:
-    """Places of the last members of all parts but the last, so that the largest sum is smallest; the earliest such places."""
-    sums = [0.0]
-    for size in sizes:
-        sums.append(sums[-1] + size)
-    n = len(sizes)
+    """Places of the last members of all parts but the last, so that the largest sum is smallest.
+
+    Of several such partitions the one with the least sum of squares, so that no part is next to nothing for no reason.
+    """
+    sums = [0.0, *accumulate(sizes)]
+    limit = _best(sums, parts, lambda before, size: max(before, size))[0]
+    return _best(sums, parts, lambda before, size: before + size * size if size <= limit else float("inf"))[1]
+
+
+def _best(sums: Sequence[float], parts: int, cost: Callable[[float, float], float]) -> tuple[float, list[int]]:
+    """The partition of least cost, which grows part after part, by dynamic programming; the earliest places of several."""
+    n = len(sums) - 1
     best = [[float("inf")] * (n + 1) for _ in range(parts + 1)]
     chosen = [[0] * (n + 1) for _ in range(parts + 1)]
     best[0][0] = 0.0
     for k in range(1, parts + 1):
         for end in range(k, n + 1):
             for start in range(k - 1, end):
-                worst = max(best[k - 1][start], sums[end] - sums[start])
-                if worst < best[k][end]:
-                    best[k][end], chosen[k][end] = worst, start
-    ends, end = [], n
+                total = cost(best[k - 1][start], sums[end] - sums[start])
+                if total < best[k][end]:
+                    best[k][end], chosen[k][end] = total, start
+    places, end = [], n
     for k in range(parts, 1, -1):
         end = chosen[k][end]
-        ends.append(end - 1)
-    return ends[::-1]
+        places.append(end - 1)
+    return best[parts][n], places[::-1]
 
 
 def weigh(run: Callable[[], Any]) -> tuple[Any, float, dict[int, int]]:

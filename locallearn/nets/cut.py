@@ -53,7 +53,8 @@ def cut_network(
         input: name of the main input; ``None``: the first tensor. The others are the context of every piece that reads them.
         output: key, field or place of the output that counts; ``None``: ``logits``, else ``out``, else the first tensor.
         readout: whether the last layer, with what pools and reshapes before it, is kept apart as the readout; or the name of
-            the module that it begins with.
+            the module that it begins with. Where it cannot be (more than one tensor would reach it, or it shares a weight with
+            the block before), the readout is ``nn.Identity``: the last block gives what the network gives.
 
     Raises:
         CannotTrace: the forward cannot be followed; names file and line.
@@ -83,19 +84,21 @@ def cut_network(
             courses[training] = Course(net, graph, tracer, arguments.names)
         ends = {mode: _ends(course, named, cuts, owner) for mode, course in courses.items()}
         starts = {mode: course.readout_start(ends[mode], start) for mode, course in courses.items()} if readout else {}
-        apart = bool(starts) and all(node is not None for node in starts.values())
+        found = {mode: [*ends[mode], node] for mode, node in starts.items() if node is not None}
+        apart = len(found) == 2 and not _shares(courses[False], found[False], len(cuts))
         inner = _only_module(courses[False], ends[False]) if readout and not apart and start is None else None
         if inner is None:
             break
         opened.add(id(inner))  # the layers of the last piece are all in one module: look for the readout inside
     if apart:
-        ends = {mode: [*ends[mode], node] for mode, node in starts.items() if node is not None}
+        ends = found
     names = [name.replace(".", "_") for name in cuts]
     alone = bool(readout) and not apart and bool(cuts) and _can_be_readout(courses, ends)
     if not alone:
         names.append(_last_name(courses[False], ends[False], len(cuts), names))
     pieces = _pieces(net, courses, ends)
-    last = pieces.pop() if apart or alone else None
+    # Without a layer that can be kept apart, the last block gives the network's own output: that is what its loss is about.
+    last = pieces.pop() if apart or alone else nn.Identity() if readout else None
     blocks = Blocks(dict(zip(names, pieces, strict=True)), last)
     for name, piece in zip(names, pieces, strict=True):
         if not any(True for _ in piece.parameters()):
@@ -187,6 +190,16 @@ def _only_module(course: Course, ends: Sequence[fx.Node]) -> nn.Module | None:
     return module if any(any(True for _ in child.parameters()) for child in module.children()) else None
 
 
+def _shares(course: Course, ends: Sequence[fx.Node], border: int) -> bool:
+    """Whether a parameter is needed on both sides of a border, by pieces next to it."""
+    stage = course.stages(ends)
+    below, above = (
+        {id(p) for node in course.nodes if stage[node] == side for p in course.parameters(node)}
+        for side in (border, border + 1)
+    )
+    return bool(below & above)
+
+
 def _can_be_readout(courses: Mapping[bool, Course], ends: Mapping[bool, Sequence[fx.Node]]) -> bool:
     """Whether what comes behind the last cut is one layer, which reads one tensor."""
     for mode, course in courses.items():
@@ -265,6 +278,7 @@ def places(
     *,
     input: str | None = None,
     output: str | int | None = None,
+    several: bool = False,
     closed: list[CannotTrace] | None = None,
 ) -> list[Place]:
     """Where a network may be cut so that every piece has parameters and one tensor crosses; the last entry is its end.
@@ -278,7 +292,8 @@ def places(
         weigh: runs something and tells its result, its operations, and the bytes that it keeps for gradients by storage.
         input: see :func:`cut_network`.
         output: see :func:`cut_network`.
-
+        several: take places in, too, where a skip connection crosses beside it, behind modules inside of which no other
+            place lies further out.
         closed: gets what modules said that could not be followed, inside of which there are no places.
 
     Raises:
@@ -299,6 +314,7 @@ def places(
     readout = course.readout_start([])
     kept = {readout, *course.ancestors([readout])} if readout is not None else set(course.nodes)
     found: dict[frozenset[fx.Node], tuple[list[str], fx.Node]] = {}
+    outer: set[str] = set()
     for path, node in sorted(course.tracer.ends.items(), key=lambda end: end[0].count(".")):
         if node not in course.place or course.tracer.counts[path] != 1 or not course.is_tensor(node):
             continue
@@ -306,8 +322,14 @@ def places(
         stage = course.stages([end])
         below = frozenset(n for n in course.nodes if stage[n] == 0 and course.learns(n))
         above = [n for n in course.nodes if stage[n] == 1 and course.learns(n)]
-        crossing = [n for n in course.crossing(stage, 0) if n is end or not course.aside(n)]
-        if not below or not any(n in kept for n in above) or crossing != [end]:
+        crossing = [
+            n for n in course.crossing(stage, 0) if n is end or (course.holds_tensors(n) and not course.aside(n))
+        ]
+        inside = any(path.startswith(f"{other}.") for other in outer)
+        fits = crossing == [end] or (several and end in crossing and not inside)
+        if fits:
+            outer.add(path)
+        if not below or not any(n in kept for n in above) or not fits or _shares(course, [end], 0):
             continue
         first = course.module(above[0])
         if (

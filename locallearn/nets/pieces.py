@@ -317,6 +317,10 @@ class Course:
         """Whether a node gives a tensor."""
         return isinstance(self.tracer.value(node), Tensor)
 
+    def holds_tensors(self, node: fx.Node) -> bool:
+        """Whether what a node gives is a tensor or has some in it; else it is numbers, a size for example."""
+        return any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.tracer.value(node)))
+
     def tensor(self, node: fx.Node) -> Tensor:
         """What a node gives for the example."""
         value = self.tracer.value(node)
@@ -462,8 +466,9 @@ class Course:
         ) in self.nodes:  # numbers cross, not the tensors that they are read from, and tensors, not tuples of them
             if len(node.all_input_nodes) == 1:
                 source = node.all_input_nodes[0]
-                number = not any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.tracer.value(node)))
-                if (number or (_picks(node) and not self.is_tensor(source))) and not self.learns(node):
+                if (not self.holds_tensors(node) or (_picks(node) and not self.is_tensor(source))) and not self.learns(
+                    node
+                ):
                     stage[node] = min(stage[node], stage.get(source, 0))
         return stage
 
@@ -603,7 +608,7 @@ def _dependencies(
             found |= dict.fromkeys(wrote.get(source, ()))
         needs[node] = list(found)
         if _writes(net, node):
-            for source in _written(node):
+            for source in _written(net, node):
                 wrote.setdefault(source, []).append(node)
     readers: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
     for node, sources in needs.items():
@@ -641,12 +646,12 @@ def _writes(net: nn.Module, node: fx.Node) -> bool:
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "iand", "ior", "ixor"}
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
-    """What a node may write into: its first argument, and what that is a view of."""
+def _written(net: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """What a node may write into: its first argument, and what that is a view of, or was itself written into."""
     found = []
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         found.append(node)
-        if name_of(node) not in _RESHAPES and name_of(node) not in _IN_PLACE:
+        if name_of(node) not in _RESHAPES and not _writes(net, node):
             break
     return found

@@ -40,6 +40,10 @@ _FACTORIES = (
 _FACTS = ("finfo", "iinfo")
 
 
+_BY_VALUES = "what it does depends on the values in a tensor"
+_READS_VALUES = {"item", "tolist", "numpy"}
+
+
 class CannotTrace(ValueError):
     """A forward does what no graph can show. ``path`` is the innermost opened module that was at work, ``""`` the network."""
 
@@ -116,7 +120,7 @@ class Tracer(fx.Tracer):
         """
         self._net, self._inputs, self._call = net, inputs, call
         try:
-            with self._factories(), preserved(net):
+            with self._factories(), preserved(net), _buffers_written_into():
                 return self.trace(net)
         except CannotTrace:
             raise
@@ -185,7 +189,12 @@ class Tracer(fx.Tracer):
         """
         value = self.value(node)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)) and not isinstance(value, tuple | list | dict):
-            raise TypeError("what it does depends on the values in a tensor")
+            raise TypeError(_BY_VALUES)
+        sources = [node]
+        for source in sources:  # a number that was read out of a tensor is no fact either
+            if source.op == "call_method" and source.target in _READS_VALUES:
+                raise TypeError(_BY_VALUES)
+            sources += [other for other in source.all_input_nodes if other not in sources]
         return value
 
     def weighed(
@@ -332,6 +341,27 @@ def trace(
     return graph, tracer
 
 
+@contextmanager
+def _buffers_written_into() -> Iterator[None]:
+    """A forward that is traced must not replace a buffer.
+
+    Raises:
+        TypeError: it does, which no graph shows.
+    """
+    plain = nn.Module.__setattr__
+
+    def put(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, fx.Proxy) and name in module._buffers:
+            raise TypeError(
+                f"it puts a new tensor in the place of the buffer {name!r}, where only writing into it can be followed "
+                f"(self.{name}.copy_(...))"
+            )
+        plain(module, name, value)
+
+    with mock.patch.object(nn.Module, "__setattr__", put):
+        yield
+
+
 def _symbolic(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
@@ -360,8 +390,12 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
-    """Put buffers, gradients and PyTorch's generators back afterwards: what runs in here leaves no trace."""
+    """Put buffers, gradients and PyTorch's generators back afterwards: what runs in here leaves no trace.
+
+    Nor do activations that modules keep as attributes (attention maps, say): they would hold a graph, and not be copied.
+    """
     parts = {id(part): part for module in modules for part in module.modules()}
+    attributes = [(part, dict(part.__dict__)) for part in parts.values()]
     kept = [
         (part, name, value, None if value is None else value.detach().clone())
         for part in parts.values()
@@ -378,6 +412,14 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                     if value is not None and before is not None:
                         value.data.copy_(before)
                         part._buffers[name] = value
+            for part, known in attributes:
+                left = [
+                    k for k, v in part.__dict__.items() if isinstance(v, Tensor | fx.Proxy) and v is not known.get(k)
+                ]
+                for name in left:
+                    del part.__dict__[name]
+                    if name in known:
+                        part.__dict__[name] = known[name]
 
 
 def _place(error: BaseException) -> str:

@@ -13,7 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from locallearn.algorithms import Algorithm, Backprop, Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms import (
+    Algorithm,
+    Backprop,
+    BackpropForwardForward,
+    DeepSupervision,
+    ForwardForward,
+    LayerCollaboration,
+    LocalHeads,
+    Locality,
+    MonoForward,
+    ParamGroup,
+    TaskInfo,
+    Update,
+)
 from locallearn.audit import audit
 from locallearn.batch import Batch
 from locallearn.nets import Blocks, mlp
@@ -267,3 +280,36 @@ def test_blocks_cut_from_somebody_elses_network_carry_a_second_network_too() -> 
 def test_a_network_that_is_not_cut_into_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Backprop trains a network as ordered blocks, and this is a Sequential"):
         Backprop().attach(nn.Sequential(nn.Linear(WIDTH, CLASSES)), TaskInfo(_batch(2), CLASSES, F.cross_entropy))  # type: ignore[arg-type]
+
+
+# -- names of kinds ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("rule", "variant"),
+    [
+        (ForwardForward(), None),
+        (
+            ForwardForward(peer=0.03, threshold=2.0, inference="last"),
+            None,
+        ),  # numbers tune a rule, they make no other one
+        (ForwardForward("hard"), "negatives=hard"),
+        (ForwardForward("hybrid", blurs=3), "negatives=hybrid"),
+        (ForwardForward("hybrid", loss="symba"), "negatives=hybrid, loss=symba"),
+        (ForwardForward(loss="channelwise"), "loss=channelwise"),
+        (ForwardForward(loss="channelwise", competition="pvn"), "loss=channelwise, competition=pvn"),
+        (ForwardForward(goodness="norm", minimise=True), "goodness=norm, minimise=true"),
+        (ForwardForward(recurrent={"steps": 4}, loss="symba"), "recurrent=4, loss=symba"),
+        (LayerCollaboration(gamma="previous"), "gamma=previous"),
+        (
+            LayerCollaboration(threshold="midpoint", order="gauss_seidel"),
+            "gamma=all, threshold=midpoint, order=gauss_seidel",
+        ),
+        (BackpropForwardForward(), None),
+        (BackpropForwardForward("norm"), "goodness=norm"),
+        (MonoForward(), None),
+        (LocalHeads(head="conv1", width=0.5, loss="predsim"), "head=conv1, loss=predsim"),
+        (LocalHeads(loss="infopro", contrast=True, movement=0.1), "loss=infopro, contrast=true, movement=0.1"),
+        (DeepSupervision(head="conv1"), "head=conv1"),
+    ],
+)
+def test_kinds_are_told_apart_in_records(rule: Algorithm, variant: str | None) -> None:
+    assert rule.variant == variant

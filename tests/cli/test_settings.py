@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from locallearn.cli.plans import make_plan
-from locallearn.cli.settings import GROUPS, compose_settings, options
+from locallearn.cli.settings import GROUPS, Arm, compose_settings, options
 
 _EXTRAS = {("logger", "wandb"), ("logger", "mlflow")}  # these need their extra
 # What a choice cannot do without.
@@ -55,3 +55,22 @@ def test_an_experiment_keeps_its_own_algorithm_and_what_is_typed_goes_over_it() 
     assert compose_settings([*own, "algorithm.clip=0.3"])[0].algorithm.clip == 0.3
     other = ["experiment=counter_current_mnist", "algorithm=pepita", "algorithm.variant=hebbian"]
     assert compose_settings(other)[0].algorithm.variant == "hebbian"
+
+
+@pytest.mark.parametrize(
+    ("arm", "variant"),
+    [
+        ("forward_forward", None),
+        ("forward_forward(loss=symba)", "loss=symba"),
+        ("forward_forward(recurrent={steps:4,damping:0.2})", "recurrent=4, recurrent={steps:4,damping:0.2}"),
+        ("layer_collaboration(gamma=all)", "gamma=all"),
+        ("local_heads(head=conv1,loss=predsim,width=0.5)", "head=conv1, loss=predsim, width=0.5"),
+        ("cafo(blocks=random,predictor=mse)", "random-mse"),
+    ],
+)
+def test_kinds_of_a_rule_have_rows_of_their_own_with_every_choice_named_once(arm: str, variant: str | None) -> None:
+    """The same by ``compare`` and by ``train``, or runs of both would be averaged or stand apart."""
+    by_compare = Arm(arm)
+    assert make_plan(*compose_settings(by_compare.overrides), "test", arm=by_compare).variant == variant
+    alone = make_plan(*compose_settings(by_compare.overrides), "test").variant
+    assert alone is variant or alone in variant

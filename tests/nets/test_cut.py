@@ -272,3 +272,48 @@ def test_what_the_example_alone_would_not_show(what: str, told: str) -> None:
         Blocks.cut(_Secret(what), ["one"], readout="two", example=S)
     blocks = cut_network(_Secret(what), ["one"], S).blocks  # a trace holds it
     assert blocks.names == ["one"]
+
+
+class _Remembers(nn.Module):
+    """Keeps a running mean, and its last activity."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("mean", torch.zeros(8))
+        self.last: Tensor | None = None
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.last = self.a(x).relu()
+        if self.training and self.how == "in place":
+            self.mean.mul_(0.9).add_(0.1 * h.detach().mean(0))
+        if self.training and self.how == "replaced":
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        if self.training and self.how == "by chance" and torch.rand(1).item() < 0.5:
+            h = 2 * h
+        out: Tensor = self.c(self.b(h - self.mean).relu())
+        return out
+
+
+def test_what_a_forward_keeps_of_its_own_is_kept_and_no_symbol_is_left_on_the_network() -> None:
+    net, x = _Remembers("in place"), torch.randn(5, 6)
+    cut = cut_network(net, ["a", "b"], x)
+    assert net.last is None
+    twin = copy.deepcopy(net)
+    torch.testing.assert_close(cut.blocks.train()(x), twin.train()(x))
+    assert twin.mean.abs().sum() > 0
+    torch.testing.assert_close(net.mean, twin.mean)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("replaced", r"a new tensor in the place of the buffer 'mean'.*self\.mean\.copy_"),
+        ("by chance", r"test_cut\.py:\d+ .*depends on the values in a tensor"),
+    ],
+)
+def test_what_no_graph_shows_is_told_by_line(how: str, told: str) -> None:
+    """A number read out of a tensor is no fact of the example: the branch of one draw must not become the network."""
+    with pytest.raises(CannotTrace, match=told):
+        cut_network(_Remembers(how), ["a"], torch.randn(5, 6))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locallearn.algorithms.base import ParamGroup, TaskInfo
+from locallearn.algorithms.base import ParamGroup, TaskInfo, refuse_dense
 from locallearn.algorithms.layer_local import LayerLocal, feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import forward_forward as ff
@@ -149,7 +149,7 @@ def refuse_unfit(task: TaskInfo) -> None:
     """Refuse tasks that a rule of this line cannot learn.
 
     Raises:
-        ValueError: no class labels, fewer than two of them, or a context.
+        ValueError: no class labels, fewer than two of them, labels of places, or a context.
     """
     if not task.classes:
         raise ValueError("Forward-Forward writes class labels into the input, and this task has none")
@@ -157,6 +157,7 @@ def refuse_unfit(task: TaskInfo) -> None:
         raise ValueError(
             f"Forward-Forward tells a right label from a wrong one, and this task has {task.outputs} class: it needs at least 2"
         )
+    refuse_dense(task, "Forward-Forward")
     if task.example.context:
         raise ValueError(
             "Forward-Forward stacks positives and negatives into one batch, which cannot be done with the context of "

@@ -99,6 +99,11 @@ class RecurrentForwardForward(ForwardForward):
         return "positive/negative bit; the label above the last block, every block's activity to the block below it"
 
     @property
+    def variant(self) -> str:
+        """How many time steps, and what else makes another rule of it."""
+        return ", ".join(filter(None, (f"recurrent={self.recurrence.steps}", super().variant)))
+
+    @property
     def stages(self) -> list[list[str]]:
         """None: a block learns from what the untrained ones above it say.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update, choices
 from locallearn.algorithms.forward_forward.frame import LabelledGoodness
 from locallearn.algorithms.forward_forward.peers import last_relu, unit_count, unit_layer
 from locallearn.batch import Batch
@@ -181,6 +181,11 @@ class ForwardForward(_ByOptions):
         """Nothing but the label in the input and the positive/negative bit."""
         bit = "label in the input, positive/negative bit"
         return f"{bit}; wrong labels drawn from the readout's softmax" if self.negatives == "hard" else bit
+
+    @property
+    def variant(self) -> str | None:
+        """What makes another rule of it: data, loss and goodness, where they are not Hinton's supervised ones."""
+        return choices(self, ForwardForward.__init__, "negatives", "loss", "competition", "goodness", "minimise")
 
     # -- parts -----------------------------------------------------------------------------------------------------------
     def build(self, task: TaskInfo) -> None:
