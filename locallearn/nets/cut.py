@@ -98,7 +98,7 @@ def cut_network(
         names.append(_last_name(courses[False], ends[False], len(cuts), names))
     pieces = _pieces(net, courses, ends)
     # Without a layer that can be kept apart, the last block gives the network's own output: that is what its loss is about.
-    last = pieces.pop() if apart or alone else nn.Identity() if readout else None
+    last = pieces.pop() if apart or alone else _AsItIs() if readout else None
     blocks = Blocks(dict(zip(names, pieces, strict=True)), last)
     for name, piece in zip(names, pieces, strict=True):
         if not any(True for _ in piece.parameters()):
@@ -198,6 +198,13 @@ def _shares(course: Course, ends: Sequence[fx.Node], border: int) -> bool:
         for side in (border, border + 1)
     )
     return bool(below & above)
+
+
+class _AsItIs(nn.Identity):
+    """A readout that changes nothing, and like every readout is handed the context."""
+
+    def forward(self, input: Tensor, *context: Any) -> Tensor:
+        return input
 
 
 def _can_be_readout(courses: Mapping[bool, Course], ends: Mapping[bool, Sequence[fx.Node]]) -> bool:
