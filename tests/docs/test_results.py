@@ -56,8 +56,10 @@ ACCURACIES = [
     ("mono_forward_mnist", "backprop", 5),
     ("forward_forward_mnist", "forward_forward", 1),
     ("mono_forward_cifar10", "mono_forward", 1),
-    ("cafo_cifar10", "cafo", 1),
+    ("cafo_cifar10", "cafo", 2),
     ("cafo_cifar10_ce", "cafo", 1),
+    ("local_heads_mnist", "local_heads", 3),
+    ("mono_forward_mnist_cnn", "mono_forward", 1),
     ("digits", "backprop", 3),
     ("digits", "deep_supervision", 3),
     ("digits", "mono_forward", 3),
@@ -71,6 +73,29 @@ def test_accuracies_are_those_of_the_records(folder: str, algorithm: str, seeds:
     assert len(accuracies) == seeds
     row = next(line for line in PAGE.splitlines() if f"records/{folder})" in line and f"`{algorithm}`" in line)
     assert _cell(accuracies) in row
+
+
+def test_the_rows_of_resnet_18_are_those_of_the_records() -> None:
+    records = scan([DOCS / "records" / "resnet18_one_epoch"]).records
+    base = next(record.data["cost"] for record in records if record.algorithm == "backprop")
+    rows = []
+    for record in records:
+        optimizer = "SGD" if "momentum" in record.data["config"]["optimizer"] else "Adam"
+        variant = record.data["variant"] or ""
+        start = f"| `{record.algorithm}` | {variant} | {optimizer} |"
+        row = next(line for line in PAGE.splitlines() if line.startswith(start))
+        rows.append(row)
+        if record.status == "failed":
+            assert "diverged" in record.data["error"]
+            assert "diverged" in row
+            continue
+        cost = record.data["cost"]
+        figures = [100 * record.data["test"]["accuracy"]]
+        figures += [cost[key] / base[key] for key in ("update_flops", "activation_peak_bytes")]
+        assert [f"{figures[0]:.2f}", *(f"{ratio:.3f}" for ratio in figures[1:])] == [
+            cell.strip(" *") for cell in row.split("|")[4:7]
+        ]
+    assert len(set(rows)) == len(records)
 
 
 def test_the_paired_difference_is_that_of_the_records() -> None:
