@@ -199,4 +199,4 @@ def test_what_cannot_be_trained_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="block 'layer1' cannot take what comes before it, of shape \\(2, 6\\)"):
         MonoForward().attach(mlp((7,), 3, (5,)), info)
     with pytest.raises(ValueError, match="has no readout"):
-        Backprop().attach(Blocks({"a": nn.Linear(6, 3)}), info)
+        Backprop().attach(Blocks({"a": nn.Linear(6, 5)}), info)
