@@ -60,6 +60,9 @@ ACCURACIES = [
     ("cafo_cifar10_ce", "cafo", 1),
     ("local_heads_mnist", "local_heads", 3),
     ("mono_forward_mnist_cnn", "mono_forward", 1),
+    ("emergent_mnist", "forward_forward", 1),
+    ("emergent_mnist", "bp_ff", 1),
+    ("emergent_mnist", "backprop", 1),
     ("digits", "backprop", 3),
     ("digits", "deep_supervision", 3),
     ("digits", "mono_forward", 3),
@@ -73,6 +76,15 @@ def test_accuracies_are_those_of_the_records(folder: str, algorithm: str, seeds:
     assert len(accuracies) == seeds
     row = next(line for line in PAGE.splitlines() if f"records/{folder})" in line and f"`{algorithm}`" in line)
     assert _cell(accuracies) in row
+
+
+def test_sparsity_is_that_of_the_analyses() -> None:
+    found = json.loads((DOCS / "records" / "emergent_mnist" / "sparsity.json").read_text(encoding="utf-8"))
+    names = {record.data["id"]: record.algorithm for record in scan([DOCS / "records" / "emergent_mnist"]).records}
+    assert sorted(names) == sorted(found)
+    for run, passes in found.items():
+        row = next(line for line in PAGE.splitlines() if f"`{names[run]}`" in line and "emergent_mnist)" in line)
+        assert " / ".join(f"{value:.3f}"[1:] for value in next(iter(passes.values()))) in row
 
 
 def test_the_rows_of_resnet_18_are_those_of_the_records() -> None:
