@@ -13,7 +13,7 @@ from locallearn.algorithms._selection import By, LastLosses, Selection, rows_of,
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
-from locallearn.nets.blocks import evaluating
+from locallearn.nets.blocks import evaluating, width_of
 
 
 class Backprop(Algorithm):
@@ -95,10 +95,10 @@ class Backprop(Algorithm):
         feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
         if (
             self.blocks.readout is None
-        ):  # the blocks may give the outputs themselves, where no layer could be kept apart
+        ):  # where no layer could be kept apart, the blocks may give the outputs themselves
             with evaluating(self.blocks), torch.no_grad():
                 given = self.blocks(task.example.inputs, *task.example.context)
-            if (given.shape[1] if given.ndim > 1 else 1) != task.outputs:
+            if width_of(given) != task.outputs:
                 output_layer(self.blocks, "backpropagation")
         if self._parts > 1 and (task.example.context or task.example.rows is not None):
             raise ValueError(

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from locallearn.nets.graph import sparse_product_flops
+
 # What reads, moves, draws, compares, sums or scales numbers one by one: left out on purpose, like everything elementwise.
 # Names without a trailing underscore and without _backward; pointwise operators and views are told by their tags.
 _CHEAP = re.compile(
@@ -292,12 +294,8 @@ def _encoder_layer(x: Any, width: int, heads: int, w_in: Any, b_in: Any, w_out: 
     return _multi_head(x, x, x, width, heads, w_in, b_in, w_out) + 2 * _rows(x) * feed_forward
 
 
-# Of operators of ours, by name: whoever registers them for PyTorch's own counter, here they are counted in any case.
-_OWN: dict[str, Callable[..., int]] = {
-    "locallearn::sparse_product": _by_shape(
-        lambda crow, column, values, rows, columns, dense, **_: 2 * values[0] * dense[1]
-    )
-}
+# Of operators of ours, by name: whatever PyTorch's own counter has been told, here they are counted.
+_OWN = {"locallearn::sparse_product": _by_shape(sparse_product_flops)}
 
 
 @cache

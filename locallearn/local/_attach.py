@@ -13,7 +13,7 @@ from locallearn.algorithms.base import Algorithm, TaskInfo
 from locallearn.batch import Batch
 from locallearn.cost import drive
 from locallearn.nets.arguments import Arguments
-from locallearn.nets.blocks import evaluating
+from locallearn.nets.blocks import evaluating, width_of
 from locallearn.nets.cut import Cut
 from locallearn.nets.equal import rows_of, some_rows
 from locallearn.nets.trace import preserved
@@ -73,10 +73,6 @@ def result_of(net: nn.Module, cut: Cut) -> Tensor:
     with evaluating(cut.blocks), torch.no_grad(), preserved(net):
         result: Tensor = cut.blocks(given.inputs, *given.context)
     return result
-
-
-def width_of(result: Tensor) -> int:
-    return int(result.shape[1]) if result.ndim > 1 else 1
 
 
 def _try_step(net: nn.Module, algorithm: Algorithm, task: TaskInfo) -> None:

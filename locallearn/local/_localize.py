@@ -15,9 +15,10 @@ from torch import nn
 from locallearn.algorithms.base import Algorithm, TaskInfo
 from locallearn.batch import Batch
 from locallearn.cost import activation_bytes, drive
-from locallearn.local._attach import Loss, attach_cut, result_of, width_of
+from locallearn.local._attach import Loss, attach_cut, result_of
 from locallearn.local._object import Local, OptimizerFactory
 from locallearn.local._where import BYTES, balanced, bytes_in, check_net, partition, short, weigh
+from locallearn.nets.blocks import width_of
 from locallearn.nets.cut import Cut, cut_network, names_for, places
 from locallearn.nets.equal import rows_of
 from locallearn.nets.execution import Execution

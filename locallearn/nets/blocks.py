@@ -169,6 +169,11 @@ class Blocks(nn.Module):
         return result
 
 
+def width_of(output: Tensor) -> int:
+    """How many outputs a network gives per sample: classes of ``(N, C, ...)``, and one of ``(N,)``."""
+    return int(output.shape[1]) if output.ndim > 1 else 1
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode and every part back into its own mode afterwards: a dry run must move no statistics."""

@@ -43,9 +43,8 @@ class Execution:
             raise ValueError(f"compile is {compile!r}, expected 'blocks' (every block by itself), or None")
         if compile is None and backend != "inductor":
             raise ValueError(f"compile_backend is {backend!r}, but nothing is compiled: set compile=blocks, too")
-        if compile is not None and backend not in torch.compiler.list_backends(
-            ()
-        ):  # takes seconds, so not without need
+        # The list takes seconds, so it is not asked for without need.
+        if compile is not None and backend not in torch.compiler.list_backends(()):
             known = ", ".join(torch.compiler.list_backends())
             raise ValueError(f"compile_backend is {backend!r}, expected one of {known}")
         self.channels_last, self.compile, self.backend = channels_last, compile, backend
@@ -148,9 +147,8 @@ def _compiled(backend: str) -> Callable[..., Any]:
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return block.forward(*args, **kwargs)
 
-    run.__code__ = (
-        run.__code__.replace()
-    )  # how often something is compiled anew is counted, and limited, by code object
+    # How often something is compiled anew is counted, and limited, by code object: every block has one of its own.
+    run.__code__ = run.__code__.replace()
     # Dropout must draw what it draws uncompiled.
     options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
     compiled: Callable[..., Any] = torch.compile(run, fullgraph=True, backend=backend, options=options)
