@@ -15,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from locallearn.nets.graph import sparse_product_flops
-
 # What reads, moves, draws, compares, sums or scales numbers one by one: left out on purpose, like everything elementwise.
 # Names without a trailing underscore and without _backward; pointwise operators and views are told by their tags.
 _CHEAP = re.compile(
@@ -91,8 +89,6 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = getattr(func, "_overloadpacket", func)
         formula = _formulas().get(packet) or flop_registry.get(packet)
-        if formula is None:
-            formula = _OWN.get(getattr(packet, "_qualified_op_name", ""))
         if formula is None and hasattr(func, "decompose") and func is not torch.ops.prim.device.default:
             with self:  # in inference mode operators come whole that are made of others
                 parts = func.decompose(*args, **kwargs)
@@ -292,10 +288,6 @@ def _encoder_layer(x: Any, width: int, heads: int, w_in: Any, b_in: Any, w_out: 
     matrices = [value for value in rest if isinstance(value, tuple) and len(value) == 2][:2]  # of the feed-forward part
     feed_forward = sum(int(prod(matrix)) for matrix in matrices)
     return _multi_head(x, x, x, width, heads, w_in, b_in, w_out) + 2 * _rows(x) * feed_forward
-
-
-# Of operators of ours, by name: whatever PyTorch's own counter has been told, here they are counted.
-_OWN = {"locallearn::sparse_product": _by_shape(sparse_product_flops)}
 
 
 @cache

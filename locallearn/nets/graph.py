@@ -381,19 +381,15 @@ def _sparse_product(crow: Tensor, column: Tensor, values: Tensor, rows: int, col
         return torch.sparse_csr_tensor(crow, column, values, (rows, columns), check_invariants=False) @ dense
 
 
-def sparse_product_flops(
-    crow: Any, column: Any, values: Any, rows: int, columns: int, dense: Any, *_: Any, **__: Any
-) -> int:
-    """Operations of ``locallearn::sparse_product``, of the shapes of what it is given: every entry meets a row."""
-    return int(2 * values[0] * dense[1])
-
-
 @cache
 def _set_up() -> None:
     """Once per process: count entries as FLOPs, and let PyTorch say here that its sparse matrices are in beta."""
     from torch.utils.flop_counter import register_flop_formula
 
-    register_flop_formula(torch.ops.locallearn.sparse_product)(sparse_product_flops)
+    def flops(crow: Any, column: Any, values: Any, rows: int, columns: int, dense: Any, *_: Any, **__: Any) -> int:
+        return int(2 * values[0] * dense[1])
+
+    register_flop_formula(torch.ops.locallearn.sparse_product)(flops)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), torch.zeros(0), (1, 1))

@@ -6,9 +6,9 @@ import itertools
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -316,7 +316,7 @@ def test_random_projection_on_the_command_line(capsys):
 """
 
 
-def test_four_changes_make_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_changes_make_a_rule(tmp_path: Path) -> None:
     """Made in a copy of the project, they are all that the command line and the conformance suite need."""
     _copy_project(tmp_path)
     blocks = [
@@ -331,39 +331,10 @@ def test_four_changes_make_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "tests/algorithms/test_conformance.py",
     }
     (tmp_path / "tests/algorithms/test_audit.py").write_text(_AUDIT, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    counted = _Counted()
-    with _without(
-        "locallearn", "tests", "conftest"
-    ):  # only PyTorch and the like are those of this process, as they are slow to load
-        words = ["-q", "tests/algorithms", "-k", "random_projection", "-p", "no:cacheprovider"]
-        done = pytest.main([*words, "--rootdir", str(tmp_path), "-c", "pyproject.toml"], plugins=[counted])
-    assert done == 0
-    assert counted.passed >= 15
-
-
-class _Counted:
-    """Tests that passed."""
-
-    passed = 0
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count one."""
-        self.passed += report.when == "call" and report.passed
-
-
-@contextmanager
-def _without(*packages: str) -> Iterator[None]:
-    """These packages are loaded anew inside, and are the former ones again afterwards."""
-
-    def loaded() -> list[str]:
-        return [name for name in sys.modules if name.partition(".")[0] in packages]
-
-    before = {name: sys.modules.pop(name) for name in loaded()}
-    try:
-        yield
-    finally:
-        for name in loaded():
-            del sys.modules[name]
-        sys.modules.update(before)
+    # In a process of its own: to load locallearn twice into one leaves PyTorch with operators that nobody knows any more.
+    words = ["-m", "pytest", "-q", "tests/algorithms", "-k", "random_projection", "-p", "no:cacheprovider"]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= 15, done.stdout
