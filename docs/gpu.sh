@@ -32,7 +32,7 @@ arm() {
 }
 # Fast recipe for ResNet-18, the same for every rule: Muon on convolutions, smoothed labels, mirrored crops.
 fast=(experiment=backprop_cifar10_resnet18 optimizer=muon '~optimizer.nesterov' optimizer.lr=0.02 optimizer.momentum=0.95
-  optimizer.weight_decay=0.01 optimizer.sgd_weight_decay=5e-4 task.label_smoothing=0.2 dataset.batch_size=512
+  optimizer.weight_decay=0.01 optimizer.sgd_weight_decay=5e-4 task.label_smoothing=0.2 task.views=2 dataset.batch_size=512
   dataset.augment.padding_mode=reflect trainer.check_val_every_n_epoch=5)
 light='head=conv1,loss=predsim,similarity_side=8'
 

@@ -40,10 +40,12 @@ class Task(pl.LightningModule, ABC):
     Attributes:
         metric: what quality is measured by, logged as ``validation/<metric>`` and ``test/<metric>``.
         maximise: whether more of it is better.
+        views: inferences that one prediction is the mean of.
     """
 
     metric: str
     maximise: bool
+    views: int = 1
 
     def __init__(
         self,
@@ -117,11 +119,15 @@ class Task(pl.LightningModule, ABC):
                 "made with the same settings"
             )
 
-    @override
-    def forward(self, inputs: Tensor, *context: Any) -> Tensor:
-        """Outputs: the algorithm's own inference, or the network's forward pass."""
+    def infer(self, inputs: Tensor, *context: Any) -> Tensor:
+        """One prediction per row: the algorithm's own inference, or the network's forward pass."""
         outputs: Tensor = (self.net if self.algorithm is None else self.algorithm.predict)(inputs, *context)
         return outputs
+
+    @override
+    def forward(self, inputs: Tensor, *context: Any) -> Tensor:
+        """What validation and test judge: :meth:`infer`."""
+        return self.infer(inputs, *context)
 
     @override
     def train(self, mode: bool = True) -> Self:

@@ -35,13 +35,16 @@ class Classification(Task):
         context: what every block gets after its input (see :class:`~locallearn.batch.Batch`).
         label_smoothing: share of the target that is spread over all classes while training; validation and test judge by the
             plain cross entropy.
+        views: 2: class scores are the mean of those of an image and of its mirror image (left and right), in validation, test
+            and prediction; training stays as it is, and so do probes and what a rule judges itself by.
 
     Attributes:
         metric: what is judged by; ``validation/<metric>`` and ``test/<metric>`` are logged.
         maximise: whether more of it is better.
 
     Raises:
-        ValueError: fewer than two classes, no share, or a context beside that of an example batch.
+        ValueError: fewer than two classes, no share, a context beside that of an example batch, or two views of what is no
+            image ``(N, channels, height, width)``.
     """
 
     metric = "accuracy"
@@ -56,6 +59,7 @@ class Classification(Task):
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         context: tuple[Any, ...] = (),
         label_smoothing: float = 0.0,
+        views: int = 1,
     ) -> None:
         super().__init__(net, optimizer, scheduler)
         if not 0 <= label_smoothing < 1:
@@ -66,6 +70,14 @@ class Classification(Task):
             raise ValueError("the example batch has a context of its own: leave context out")
         if not isinstance(example, Batch):
             example = Batch(example, torch.arange(len(example)) % classes, context)
+        if views not in (1, 2) or isinstance(views, bool):
+            raise ValueError(f"views is {views!r}, expected 1, or 2 for an image and its mirror image")
+        if views == 2 and (example.inputs.ndim != 4 or example.context):
+            raise ValueError(
+                f"two views are an image and its mirror image, and the inputs have shape {tuple(example.inputs.shape[1:])}, "
+                "expected (channels, height, width): set task.views=1"
+            )
+        self.views = views
         self._example = example
         self._classes = classes
         self._loss = partial(F.cross_entropy, label_smoothing=label_smoothing) if label_smoothing else F.cross_entropy
@@ -74,6 +86,11 @@ class Classification(Task):
     def info(self) -> TaskInfo:
         """Shapes and loss, for an algorithm."""
         return TaskInfo(self._example, self._classes, self._loss)
+
+    @override
+    def infer(self, inputs: Tensor, *context: Any) -> Tensor:
+        scores = super().infer(inputs, *context)
+        return scores if self.views == 1 else (scores + super().infer(inputs.flip(3), *context)) / 2
 
     @override
     def to_batch(self, raw: Any) -> Batch:

@@ -108,7 +108,7 @@ class LinkPrediction(Task):
         score: Callable[..., Tensor] | None = getattr(self.algorithm, "score_pairs", None)
         if score is not None:
             return score(inputs, edges, pairs, *weights)
-        outputs = (self.net if self.algorithm is None else self.algorithm.predict)(inputs, edges, *weights)
+        outputs = self.infer(inputs, edges, *weights)
         return selected(Batch(inputs, pairs, (edges,), rows=pairs), outputs)[0]
 
     @override

@@ -196,7 +196,7 @@ class _Costs(pl.Callback):
             "update_flops": update.flops if update else None,
             "once_flops": sum(stage["once_flops"] for stage in stages) if known else None,
             "train_flops": sum(stage["train_flops"] for stage in stages) if known else None,
-            "inference_flops": update.inference_flops if update else None,
+            "inference_flops": self._inference(update, task),
             "activation_peak_bytes": update.activation_peak_bytes if update else None,
             "allocated_peak_bytes": self.memory.peak,
             "cache_bytes": max(stage["cache_bytes"] for stage in stages),
@@ -207,6 +207,13 @@ class _Costs(pl.Callback):
             "stages": stages,
             "uncounted": list(update.uncounted) if update else [],
         }
+
+    @staticmethod
+    def _inference(update: UpdateCost | None, task: LocalTask) -> float | None:
+        """Of a prediction, which may be the mean of several inferences."""
+        if update is None or update.inference_flops is None:
+            return None
+        return update.inference_flops * int(getattr(task, "views", 1))
 
     def _measured(self, trainer: pl.Trainer, task: LocalTask) -> UpdateCost | None:
         """Cost of an update of the rule as it was before training; ``None`` with a note where it cannot be had."""

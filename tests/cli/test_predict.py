@@ -66,6 +66,19 @@ def test_what_is_loaded_predicts_what_was_trained(
     assert figures == dict(saved.record.part("validation"))
 
 
+def test_two_views_are_judged_saved_and_paid_for(cli: Cli) -> None:
+    """What validation and test judge is what the saved run predicts; operations of a prediction are twice as many."""
+    one, two = (
+        locallearn.load(cli("train", "dataset.limit_train=64", *more).folder) for more in ((), ("task.views=2",))
+    )
+    images = next(iter(two.data.test_dataloader())).inputs
+    both = (one.predict(images) + one.predict(images.flip(3))) / 2
+    assert torch.allclose(two.predict(images), both, atol=1e-6)  # training is the same
+    assert evaluate(two, "test")[0] == two.record.data["test"]
+    assert two.record.data["cost"]["inference_flops"] == 2 * one.record.data["cost"]["inference_flops"]
+    assert two.record.data["cost"]["train_flops"] == one.record.data["cost"]["train_flops"]
+
+
 def test_predictions_go_where_they_are_asked_for(cli: Cli, tmp_path: Path) -> None:
     folder = cli("train", "dataset.limit_train=64").folder
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
