@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,117 +223,6 @@ def load(
             f"{folder / MODEL} does not fit what the run's settings build: {' '.join(str(error).split())}"
         ) from error
     return Saved(record, plan, task.eval(), trainer)
-
-
-def evaluate(saved: Saved, part: str) -> tuple[dict[str, float], list[tuple[Any, Any, Any]]]:
-    """The task's figures on ``validation`` or ``test`` data, and what they come from.
-
-    Returns:
-        Figures by name, and for every batch ids of its rows (numbers, nodes, or pairs of nodes ``(2, M)``), outputs and
-        targets.
-    """
-    import lightning.pytorch as pl
-    import torch
-
-    from locallearn.precision import multiplying
-    from locallearn.study.train import quiet
-
-    found: list[tuple[Any, Any, Any]] = []
-    latest: list[Any] = []
-    judged: list[Any] = []
-
-    class Keep(pl.Callback):
-        def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-            batch = judged.pop() if judged else module.to_batch(batch)
-            rows, made, targets = batch.rows, latest.pop(), batch.targets
-            if rows is not None and rows.ndim == 1:
-                ids = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
-                made, targets = made[rows], targets[rows]
-            else:
-                ids = rows
-            found.append((None if ids is None else ids.cpu(), made.cpu(), targets.cpu()))
-
-        def on_validation_batch_end(self, *given: Any) -> None:
-            self.on_test_batch_end(*given)
-
-    def judge(batch: Any) -> Any:
-        judged.append(batch)  # of links, what the loader gave does not say which part it is
-        return type(saved.task).judge(saved.task, batch)
-
-    hook = saved.task.register_forward_hook(lambda module, given, made: latest.append(made))
-    saved.task.judge = judge
-    saved.trainer.callbacks.append(Keep())
-    run = saved.trainer.test if part == "test" else saved.trainer.validate
-    try:
-        with quiet(), multiplying(saved.plan.matmul_precision):
-            figures = run(saved.task, datamodule=saved.data, verbose=False)[0]
-    finally:
-        hook.remove()
-        del saved.task.judge
-        saved.trainer.callbacks.pop()
-    return {name.partition("/")[2]: value for name, value in figures.items()}, found
-
-
-def read_inputs(path: Path) -> Any:
-    """A tensor from a file of NumPy or PyTorch, without running anybody's code.
-
-    Raises:
-        UsageError: it is neither, or holds something else.
-    """
-    import numpy as np
-    import torch
-
-    from locallearn.study.train import read_tensors
-
-    if path.suffix not in (".npy", ".pt"):
-        raise UsageError(f"predict.inputs is {path}, expected a file that ends in .npy or .pt")
-    if path.suffix == ".pt":
-        found = read_tensors(path)
-    else:
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UsageError(
-                f"{path} cannot be read as an array of numbers: it is damaged, or holds objects"
-            ) from error
-        found = torch.from_numpy(array) if array.dtype.kind in "fiub" else None
-    if not isinstance(found, torch.Tensor):
-        raise UsageError(f"{path} holds no tensor of numbers, (N, ...)")
-    return found
-
-
-def table(batches: Sequence[tuple[Any, Any, Any]], classes: bool) -> str:
-    """Predictions as CSV: one row per sample, node or pair of nodes.
-
-    Raises:
-        UsageError: the outputs are not one number or one row of numbers per sample.
-    """
-    import csv
-    import io
-
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    start = 0
-    for ids, outputs, targets in batches:
-        if outputs.ndim > 2:
-            raise UsageError(
-                f"an output has shape {tuple(outputs.shape[1:])}, which is no row of a table: write predict.out=FILE.npy"
-            )
-        scores = outputs[:, None] if outputs.ndim == 1 else outputs
-        names = ["source", "target"] if ids is not None and ids.ndim == 2 else ["sample"]
-        places = ids.T.tolist() if len(names) == 2 else [[i] for i in range(start, start + len(scores))]
-        if ids is not None and ids.ndim == 1:
-            places = [[i] for i in ids.tolist()]
-        if not start:
-            predicted = ["predicted"] if classes and outputs.ndim == 2 else []
-            wanted = [] if targets is None else ["label"]
-            writer.writerow([*names, *predicted, *wanted, *(f"score_{i}" for i in range(scores.shape[1]))])
-        for row, place in enumerate(places):
-            best = [int(scores[row].argmax())] if predicted else []
-            label = [] if targets is None else [targets[row].item()]
-            writer.writerow([*place, *best, *label, *scores[row].tolist()])
-        start += len(scores)
-    return text.getvalue()
 
 
 def make_saved_plan(cfg: Any, choices: dict[str, str], record: Any) -> Any:

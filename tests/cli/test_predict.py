@@ -14,7 +14,7 @@ import torch
 
 import locallearn
 from locallearn.cli.plans import make_plan
-from locallearn.cli.saved import evaluate, table
+from locallearn.cli.predict import evaluate, table
 from locallearn.cli.settings import UsageError, compose_settings
 from locallearn.study.train import run
 from tests.cli.conftest import SMALL, Cli
