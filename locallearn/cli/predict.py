@@ -7,31 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from locallearn.cli.saved import Saved, load
-from locallearn.cli.settings import UsageError, check_words, compose_settings
+from locallearn.cli.saved import Saved, asked_of, load
+from locallearn.cli.settings import UsageError
 
 
 def predict(words: list[str]) -> int:
     """Let a finished run predict again: the test set, or inputs of one's own."""
-    trust = "--trust" in words
-    runs = [word for word in words if ("=" not in word and not word.startswith("-")) or Path(word).is_dir()]
-    settings = [word for word in words if word not in (*runs, "--trust")]
+    runs, cfg, given = asked_of("predict", words)
     if len(runs) != 1:
         raise UsageError(f"predict takes one run, and got {len(runs)}: locallearn predict RUN [predict.out=FILE]")
-    own = [word for word in settings if word.startswith("predict.")]
-    changes = [word for word in settings if word.startswith(("data_dir=", "trainer.accelerator="))]
-    for word in settings:
-        check_words([word])
-        if word not in (*own, *changes):
-            raise UsageError(
-                f"{word!r} cannot be changed for predict: the run has its own settings; only predict.part, predict.inputs, "
-                "predict.out, data_dir and trainer.accelerator can be given"
-            )
-    asked = compose_settings([*own, *changes])[0]
-    part, source, out = asked.predict.part, asked.predict.inputs, asked.predict.out
-    _check_predict(part, source, out, any(word.startswith("predict.part=") for word in own))
-    accelerator = asked.trainer.accelerator if any(word.startswith("trainer.") for word in changes) else None
-    saved = load(runs[0], trust=trust, data_dir=asked.data_dir, accelerator=accelerator)
+    part, source, out = cfg.predict.part, cfg.predict.inputs, cfg.predict.out
+    _check_predict(part, source, out, any(word.startswith("predict.part=") for word in words))
+    saved = load(runs[0], **given)
     if source is None:
         found = evaluate(saved, part)
         _say(saved.record, part, found[0])

@@ -10,7 +10,7 @@ from typing import Any
 
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import command_line, make_plan
-from locallearn.cli.saved import move, run_folder, saved_settings
+from locallearn.cli.saved import PLACES, read_places, run_folder, saved_settings
 from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings
 from locallearn.cli.terminal import Progress
 
@@ -30,8 +30,6 @@ def train(words: list[str]) -> int:
 
 def _resumed(words: list[str], trust: bool) -> tuple[Any, dict[str, str]] | None:
     """Configuration of the run to go on with: its own, so that nothing has to be said twice."""
-    from omegaconf import OmegaConf
-
     from locallearn.records import load_record
 
     named = [word.partition("=")[2] for word in words if word.startswith("resume=")]
@@ -41,11 +39,10 @@ def _resumed(words: list[str], trust: bool) -> tuple[Any, dict[str, str]] | None
     record = load_record(folder)
     if record.status not in ("interrupted", "failed"):
         raise UsageError(f"{folder} is {record.status}: only an interrupted or failed run can be resumed")
-    cfg, choices = saved_settings(record, trust)
     allowed = (
         "resume=",
         "runs_dir=",
-        "data_dir=",
+        *PLACES,
         "trainer.max_epochs=",
         "trainer.accelerator=",
         "trainer.checkpoint_s=",
@@ -56,11 +53,9 @@ def _resumed(words: list[str], trust: bool) -> tuple[Any, dict[str, str]] | None
                 f"{word!r} cannot be changed on resume: the run goes on with its own settings; only "
                 f"{', '.join(a.rstrip('=') for a in allowed)} can be given"
             )
-        key = word.partition("=")[0]
-        if key in ("data_dir", "runs_dir"):
-            move(cfg, key, OmegaConf.from_dotlist([word])[key])
-        else:
-            cfg.merge_with_dotlist([word])
+    moved = [word for word in words if word.startswith(("runs_dir=", *PLACES))]
+    cfg, choices = saved_settings(record, trust, read_places(moved))
+    cfg.merge_with_dotlist([word for word in words if word not in moved])
     cfg.resume = str(folder)  # a killed run has got another name
     return cfg, choices
 
