@@ -30,7 +30,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'locallearn' has no attribute {name!r}")
 
 
-def load(run: str | Path, *, trust: bool = False, data_dir: str | Path | None = None) -> Any:
+def load(
+    run: str | Path,
+    *,
+    trust: bool = False,
+    data_dir: str | Path | None = None,
+    data_path: str | Path | None = None,
+) -> Any:
     """What a finished run trained, from the folder that ``locallearn train`` printed.
 
     ``predict(inputs)`` of what is returned gives outputs by the rule's own inference, ``(N, ...)``; ``net`` is the
@@ -41,10 +47,13 @@ def load(run: str | Path, *, trust: bool = False, data_dir: str | Path | None = 
         trust: build whatever the record's settings name, instead of nothing but parts of locallearn, PyTorch's optimizers
             and layers, and convolutions of PyTorch Geometric.
         data_dir: where the data are here, for rules that need them (on a graph); ``None``: where they were.
+        data_path: where the file of a graph of your own is here, if it has moved since.
 
     Raises:
         locallearn.cli.UsageError: there is no such run, or its record asks for something that it may not.
         ValueError: its model is damaged, or does not fit its settings.
     """
     # Here, because it needs Lightning and Hydra.
-    return import_module("locallearn.cli.saved").load(run, trust=trust, data_dir=data_dir)
+    places = {"data_dir": data_dir, "dataset.path": data_path}
+    given = {key: str(place) for key, place in places.items() if place is not None}
+    return import_module("locallearn.cli.saved").load(run, trust=trust, places=given)

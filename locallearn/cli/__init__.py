@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from locallearn.cli import commands
+from locallearn.cli.commands import COMMANDS
 from locallearn.cli.mistakes import explain
 from locallearn.cli.settings import UsageError, compose_settings
 from locallearn.cli.terminal import completion, steady_streams
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     if words and words[0] in ("-sc", "--shell-completion", "-sc=install=bash"):
-        return completion(words, [command.__name__ for command in commands.COMMANDS])
+        return completion(words, [command.__name__ for command in COMMANDS])
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises, and explain() says it once
@@ -77,7 +77,7 @@ def _main(words: list[str]) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    known = {command.__name__: command for command in commands.COMMANDS}
+    known = {command.__name__: command for command in COMMANDS}
     if not words or words[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
         return 0

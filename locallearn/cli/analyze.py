@@ -9,31 +9,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from locallearn.cli.saved import load
-from locallearn.cli.settings import UsageError, check_words, compose_settings
+from locallearn.cli.saved import asked_of, load
+from locallearn.cli.settings import UsageError
 
 
 def analyze(words: list[str]) -> int:
     """Say what finished runs represent: sparsity, ensembles, likeness of their layers."""
-    trust = "--trust" in words
-    runs = [word for word in words if ("=" not in word and not word.startswith("-")) or Path(word).is_dir()]
-    settings = [word for word in words if word not in (*runs, "--trust")]
+    runs, cfg, given = asked_of("analyze", words)
     if not runs:
         raise UsageError("analyze takes one run or several: locallearn analyze RUN... [analyze.part=validation]")
-    for word in settings:
-        check_words([word])
-        if not word.startswith(("analyze.", "data_dir=", "trainer.accelerator=")):
-            raise UsageError(
-                f"{word!r} cannot be changed for analyze: a run has its own settings; only analyze.part, analyze.tau, "
-                "analyze.only_right, analyze.per_class, analyze.units, data_dir and trainer.accelerator can be given"
-            )
-    cfg = compose_settings(settings)[0]
     asked = cfg.analyze
     _check(asked)
-    accelerator = cfg.trainer.accelerator if any(word.startswith("trainer.") for word in settings) else None
     saved = {}
     for run in runs:  # a mistake in any of them is told before anything is worked out
-        one = load(run, trust=trust, data_dir=cfg.data_dir, accelerator=accelerator)
+        one = load(run, **given)
         if one.record.id in saved:
             raise UsageError(f"{run} is named twice, or its record has the id of another one: {one.record.id}")
         _check_run(one)

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from locallearn.cli.settings import Arm, UsageError, accepted, check_arguments, check_types
+from locallearn.cli.arms import Arm
+from locallearn.cli.settings import UsageError, accepted, check_arguments, check_types
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 _MATMUL = ("highest", "high", "medium")

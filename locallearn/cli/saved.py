@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from locallearn.cli.plans import make_plan
-from locallearn.cli.settings import GROUPS, UsageError, compose_settings
+from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings
 from locallearn.cli.trust import check_trusted
 
 
@@ -57,13 +58,60 @@ def run_folder(given: str | Path) -> Path:
     raise UsageError(f"there is no folder {final} with a record.json: name the folder of a run, as train printed it")
 
 
-def saved_settings(record: Any, trust: bool) -> tuple[Any, dict[str, str]]:
-    """The settings of a run, found harmless or vouched for, and the name chosen in every group.
-
-    Settings that have come into being since the run have their defaults.
+def asked_of(command: str, words: Sequence[str]) -> tuple[list[str], Any, dict[str, Any]]:
+    """The runs that the words of a command name, the composed settings, and what :func:`load` is to be told.
 
     Raises:
-        UsageError: there are none, or they ask for something that a record may not.
+        UsageError: a word is a setting that a finished run has already.
+    """
+    runs = [word for word in words if ("=" not in word and not word.startswith("-")) or Path(word).is_dir()]
+    places, own, device = [], [], False
+    for word in words:
+        if word in runs or word == "--trust":
+            continue
+        check_words([word])
+        if word.startswith(PLACES):
+            places.append(word)
+        elif word.startswith((f"{command}.", "trainer.accelerator=")):
+            own.append(word)
+            device = device or word.startswith("trainer.")
+        else:
+            settings = ", ".join(f"{command}.{key}" for key in compose_settings([])[0][command])
+            raise UsageError(
+                f"{word!r} cannot be changed for {command}: a run has its own settings; only {settings}, data_dir, "
+                "dataset.path and trainer.accelerator can be given"
+            )
+    cfg = compose_settings(own)[0]
+    given = {"trust": "--trust" in words, "places": read_places(places)}
+    return runs, cfg, {**given, "accelerator": cfg.trainer.accelerator if device else None}
+
+
+PLACES = ("data_dir=", "dataset.path=")
+"""Settings that say where the data of a run are: all that may have changed about them."""
+
+
+def read_places(words: Sequence[str]) -> dict[str, Any]:
+    """Places by setting."""
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.from_dotlist(list(words))
+    found = {key: OmegaConf.select(cfg, key) for key in (word.partition("=")[0] for word in words)}
+    return {key: None if place is None else str(place) for key, place in found.items()}
+
+
+def saved_settings(record: Any, trust: bool, places: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
+    """The settings of a run, found harmless or vouched for, and the name chosen in every group.
+
+    Settings that have come into being since the run have their defaults. A graph's file that was named by a relative path
+    is looked for where the run was started, then here.
+
+    Args:
+        record: of the run.
+        trust: build whatever they name.
+        places: ``data_dir``, ``runs_dir`` and ``dataset.path``, as far as they are given anew.
+
+    Raises:
+        UsageError: there are none, they ask for something that a record may not, or a file that they name is gone.
     """
     from omegaconf import OmegaConf
 
@@ -85,11 +133,64 @@ def saved_settings(record: Any, trust: bool) -> tuple[Any, dict[str, str]]:
     missing = [key for key in ("algorithm", "dataset", "net", "task", "optimizer") if key not in config]
     if missing:
         raise UsageError(f"the settings of {record.path} lack {', '.join(missing)}: the record is damaged")
-    return OmegaConf.create(whole), {group: str(record.data.get(group)) for group in GROUPS}
+    cfg = OmegaConf.create(whole)
+    _find_file(cfg, record)
+    for key, place in places.items():
+        move(cfg, key, place)
+    file = _file(cfg)
+    ours = str(cfg.dataset.get("_target_")).startswith("locallearn.") if file is not None else False
+    if file is not None and ours and not file.exists():  # a path of somebody else's data may be anything
+        raise UsageError(
+            f"the data of {record.path} come from {str(file)!r}, and there is no such file: say where it is with "
+            "dataset.path=FILE (in Python data_path=FILE)"
+        )
+    return cfg, {group: str(record.data.get(group)) for group in GROUPS}
+
+
+def _file(cfg: Any) -> Path | None:
+    """The file that the data are read from, where the user has named one."""
+    named = cfg.dataset.get("path") if hasattr(cfg.dataset, "get") else None
+    return None if named is None else Path(str(named)).expanduser()
+
+
+def _find_file(cfg: Any, record: Any) -> None:
+    """Have a relative name lead to the file that lay there where the run was started, wherever this is called."""
+    file, start = _file(cfg), _started_in(record, Path(str(cfg.runs_dir)).expanduser())
+    if file is None or file.is_absolute() or start is None:
+        return
+    there = start / file
+    if there.exists() and not (file.exists() and file.samefile(there)):
+        cfg.dataset.path = os.path.relpath(there)
+
+
+def _started_in(record: Any, runs_dir: Path) -> Path | None:
+    """The folder that a run was started in, which no record holds: as told by where the run lies, if that was relative."""
+    folder: Path = record.path.absolute().parent
+    if runs_dir.is_absolute() or ".." in runs_dir.parts:
+        return None
+    for part in reversed(runs_dir.parts):
+        if folder.name != part:
+            return None
+        folder = folder.parent
+    return folder
 
 
 def move(cfg: Any, key: str, place: Any) -> None:
-    """Give ``data_dir`` or ``runs_dir`` of settings that are resolved already, with what was taken from it."""
+    """Give a place of settings that are resolved already, ``data_dir`` and ``runs_dir`` with what was taken from it.
+
+    Raises:
+        UsageError: the data were not read from a file.
+    """
+    if key == "dataset.path":
+        if _file(cfg) is None:
+            raise UsageError(
+                "dataset.path says where a file of one's own is now, and the data of this run come from none: leave it out, or "
+                "give data_dir"
+            )
+        if place is None:
+            raise UsageError("dataset.path is null, expected the file that the data come from")
+        cfg.dataset.path = place
+        return
     before = cfg[key]
     cfg[key] = place
     for group, name in (("dataset", "data_dir"), ("logger", "save_dir")):
@@ -163,14 +264,18 @@ class Saved:
 
 
 def load(
-    run: str | Path, *, trust: bool = False, data_dir: str | Path | None = None, accelerator: str | None = "cpu"
+    run: str | Path,
+    *,
+    trust: bool = False,
+    places: Mapping[str, Any] | None = None,
+    accelerator: str | None = "cpu",
 ) -> Saved:
     """What a finished run trained, from the run's folder.
 
     Args:
         run: the folder, as ``train`` printed it.
         trust: build whatever the record's settings name (:mod:`locallearn.cli.trust` has what is built without).
-        data_dir: where the data are here; ``None``: where they were.
+        places: where the data are here, by setting: ``data_dir``, ``dataset.path``; those left out: where they were.
         accelerator: where predictions are made, as ``trainer.accelerator``; ``None``: where the run was, if that is here.
 
     Raises:
@@ -196,9 +301,7 @@ def load(
     model = read_tensors(folder / MODEL)
     if not isinstance(model, dict) or model.get("format") != 1 or not isinstance(model.get("state_dict"), dict):
         raise ValueError(f"{folder / MODEL} holds no model that a run of locallearn has kept")
-    cfg, choices = saved_settings(record, trust)
-    if data_dir is not None:
-        move(cfg, "data_dir", str(data_dir))
+    cfg, choices = saved_settings(record, trust, places or {})
     # Nothing is logged or metered here, and the machine may be another one.
     cfg.logger, cfg.meter, cfg.resume = None, {"idle_s": 0, "sources": {}}, None
     asked = accelerator or str(cfg.trainer.accelerator)
@@ -224,117 +327,6 @@ def load(
             f"{folder / MODEL} does not fit what the run's settings build: {' '.join(str(error).split())}"
         ) from error
     return Saved(record, plan, task.eval(), trainer)
-
-
-def evaluate(saved: Saved, part: str) -> tuple[dict[str, float], list[tuple[Any, Any, Any]]]:
-    """The task's figures on ``validation`` or ``test`` data, and what they come from.
-
-    Returns:
-        Figures by name, and for every batch ids of its rows (numbers, nodes, or pairs of nodes ``(2, M)``), outputs and
-        targets.
-    """
-    import lightning.pytorch as pl
-    import torch
-
-    from locallearn.precision import multiplying
-    from locallearn.study.train import quiet
-
-    found: list[tuple[Any, Any, Any]] = []
-    latest: list[Any] = []
-    judged: list[Any] = []
-
-    class Keep(pl.Callback):
-        def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-            batch = judged.pop() if judged else module.to_batch(batch)
-            rows, made, targets = batch.rows, latest.pop(), batch.targets
-            if rows is not None and rows.ndim == 1:
-                ids = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
-                made, targets = made[rows], targets[rows]
-            else:
-                ids = rows
-            found.append((None if ids is None else ids.cpu(), made.cpu(), targets.cpu()))
-
-        def on_validation_batch_end(self, *given: Any) -> None:
-            self.on_test_batch_end(*given)
-
-    def judge(batch: Any) -> Any:
-        judged.append(batch)  # of links, what the loader gave does not say which part it is
-        return type(saved.task).judge(saved.task, batch)
-
-    hook = saved.task.register_forward_hook(lambda module, given, made: latest.append(made))
-    saved.task.judge = judge
-    saved.trainer.callbacks.append(Keep())
-    run = saved.trainer.test if part == "test" else saved.trainer.validate
-    try:
-        with quiet(), multiplying(saved.plan.matmul_precision):
-            figures = run(saved.task, datamodule=saved.data, verbose=False)[0]
-    finally:
-        hook.remove()
-        del saved.task.judge
-        saved.trainer.callbacks.pop()
-    return {name.partition("/")[2]: value for name, value in figures.items()}, found
-
-
-def read_inputs(path: Path) -> Any:
-    """A tensor from a file of NumPy or PyTorch, without running anybody's code.
-
-    Raises:
-        UsageError: it is neither, or holds something else.
-    """
-    import numpy as np
-    import torch
-
-    from locallearn.study.train import read_tensors
-
-    if path.suffix not in (".npy", ".pt"):
-        raise UsageError(f"predict.inputs is {path}, expected a file that ends in .npy or .pt")
-    if path.suffix == ".pt":
-        found = read_tensors(path)
-    else:
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UsageError(
-                f"{path} cannot be read as an array of numbers: it is damaged, or holds objects"
-            ) from error
-        found = torch.from_numpy(array) if array.dtype.kind in "fiub" else None
-    if not isinstance(found, torch.Tensor):
-        raise UsageError(f"{path} holds no tensor of numbers, (N, ...)")
-    return found
-
-
-def table(batches: Sequence[tuple[Any, Any, Any]], classes: bool) -> str:
-    """Predictions as CSV: one row per sample, node or pair of nodes.
-
-    Raises:
-        UsageError: the outputs are not one number or one row of numbers per sample.
-    """
-    import csv
-    import io
-
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    start = 0
-    for ids, outputs, targets in batches:
-        if outputs.ndim > 2:
-            raise UsageError(
-                f"an output has shape {tuple(outputs.shape[1:])}, which is no row of a table: write predict.out=FILE.npy"
-            )
-        scores = outputs[:, None] if outputs.ndim == 1 else outputs
-        names = ["source", "target"] if ids is not None and ids.ndim == 2 else ["sample"]
-        places = ids.T.tolist() if len(names) == 2 else [[i] for i in range(start, start + len(scores))]
-        if ids is not None and ids.ndim == 1:
-            places = [[i] for i in ids.tolist()]
-        if not start:
-            predicted = ["predicted"] if classes and outputs.ndim == 2 else []
-            wanted = [] if targets is None else ["label"]
-            writer.writerow([*names, *predicted, *wanted, *(f"score_{i}" for i in range(scores.shape[1]))])
-        for row, place in enumerate(places):
-            best = [int(scores[row].argmax())] if predicted else []
-            label = [] if targets is None else [targets[row].item()]
-            writer.writerow([*place, *best, *label, *scores[row].tolist()])
-        start += len(scores)
-    return text.getvalue()
 
 
 def make_saved_plan(cfg: Any, choices: dict[str, str], record: Any) -> Any:

@@ -131,45 +131,6 @@ def accepted(target: str, offered: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in offered.items() if key in parameters}
 
 
-class Arm:
-    """One of the algorithms that are compared: ``NAME``, or ``NAME(KEY=VALUE,...)`` with settings of its own.
-
-    A key without a dot is one of the algorithm's.
-
-    Raises:
-        UsageError: it cannot be read, or it sets the seed.
-    """
-
-    def __init__(self, text: str) -> None:
-        found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text.strip())
-        if found is None:
-            raise UsageError(f"{text!r} is no algorithm to compare: write NAME or NAME(KEY=VALUE,...)")
-        self.text = text
-        self.algorithm: str = found[1]
-        parts = re.split(r",(?![^\[{(]*[\]})])", found[2]) if found[2] else []  # commas outside of brackets
-        check_words(parts)
-        keys = [part.partition("=")[0].strip() for part in parts]
-        if "seed" in keys:
-            raise UsageError(f"{text!r} sets a seed, but all algorithms run the same ones: set compare.seeds")
-        self.settings = [
-            part.strip()
-            if "." in key or key in (*GROUPS, "scheduler", "scheduler_interval")
-            else f"algorithm.{part.strip()}"
-            for part, key in zip(parts, keys, strict=True)
-        ]
-
-    @property
-    def overrides(self) -> list[str]:
-        """Words for Hydra."""
-        return [f"algorithm={self.algorithm}", *self.settings]
-
-    def beyond(self, variant: str | None) -> list[str]:
-        """Settings that a rule's name of its variant does not tell already."""
-        pairs = [setting.removeprefix("algorithm.") for setting in self.settings]
-        told = {variant, *re.split(", |-", variant or "")}
-        return [pair for pair in pairs if told.isdisjoint((pair, *pair.split("=")))]
-
-
 def check_arguments(made: Any, values: dict[str, Any], where: str) -> None:
     """Values against the signature of what they are handed to."""
     import inspect

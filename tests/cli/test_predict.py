@@ -14,7 +14,7 @@ import torch
 
 import locallearn
 from locallearn.cli.plans import make_plan
-from locallearn.cli.saved import evaluate, table
+from locallearn.cli.predict import evaluate, table
 from locallearn.cli.settings import UsageError, compose_settings
 from locallearn.study.train import run
 from tests.cli.conftest import SMALL, Cli
@@ -227,3 +227,91 @@ def test_a_full_disk_for_predictions(cli: Cli, finished_run: Path, monkeypatch: 
     assert refused.code == 2
     assert "the disk is full: x.csv" in refused.err
     assert "test accuracy" in refused.out  # what it was for is there all the same
+
+
+# -- a graph in a file of one's own ------------------------------------------------------------------------------------------
+
+
+def _own_graph(place: Path, seed: int = 0) -> Path:
+    from torch_geometric.data import Data
+
+    torch.manual_seed(seed)
+    edges = torch.randint(30, (2, 120))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(Data(x=torch.rand(30, 5), y=torch.arange(30) % 3, edge_index=edges), place)
+    return place
+
+
+_OWN = ("dataset=own_graph", "dataset.path=../data/own.pt", "algorithm=backprop")
+
+
+def test_a_file_that_was_named_relatively_is_found_from_anywhere(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _own_graph(tmp_path / "data/own.pt")
+    for folder in ("there", "elsewhere/inside"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "there")
+    trained = cli("train", *_OWN)
+    assert trained.code == 0, trained.err
+    run = (tmp_path / "there" / trained.folder).resolve()
+    assert json.loads((run / "record.json").read_text(encoding="utf-8"))["config"]["dataset"]["path"] == _OWN[1][13:]
+    whole = locallearn.load(run).predict()
+    monkeypatch.chdir(tmp_path / "elsewhere/inside")
+    _own_graph(tmp_path / "elsewhere/data/own.pt", seed=1)  # another one of that name, from here
+    assert torch.equal(locallearn.load(run).predict(), whole)
+
+    (tmp_path / "data/own.pt").rename(tmp_path / "moved.pt")
+    assert not torch.equal(locallearn.load(run).predict(), whole)  # the other one is all that is left
+    (tmp_path / "elsewhere/data/own.pt").unlink()
+    gone = cli("predict", str(run))
+    assert gone.code == 2
+    assert gone.err.count("\n") == 1
+    assert "no such file: say where it is with dataset.path=FILE" in gone.err
+    found = cli("predict", str(run), "dataset.path=../../moved.pt")
+    assert found.code == 0, found.err
+    assert torch.equal(locallearn.load(run, data_path=tmp_path / "moved.pt").predict(), whole)
+    analysed = cli("analyze", str(run), f"dataset.path={tmp_path}/moved.pt")
+    assert "was trained on a graph" in analysed.err  # it was found, then
+    assert "null, expected the file" in cli("predict", str(run), "dataset.path=null").err
+
+
+def test_a_run_goes_on_with_the_file_that_it_began_with(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from locallearn.study._callbacks import _Keeper
+    from locallearn.study.train import Interrupted
+
+    def stop(keeper: Any, trainer: Any) -> None:
+        save(keeper, trainer)
+        if trainer.global_step == 2:
+            raise Interrupted
+
+    _own_graph(tmp_path / "data/own.pt")
+    for folder in ("there", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    words = (*_OWN, "trainer.max_epochs=4", "schedule.patience=null", "trainer.checkpoint_s=1e-9")
+    save = _Keeper._save_or_stop
+    with monkeypatch.context() as patch:
+        patch.setattr(_Keeper, "_save_or_stop", stop)
+        stopped = cli("train", *words)
+    assert stopped.code == 130, stopped.err
+    whole = cli("train", *words)
+    test = whole.record["test"]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resumed = cli("train", f"resume=../there/{stopped.folder}")
+    assert resumed.code == 0, resumed.err
+    assert resumed.record["test"] == test
+    again = cli("predict", str(resumed.folder))  # its own record leads there, too
+    assert again.code == 0, again.err
+    (tmp_path / "data/own.pt").rename(tmp_path / "moved.pt")
+    assert "no such file" in cli("train", f"resume=../there/{stopped.folder}").err
+    moved = cli("train", f"resume=../there/{stopped.folder}", "dataset.path=../moved.pt")
+    assert moved.record["test"] == test
+
+
+def test_data_that_come_from_no_file_have_no_path(finished_run: Path, cli: Cli) -> None:
+    refused = cli("predict", str(finished_run), "dataset.path=own.pt")
+    assert refused.code == 2
+    assert "the data of this run come from none" in refused.err

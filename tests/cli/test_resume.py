@@ -186,7 +186,7 @@ def test_a_killed_run_goes_on_however_it_is_named(
         "from inside": ".",
     }[named]
     if named != "part":  # the others need not train to the end
-        monkeypatch.setattr("locallearn.cli.commands._train_once", lambda cfg, *_: print(cfg.resume) or 0)
+        monkeypatch.setattr("locallearn.cli.train._train_once", lambda cfg, *_: print(cfg.resume) or 0)
         outcome = cli("train", f"resume={word}")
         assert outcome.code == 0, outcome.err
         assert Path(outcome.out.strip()).resolve().samefile(tmp_path / final)

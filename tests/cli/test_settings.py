@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from locallearn.cli.arms import Arm
 from locallearn.cli.plans import make_plan
-from locallearn.cli.settings import GROUPS, Arm, compose_settings, options
+from locallearn.cli.settings import GROUPS, compose_settings, options
 
 _EXTRAS = {("logger", "wandb"), ("logger", "mlflow")}  # these need their extra
 # What a choice cannot do without.

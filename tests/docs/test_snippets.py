@@ -17,7 +17,7 @@ import torch
 
 from locallearn import cli
 from locallearn.algorithms import Locality
-from locallearn.cli.commands import arms_of
+from locallearn.cli.arms import arms_of
 from locallearn.cli.plans import make_plan
 from locallearn.cli.settings import compose_settings
 

@@ -1,0 +1,80 @@
+"""The algorithms that ``compare``, ``tune`` and ``bench`` set side by side, each with settings of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings
+
+
+class Arm:
+    """One of the algorithms that are compared: ``NAME``, or ``NAME(KEY=VALUE,...)`` with settings of its own.
+
+    A key without a dot is one of the algorithm's.
+
+    Raises:
+        UsageError: it cannot be read, or it sets the seed.
+    """
+
+    def __init__(self, text: str) -> None:
+        found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text.strip())
+        if found is None:
+            raise UsageError(f"{text!r} is no algorithm to compare: write NAME or NAME(KEY=VALUE,...)")
+        self.text = text
+        self.algorithm: str = found[1]
+        parts = re.split(r",(?![^\[{(]*[\]})])", found[2]) if found[2] else []  # commas outside of brackets
+        check_words(parts)
+        keys = [part.partition("=")[0].strip() for part in parts]
+        if "seed" in keys:
+            raise UsageError(f"{text!r} sets a seed, but all algorithms run the same ones: set compare.seeds")
+        self.settings = [
+            part.strip()
+            if "." in key or key in (*GROUPS, "scheduler", "scheduler_interval")
+            else f"algorithm.{part.strip()}"
+            for part, key in zip(parts, keys, strict=True)
+        ]
+
+    @property
+    def overrides(self) -> list[str]:
+        """Words for Hydra."""
+        return [f"algorithm={self.algorithm}", *self.settings]
+
+    def beyond(self, variant: str | None) -> list[str]:
+        """Settings that a rule's name of its variant does not tell already."""
+        pairs = [setting.removeprefix("algorithm.") for setting in self.settings]
+        told = {variant, *re.split(", |-", variant or "")}
+        return [pair for pair in pairs if told.isdisjoint((pair, *pair.split("=")))]
+
+
+def arms_of(command: str, words: Sequence[str]) -> tuple[Any, dict[str, str], list[Arm], list[str]]:
+    """The settings with the choices made in them, the algorithms to compare, and the words that hold for all of those.
+
+    Where none are listed, they are backpropagation and the one that ``algorithm=`` or ``experiment=`` names; settings of
+    ``algorithm`` are then that one's own.
+    """
+    listed = any(word.startswith(f"{command}.algorithms=") for word in words)
+    named = [word for word in words if word.startswith("algorithm=")]
+    own = [word for word in words if word.startswith("algorithm.")]
+    if listed and named:
+        raise UsageError(f"{command}.algorithms names the algorithms, so {named[0]} has no place here: take it out")
+    base, choices = compose_settings([word for word in words if not (listed and word in own)])  # those are the arms'
+    algorithms, shared = base[command].algorithms, list(words)
+    if not listed and (named or any(word.startswith("experiment=") for word in words)):
+        settings = ",".join(word.removeprefix("algorithm.") for word in own)
+        text = f"{choices['algorithm']}({settings})" if own else choices["algorithm"]
+        algorithms = list(dict.fromkeys(["backprop", text]))
+        shared = [word for word in words if word not in named and word not in own]
+    if not distinct(algorithms, str):
+        raise UsageError(
+            f"the algorithms to compare are {algorithms}, expected a list with every one once: [backprop,...]"
+        )
+    return base, choices, [Arm(text) for text in algorithms], shared
+
+
+def distinct(values: Any, kind: type) -> bool:
+    """Whether these are several values of one kind, at least one, and none twice."""
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        return False
+    return len(values) == len(set(values)) > 0 and all(type(value) is kind for value in values)

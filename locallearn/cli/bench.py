@@ -1,0 +1,34 @@
+"""``locallearn bench``: alternated measurements of speed and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from locallearn.cli.arms import arms_of
+from locallearn.cli.plans import command_line, make_plan
+from locallearn.cli.settings import UsageError, compose_settings
+
+
+def bench(words: list[str]) -> int:
+    """Measure speed or memory, alternated."""
+    from rich.console import Console
+
+    from locallearn.study.bench import bench as measure
+
+    cfg, _, several, shared = arms_of("bench", words)
+    what, depths = str(cfg.bench.what), cfg.bench.depths
+    arms = {arm.text: arm for arm in several}
+    if isinstance(depths, str) or not isinstance(depths, Sequence):
+        raise UsageError(f"bench.depths is {depths}, expected a list of numbers of blocks: [4,32]")
+
+    def make(name: str, *more: str) -> Any:
+        composed, choices = compose_settings([*shared, *arms[name].overrides, "meter=none", *more])
+        return make_plan(composed, choices, command_line("bench", words), arms[name])
+
+    for arm in several:  # a mistake in the settings is told before anything is measured
+        compose_settings([*shared, *arm.overrides])
+    table, folder = measure(what, list(arms), make, cfg.bench.rounds, cfg.bench.steps, list(depths))
+    Console().print(table)
+    print(folder)
+    return 0

@@ -1,0 +1,134 @@
+"""``locallearn compare``: several algorithms with several seeds, and earlier runs that stand for some of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from locallearn.cli.arms import Arm, arms_of, distinct
+from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan
+from locallearn.cli.saved import recovered, reindexed
+from locallearn.cli.settings import UsageError, compose_settings
+from locallearn.cli.terminal import Progress
+
+
+def compare(words: list[str]) -> int:
+    """Train several algorithms with several seeds, print a table, write a report."""
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from locallearn.records import load_record
+    from locallearn.report import check_place, terminal_table, write_report
+    from locallearn.study.compare import compare as run_all
+    from locallearn.study.train import Interrupted, check
+
+    for word in words:
+        if word.startswith("seed="):
+            raise UsageError(f"compare runs the seeds of compare.seeds, so {word} has no place here: take it out")
+    base, _, arms, shared = arms_of("compare", words)
+    seeds, overrides = base.compare.seeds, base.compare.overrides or {}
+    _check_compare(arms, seeds, overrides, base.compare.resume)
+    if base.resume is not None:
+        raise UsageError(
+            "resume goes with train: locallearn train resume=FOLDER; to go on with a comparison: compare.resume=true"
+        )
+    runs_dir = folder_setting(base, "runs_dir")
+    report = Path(str(base.compare.report or runs_dir / "report.html")).expanduser()
+    recovered(runs_dir)
+    earlier = _earlier(runs_dir) if base.compare.resume else {}
+    plans, done = [], []
+    first: dict[str, Any] = {}
+    for seed in seeds:  # A B A B: heat and neighbours weigh on all algorithms alike
+        for arm in arms:
+            own = list(overrides.get(arm.text, []))
+            matched = ["schedule.patience=null"] if base.compare.mode == "matched" else []
+            cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *matched, *own])
+            if earlier:
+                before = earlier.get(_signature(OmegaConf.to_container(cfg, resolve=True), choices["algorithm"]))
+                if before is not None and before.status == "done":
+                    done.append(before)
+                    continue
+                cfg.resume = None if before is None else str(before.path)
+            make = partial(make_plan, cfg, choices, command_line("compare", words), arm)
+            plans.append((f"{arm.text} seed {seed}", make))
+            first.setdefault(arm.text, make)
+    for make in first.values():
+        check(make())  # a mistake in the settings is told before anything is trained
+    check_place(report)  # and so is a place that cannot be written to; it makes the folder, so it comes last
+    try:
+        with Progress() as show:
+            folders, problems = run_all(plans, show)
+    except Interrupted:
+        print("locallearn: interrupted; the same command with compare.resume=true goes on", file=sys.stderr)
+        return 130
+    records = [*done, *(load_record(folder) for folder in folders)]
+    reindexed(runs_dir)
+    write_report(records, report, title="locallearn compare")  # before anything is printed, which may fail
+    Console().print(terminal_table(records))
+    for problem in problems:
+        print(f"locallearn: {problem}", file=sys.stderr)
+    print(report)
+    return 1 if problems else 0
+
+
+def _earlier(runs_dir: Path) -> dict[str, Any]:
+    """Runs to take over, by their signature: finished ones, else interrupted ones that can be gone on with.
+
+    Made by the same code, for another one might give other figures: the same commit, or the same version where there is
+    no checkout.
+    """
+    from locallearn.records import scan, source, versions
+    from locallearn.study.train import CHECKPOINT
+
+    found: dict[str, Any] = {}
+    mine, others, dirty = (source()["commit"], versions()["locallearn"]), 0, 0
+    for record in scan([runs_dir]).records if runs_dir.is_dir() else ():  # oldest first
+        signature = _signature(record.part("config"), record.algorithm)
+        known = found.get(signature)
+        finished = record.status == "done" and record.part("test")  # a trial of a search has not seen the test set
+        waits = record.status == "interrupted" and (record.path / CHECKPOINT).is_file()
+        if finished or (waits and (known is None or known.status != "done")):
+            if (record.part("source").get("commit"), record.part("versions").get("locallearn")) != mine:
+                others += 1
+                continue
+            dirty += record.part("source").get("dirty") is True
+            found[signature] = record
+    if others:
+        print(f"locallearn: {others} earlier runs were made by other code and are not taken over", file=sys.stderr)
+    if dirty:
+        print(
+            f"locallearn: {dirty} earlier runs were made with uncommitted changes to locallearn, perhaps not the present ones",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _signature(config: Any, algorithm: str) -> str:
+    """What has to be the same for a run to stand for another: all settings but places and those of the commands."""
+    import json
+
+    places = ("compare", "tune", "report", "predict", "analyze", "bench", "runs_dir", "resume", "keep_model")
+    kept = {k: v for k, v in config.items() if k not in places}
+    ends = [config.get("compare", {}).get(key) for key in ("mode", "target")]
+    return json.dumps([algorithm, kept, ends], sort_keys=True, default=str)
+
+
+def _check_compare(arms: Sequence[Arm], seeds: Any, overrides: Any, resume: Any) -> None:
+    from collections.abc import Mapping
+
+    if not distinct(seeds, int):
+        raise UsageError(f"compare.seeds is {seeds}, expected different whole numbers: a repeated seed is no spread")
+    for seed in seeds:
+        check_seed("compare.seeds", seed)
+    if type(resume) is not bool:
+        raise UsageError(f"compare.resume is {resume}, expected true or false; a folder to go on from is for train")
+    if not isinstance(overrides, Mapping) or any(isinstance(own, str) for own in overrides.values()):
+        raise UsageError(
+            f'compare.overrides is {overrides}, expected lists by algorithm: {{backprop: ["optimizer.lr=1e-3"]}}'
+        )
+    for name in overrides:
+        if name not in [arm.text for arm in arms]:
+            raise UsageError(f"compare.overrides names {name!r}, which is not in compare.algorithms")

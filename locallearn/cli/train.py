@@ -1,0 +1,118 @@
+"""``locallearn train``: one algorithm once, an interrupted run gone on with, or a sweep."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from locallearn.cli.mistakes import explain
+from locallearn.cli.plans import command_line, make_plan
+from locallearn.cli.saved import PLACES, read_places, run_folder, saved_settings
+from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings
+from locallearn.cli.terminal import Progress
+
+
+def train(words: list[str]) -> int:
+    """Train one algorithm once; with ``-m`` once per combination."""
+    if "-m" in words or "--multirun" in words:
+        return _sweep([word for word in words if word not in ("-m", "--multirun")])
+    trust = "--trust" in words
+    settings = [word for word in words if word != "--trust"]
+    resumed = _resumed(settings, trust)
+    if resumed is None and trust:
+        raise UsageError("--trust is for the settings of a record, with resume=FOLDER: take it out")
+    cfg, choices = resumed or compose_settings(settings)
+    return _train_once(cfg, choices, words)
+
+
+def _resumed(words: list[str], trust: bool) -> tuple[Any, dict[str, str]] | None:
+    """Configuration of the run to go on with: its own, so that nothing has to be said twice."""
+    from locallearn.records import load_record
+
+    named = [word.partition("=")[2] for word in words if word.startswith("resume=")]
+    if not named or named[-1] in ("", "null"):
+        return None
+    folder = run_folder(named[-1])
+    record = load_record(folder)
+    if record.status not in ("interrupted", "failed"):
+        raise UsageError(f"{folder} is {record.status}: only an interrupted or failed run can be resumed")
+    allowed = (
+        "resume=",
+        "runs_dir=",
+        *PLACES,
+        "trainer.max_epochs=",
+        "trainer.accelerator=",
+        "trainer.checkpoint_s=",
+    )
+    for word in words:
+        if not word.startswith(allowed):
+            raise UsageError(
+                f"{word!r} cannot be changed on resume: the run goes on with its own settings; only "
+                f"{', '.join(a.rstrip('=') for a in allowed)} can be given"
+            )
+    moved = [word for word in words if word.startswith(("runs_dir=", *PLACES))]
+    cfg, choices = saved_settings(record, trust, read_places(moved))
+    cfg.merge_with_dotlist([word for word in words if word not in moved])
+    cfg.resume = str(folder)  # a killed run has got another name
+    return cfg, choices
+
+
+def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from locallearn.records import load_record
+    from locallearn.study.train import run
+
+    plan = make_plan(cfg, choices, command_line("train", words))
+    with Progress() as show:
+        plan.progress = partial(show, f"{choices['algorithm']} seed {cfg.seed}")
+        folder = run(plan)
+    record = load_record(folder)
+    metric = record.data["metric"]["name"]
+    Console(stderr=True).print(
+        f"{choices['algorithm']} on {choices['dataset']}: test {metric} {record.data['test'][metric]:.4f}, "
+        f"{record.data['cost']['train_s']:.1f} s of training"
+    )
+    print(folder)
+    return 0
+
+
+def _sweep(words: list[str]) -> int:
+    """``train -m``: Hydra's own sweeper and launcher call one run per combination."""
+    import tempfile
+
+    import hydra
+    from omegaconf import OmegaConf
+
+    from locallearn.study.train import Interrupted
+
+    check_words(words)
+    codes: list[int] = []
+
+    @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
+    def job(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        runtime = HydraConfig.get()
+        choices = {group: str(name) for group, name in runtime.runtime.choices.items() if group in GROUPS}
+        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+        try:
+            codes.append(_train_once(cfg, choices, list(runtime.overrides.task)))
+        except Interrupted as error:
+            raise KeyboardInterrupt from error  # anything less Hydra keeps to itself until the sweep is over
+        except Exception as error:  # one bad combination must not end the sweep
+            code, sentence = explain(error, runtime.overrides.task)
+            print(f"locallearn: {sentence}", file=sys.stderr)
+            codes.append(code)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    with tempfile.TemporaryDirectory() as aside:  # for a file that the sweeper leaves where it runs
+        sys.argv = ["locallearn", "--multirun", f"hydra.sweep.dir={aside}", *words]
+        try:
+            job()
+        except KeyboardInterrupt as stop:
+            raise stop.__cause__ or stop from None
+    return max(codes, default=0)
