@@ -54,12 +54,24 @@ def _tokens() -> tuple[Blocks, Batch]:
     return net.double(), Batch(torch.randn(4, 3, 8, 8).double(), torch.arange(4) % 3)
 
 
+class _Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def _encoder() -> tuple[Blocks, Batch]:
+    """Whose evaluation has a way of its own that no derivative knows."""
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+    net = Blocks({"layer": layer, "mean": _Mean()}, readout=nn.Linear(6, 3)).double()
+    return net, Batch(torch.randn(4, 3, 6).double(), torch.arange(4) % 3)
+
+
 def _normalised() -> tuple[Blocks, Batch]:
     block = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU())
     return Blocks({"only": block}, readout=nn.Linear(5, 3)).double(), _perceptron()[1]
 
 
-@pytest.mark.parametrize("make", [_perceptron, _convolutions, _tokens, _normalised])
+@pytest.mark.parametrize("make", [_perceptron, _convolutions, _tokens, _encoder, _normalised])
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher", "sphere"])
 def test_every_draw_is_the_derivative_times_the_direction(make: Callable[[], tuple[Blocks, Batch]], noise: Any) -> None:
     """ĝ = (g·v) v, with g of autograd and v drawn by hand from the same seed; so ĝ·g is never negative."""

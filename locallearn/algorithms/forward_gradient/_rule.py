@@ -133,9 +133,20 @@ class ForwardGradient(Algorithm):
         del kept  # until here, so that it is counted
 
     def _step(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any]:
-        # Fused attention has no forward-mode derivative; the plain one has, and is the same up to rounding.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), _plain_attention():
             return self._way.step(batch, generator)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Fused attention has no forward-mode derivative; the plain one has, and is the same up to rounding."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
