@@ -10,6 +10,7 @@ from locallearn.algorithms.deep_supervision import DeepSupervision
 from locallearn.algorithms.feedback_alignment import FeedbackAlignment
 from locallearn.algorithms.forward_forward import ForwardForward
 from locallearn.algorithms.forward_gnn import ForwardGNN
+from locallearn.algorithms.forward_gradient import ForwardGradient
 from locallearn.algorithms.layer_collaboration import LayerCollaboration
 from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.algorithms.local_heads import LocalHeads
@@ -31,6 +32,7 @@ __all__ = [
     "FeedbackAlignment",
     "ForwardForward",
     "ForwardGNN",
+    "ForwardGradient",
     "LayerCollaboration",
     "LayerLocal",
     "LocalHeads",

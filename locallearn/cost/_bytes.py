@@ -31,10 +31,13 @@ def storages(tensors: Iterable[Any]) -> dict[int, torch.UntypedStorage]:
             continue
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # opaque layouts tell nobody where they lie
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage
+        except (
+            NotImplementedError,
+            RuntimeError,
+        ):  # opaque layouts tell nobody where they lie, zeros that are not there lie nowhere
             continue
-        if storage.nbytes():
-            found[storage.data_ptr()] = storage
     return found
 
 

@@ -22,6 +22,7 @@ from locallearn.algorithms import (
     FeedbackAlignment,
     ForwardForward,
     ForwardGNN,
+    ForwardGradient,
     LayerCollaboration,
     LocalHeads,
     MonoForward,
@@ -73,6 +74,11 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "counter_current-frozen": partial(CounterCurrent, feedback_lr=0.0),
     "counter_current-cnn": partial(CounterCurrent, loss="cnn"),
     "counter_current-flooding": partial(CounterCurrent, flooding=0.9, target="identity"),
+    "forward_gradient": ForwardGradient,
+    "forward_gradient-projection": partial(
+        ForwardGradient, noise="rademacher", tangents=3, combine="projection", chunk=2
+    ),
+    "forward_gradient-activities": partial(ForwardGradient, perturb="activities", tangents=2),
     "pepita": Pepita,
     "pepita-hebbian": partial(Pepita, variant="hebbian", normalise=True),
     "pepita-time_local": partial(Pepita, variant="time_local"),

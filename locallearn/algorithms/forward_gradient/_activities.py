@@ -1,0 +1,190 @@
+"""Directions in the space of what linear and convolutional layers put out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import jvp
+
+from locallearn.algorithms.base import refuse_made_weights
+from locallearn.algorithms.forward_gradient._draws import Draws
+from locallearn.batch import Batch
+from locallearn.functional.forward_gradient import Combine, Noise, tangents
+from locallearn.nets.blocks import Blocks
+
+_unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+_make: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
+_Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class _Call(NamedTuple):
+    """One call of a layer: what it read, in which version, and the direction of what it put out."""
+
+    layer: _Layer
+    read: Tensor
+    version: int
+    direction: Tensor
+
+
+class Activities:
+    """One derivative of every sample's loss per direction, all layers perturbed at once.
+
+    Args:
+        blocks: the network.
+        loss: of the task, a mean over samples.
+        noise: of the directions.
+        count: K.
+        combine: the mean.
+        chunk: one at a time.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        noise: Noise,
+        count: int,
+        combine: Combine,
+        chunk: int | None,
+    ) -> None:
+        self.blocks, self.loss = blocks, loss
+        self.noise, self.count = noise, count
+
+    def layers(self) -> list[_Layer]:
+        """Layers whose weights learn."""
+        kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+        found = [module for module in self.blocks.modules() if isinstance(module, kinds)]
+        return [layer for layer in found if any(p.requires_grad for p in layer.parameters())]
+
+    def check(self, example: Batch) -> None:
+        """Samples must not see one another, and every weight must belong to a layer that is known.
+
+        Raises:
+            ValueError: names the module.
+        """
+        owner = "forward gradients of activities"
+        if example.context or example.rows is not None:
+            raise ValueError(
+                f"{owner} take every sample's loss by itself, and nodes of a graph see one another: use perturb=weights"
+            )
+        known = {id(p) for layer in self.layers() for p in layer.parameters()}
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                raise ValueError(
+                    f"{name!r} is an nn.{type(module).__name__}, through which samples see one another, and {owner} take every "
+                    "sample's loss by itself: use perturb=weights, or another normalisation"
+                )
+            if isinstance(module, _Layer):
+                refuse_made_weights(name, module, owner)
+                if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
+                    isinstance(module.padding, str) or module.padding_mode != "zeros"
+                ):
+                    raise ValueError(
+                        f"{name!r} has padding={module.padding!r}, padding_mode={module.padding_mode!r}: {owner} are written "
+                        "for numbers of zeros"
+                    )
+        for name, p in self.blocks.named_parameters():
+            if p.requires_grad and id(p) not in known:
+                raise ValueError(
+                    f"the weight {name!r} belongs to no linear or convolutional layer, and {owner} know no other: use "
+                    "perturb=weights, or freeze it with requires_grad_(False)"
+                )
+
+    def step(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any]:
+        """The loss, the estimate of every weight's gradient, and what is held for it: what all layers have read."""
+        made: dict[nn.Parameter, Tensor] = {}
+        draws = Draws(batch.inputs.device)
+        for _ in range(self.count):
+            draws.again()
+            losses, slopes, calls = self._pass(batch, generator)
+            self._look(calls, len(slopes))
+            for call in calls:
+                _add(made, call, slopes / (len(slopes) * self.count))
+        return losses.mean(), made, calls
+
+    def _look(self, calls: list[_Call], samples: int) -> None:
+        """Every layer has put something out for every sample.
+
+        Raises:
+            ValueError: names the layer.
+        """
+        seen = {id(call.layer) for call in calls}
+        others = {id(call.layer) for call in calls if len(call.direction) != samples}
+        changed = {id(call.layer) for call in calls if call.read._version != call.version}
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, _Layer) and any(p.requires_grad for p in module.parameters()):
+                if id(module) not in seen:
+                    raise ValueError(
+                        f"the layer {name!r} is not called as a module, so forward gradients of activities cannot see what it "
+                        "puts out: use perturb=weights, or freeze it with requires_grad_(False)"
+                    )
+                if id(module) in changed:
+                    raise ValueError(
+                        f"what the layer {name!r} has read is written into afterwards, and its gradient needs it as it was: do "
+                        "that out of place, or use perturb=weights"
+                    )
+                if id(module) in others:
+                    raise ValueError(
+                        f"the layer {name!r} puts out rows that are not one per sample, and forward gradients of activities "
+                        "take every sample's loss by itself: use perturb=weights"
+                    )
+
+    def _pass(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, list[_Call]]:
+        calls: list[_Call] = []
+
+        def perturb(layer: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+            primal, tangent = _unpack(output)
+            u = tangents(primal.shape, self.noise, generator, primal.device, primal.dtype)
+            read = _unpack(given[0]).primal
+            calls.append(_Call(cast(_Layer, layer), read, read._version, u))
+            # An activation may write into what it is given, its tangent included: u has to stay what was drawn.
+            return _make(primal, u.clone() if tangent is None else tangent + u)
+
+        hooks = [layer.register_forward_hook(perturb) for layer in self.layers()]
+        try:
+            with forward_ad.dual_level():
+                outputs, along = _unpack(self.blocks(batch.inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            return self.loss(output[None], target[None])
+
+        def losses(outputs: Tensor) -> Tensor:
+            made: Tensor = torch.vmap(loss)(outputs, batch.targets)
+            return made
+
+        if along is None:  # nothing learns
+            return losses(outputs), outputs.new_zeros(len(outputs)), calls
+        return (*jvp(losses, (outputs,), (along,)), calls)
+
+
+def _add(made: dict[nn.Parameter, Tensor], call: _Call, slopes: Tensor) -> None:
+    """Sum over samples of slope times direction times what was read."""
+    u = call.direction * slopes.to(call.direction.dtype).view(-1, *[1] * (call.direction.ndim - 1))
+    layer, read = call.layer, call.read.to(u.dtype)
+    if isinstance(layer, nn.Linear):
+        found = [u.flatten(0, -2).T @ read.flatten(0, -2), u.flatten(0, -2).sum(0)]
+    else:
+        # The product of a kernel's gradient, which nobody calls but this line: autograd's engine does not run.
+        _, *found = torch.ops.aten.convolution_backward(
+            u,
+            read,
+            layer.weight,
+            None if layer.bias is None else list(layer.bias.shape),
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            False,
+            [0] * len(layer.stride),
+            layer.groups,
+            [False, True, layer.bias is not None],
+        )
+    for parameter, gradient in zip((layer.weight, layer.bias), found, strict=True):
+        if isinstance(parameter, nn.Parameter):
+            made[parameter] = made[parameter] + gradient if parameter in made else gradient

@@ -1,0 +1,169 @@
+"""The rule: one loss for the whole network, differentiated in forward mode along directions drawn for every batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, choices, output_layer
+from locallearn.algorithms.forward_gradient._activities import Activities
+from locallearn.algorithms.forward_gradient._weights import Weights
+from locallearn.algorithms.layer_local import feature_sizes
+from locallearn.batch import Batch
+from locallearn.functional.forward_gradient import Combine, Noise
+from locallearn.nets.blocks import fitted
+
+Perturb = Literal["weights", "activities"]
+
+
+class ForwardGradient(Algorithm):
+    """Learn from the loss's derivative along random directions: one forward pass that carries tangents, no backward pass.
+
+    ``perturb=weights`` (Baydin et al. 2022, arXiv 2202.08587): a direction v for all weights, the derivative c = ∂L/∂v of the
+    batch's loss, ĝ = c v. ``perturb=activities`` (Ren et al. 2023, arXiv 2210.03310, FG-A): a direction u for what every linear
+    or convolutional layer puts out, a derivative c_n for every sample, and of a layer with inputs x the gradient
+    mean_n c_n u_n x_nᵀ. Several directions are averaged, or g is projected on what they span.
+
+    Noise does not vanish with a small step: the rate has to be about P times smaller than backpropagation's, P the number of
+    what is perturbed. Statistics of normalisation move once per batch, and all directions see the same dropout masks.
+
+    Deviations: Baydin et al. draw for each layer, here one call draws for all weights, which is faster. Ren et al. put no noise
+    where a ReLU is off and have losses for patches and groups of channels; neither is done here.
+
+    Args:
+        seed: of the directions.
+        perturb: ``weights`` or ``activities``.
+        noise: ``gaussian``, ``rademacher`` (signs) or ``sphere``; ``activities`` have the first two.
+        tangents: K, directions per batch.
+        combine: ``mean``, or ``projection`` on what the directions span (``weights`` only).
+        chunk: directions that pass at once; ``null`` all. Fewer need less memory and more time; the result is the same.
+
+    Raises:
+        ValueError: a setting that does not exist; when attached, an operation that has no forward-mode derivative, more
+            directions than weights under ``projection``, and under ``activities`` layers with weights that are neither
+            linear nor convolutional, BatchNorm, and graphs.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        perturb: Perturb = "weights",
+        noise: Noise = "gaussian",
+        tangents: int = 1,
+        combine: Combine = "mean",
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__(seed)
+        for name, value, kind in (
+            ("perturb", perturb, Perturb),
+            ("noise", noise, Noise),
+            ("combine", combine, Combine),
+        ):
+            if value not in get_args(kind):
+                raise ValueError(f"{name} is {value!r}, expected {', '.join(get_args(kind))}")
+        for name, number in (("tangents", tangents), ("chunk", chunk)):
+            if number is not None and (type(number) is not int or number < 1):
+                raise ValueError(f"{name} is {number!r}, expected a whole number of at least 1")
+        if perturb == "activities" and combine != "mean":
+            raise ValueError(
+                "perturb=activities has a derivative for every sample, and only combine=mean: leave combine out"
+            )
+        if perturb == "activities" and noise == "sphere":
+            raise ValueError("perturb=activities draws entry by entry: noise is gaussian or rademacher there")
+        if perturb == "activities" and chunk not in (None, 1):
+            raise ValueError("perturb=activities passes its directions one by one: leave chunk out")
+        self.perturb: Perturb = perturb
+        self.noise: Noise = noise
+        self.tangents = tangents
+        self.combine: Combine = combine
+        self.chunk = chunk
+
+    @property
+    def locality(self) -> Locality:
+        """Forward-only: no backward pass at all."""
+        return Locality.FORWARD_ONLY
+
+    @property
+    def carries(self) -> bool:
+        """Whatever crosses the borders: the network runs as a whole."""
+        return True
+
+    @property
+    def broadcast(self) -> str:
+        """One number per direction, or one per direction and sample."""
+        return "the loss's derivative along a random direction" + (
+            " of every sample" if self.perturb == "activities" else ""
+        )
+
+    @property
+    def variant(self) -> str | None:
+        """What is perturbed, and how often."""
+        return choices(self, ForwardGradient.__init__, "perturb", "noise", "tangents", "combine")
+
+    def build(self, task: TaskInfo) -> None:
+        """Add nothing; one step is tried, so that what has no forward-mode derivative is told before training."""
+        feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
+        if self.blocks.readout is None:
+            output_layer(self.blocks, "ForwardGradient")
+        kind = Weights if self.perturb == "weights" else Activities
+        self._way = kind(self.blocks, task.loss, self.noise, self.tangents, self.combine, self.chunk)
+        self._way.check(task.example)
+        with _told():
+            inputs = fitted(self.blocks, task.example.inputs)
+            move = partial(torch.utils._pytree.tree_map_only, Tensor, lambda value: value.to(inputs.device))
+            targets = task.example.targets if task.example.rows is not None else task.example.targets[: len(inputs)]
+            example = task.example._replace(inputs=inputs, targets=move(targets), context=move(task.example.context))
+            self._step(example, torch.Generator(inputs.device).manual_seed(0))
+
+    def units(self) -> dict[str, list[ParamGroup]]:
+        """One unit: the network."""
+        return {"network": [{"params": list(self.blocks.parameters())}]}
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """Estimated gradients of all weights; the loss is reported."""
+        loss, gradients, kept = self._step(batch, self.rng(batch.inputs.device))
+        yield Update("network", loss, gradients)
+        del kept  # until here, so that it is counted
+
+    def _step(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any]:
+        with torch.no_grad(), _plain_attention():
+            return self._way.step(batch, generator)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Fused attention has no forward-mode derivative; the plain one has, and is the same up to rounding."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say in one sentence which operation has no forward-mode derivative."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        found = re.search(
+            r"Trying to use forward AD with (\S+) that does not support it|forward.{0,40} for (\S+)", text
+        )
+        if "forward AD" not in text and "jvp" not in text and "forward mode" not in text.lower():
+            raise
+        name = next((group for group in found.groups() if group), None) if found else None
+        raise ValueError(
+            f"forward gradients need the forward-mode derivative of every operation, and {name or 'one of these'} has none in "
+            f"PyTorch ({text[:160]}): put operations in its place that have one (sums of products for distances, plain "
+            "attention for fused attention, your autograd.Function with a jvp), or use another rule"
+        ) from error

@@ -1,0 +1,103 @@
+"""Forward gradients: what is known of a gradient from directional derivatives along random tangents.
+
+Weights: A. G. Baydin, B. A. Pearlmutter, D. Syme, F. Wood, P. Torr, "Gradients without Backpropagation", 2022, arXiv
+2202.08587.
+Activities: M. Ren, S. Kornblith, R. Liao, G. Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv 2210.03310.
+Several tangents: K. Flügel, D. Coquelin, M. Weiel, A. Streit, M. Götz, "Beyond Backpropagation: Optimization with Multi-Tangent
+Forward Gradients", 2024, arXiv 2410.17764.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Generator, Tensor
+
+Noise = Literal["gaussian", "rademacher", "sphere"]
+Combine = Literal["mean", "projection"]
+
+
+def tangents(
+    shape: Sequence[int],
+    noise: Noise = "gaussian",
+    generator: Generator | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Random directions with unit covariance, E[v vᵀ] = 1.
+
+    Args:
+        shape: ``(..., P)``; every row is a direction.
+        noise: ``gaussian``: N(0, 1); ``rademacher``: ±1; ``sphere``: uniform on the sphere of radius √P.
+        generator: draws; lies on ``device``.
+        device: of the result.
+        dtype: of the result, floating point.
+
+    Returns:
+        Directions, ``shape``.
+
+    Raises:
+        ValueError: there is no such noise.
+    """
+    if noise not in get_args(Noise):
+        raise ValueError(f"noise is {noise!r}, expected gaussian, rademacher or sphere")
+    made = torch.empty(tuple(shape), device=device, dtype=dtype)
+    if noise == "rademacher":
+        return made.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+    made.normal_(generator=generator)
+    if noise == "sphere":
+        made.mul_(made.shape[-1] ** 0.5 / made.norm(dim=-1, keepdim=True))
+    return made
+
+
+def estimate(directions: Tensor, slopes: Tensor, combine: Combine = "mean") -> Tensor:
+    """The gradient's estimate from K directional derivatives c = V g.
+
+    ``mean``: Vᵀ c / K, unbiased for directions of unit covariance. ``projection``: Vᵀ (V Vᵀ)⁻¹ c, the gradient's orthogonal
+    projection on what the directions span; with K = P independent ones it is the gradient. Directions that depend on one
+    another count once (pseudo-inverse in float64).
+
+    Args:
+        directions: V, ``(K, P)``.
+        slopes: c, ``(K,)``.
+        combine: ``mean`` or ``projection``.
+
+    Returns:
+        ĝ, ``(P,)``.
+
+    Raises:
+        ValueError: there is no such way to combine, or more directions than entries are projected on.
+    """
+    count, size = directions.shape
+    if combine == "mean":
+        mean: Tensor = slopes.to(directions.dtype) @ directions / count
+        return mean
+    if combine != "projection":
+        raise ValueError(f"combine is {combine!r}, expected mean or projection")
+    if count > size:
+        raise ValueError(
+            f"{count} directions are more than the {size} entries of the gradient: projection needs at most as many"
+        )
+    gram = (directions @ directions.T).double()
+    weights = torch.linalg.pinv(gram, hermitian=True) @ slopes.double()
+    projected: Tensor = weights.to(directions.dtype) @ directions
+    return projected
+
+
+def relative_error(size: int, count: int = 1, noise: Noise = "gaussian", combine: Combine = "mean") -> float:
+    """E‖ĝ − g‖² / ‖g‖² by theory.
+
+    ``mean``: (P + 1)/K for Gaussian directions, (P − 1)/K for signs and for the sphere. ``projection``: 1 − K/P, of signs up to
+    the chance that rows depend on one another.
+
+    Args:
+        size: P.
+        count: K.
+        noise: see :func:`tangents`.
+        combine: see :func:`estimate`.
+    """
+    if combine == "projection":
+        return 1 - count / size
+    return (size + (1 if noise == "gaussian" else -1)) / count
