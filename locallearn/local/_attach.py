@@ -56,7 +56,8 @@ def attach_cut(
             f"the network gives {tuple(result.shape)}, expected (N, classes) with two classes at least; or give loss="
         )
     if classes:
-        places = (len(result), *result.shape[2:])
+        # Of features that are no scores, whatever their shape, a rule makes one class per sample.
+        places = (len(result), *(result.shape[2:] if count == width_of(result) else ()))
         targets = (
             (torch.arange(len(result), device=result.device) % count).view(-1, *[1] * (len(places) - 1)).expand(places)
         )
