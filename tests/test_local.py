@@ -24,6 +24,7 @@ from locallearn.local import bytes_in
 from locallearn.local._where import partition
 from locallearn.strategies import LocalStrategy
 from locallearn.tasks.classification import Classification
+from locallearn.testing import plain_loop
 
 DRAW = torch.Generator().manual_seed(0)
 X, Y = torch.randn(12, 3, 32, 32, generator=DRAW), torch.arange(12) % 10
@@ -557,3 +558,43 @@ def test_the_largest_block_is_least_and_none_is_left_with_next_to_nothing() -> N
             wanted = min((max(found), sum(size * size for size in found)) for found in every)
             chosen = sums(partition(sizes, parts))
             assert (max(chosen), sum(size * size for size in chosen)) == wanted
+
+
+def test_a_batch_of_one_sample_is_refused_before_anything_learns() -> None:
+    """A later block has nothing to normalise by, or a later block's head; the blocks before it could have learned."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)]
+    flat = nn.Sequential(*layers, nn.BatchNorm1d(4), nn.Linear(4, 10))
+    maps = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)]
+    small = nn.Sequential(*maps, nn.Flatten(), nn.Linear(16, 10))
+    cases = [
+        (flat, ll.MonoForward(), ["1", "4"], "block '4' has a normalisation"),
+        (
+            small,
+            ll.algorithms.LocalHeads(head="conv1"),
+            ["1", "3", "4"],
+            "the head of block '3' normalises over the batch",
+        ),
+    ]
+    for net, algorithm, cuts, sentence in cases:
+        local = ll.localize(net, algorithm, cuts=cuts, example=X[:4], optimizer=SGD)
+        before = copy.deepcopy(local.state_dict())
+        with pytest.raises(ValueError, match=sentence):
+            local.step(X[:1], Y[:1])
+        after = local.state_dict()
+        for part in ("net", "algorithm"):
+            for name, value in before[part].items():
+                assert not isinstance(value, Tensor) or torch.equal(value, after[part][name]), name
+        local.step(X[:2], Y[:2])
+    fits = ll.localize(
+        nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 10)),
+        ll.MonoForward(),
+        cuts=["2"],
+        example=X,
+        optimizer=SGD,
+    )
+    twin = copy.deepcopy(fits.algorithm)
+    plain_loop(twin, [ll.Batch(X[:1], Y[:1])] * 2, SGD)
+    for _ in range(2):
+        fits.step(X[:1], Y[:1])
+    assert all(torch.equal(p, q) for p, q in zip(fits.algorithm.parameters(), twin.parameters(), strict=True))

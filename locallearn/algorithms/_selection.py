@@ -16,6 +16,7 @@ from locallearn.algorithms.base import TaskInfo
 from locallearn.batch import Batch
 
 By = Literal["loss", "random"]
+_CLASSES = 1000  # of which a task's loss is tried
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,12 @@ class Selection:
                 f"keep is {self.keep:g}, but a graph is one batch whose nodes see one another: no part of it can go on"
             )
         if self.ranks:
-            targets = torch.arange(2) % task.outputs if task.classes else task.example.targets
-            shape = (2, task.outputs) if task.classes else targets.shape
-            scores = torch.linspace(-1, 1, math.prod(shape)).square().reshape(shape)
+            targets = task.example.targets
+            shape = targets.shape
+            if task.classes:  # of every class, because a loss may weigh them
+                targets = torch.arange(max(2, min(task.outputs, _CLASSES)), device=targets.device) % task.outputs
+                shape = torch.Size((len(targets), task.outputs))
+            scores = torch.linspace(-1, 1, math.prod(shape), device=targets.device).square().reshape(shape)
             try:
                 found, whole = sample_losses(task.loss, scores, targets).mean(), task.loss(scores, targets)
                 fits = torch.allclose(found, whole, rtol=1e-4)
@@ -92,6 +96,18 @@ class Selection:
                 "make the batches larger, leave a short last one out (dataset.drop_last=true), or give another keep"
             )
         return kept
+
+    def refuse_apart(self) -> None:
+        """Refuse that blocks learn one after another, where one of them chooses for those behind it.
+
+        Raises:
+            ValueError: something stays behind.
+        """
+        if self:
+            raise ValueError(
+                f"keep={self.keep:g} has one block choose from every batch for those behind it, so that all of them learn "
+                "together: use schedule=joint, or keep=1"
+            )
 
     def choose(self, samples: int, losses: Tensor | None, generator: torch.Generator) -> Tensor:
         """Positions of the samples that go on, in their old order, int64.
@@ -148,8 +164,8 @@ class LastLosses(Grown):
         if places is None:
             raise ValueError(
                 "keep_by=loss looks up what a sample cost when it was last learned from, and these batches do not say which "
-                "samples they hold (Batch.index or Batch.source): use the data sets of locallearn or a BatchLoader, or "
-                "keep_by=random"
+                "samples they hold (Batch.index or Batch.source): use the data sets of locallearn or a BatchLoader, give "
+                "source= to the step of a network from localize, or use keep_by=random"
             )
         missing = int(places.max()) + 1 - len(self.losses)
         if missing > 0:

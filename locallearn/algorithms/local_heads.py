@@ -79,8 +79,7 @@ class LocalHeads(LayerLocal):
         Raises:
             ValueError: a block has no class scores by which its training could be judged, or only a part of a batch goes on.
         """
-        if self.selection:
-            raise ValueError(_TOGETHER.format(keep=self.selection.keep))
+        self.selection.refuse_apart()
         if not self.heads.classifies:
             raise ValueError(
                 "a sequential schedule judges every block by its own class scores, and with these losses not every block has "
@@ -110,8 +109,8 @@ class LocalHeads(LayerLocal):
         Raises:
             ValueError: a block that may be frozen is to choose.
         """
-        if units is not None and self.selection:
-            raise ValueError(_TOGETHER.format(keep=self.selection.keep))
+        if units is not None:
+            self.selection.refuse_apart()
         super().train_only(units)
 
     def learned_from(self, unit: str, samples: int) -> int:
@@ -165,9 +164,3 @@ class LocalHeads(LayerLocal):
         *_, last = (x for _, x in zip(range(self.depth), self.activations(inputs, *context), strict=False))
         read = self.read(self.depth - 1, last, *context)
         return self.heads.scores(self.blocks, self.depth - 1, read, Batch(inputs, inputs, context))
-
-
-_TOGETHER = (
-    "keep={keep:g} has one block choose from every batch for those behind it, so that all of them learn together: use "
-    "schedule=joint, or keep=1"
-)

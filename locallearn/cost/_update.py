@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class StageCost:
     """What the units cost that train together.
 
     A step on ``n`` rows that have come before takes ``step_flops + n * row_flops``; a row is one sample, on a graph a node.
+    That is exact for the batch that was measured; where the work does not grow evenly (every pair of samples is compared,
+    or a part of so many goes on), other sizes can be measured, too.
 
     Attributes:
         units: that train in this stage.
@@ -46,6 +48,7 @@ class StageCost:
         gradient_bytes: peak bytes of gradients of parameters, held at once.
         cache_bytes: what the rule keeps from one step to the next beside weights and buffers, after these batches.
         steady: whether a step on the same batch always takes the same work; else the figures are means over some steps.
+        sizes: operations of a settled step by the number of its rows, where others were measured, too.
     """
 
     units: tuple[str, ...]
@@ -58,6 +61,7 @@ class StageCost:
     gradient_bytes: int
     cache_bytes: int
     steady: bool
+    sizes: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def update_flops(self) -> float:
@@ -68,15 +72,22 @@ class StageCost:
         """Operations done once for a training set of so many rows."""
         return self.once_flops + rows * self.fill_flops
 
-    def training(self, steps: int, rows: int, distinct: int) -> float:
+    def training(self, steps: int, rows: int, distinct: int, batches: Mapping[int, int] | None = None) -> float:
         """Operations of a whole stage.
 
         Args:
             steps: batches.
             rows: of all batches together.
             distinct: rows of the training set.
+            batches: how many of these batches there were by the number of their rows, where sizes were measured.
         """
-        return steps * self.step_flops + rows * self.row_flops + self.once(distinct) if steps else 0.0
+        if not steps:
+            return 0.0
+        uneven = sum(
+            (batches or {}).get(size, 0) * (flops - self.step_flops - size * self.row_flops)
+            for size, flops in self.sizes.items()
+        )
+        return steps * self.step_flops + rows * self.row_flops + uneven + self.once(distinct)
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,7 @@ def measure_update(
     other: Batch | None = None,
     recurs: bool = True,
     predicted: Batch | None = None,
+    sizes: Iterable[int] = (),
 ) -> UpdateCost:
     """Measure an update on a copy of the algorithm; its weights and all random numbers stay as they are.
 
@@ -168,6 +180,7 @@ def measure_update(
             ``None``: the batch is all there is.
         recurs: whether the next epoch brings these very tensors, as a whole graph does, or equal ones made anew.
         predicted: what to predict; ``None``: the batch.
+        sizes: rows of smaller batches that training has, too; a graph has no parts.
     """
     twin = copy.deepcopy(algorithm)
     twin.zero_grad(set_to_none=True)
@@ -182,7 +195,7 @@ def measure_update(
         stages = []
         for stage in units:
             twin.train_only(frozenset(stage) if sequential else None)
-            stages.append(_measure_stage(twin, stage, first, others, recurs, names))
+            stages.append(_measure_stage(twin, stage, first, others, recurs, names, sizes))
         twin.train_only(None)
         inference = _measure_inference(twin, first if predicted is None else _fitted(predicted, twin), names)
     return UpdateCost(
@@ -197,7 +210,13 @@ def measure_update(
 
 
 def _measure_stage(
-    twin: Algorithm, units: tuple[str, ...], batch: Batch, other: Batch | None, recurs: bool, names: set[str]
+    twin: Algorithm,
+    units: tuple[str, ...],
+    batch: Batch,
+    other: Batch | None,
+    recurs: bool,
+    names: set[str],
+    sizes: Iterable[int],
 ) -> StageCost:
     gradients = 0
 
@@ -225,7 +244,11 @@ def _measure_stage(
     if not steady:
         settled = [flops(batch, again=True) for _ in range(_PATIENCE)]
     step = sum(settled) / len(settled)
-    fixed = _fixed_flops(flops, batch, step) if steady and period == 1 else 0.0
+    fixed, measured = 0.0, dict[int, float]()
+    if steady and period == 1:
+        fixed = _fixed_flops(flops, batch, step)
+        parts = {size: _flops_of_part(flops, batch, size) for size in sizes}
+        measured = {size: found for size, found in parts.items() if found is not None}
     peak, kept = _peak(twin, batch), cache_bytes(twin, without=[batch, other])
     with counting() as counter:
         twin.end_epoch()
@@ -241,29 +264,35 @@ def _measure_stage(
         gradient_bytes=gradients,
         cache_bytes=kept,
         steady=steady,
+        sizes=measured,
     )
 
 
 def _fixed_flops(flops: Callable[..., float], batch: Batch, step: float) -> float:
     """Work of a step that does not grow with its rows, from a step on half of them; zero for parts of a graph."""
     half = len(batch.inputs) // 2
-    if half == 0 or batch.context or batch.rows is not None:
-        return 0.0
-    part = Batch(
-        batch.inputs[:half].clone(),
-        batch.targets[:half].clone(),
-        index=None if batch.index is None else batch.index[:half],
-        source=None if batch.source is None else batch.source[:half],
-    )
-    try:
-        halved = flops(part)
-    except (
-        Exception
-    ):  # BatchNorm of a single row, say, or a block made for batches of one size: then all are like this one
+    halved = _flops_of_part(flops, batch, half)
+    if halved is None:
         return 0.0
     slope = (step - halved) / (len(batch.inputs) - half)
     fixed = step - slope * len(batch.inputs)
     return fixed if fixed > 0 and slope > 0 else 0.0
+
+
+def _flops_of_part(flops: Callable[..., float], batch: Batch, rows: int) -> float | None:
+    """Work of a step on the first rows of a batch; ``None`` where there is no such part, or no step can be made on it."""
+    if not 0 < rows < len(batch.inputs) or batch.context or batch.rows is not None:
+        return None
+    part = Batch(
+        batch.inputs[:rows].clone(),
+        batch.targets[:rows].clone(),
+        index=None if batch.index is None else batch.index[:rows],
+        source=None if batch.source is None else batch.source[:rows],
+    )
+    try:
+        return flops(part)
+    except Exception:  # BatchNorm of a single row, say, or a block made for batches of one size
+        return None
 
 
 def _peak(twin: Algorithm, batch: Batch) -> int:

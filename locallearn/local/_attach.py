@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from locallearn.nets.equal import rows_of, some_rows
 from locallearn.nets.trace import preserved
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+_MOST = 1000  # samples that a step is tried with
 
 
 def attach_cut(
@@ -54,7 +56,8 @@ def attach_cut(
             f"the network gives {tuple(result.shape)}, expected (N, classes) with two classes at least; or give loss="
         )
     if classes:
-        places = (len(result), *result.shape[2:])
+        # Of features that are no scores, whatever their shape, a rule makes one class per sample.
+        places = (len(result), *(result.shape[2:] if count == width_of(result) else ()))
         targets = (
             (torch.arange(len(result), device=result.device) % count).view(-1, *[1] * (len(places) - 1)).expand(places)
         )
@@ -63,8 +66,34 @@ def attach_cut(
         targets = torch.zeros_like(result)
     task = TaskInfo(given._replace(targets=targets), count, loss, classes)
     algorithm.attach(cut.blocks, task)
-    _try_step(net, algorithm, task)
+    batch = task.example
+    if rows_of(cut.arguments.values) is not None:
+        batch = repeated(batch, _fewest(algorithm))
+    _try_step(net, algorithm, batch)
     return task
+
+
+def repeated(batch: Batch, samples: int) -> Batch:
+    """So many samples, each with a place of its own: those of the batch, over and over."""
+    order = torch.arange(samples, device=batch.inputs.device)
+    rows, known = order % len(batch.inputs), len(batch.inputs)
+
+    def of(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == known else value
+
+    return Batch(of(batch.inputs), of(batch.targets), tuple(map(of, batch.context)), source=order)
+
+
+def _fewest(algorithm: Algorithm) -> int:
+    """Samples of the smallest batch, two at least, of which every unit can learn; two where there is none."""
+    for samples in range(2, _MOST):
+        try:
+            for unit in algorithm.units():
+                algorithm.learned_from(unit, samples)
+        except ValueError:
+            continue
+        return samples
+    return 2
 
 
 def result_of(net: nn.Module, cut: Cut) -> Tensor:
@@ -75,13 +104,13 @@ def result_of(net: nn.Module, cut: Cut) -> Tensor:
     return result
 
 
-def _try_step(net: nn.Module, algorithm: Algorithm, task: TaskInfo) -> None:
+def _try_step(net: nn.Module, algorithm: Algorithm, batch: Batch) -> None:
     """What cannot be trained is told before training: a step on a copy of everything."""
     with preserved(net):
         twin = copy.deepcopy(algorithm).train()
         done: list[str] = []
         try:
-            drive(twin, task.example, lambda update: done.append(update.unit))
+            drive(twin, batch, lambda update: done.append(update.unit))
         except ValueError:
             raise
         except Exception as error:

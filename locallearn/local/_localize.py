@@ -172,7 +172,8 @@ def _peak(net: nn.Module, algorithm: Algorithm, cut: Cut, task: TaskInfo) -> int
     targets = known if rows is None else known[torch.arange(rows, device=known.device) % len(known)]
     kept = [(p, p.grad) for p in net.parameters()]
     with preserved(net), activation_bytes(algorithm) as count:
-        drive(algorithm, Batch(main, targets, tuple(context)))
+        places = None if rows is None else torch.arange(rows, device=known.device)
+        drive(algorithm, Batch(main, targets, tuple(context), source=places))
     for parameter, gradient in kept:
         parameter.grad = gradient
     return count.peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from locallearn.algorithms.base import Algorithm, ParamGroup, TaskInfo, Update
 from locallearn.batch import Batch
+from locallearn.cost import drive, undisturbed
 from locallearn.nets.blocks import evaluating
 from locallearn.nets.cut import Cut
 from locallearn.nets.execution import Execution
@@ -53,6 +55,7 @@ class Local:
         self.make_optimizer = optimizer
         self._arguments = cut.arguments
         self._mode: bool | None = None
+        self._takes_single = False  # known once it has been tried
         self.optimizers = _optimizers(algorithm, optimizer)
         self._refuse_frozen()
         self._follow()
@@ -61,11 +64,12 @@ class Local:
         unused = f", {len(self.unused)} parameters that its output does not need" if self.unused else ""
         return f"Local({type(self.net).__name__} under {type(self.algorithm).__name__}: {', '.join(self.blocks.names)}{unused})"
 
-    def batch(self, inputs: Any, targets: Tensor, rows: Tensor | None = None) -> Batch:
-        """Inputs as the network takes them and targets, as a rule takes them.
+    def batch(self, inputs: Any, targets: Tensor, rows: Tensor | None = None, source: Tensor | None = None) -> Batch:
+        """Inputs as the network takes them and targets, as a rule takes them; the arguments are those of :meth:`updates`.
 
         Raises:
-            ValueError: inputs are given otherwise than the example was, labels are no class ids, or there are none.
+            ValueError: inputs are given otherwise than the example was, labels are no class ids, or there are none; or
+                what says which samples they are does not.
         """
         main, *context = self._arguments.by_name(inputs).values()
         if not isinstance(targets, Tensor):
@@ -90,9 +94,16 @@ class Local:
                         f"labels go from {low} to {high}, expected class ids 0 to {self.task.outputs - 1}: the network has "
                         f"{self.task.outputs} outputs"
                     )
-        return self.execution.given(Batch(main, targets, tuple(context), rows))
+        if source is not None and (source.dtype != torch.int64 or source.shape != targets.shape[:1]):
+            raise ValueError(
+                f"source is {source.dtype} of shape {tuple(source.shape)}, expected the position of every sample in the "
+                f"training set, int64 of shape ({len(targets)},)"
+            )
+        return self.execution.given(Batch(main, targets, tuple(context), rows, source=source))
 
-    def updates(self, inputs: Any, targets: Tensor, rows: Tensor | None = None) -> Iterator[Update]:
+    def updates(
+        self, inputs: Any, targets: Tensor, rows: Tensor | None = None, source: Tensor | None = None
+    ) -> Iterator[Update]:
         """Train on one batch, one unit after the other.
 
         Every unit is handed out before it learns: ``update.unit`` and ``update.loss`` are known, its gradients are not. When
@@ -104,22 +115,25 @@ class Local:
             inputs: as the example was given: a tensor, a tuple, or a dict.
             targets: class ids ``(N,)``, or what the loss takes.
             rows: see :class:`~locallearn.batch.Batch`; on a graph the nodes that are learned from.
+            source: position of every sample in the training set, ``(N,)``, int64, for rules that remember what each of
+                them cost (``Backprop(keep=0.5)``).
+
+        Raises:
+            ValueError: a batch that the network or the rule cannot be trained on; of one of a single sample nothing has
+                learned then.
         """
         self._refuse_frozen()
         self._follow()
-        updates = self.algorithm.updates(self.batch(inputs, targets, rows))
+        batch = self.batch(inputs, targets, rows, source)
+        self._try_single(batch)
+        updates = self.algorithm.updates(batch)
         done = 0
         while True:
             try:
                 update = next(updates, None)
             except ValueError as error:
-                if "more than 1 value per channel" not in str(error):
-                    raise
-                name = self.blocks.names[min(done, len(self.blocks) - 1)]
-                raise ValueError(
-                    f"block {name!r} has a normalisation, which has nothing to normalise by in a batch of one sample: use "
-                    "larger batches, and drop_last=True in the loader"
-                ) from error
+                self._explain_single(error, done)
+                raise
             except RuntimeError as error:
                 self.execution.explain(error)
                 raise
@@ -139,8 +153,30 @@ class Local:
             optimizer.zero_grad()
             del update
 
-    def step(self, inputs: Any, targets: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
-        """Train on one batch; see :meth:`updates`.
+    def _try_single(self, batch: Batch) -> None:
+        """Before anything learns from a batch of one sample: a later block may have nothing to normalise by."""
+        if len(batch.inputs) > 1 or self._takes_single or not self.net.training:
+            return
+        done: list[str] = []
+        with undisturbed(batch.inputs.device):
+            try:
+                drive(copy.deepcopy(self.algorithm), batch, lambda update: done.append(update.unit))
+            except ValueError as error:
+                self._explain_single(error, len(done))
+                raise
+        self._takes_single = True
+
+    def _explain_single(self, error: ValueError, done: int) -> None:
+        if "more than 1 value per channel" in str(error):
+            raise ValueError(
+                f"block {self.blocks.names[min(done, len(self.blocks) - 1)]!r} has a normalisation, which has nothing to "
+                "normalise by in a batch of one sample: use larger batches, and drop_last=True in the loader"
+            ) from error
+
+    def step(
+        self, inputs: Any, targets: Tensor, rows: Tensor | None = None, source: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Train on one batch; the arguments are those of :meth:`updates`.
 
         Returns:
             The loss of every unit before its step, detached. Units of rules without a loss are left out.
@@ -150,7 +186,7 @@ class Local:
                 have the device waited for, and it is up to the loop to look now and then.
         """
         losses: dict[str, Tensor] = {}
-        for update in self.updates(inputs, targets, rows):
+        for update in self.updates(inputs, targets, rows, source):
             if update.loss is not None:
                 loss = update.loss.detach()
                 if loss.device.type == "cpu" and not bool(torch.isfinite(loss)):

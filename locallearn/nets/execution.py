@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map
@@ -23,8 +25,9 @@ class Execution:
 
     A block is compiled together with its backward pass, and no graph spans a border. What a rule adds (heads, losses) and the
     readout run as they are. Compiled code is made for a first size of batches, and once more for all others. A
-    block runs uncompiled, with the same result, in a deep copy, while hooks hang inside of it, and while somebody watches every
-    operation (:class:`~locallearn.cost.FlopCounter`, an audit).
+    block runs uncompiled, with the same result, in a deep copy, while hooks hang inside of it or on all modules, and while
+    somebody watches every operation (:class:`~locallearn.cost.FlopCounter`, an audit); and from then on, with a warning, in
+    a mode in which it has come to run in more ways than PyTorch compiles of one function (parts of it at rest in turn, say).
 
     Args:
         channels_last: keep tensors of four axes, weights and inputs, in PyTorch's memory format of that name: images as
@@ -80,7 +83,7 @@ class Execution:
         for name, block in blocks.members.items():
             if block._compiled_call_impl is None:  # else somebody has compiled it already
                 if name not in self._compiled:
-                    self._compiled[name] = _compiled(self.backend)
+                    self._compiled[name] = _Compiled(name, self.backend)
                 block._compiled_call_impl = _CompiledBlock(name, block, self._compiled[name])
 
     def lay_out(self, module: nn.Module) -> None:
@@ -141,9 +144,49 @@ def _last(leaf: Any) -> Any:
     return leaf.contiguous(memory_format=torch.channels_last) if known else leaf
 
 
-def _compiled(backend: str) -> Callable[..., Any]:
-    """What runs a block's forward compiled, the block given as first argument."""
+class _Compiled:
+    """Runs a block's forward compiled, the block given as first argument.
 
+    How often something is compiled anew is limited by function, so there is one for each mode: training, gradients, inference.
+    """
+
+    def __init__(self, name: str, backend: str) -> None:
+        self._name, self._backend = name, backend
+        self._made: dict[tuple[bool, bool, bool], Callable[..., Any]] = {}
+
+    def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        from torch._dynamo import exc  # takes seconds, so not where nothing is compiled
+
+        limits = tuple(getattr(exc, name) for name in _LIMITS if hasattr(exc, name))
+        mode = (block.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if mode not in self._made:
+            self._made[mode] = _compiled(self._backend)
+        try:
+            return self._made[mode](block, *args, **kwargs)
+        except limits:
+            self._made[mode] = _plain
+            warnings.warn(
+                f"block {self._name!r} runs in more ways than PyTorch compiles of one function (the limit is "
+                "torch._dynamo.config.cache_size_limit), so from here on it runs uncompiled, with the same result",
+                stacklevel=2,
+            )
+            return _plain(block, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Compiled, (self._name, self._backend)  # compiled anew where it is read
+
+
+_LIMITS = ("FailOnRecompileLimitHit", "RecompileLimitExceeded")  # the latter in PyTorch 2.6
+
+
+def _plain(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block.forward(*args, **kwargs)
+
+
+def _compiled(backend: str) -> Callable[..., Any]:
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return block.forward(*args, **kwargs)
 
@@ -211,13 +254,18 @@ def _put_back(block: nn.Module, own: Any) -> None:
         vars(block)["forward"] = own
 
 
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+
+
 def _watched(inside: Iterable[nn.Module]) -> bool:
     """Whether somebody wants to see what happens inside of a block, which compiled code does not show."""
     modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return (
         torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, jvp and the like
+        or any(getattr(_module, f"_global_{kind}_hooks") for kind in _HOOKS)
         or any(not isinstance(mode, DeviceContext) for mode in modes)
-        or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in inside)
+        or any(getattr(m, f"_{kind}_hooks") for m in inside for kind in _HOOKS)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,8 @@ from locallearn.nets.execution import Execution
 from locallearn.strategies.local import LocalStrategy, LocalTask
 from locallearn.strategies.making import Closure, make_optimizers
 from locallearn.study.plan import Interrupted, Plan
+
+_SIZES = 4  # of batches beside the usual one, whose operations are counted each by itself
 
 
 @dataclass
@@ -182,7 +185,7 @@ class _Costs(pl.Callback):
                 stage |= {
                     "update_flops": cost.update_flops,
                     "once_flops": cost.once(seen.distinct) if seen.steps else 0.0,
-                    "train_flops": cost.training(seen.steps, seen.rows, seen.distinct),
+                    "train_flops": cost.training(seen.steps, seen.rows, seen.distinct, seen.batches),
                     "steady": cost.steady,
                     "activation_peak_bytes": cost.activation_peak_bytes,
                     "gradient_bytes": cost.gradient_bytes,
@@ -234,10 +237,18 @@ class _Costs(pl.Callback):
                     other=others[0] if others else None,
                     recurs=recurs,
                     predicted=predicted,
+                    sizes=self._smaller(len(batch.inputs)),
                 )
         except Exception as error:  # a meter may cost its own figure only
             self.notes.append(f"the cost of an update is unknown: {_said(error)}")
             return None
+
+    def _smaller(self, rows: int) -> list[int]:
+        """Sizes of batches beside the usual one; of many the most frequent, and the others are taken to lie between."""
+        counts = Counter[int]()
+        for seen in self._stages.values():
+            counts.update({size: count for size, count in seen.batches.items() if 0 < size < rows})
+        return [size for size, _ in counts.most_common(_SIZES)]
 
 
 class _Allocated:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import locallearn as ll
 import locallearn.losses.local_heads
 from locallearn.algorithms import MAN, Algorithm, Backprop, DeepSupervision, LocalHeads, MonoForward, TaskInfo
 from locallearn.algorithms.heads import HeadParts
@@ -672,3 +673,17 @@ def test_a_rule_that_was_refused_one_network_takes_another(make: Any) -> None:
     tensors = {name for name, value in fresh.items() if isinstance(value, Tensor)}
     assert state.keys() == fresh.keys()
     assert all(torch.equal(state[name], fresh[name]) for name in tensors)
+
+
+def test_a_network_without_a_classifier_gets_the_last_head_too() -> None:
+    """As DGL's code has it: the last unit's head is what predicts, and stays."""
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())
+    images, rule = torch.randn(8, 3, 8, 8), LocalHeads(head="dgl")
+    local = ll.localize(features, rule, cuts=["1"], example=images, outputs=5)
+    assert [type(head).__name__ for head in rule.heads.projections] == ["MLPHead", "MLPHead"]
+    before = copy.deepcopy(rule.heads.projections[1].state_dict())
+    local.step(images, torch.arange(8) % 5)
+    assert not torch.equal(before["1.weight"], rule.heads.projections[1].state_dict()["1.weight"])
+    rule.eval()
+    assert torch.equal(local.predict(images), rule.heads.projections[1](features.eval()(images)))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import locallearn as ll
 from locallearn.algorithms import Algorithm, Backprop, LocalHeads, MonoForward, TaskInfo
 from locallearn.algorithms._selection import Selection, sample_losses
 from locallearn.batch import Batch
@@ -184,6 +185,33 @@ def _mlp_keys() -> Any:
     return {f"blocks.{key}" for key in _mlp().state_dict()} | {"_extra_state"}
 
 
+# -- any network ------------------------------------------------------------------------------------------------------
+def test_any_network_under_rules_that_take_a_part() -> None:
+    """Tried on as many samples as a part can be taken of; the loop says which samples it gives."""
+
+    def made(algorithm: Algorithm, **where: Any) -> ll.Local:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4))
+        return ll.localize(net, algorithm, example=ROWS[0].inputs[:2], optimizer=sgd, **(where or {"cuts": ["1", "3"]}))
+
+    for keep, by in ((0.5, "loss"), (0.5, "random"), (0.9, "loss")):
+        local = made(MonoForward(keep=keep, keep_by=by))  # type: ignore[arg-type]
+        twin = copy.deepcopy(local.algorithm)
+        local.step(ROWS[0].inputs, ROWS[0].targets)
+        plain_loop(twin, [ROWS[0]], sgd)
+        assert all(torch.equal(p, q) for p, q in zip(local.algorithm.parameters(), twin.parameters(), strict=True))
+    local = made(Backprop(keep=0.5))
+    twin = copy.deepcopy(local.algorithm)
+    for batch in ROWS:
+        local.step(batch.inputs, batch.targets, source=batch.index)
+    plain_loop(twin, ROWS, sgd)
+    assert all(torch.equal(p, q) for p, q in zip(local.net.parameters(), twin.blocks.parameters(), strict=True))
+    with pytest.raises(ValueError, match="give source= to the step"):
+        local.step(ROWS[0].inputs, ROWS[0].targets)
+    with pytest.raises(ValueError, match=r"source is torch.int64 of shape \(3,\), expected .* int64 of shape \(8,\)"):
+        local.step(ROWS[0].inputs, ROWS[0].targets, source=torch.arange(3))
+
+
 # -- what it costs ----------------------------------------------------------------------------------------------------
 def test_later_blocks_cost_a_part() -> None:
     """By hand, of products alone: half of the rows pass blocks 2 and 3; backpropagation halves everything."""
@@ -197,6 +225,16 @@ def test_later_blocks_cost_a_part() -> None:
     control = [measure_update(_attached(Backprop(keep=keep), _mlp()), ROWS[0], other=ROWS[1]) for keep in (1, 0.5)]
     assert control[1].flops == control[0].flops / 2
     assert control[1].stages[0].steady
+
+
+def test_a_part_of_an_odd_batch_costs_what_it_costs() -> None:
+    """Of 8 and of 5 samples 2 go on, which lie on no line through the origin; nor does half of 8 say so."""
+    algorithm = _attached(MonoForward(keep=0.3), _mlp())
+    part = Batch(ROWS[0].inputs[:5], ROWS[0].targets[:5])
+    exact = 3 * 8 * measure_update(algorithm, ROWS[0]).flops + 2 * 5 * measure_update(algorithm, part).flops
+    stage = measure_update(algorithm, ROWS[0], sizes=[5]).stages[0]
+    assert stage.training(5, 34, 8, {8: 3, 5: 2}) == pytest.approx(exact, rel=1e-12)
+    assert stage.training(5, 34, 8) != pytest.approx(exact, rel=1e-3)
 
 
 def test_later_blocks_keep_the_bytes_of_a_part() -> None:
@@ -258,6 +296,8 @@ def test_networks_and_tasks_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match="no mean over samples of what each of them costs by itself"):
             _attached(make(keep=0.5), _mlp(), loss=together)
         _attached(make(keep=0.5, keep_by="random"), _mlp(), loss=together)
+        with pytest.raises(ValueError, match="no mean over samples"):  # though of the first two classes it is
+            _attached(make(keep=0.5), _mlp(), loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, 1.0, 3.0])))
 
 
 def test_batches_that_have_no_part() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -127,6 +128,49 @@ def test_who_counts_or_copies_sees_plain_blocks() -> None:
     assert [block._compiled_call_impl for block in net] == [None, None]
 
 
+def test_who_transforms_functions_or_listens_to_all_modules_sees_plain_blocks() -> None:
+    torch.manual_seed(0)
+    net, execution = mlp((3, 6, 6), 4, (5,)), Execution(compile="blocks", backend="aot_eager")
+
+    def each(images: Tensor) -> Tensor:
+        scores: Tensor = torch.vmap(lambda image: net(image[None])[0])(images)
+        return scores
+
+    plain = each(IMAGES[0])
+    execution.prepare(net, net)
+    assert torch.equal(each(IMAGES[0]), plain)
+    seen: list[nn.Module] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, made: seen.append(module))
+    try:
+        net(IMAGES[0])
+    finally:
+        hook.remove()
+    assert any(isinstance(module, nn.Linear) for module in seen)
+
+
+@torch._dynamo.config.patch(cache_size_limit=2)
+def test_more_ways_to_run_than_are_compiled_do_not_end_a_training() -> None:
+    """Parts rest in turn; another mode of the block stays compiled."""
+    net, execution = _net(0.3), Execution(compile="blocks", backend="eager")
+    execution.prepare(net, net)
+    block = net[0]
+    block(IMAGES[0])
+    block[1].eval()
+    block(IMAGES[0])
+    block[2].eval()
+    with pytest.warns(UserWarning, match="block 'first' runs in more ways than PyTorch compiles"):
+        block(IMAGES[0])
+    kept = execution._compiled["first"]._made  # type: ignore[attr-defined]
+    assert list(kept) == [(True, True, False)]
+    twin = copy.deepcopy(net)
+    assert torch.equal(block(IMAGES[0]), twin[0](IMAGES[0]))
+    with torch.no_grad():
+        block.eval()(IMAGES[0])
+    plain, compiled = kept.values()
+    assert plain is not compiled
+    assert hasattr(compiled, "_torchdynamo_orig_callable")
+
+
 @pytest.mark.parametrize("rule", [Pepita, FeedbackAlignment])
 def test_rules_that_take_blocks_apart_are_refused(rule: Callable[[], Algorithm]) -> None:
     torch.manual_seed(0)
@@ -244,6 +288,11 @@ def test_localize_takes_both_and_copies_go_on() -> None:
     assert _furthest(twin.net, plain.net) < 1e-5
     assert all(block._compiled_call_impl.ran for block in (*fast.blocks, *twin.blocks))  # type: ignore[union-attr]
     assert torch.allclose(fast.predict(IMAGES[0]), plain.net(IMAGES[0]), atol=1e-5)
+    read = pickle.loads(pickle.dumps(fast))  # compiled anew where it is read
+    for local in (read, plain):
+        local.step(IMAGES[0], LABELS[0])
+    assert _furthest(read.net, plain.net) < 1e-5
+    assert all(block._compiled_call_impl.ran for block in read.blocks)
     watched = _localized(compile="blocks", compile_backend="eager")
     watched.net[0].register_forward_hook(lambda module, given, made: None)  # type: ignore[index]
     with pytest.raises(ValueError, match="MonoForward never runs block '1' as a whole"):
