@@ -25,7 +25,7 @@ from locallearn.cli.saved import (
 )
 from locallearn.cli.settings import GROUPS, Arm, UsageError, check_words, compose_settings
 from locallearn.cli.spaces import quoted, read_space
-from locallearn.cli.terminal import Progress
+from locallearn.cli.terminal import Progress, printing
 
 
 def train(words: list[str]) -> int:
@@ -139,7 +139,6 @@ def _sweep(words: list[str]) -> int:
 def compare(words: list[str]) -> int:
     """Train several algorithms with several seeds, print a table, write a report."""
     from omegaconf import OmegaConf
-    from rich.console import Console
 
     from locallearn.records import load_record
     from locallearn.report import check_place, terminal_table, write_report
@@ -188,7 +187,8 @@ def compare(words: list[str]) -> int:
     records = [*done, *(load_record(folder) for folder in folders)]
     reindexed(runs_dir)
     write_report(records, report, title="locallearn compare")  # before anything is printed, which may fail
-    Console().print(terminal_table(records))
+    console = printing()
+    console.print(terminal_table(records, console.width))
     for problem in problems:
         print(f"locallearn: {problem}", file=sys.stderr)
     print(report)
@@ -292,7 +292,6 @@ def tune(words: list[str]) -> int:
 
 def _recommend(found: Sequence[Any], arms: dict[str, Arm], shared: Sequence[str]) -> int:
     """Print the best settings of every algorithm, as commands that run them; 1 where one has none."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -304,7 +303,7 @@ def _recommend(found: Sequence[Any], arms: dict[str, Arm], shared: Sequence[str]
     for best in found:
         value = "none" if best.value is None else f"{best.value:.4f}"
         table.add_row(best.algorithm, str(best.trials), value, Text(" ".join(best.settings)))
-    Console().print(table)
+    printing().print(table)
     for best in found:
         if best.failures:
             all_or_some = "all" if best.value is None else str(len(best.failures))
@@ -495,7 +494,6 @@ def _write_predictions(batches: Sequence[Any], out: Path | None, saved: Any) -> 
 def audit(words: list[str]) -> int:
     """Print what was seen of every unit, and whether the claim holds."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from locallearn.audit import audit as audited
@@ -533,7 +531,7 @@ def audit(words: list[str]) -> int:
             ", ".join(unit.depends_on_later) or "nothing",
             str(unit.backward_calls),
         )
-    console = Console()
+    console = printing()
     console.print(table)
     console.print(f"broadcast to all blocks: {result.broadcast}", highlight=False)
     console.print("not seen: " + "; ".join(result.limits), highlight=False)
@@ -555,8 +553,6 @@ def _precision(name: str) -> Any:
 
 def bench(words: list[str]) -> int:
     """Measure speed or memory, alternated."""
-    from rich.console import Console
-
     from locallearn.study.bench import bench as measure
 
     cfg, _, several, shared = arms_of("bench", words)
@@ -572,14 +568,13 @@ def bench(words: list[str]) -> int:
     for arm in several:  # a mistake in the settings is told before anything is measured
         compose_settings([*shared, *arm.overrides])
     table, folder = measure(what, list(arms), make, cfg.bench.rounds, cfg.bench.steps, list(depths))
-    Console().print(table)
+    printing().print(table)
     print(folder)
     return 0
 
 
 def data(words: list[str]) -> int:
     """List the data sets and where their files lie."""
-    from rich.console import Console
     from rich.table import Table
 
     from locallearn.tasks.graphs import graph_status
@@ -593,7 +588,7 @@ def data(words: list[str]) -> int:
     for row in (*data_status(folder), *graph_status(folder)):
         place = "" if row.path is None else str(row.path.relative_to(folder))
         table.add_row(row.name, "yes" if row.present else "no", ", ".join(row.files) or "come with a package", place)
-    Console().print(table)
+    printing().print(table)
     return 0
 
 

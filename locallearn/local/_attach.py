@@ -63,8 +63,19 @@ def attach_cut(
         targets = torch.zeros_like(result)
     task = TaskInfo(given._replace(targets=targets), count, loss, classes)
     algorithm.attach(cut.blocks, task)
-    _try_step(net, algorithm, task)
+    _try_step(net, algorithm, whole(cut, task))
     return task
+
+
+def whole(cut: Cut, task: TaskInfo) -> Batch:
+    """The example as a batch to learn from, all of it: of how many samples it is may matter, to a rule that keeps a share."""
+    values = cut.arguments.values
+    rows = rows_of(values)
+    if rows is None or rows < 2:
+        return task.example
+    main, *context = values.values()
+    known = task.example.targets
+    return Batch(main, known[torch.arange(rows, device=known.device) % len(known)], tuple(context))
 
 
 def result_of(net: nn.Module, cut: Cut) -> Tensor:
@@ -75,13 +86,13 @@ def result_of(net: nn.Module, cut: Cut) -> Tensor:
     return result
 
 
-def _try_step(net: nn.Module, algorithm: Algorithm, task: TaskInfo) -> None:
+def _try_step(net: nn.Module, algorithm: Algorithm, batch: Batch) -> None:
     """What cannot be trained is told before training: a step on a copy of everything."""
     with preserved(net):
         twin = copy.deepcopy(algorithm).train()
         done: list[str] = []
         try:
-            drive(twin, task.example, lambda update: done.append(update.unit))
+            drive(twin, batch, lambda update: done.append(update.unit))
         except ValueError:
             raise
         except Exception as error:

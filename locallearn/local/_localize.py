@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from locallearn.algorithms.base import Algorithm, TaskInfo
-from locallearn.batch import Batch
 from locallearn.cost import activation_bytes, drive
-from locallearn.local._attach import Loss, attach_cut, result_of
+from locallearn.local._attach import Loss, attach_cut, result_of, whole
 from locallearn.local._object import Local, OptimizerFactory
-from locallearn.local._where import BYTES, balanced, bytes_in, check_net, partition, short, weigh
+from locallearn.local._where import BYTES, balanced, bytes_in, check_net, kind, partition, short, weigh
 from locallearn.nets.blocks import width_of
 from locallearn.nets.cut import Cut, cut_network, names_for, places
-from locallearn.nets.equal import rows_of
 from locallearn.nets.execution import Execution
 from locallearn.nets.trace import preserved
 
@@ -76,7 +74,7 @@ def localize(
     execution = Execution(channels_last, compile, compile_backend)
     if not isinstance(algorithm, Algorithm):
         raise ValueError(
-            f"algorithm is a {type(algorithm).__name__}, expected a rule of locallearn.algorithms, e.g. ll.MonoForward()"
+            f"algorithm is {kind(algorithm)}, expected a rule of locallearn.algorithms with its settings, e.g. ll.MonoForward()"
         )
     if example is None:
         raise ValueError(
@@ -166,13 +164,9 @@ def _within(
 
 def _peak(net: nn.Module, algorithm: Algorithm, cut: Cut, task: TaskInfo) -> int:
     """Bytes that a step on the whole example keeps alive for gradients at once."""
-    main, *context = cut.arguments.values.values()
-    known = task.example.targets
-    rows = rows_of(cut.arguments.values)
-    targets = known if rows is None else known[torch.arange(rows, device=known.device) % len(known)]
     kept = [(p, p.grad) for p in net.parameters()]
     with preserved(net), activation_bytes(algorithm) as count:
-        drive(algorithm, Batch(main, targets, tuple(context)))
+        drive(algorithm, whole(cut, task))
     for parameter, gradient in kept:
         parameter.grad = gradient
     return count.peak

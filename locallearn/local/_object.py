@@ -90,6 +90,10 @@ class Local:
                         f"labels go from {low} to {high}, expected class ids 0 to {self.task.outputs - 1}: the network has "
                         f"{self.task.outputs} outputs"
                     )
+        known = self.task.example
+        matched = main.ndim and targets.ndim and len(known.inputs) == len(known.targets)  # else of a graph as a whole
+        if matched and len(main) != len(targets):
+            raise ValueError(f"there are {len(main)} inputs and {len(targets)} targets: every sample needs its own")
         return self.execution.given(Batch(main, targets, tuple(context), rows))
 
     def updates(self, inputs: Any, targets: Tensor, rows: Tensor | None = None) -> Iterator[Update]:
@@ -105,6 +109,11 @@ class Local:
             targets: class ids ``(N,)``, or what the loss takes.
             rows: see :class:`~locallearn.batch.Batch`; on a graph the nodes that are learned from.
         """
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "gradients are switched off here (torch.no_grad() or inference_mode()), so nothing could be learned: train "
+                "outside of it"
+            )
         self._refuse_frozen()
         self._follow()
         updates = self.algorithm.updates(self.batch(inputs, targets, rows))
@@ -114,6 +123,7 @@ class Local:
                 update = next(updates, None)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
+                    self._explain(error, inputs)
                     raise
                 name = self.blocks.names[min(done, len(self.blocks) - 1)]
                 raise ValueError(
@@ -122,6 +132,7 @@ class Local:
                 ) from error
             except RuntimeError as error:
                 self.execution.explain(error)
+                self._explain(error, inputs)
                 raise
             if update is None:
                 if not self._proved:
@@ -163,7 +174,11 @@ class Local:
         """Outputs by the rule's own inference in evaluation mode, ``(N, ...)``, whatever mode the network is in."""
         main, *context = self.execution.given(list(self._arguments.by_name(inputs).values()))
         with evaluating(self.algorithm):
-            return self.algorithm.predict(main, *context)
+            try:
+                return self.algorithm.predict(main, *context)
+            except (RuntimeError, ValueError) as error:
+                self._explain(error, inputs)
+                raise
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on: network, rule with its generators, and optimizers. ``torch.save`` takes it."""
@@ -205,6 +220,19 @@ class Local:
                         f"{', '.join(sorted(set(theirs) ^ set(mine)))} in one of the two only: make the same one"
                     )
             optimizer.load_state_dict(given)
+
+    def _explain(self, error: Exception, inputs: Any) -> None:
+        """Say what is unlike the example where that made a step or a prediction fail, else nothing.
+
+        Raises:
+            ValueError: shape, dtype or device of the inputs.
+        """
+        unlike = self._arguments.unlike(self._arguments.by_name(inputs))
+        if unlike is not None:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{unlike}: {type(self.net).__name__} and what the rule adds cannot run these ({said})"
+            ) from error
 
     def _refuse_frozen(self) -> None:
         """Whether there is anything left of the network that could learn, where this rule moves its weights at all."""

@@ -12,7 +12,7 @@ Make = Callable[..., Record]
 
 def printed(records: Sequence[Record], width: int = 160) -> str:
     out = io.StringIO()
-    Console(file=out, width=width).print(terminal_table(records))
+    Console(file=out, width=width).print(terminal_table(records, width))
     return out.getvalue()
 
 
@@ -59,6 +59,16 @@ def test_a_terminal_of_eighty_columns_loses_no_figure(make: Make) -> None:
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
     for figure in ("deep_supervision", "98.10", "±0.10", "45.9", "2.35", "5.60", "4.67", "0.345"):
         assert figure in text
+    assert "codecarbon" not in text  # the page has it
+    headings = set(" ".join(text.splitlines()[1:6]).split())
+    assert {"accuracy", "measured", "modelled", "update", "activ."} <= headings  # no word is broken
+
+
+def test_sources_that_differ_by_the_program_alone_keep_its_name(make: Make) -> None:
+    window = {"joules": 2.0, "quality": "modelled", "by": "load", "source": "a:cpu"}
+    text = printed([make("backprop", 0, energy=[window, window | {"source": "b:cpu"}])], 200)
+    assert "a: cpu modelled" in text
+    assert "b: cpu modelled" in text
 
 
 def test_every_metric_has_a_column_of_its_own(make: Make) -> None:
