@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from locallearn.records import Record
-from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, headline_metric
+from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, headline_metric, shared_notes
 from locallearn.statistics import Row, compare_table
 
 _BASELINE = "backprop"
@@ -35,7 +35,7 @@ def terminal_table(records: Sequence[Record], width: int = 80) -> Table:
     """
     rows = compare_table(records, _BASELINE)
     shown = _selection(columns(rows), rows)
-    notes = list(dict.fromkeys(f"{row.label}: {note}" for row in rows for note in row.notes))
+    notes = shared_notes(rows)
     more = [f"{len(notes) - _NOTES} more notes are in the report."] if len(notes) > _NOTES else []
     caption = Text("\n".join([LEGEND.format(baseline=_BASELINE), *notes[:_NOTES], *more]))
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

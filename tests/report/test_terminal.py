@@ -85,3 +85,13 @@ def test_every_metric_has_a_column_of_its_own(make: Make) -> None:
     line, below = cells(text, "y")
     assert line[:3] == ["1", "\N{EN DASH}", "0.0008600"]
     assert below[0] == "2.000\N{MULTIPLICATION SIGN}"
+
+
+def test_what_is_to_be_said_of_several_rules_is_said_once(make: Make) -> None:
+    small = {"dataset": {"limit_train": 500}}
+    names = ("a", "b", "c", "backprop")
+    some = printed([make(name, 0, config=small if name < "b" or name == "backprop" else {}) for name in names], 300)
+    assert "backprop, a: It learned from 500 training samples alone" in " ".join(some.split())
+    every = printed([make(name, 0, config=small) for name in names], 300)
+    assert every.count("500 training samples") == 1
+    assert "all rules: It learned from 500" in every
