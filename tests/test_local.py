@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations, pairwise
@@ -217,6 +218,7 @@ def test_cuts_by_number_and_by_memory(capsys: pytest.CaptureFixture[str]) -> Non
     table = ll.show(net, X)
     assert [row.name for row in table.rows] == ["maxpool", "layer1", "layer2", "layer3", ""]
     assert str(table) in capsys.readouterr().out
+    assert str(table).startswith("ResNet: 4 possible cuts; a line's figures, for 12 samples, are of what lies between")
     assert sum(row.parameters for row in table.rows) == sum(p.numel() for p in net.parameters())
     assert ll.localize(net, ll.MonoForward(), cuts=3, example=X).blocks.names == ["layer1", "layer3", "layer4"]
     roomy = ll.localize(net, ll.MonoForward(), memory="1GiB", example=X)
@@ -248,7 +250,7 @@ def test_what_is_refused() -> None:
         ll.localize(net, ll.MonoForward(), example=X)
     with pytest.raises(ValueError, match=r"write \['features'\]"):
         ll.localize(net, ll.MonoForward(), cuts="features", example=X)
-    with pytest.raises(ValueError, match="expected a rule"):
+    with pytest.raises(ValueError, match="algorithm is the class MonoForward, expected a rule"):
         ll.localize(net, ll.MonoForward, cuts=1, example=X)  # type: ignore[arg-type]
     local = ll.localize(net, ll.MonoForward(), cuts=["features.3"], example=X)
     with pytest.raises(ValueError, match="labels go from 0 to 10, expected class ids 0 to 9"):
@@ -259,8 +261,18 @@ def test_what_is_refused() -> None:
         local.step(X[:1], Y[:1])
 
 
+_FIRST = nn.Linear(5, 8)
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def _compiled(net: nn.Module) -> nn.Module:
+    """What torch.compile makes of a network, without its import, which takes seconds."""
+    wrapped = nn.Module()
+    wrapped._orig_mod = net
+    return wrapped
 
 
 @pytest.mark.parametrize(
@@ -272,10 +284,20 @@ def _mlp() -> nn.Module:
         ({"net": len}, r"net is a builtin_function_or_method, expected a torch.nn.Module"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, r"optimizer is a SGD, and every unit needs one of its own"),
         ({"cuts": ["7"]}, r"has no module '7'"),
+        ({"cuts": [_FIRST]}, r"^a cut is a Linear itself, expected its name in Sequential: write '0'$"),
+        ({"cuts": [nn.ReLU()]}, r"^a cut is a ReLU itself, .* Sequential, which does not contain it$"),
+        ({"net": nn.Linear}, r"^net is the class Linear, expected a torch.nn.Module"),
+        ({"net": _compiled(nn.Linear(5, 3))}, r"^net is compiled as a whole, .* compile='blocks'"),
+        (
+            {"net": nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), "cuts": 2},
+            r"cuts is 2, and Sequential can be cut into no more than one block \(its last layer is the readout",
+        ),
     ],
 )
 def test_what_is_given_wrongly_is_told(change: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"net": _mlp(), "cuts": ["0"], "example": torch.randn(4, 5), **change}
+    net = _mlp()
+    net[0] = _FIRST  # type: ignore[operator]
+    given: dict[str, Any] = {"net": net, "cuts": ["0"], "example": torch.randn(4, 5), **change}
     with pytest.raises(ValueError, match=message):
         ll.localize(given.pop("net"), ll.MonoForward(), **given)
 
@@ -598,3 +620,49 @@ def test_a_batch_of_one_sample_is_refused_before_anything_learns() -> None:
     for _ in range(2):
         fits.step(X[:1], Y[:1])
     assert all(torch.equal(p, q) for p, q in zip(fits.algorithm.parameters(), twin.parameters(), strict=True))
+
+
+class _Gives(nn.Module):
+    """Features and scores by name, neither of which is called as outputs are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.body(x).relu()
+        return {"features": features, "scores": self.head(features)}
+
+
+def test_which_of_several_named_outputs_is_taken_is_said() -> None:
+    with pytest.warns(
+        UserWarning, match=r"^_Gives gives features, scores, of which the first .*: say which .* output=$"
+    ):
+        local = ll.localize(_Gives(), ll.MonoForward(), cuts=1, example=torch.randn(4, 5))
+    assert local.unused == ("head.weight", "head.bias")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not ll.localize(_Gives(), ll.MonoForward(), cuts=1, example=torch.randn(4, 5), output="scores").unused
+
+
+def test_batches_unlike_the_example_are_told_where_they_fail() -> None:
+    local = ll.localize(_mobile(), ll.MonoForward(), cuts=["features.3"], example=X)
+    for wrong, message in (
+        (
+            X[:, :1],
+            r"^inputs are torch.float32 of shape \(12, 1, 32, 32\), and the example .* \(12, 3, 32, 32\): .*channels",
+        ),
+        (X.double(), r"^inputs are torch.float64 of shape .* and the example .* torch.float32 of shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            local.step(wrong, Y)
+        with pytest.raises(ValueError, match=message):
+            local.predict(wrong)
+    with pytest.raises(ValueError, match=r"^inputs are torch.float32 of shape \(3, 32, 32\)"):
+        local.predict(X[0])  # in which BatchNorm sees the mistake, with a ValueError of its own
+    with pytest.raises(ValueError, match=r"^there are 12 inputs and 11 targets: every sample needs its own$"):
+        local.step(X, Y[:11])
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^gradients are switched off here"):
+        local.step(X, Y)
+    assert local.predict(X[:3]).shape == (3, 10)  # another number of samples is nothing to refuse
+    local.step(X[:5], Y[:5])

@@ -552,3 +552,26 @@ def test_a_cost_of_nothing_has_no_interval_and_says_so() -> None:
     assert (figure.interval, figure.summary.mean) == (None, 1.0)
     assert figure.reason is not None
     assert "not above 0" in figure.reason
+
+
+def test_trainings_that_were_cut_short_say_so() -> None:
+    def run(seed: int, epochs: list[int], patience: int | None = 10, mode: str = "own", limit: Any = 1000) -> Record:
+        config = {
+            "trainer": {"max_epochs": 8},
+            "schedule": {"patience": patience},
+            "dataset": {"limit_train": limit},
+        }
+        return record("x", seed, mode=mode, epochs=epochs, config=config)
+
+    (row,) = compare_table([run(0, [8]), run(1, [5]), run(2, [3, 8])])
+    assert row.notes == (
+        "It learned from 1,000 training samples alone (dataset.limit_train).",
+        "2 of its 3 runs ended at the cap of 8 epochs (trainer.max_epochs), before validation had stopped improving: longer "
+        "trainings may give other figures.",
+    )
+    for told in (
+        run(0, [5], limit=None),  # patience ended it
+        run(0, [8], patience=None, limit=None),  # so many epochs are the recipe
+        run(0, [8], mode="matched", limit="many"),
+    ):
+        assert compare_table([told])[0].notes == ()

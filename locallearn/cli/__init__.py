@@ -31,6 +31,7 @@ Settings are GROUP=NAME or KEY=VALUE (Hydra); every command but report, predict 
   seed=0 data_dir=DIR runs_dir=runs trainer.max_epochs=60 trainer.accelerator=cpu optimizer.lr=1e-3
   compare.algorithms=[backprop,mono_forward] compare.seeds=[0,1,2] resume=FOLDER (train)
 An algorithm to compare may carry settings: 'compare.algorithms=[backprop,"pepita(variant=hebbian,optimizer.lr=0.1)"]'
+A first look in little time: dataset.limit_train=1000 trainer.max_epochs=2 compare.seeds=[0], and a smaller network
 
 Examples:
   locallearn compare dataset=mnist compare.seeds=[0,1,2,3,4]

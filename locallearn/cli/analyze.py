@@ -11,6 +11,7 @@ from typing import Any
 
 from locallearn.cli.saved import asked_of, load
 from locallearn.cli.settings import UsageError
+from locallearn.cli.terminal import printing
 
 
 def analyze(words: list[str]) -> int:
@@ -167,7 +168,6 @@ def _digest(names: Sequence[str]) -> str:
 
 
 def _print(record: Any, found: dict[str, Any], asked: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     which = "rightly classified samples" if found["only_right"] else "all samples"
@@ -197,7 +197,7 @@ def _print(record: Any, found: dict[str, Any], asked: Any) -> None:
             f"{100 * layer['never_active']:.1f} %",
             f"{min(sizes)}-{max(sizes)}",
         )
-    console = Console()
+    console = printing()
     console.print(table)
     blind = found["passes"][others[-1] if others else first]["layers"]  # the class is not told
     if found["unseen"]:
@@ -210,7 +210,6 @@ def _print(record: Any, found: dict[str, Any], asked: Any) -> None:
 
 def _print_likeness(group: dict[str, Any], found: dict[str, Any]) -> None:
     """Of every run with the first one, layer by layer; the whole matrix is for the report."""
-    from rich.console import Console
     from rich.table import Table
 
     if len(group) < 2:
@@ -229,7 +228,7 @@ def _print_likeness(group: dict[str, Any], found: dict[str, Any]) -> None:
     for run, other in zip(list(places)[1:], others, strict=True):
         shared = [_said(found["cka"][a][b]) for a, b in zip(first, other, strict=False)]
         table.add_row(_name(group[run].record), *shared, *[""] * (len(first) - len(shared)))
-    Console().print(table)
+    printing().print(table)
 
 
 def _name(record: Any) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 
 from locallearn.cli.plans import command_line, make_plan
 from locallearn.cli.settings import compose_settings
+from locallearn.cli.terminal import printing
 
 
 def audit(words: list[str]) -> int:
     """Print what was seen of every unit, and whether the claim holds."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from locallearn.audit import audit as audited
@@ -50,7 +50,7 @@ def audit(words: list[str]) -> int:
             ", ".join(unit.depends_on_later) or "nothing",
             str(unit.backward_calls),
         )
-    console = Console()
+    console = printing()
     console.print(table)
     console.print(f"broadcast to all blocks: {result.broadcast}", highlight=False)
     console.print("not seen: " + "; ".join(result.limits), highlight=False)

@@ -8,12 +8,11 @@ from typing import Any
 from locallearn.cli.arms import arms_of
 from locallearn.cli.plans import command_line, make_plan
 from locallearn.cli.settings import UsageError, compose_settings
+from locallearn.cli.terminal import printing
 
 
 def bench(words: list[str]) -> int:
     """Measure speed or memory, alternated."""
-    from rich.console import Console
-
     from locallearn.study.bench import bench as measure
 
     cfg, _, several, shared = arms_of("bench", words)
@@ -29,6 +28,6 @@ def bench(words: list[str]) -> int:
     for arm in several:  # a mistake in the settings is told before anything is measured
         compose_settings([*shared, *arm.overrides])
     table, folder = measure(what, list(arms), make, cfg.bench.rounds, cfg.bench.steps, list(depths))
-    Console().print(table)
+    printing().print(table)
     print(folder)
     return 0

@@ -12,13 +12,12 @@ from locallearn.cli.arms import Arm, arms_of, distinct
 from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan
 from locallearn.cli.saved import recovered, reindexed
 from locallearn.cli.settings import UsageError, compose_settings
-from locallearn.cli.terminal import Progress
+from locallearn.cli.terminal import Progress, printing
 
 
 def compare(words: list[str]) -> int:
     """Train several algorithms with several seeds, print a table, write a report."""
     from omegaconf import OmegaConf
-    from rich.console import Console
 
     from locallearn.records import load_record
     from locallearn.report import check_place, terminal_table, write_report
@@ -67,7 +66,8 @@ def compare(words: list[str]) -> int:
     records = [*done, *(load_record(folder) for folder in folders)]
     reindexed(runs_dir)
     write_report(records, report, title="locallearn compare")  # before anything is printed, which may fail
-    Console().print(terminal_table(records))
+    console = printing()
+    console.print(terminal_table(records, console.width))
     for problem in problems:
         print(f"locallearn: {problem}", file=sys.stderr)
     print(report)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from locallearn.cli.plans import folder_setting
 from locallearn.cli.settings import compose_settings
+from locallearn.cli.terminal import printing
 
 
 def data(words: list[str]) -> int:
     """List the data sets and where their files lie."""
-    from rich.console import Console
     from rich.table import Table
 
     from locallearn.tasks.graphs import graph_status
@@ -22,5 +22,5 @@ def data(words: list[str]) -> int:
     for row in (*data_status(folder), *graph_status(folder)):
         place = "" if row.path is None else str(row.path.relative_to(folder))
         table.add_row(row.name, "yes" if row.present else "no", ", ".join(row.files) or "come with a package", place)
-    Console().print(table)
+    printing().print(table)
     return 0

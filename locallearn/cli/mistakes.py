@@ -114,6 +114,15 @@ def _configuration(error: Exception, words: Sequence[str]) -> str:
         return f"a setting is taken from {absent.group(1)!r}, which is not there: these choices do not go together"
     unread = getattr(error, "override", None)  # what Hydra's parser of overrides stumbled on
     if unread is not None:
+        bare = re.search(
+            r"""[\[,]\s*(\w+\([^()]*\))""", unread
+        )  # an algorithm with settings, whose quotes a shell takes away
+        if bare and '"' not in unread:
+            whole = unread.replace(bare[1], f'"{bare[1]}"')
+            return (
+                f"{unread!r} cannot be read: what has brackets of its own stands in double quotes, and all of it in single "
+                f"ones, because shells take quotes away: '{whole}'"
+            )
         return f"{unread!r} cannot be read as KEY=VALUE: close brackets, and put text with signs in it into quotes"
     return _one_line(text.partition("full_key")[0])
 
@@ -126,7 +135,15 @@ def _unknown_key(key: str, words: Sequence[str]) -> str:
     names = [word.partition("=")[2] for word in chosen if word.startswith(f"{parent}=")]
     what = f"{key!r} of {names[-1]}" if names else repr(key)
     siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
-    near = get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=2, cutoff=0.7)
+    leaves = {k: k.rpartition(".")[2] for k in keys}
+    beside = [
+        f"{parent}{dot}{name}" for name in get_close_matches(last, [leaves[k] for k in siblings], n=2, cutoff=0.7)
+    ]
+    near = [k for k in keys if leaves[k] == last] + beside  # the right name in another group, or without one
+    if not near:
+        alike = get_close_matches(last, set(leaves.values()), n=1, cutoff=0.7)
+        near = [k for k in keys if leaves[k] in alike]
     if near:
-        return f"there is no setting {what}; did you mean {' or '.join(f'{parent}{dot}{name}' for name in near)}?"
+        own = "" if beside or not dot else f" {parent} has {', '.join(siblings)}"
+        return f"there is no setting {what}; did you mean {' or '.join(dict.fromkeys(near[:3]))}?{own}"
     return f"there is no setting {what}; there are {', '.join(siblings)}"

@@ -17,6 +17,7 @@ _ASCII = {
     **{"≥": ">=", "…": "...", "→": "->", "₂": "2"},
 }
 _ERRORS = "locallearn.plain"
+_NO_TERMINAL = 200  # characters in a line
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -105,6 +106,16 @@ def steady_streams() -> Iterator[None]:
             if out.failure is not None and "Broken pipe" not in out.failure:
                 print(f"locallearn: standard output failed ({out.failure}), what was printed is lost", file=err)
             err.flush()
+
+
+def printing() -> Any:
+    """What prints tables: as wide as the terminal, and where there is none (a file, a pipe) as wide as they are."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _NO_TERMINAL
+    return console
 
 
 class Progress:

@@ -10,7 +10,7 @@ from locallearn.cli.arms import Arm, arms_of
 from locallearn.cli.plans import command_line, folder_setting, make_plan
 from locallearn.cli.settings import UsageError, compose_settings
 from locallearn.cli.spaces import quoted, read_space
-from locallearn.cli.terminal import Progress
+from locallearn.cli.terminal import Progress, printing
 
 
 def tune(words: list[str]) -> int:
@@ -68,7 +68,6 @@ def tune(words: list[str]) -> int:
 
 def _recommend(found: Sequence[Any], arms: dict[str, Arm], shared: Sequence[str]) -> int:
     """Print the best settings of every algorithm, as commands that run them; 1 where one has none."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -80,7 +79,7 @@ def _recommend(found: Sequence[Any], arms: dict[str, Arm], shared: Sequence[str]
     for best in found:
         value = "none" if best.value is None else f"{best.value:.4f}"
         table.add_row(best.algorithm, str(best.trials), value, Text(" ".join(best.settings)))
-    Console().print(table)
+    printing().print(table)
     for best in found:
         if best.failures:
             all_or_some = "all" if best.value is None else str(len(best.failures))

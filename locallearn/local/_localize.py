@@ -17,7 +17,7 @@ from locallearn.batch import Batch
 from locallearn.cost import activation_bytes, drive
 from locallearn.local._attach import Loss, attach_cut, result_of
 from locallearn.local._object import Local, OptimizerFactory
-from locallearn.local._where import BYTES, balanced, bytes_in, check_net, partition, short, weigh
+from locallearn.local._where import BYTES, balanced, bytes_in, check_net, kind, partition, short, weigh
 from locallearn.nets.blocks import width_of
 from locallearn.nets.cut import Cut, cut_network, names_for, places
 from locallearn.nets.equal import rows_of
@@ -76,7 +76,7 @@ def localize(
     execution = Execution(channels_last, compile, compile_backend)
     if not isinstance(algorithm, Algorithm):
         raise ValueError(
-            f"algorithm is a {type(algorithm).__name__}, expected a rule of locallearn.algorithms, e.g. ll.MonoForward()"
+            f"algorithm is {kind(algorithm)}, expected a rule of locallearn.algorithms with its settings, e.g. ll.MonoForward()"
         )
     if example is None:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from locallearn.algorithms.base import Algorithm, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
 from locallearn.batch import Batch
 from locallearn.cost import drive, undisturbed
 from locallearn.nets.blocks import evaluating
@@ -94,6 +94,10 @@ class Local:
                         f"labels go from {low} to {high}, expected class ids 0 to {self.task.outputs - 1}: the network has "
                         f"{self.task.outputs} outputs"
                     )
+        known = self.task.example
+        matched = main.ndim and targets.ndim and len(known.inputs) == len(known.targets)  # else of a graph as a whole
+        if matched and len(main) != len(targets):
+            raise ValueError(f"there are {len(main)} inputs and {len(targets)} targets: every sample needs its own")
         if source is not None and (source.dtype != torch.int64 or source.shape != targets.shape[:1]):
             raise ValueError(
                 f"source is {source.dtype} of shape {tuple(source.shape)}, expected the position of every sample in the "
@@ -122,6 +126,11 @@ class Local:
             ValueError: a batch that the network or the rule cannot be trained on; of one of a single sample nothing has
                 learned then.
         """
+        if not torch.is_grad_enabled() and self.algorithm.locality is not Locality.FORWARD_ONLY:
+            raise ValueError(
+                "gradients are switched off here (torch.no_grad() or inference_mode()), so nothing could be learned: train "
+                "outside of it"
+            )
         self._refuse_frozen()
         self._follow()
         batch = self.batch(inputs, targets, rows, source)
@@ -133,9 +142,11 @@ class Local:
                 update = next(updates, None)
             except ValueError as error:
                 self._explain_single(error, done)
+                self._explain(error, inputs)
                 raise
             except RuntimeError as error:
                 self.execution.explain(error)
+                self._explain(error, inputs)
                 raise
             if update is None:
                 if not self._proved:
@@ -199,7 +210,11 @@ class Local:
         """Outputs by the rule's own inference in evaluation mode, ``(N, ...)``, whatever mode the network is in."""
         main, *context = self.execution.given(list(self._arguments.by_name(inputs).values()))
         with evaluating(self.algorithm):
-            return self.algorithm.predict(main, *context)
+            try:
+                return self.algorithm.predict(main, *context)
+            except (RuntimeError, ValueError) as error:
+                self._explain(error, inputs)
+                raise
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on: network, rule with its generators, and optimizers. ``torch.save`` takes it."""
@@ -241,6 +256,19 @@ class Local:
                         f"{', '.join(sorted(set(theirs) ^ set(mine)))} in one of the two only: make the same one"
                     )
             optimizer.load_state_dict(given)
+
+    def _explain(self, error: Exception, inputs: Any) -> None:
+        """Say what is unlike the example where that made a step or a prediction fail, else nothing.
+
+        Raises:
+            ValueError: shape, dtype or device of the inputs.
+        """
+        unlike = self._arguments.unlike(self._arguments.by_name(inputs))
+        if unlike is not None:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{unlike}: {type(self.net).__name__} and what the rule adds cannot run these ({said})"
+            ) from error
 
     def _refuse_frozen(self) -> None:
         """Whether there is anything left of the network that could learn, where this rule moves its weights at all."""

@@ -49,9 +49,12 @@ class Cuts(NamedTuple):
             "  ".join(word.ljust(widths[0]) if i == 0 else word.rjust(widths[i]) for i, word in enumerate(line))
             for line in [head, *lines]
         ]
+        count = len(self.rows) - 1
+        cuts = f"{count} possible cut{'' if count == 1 else 's'}"
         return "\n".join(
             [
-                f"{self.owner}: {len(self.rows) - 1} possible cuts, for {self.samples} samples; each line from the one before",
+                f"{self.owner}: {cuts}; a line's figures, for {self.samples} samples, are of what lies between it and the line "
+                "before",
                 *text,
             ]
         )
@@ -99,11 +102,15 @@ def balanced(
         closed.clear()
         rows = places(net, example, weigh, input=input, output=output, closed=closed, several=True)
     if blocks > len(rows):
-        most = f"{len(rows)} block{'s' if len(rows) > 1 else ''} at most"
+        behind = ", ".join(row.name for row in rows[:-1])
+        most = (
+            f"{len(rows)} blocks at most, behind {behind}"
+            if behind
+            else "no more than one block (its last layer is the readout, which is no block)"
+        )
         why = f"; inside of {closed[-1].path!r} there is no place, because {closed[-1]}" if closed else ""
         raise ValueError(
-            f"cuts is {blocks}, and {type(net).__name__} can be cut into {most}, behind "
-            f"{', '.join(row.name for row in rows[:-1]) or 'no module'}: ask for fewer, or name modules{why}"
+            f"cuts is {blocks}, and {type(net).__name__} can be cut into {most}: ask for fewer, or name modules{why}"
         )
     return names_for([rows[i] for i in partition([row.flops for row in rows], blocks)])
 
@@ -175,9 +182,19 @@ def short(number: float, base: int, units: Sequence[str]) -> str:
     return f"{number:.0f} {units[place]}".rstrip() if place == 0 else f"{number:.1f} {units[place]}"
 
 
+def kind(value: object) -> str:
+    """What somebody has given, for a message: an instance, or a class of which none was made."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
 def check_net(net: Any) -> None:
     if not isinstance(net, nn.Module):
-        raise ValueError(f"net is a {type(net).__name__}, expected a torch.nn.Module")
+        raise ValueError(f"net is {kind(net)}, expected a torch.nn.Module")
+    if hasattr(net, "_orig_mod"):  # torch._dynamo's OptimizedModule, whose import takes seconds
+        raise ValueError(
+            "net is compiled as a whole, and nobody can see where it could be cut: give the network that torch.compile was "
+            "given, and compile='blocks', which compiles its blocks"
+        )
 
 
 def _guessed(net: nn.Module) -> Tensor:

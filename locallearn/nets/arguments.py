@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,11 +103,36 @@ class Arguments:
                 )
         return {name: values[name] for name in self.names}
 
+    def unlike(self, values: Mapping[str, Any]) -> str | None:
+        """How tensors differ from the example's in dtype, device or the shape of a sample; ``None``: not at all.
+
+        A network may well take others (larger images, longer texts), so this is for telling why something failed.
+        """
+        for name, known in self.values.items():
+            value = values[name]
+            if not isinstance(known, Tensor):
+                continue
+            pairs = ((tuple(value.shape), tuple(known.shape)), (value.dtype, known.dtype), (value.device, known.device))
+            (shape, wanted), *rest = pairs
+            if shape[1:] == wanted[1:] and len(shape) == len(wanted) and all(a == b for a, b in rest):
+                continue
+            what = "inputs are" if self._kind is Tensor else f"input {name!r} is"
+            return (
+                f"{what} {_told(value, known.device)}, and the example that the network was cut with "
+                f"{_told(known, value.device)}"
+            )
+        return None
+
     def call(self, run: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         """Run a forward on arguments by name."""
         if self._kind is dict:
             return run(**{name: values[name] for name in self._order})
         return run(*(values[name] for name in self._order))
+
+
+def _told(tensor: Tensor, other: torch.device) -> str:
+    where = "" if tensor.device == other else f" on {tensor.device}"
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}{where}"
 
 
 def picked(output: Any, key: str | int | None, owner: str) -> Any:
@@ -138,6 +164,14 @@ def picked(output: Any, key: str | int | None, owner: str) -> Any:
             raise OutputMissing(f"output is {key!r}, and {owner} gives {', '.join(map(str, names))}")
         return picked(_part(output, value, name), None, owner)
     order = [name for name in _FIRST_CHOICES if name in names] or names
+    if order is names and isinstance(names[0] if names else None, str):
+        several = [name for name in names if isinstance(_part(value, value, name), Tensor | fx.Proxy)]
+        if len(several) > 1:
+            warnings.warn(
+                f"{owner} gives {', '.join(several)}, of which the first is taken for its output: say which one is with "
+                "output=",
+                stacklevel=2,
+            )
     for name in order:
         part = _part(value, value, name)
         if part is not None and (isinstance(part, Tensor | fx.Proxy) or _names(part)):

@@ -123,7 +123,13 @@ def cut_network(
     return Cut(blocks, arguments, tuple(name for name, p in net.named_parameters() if id(p) not in inside))
 
 
-def _named(net: nn.Module, name: str, owner: str) -> nn.Module:
+def _named(net: nn.Module, name: Any, owner: str) -> nn.Module:
+    if isinstance(name, nn.Module):
+        told = next((repr(path) for path, module in net.named_modules() if module is name), None)
+        raise ValueError(
+            f"a cut is a {type(name).__name__} itself, expected its name in {owner}"
+            + (f": write {told}" if told is not None else ", which does not contain it")
+        )
     if not isinstance(name, str) or not name:
         raise ValueError(f"a cut is {name!r}, expected the name of a module of {owner}")
     try:

@@ -40,10 +40,10 @@ _COSTS: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
     "energy": ("Energy", _si("J")),
     "train_flops": ("Training FLOPs", _si("FLOP")[1:]),
     "update_flops": ("Update FLOPs", _si("FLOP")[1:]),
-    "once_flops": ("FLOPs done once", _si("FLOP")[1:]),
-    "inference_flops": ("Inference FLOPs", _si("FLOP")[1:]),
     "activation_peak_bytes": ("Peak activations", _BYTES),
     "allocated_peak_bytes": ("Peak allocated", _BYTES),
+    "once_flops": ("FLOPs done once", _si("FLOP")[1:]),
+    "inference_flops": ("Inference FLOPs", _si("FLOP")[1:]),
     "state_bytes": ("Weights and buffers", _BYTES),
     "gradient_bytes": ("Peak gradients", _BYTES),
     "optimizer_bytes": ("Optimizer state", _BYTES),
@@ -138,6 +138,20 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     targets += [_energy(key, "Energy to target", _si("J"), rows) for key in _ordered(keys, "target/joules", set())]
     losses = [column for column in metrics if column.key.endswith("/loss") and "loss" not in judges]
     return [column for column in metrics if column not in losses] + costs + targets + losses
+
+
+def shared_notes(rows: Sequence[Row]) -> list[str]:
+    """What rows must not be read without, each sentence once, behind the rules that it is about."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.notes:
+            labels = found.setdefault(note, [])
+            if row.label not in labels:
+                labels.append(row.label)
+    return [
+        f"{'all rules' if len(labels) == len(rows) > 3 else ', '.join(labels)}: {note}"
+        for note, labels in found.items()
+    ]
 
 
 def headline_metric(shown: Sequence[Column], quality: Quality) -> Column | None:

@@ -28,7 +28,7 @@ from locallearn.report._charts import (
     paired_charts,
     styles,
 )
-from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, metric_title
+from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, metric_title, shared_notes
 from locallearn.report._library import plotly
 from locallearn.statistics import Row, age, compare_table
 
@@ -326,7 +326,7 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column]) -> str:
     for n, what in ((1, "One seed only, so no spread and no interval"), (2, "Two seeds only, so no interval")):
         few = [row.label for row in rows if len(row.records) == n]
         words += [f"{what}: {', '.join(few)}."] if few else []
-    words += [f"{row.label}: {note}" for row in rows for note in row.notes]
+    words += shared_notes(rows)
     for row in rows:
         pairs = {figure.paired.n for figure in row.figures.values() if figure.paired}
         if pairs and min(pairs) < len(row.records):

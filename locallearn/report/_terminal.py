@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from locallearn.records import Record
-from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, headline_metric
+from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, headline_metric, shared_notes
 from locallearn.statistics import Row, compare_table
 
 _BASELINE = "backprop"
@@ -23,15 +23,19 @@ _SHORT = {
 _NOTES = 12
 
 
-def terminal_table(records: Sequence[Record]) -> Table:
+def terminal_table(records: Sequence[Record], width: int = 80) -> Table:
     """The figures of the report's headline table that fit a terminal, one line per rule.
 
     Each cell holds the mean ± standard deviation over seeds and below it the ratio to backprop, paired by seed. What a row
     must not be read without stands below the table.
+
+    Args:
+        records: of runs.
+        width: of the terminal; where lines have to break, they break between words.
     """
     rows = compare_table(records, _BASELINE)
     shown = _selection(columns(rows), rows)
-    notes = list(dict.fromkeys(f"{row.label}: {note}" for row in rows for note in row.notes))
+    notes = shared_notes(rows)
     more = [f"{len(notes) - _NOTES} more notes are in the report."] if len(notes) > _NOTES else []
     caption = Text("\n".join([LEGEND.format(baseline=_BASELINE), *notes[:_NOTES], *more]))
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -39,8 +43,8 @@ def terminal_table(records: Sequence[Record]) -> Table:
         return Table("There is no finished run to show.")
     table.add_column("rule", no_wrap=True, max_width=32)
     table.add_column("n", justify="right")
-    for column in shown:
-        table.add_column(Text(_heading(column)), justify="right", overflow="fold")
+    for heading in _headings(shown):
+        table.add_column(Text(heading), justify="right", overflow="fold")
     places = [(name, list(members)) for name, members in groupby(rows, key=_place)]
     for name, members in places:
         if len(places) == 1:
@@ -50,7 +54,34 @@ def terminal_table(records: Sequence[Record]) -> Table:
             table.add_row(Text(name, style="italic", no_wrap=False, overflow="fold"))
         for row in members:
             table.add_row(Text(row.label), row.seeds, *(_cell(row, column) for column in shown))
+    _fit(table, width)
     return table
+
+
+def _fit(table: Table, width: int) -> None:
+    """Columns as narrow as their longest word where the table is too wide, from the right on, as many as have to be."""
+    lines = [
+        [line for text in (column.header, *column.cells) for line in str(text).splitlines()] for column in table.columns
+    ]
+    taken = [
+        min(max(map(len, found)), column.max_width or width) for found, column in zip(lines, table.columns, strict=True)
+    ]
+    over = sum(taken) + 2 * len(taken) - width
+    for column, found, most in reversed(list(zip(table.columns, lines, taken, strict=True))):
+        least = max(len(word) for line in found for word in line.split(" "))
+        if over > 0 and not column.no_wrap:
+            column.width = max(least, most - over)
+            over -= most - column.width
+
+
+def _headings(shown: Sequence[Column]) -> list[str]:
+    """What stands over the columns, without the name of the program that joules are from where they differ without it."""
+    long = [_heading(column) for column in shown]
+    short = [
+        text.partition(": ")[2] or text if column.key.startswith("energy_j/") else text
+        for text, column in zip(long, shown, strict=True)
+    ]
+    return short if len(set(short)) == len(short) else long
 
 
 def _heading(column: Column) -> str:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from locallearn.records import Record
 from locallearn.statistics._identity import (
@@ -191,6 +192,7 @@ def _own_notes(group: _Group, figures: Mapping[str, Figure]) -> tuple[str, ...]:
     uncounted = sorted({name for record in group.done for name in record.uncounted})
     if uncounted:
         notes.append(f"FLOPs are incomplete, for want of a formula for {_listed(uncounted)}.")
+    notes += _cut_short(group.done)
     censored = next((figure.arrivals for figure in figures.values() if figure.censored), None)
     if censored is not None:
         notes.append(
@@ -198,6 +200,40 @@ def _own_notes(group: _Group, figures: Mapping[str, Figure]) -> tuple[str, ...]:
             "they are too low, and there is no ratio."
         )
     return tuple(notes)
+
+
+def _cut_short(records: Sequence[Record]) -> list[str]:
+    """What made trainings smaller than they sound: fewer samples, or a cap that came before patience."""
+    notes = []
+    limits = {_whole(record, "dataset", "limit_train") for record in records} - {None}
+    if limits:
+        notes.append(
+            f"It learned from {_listed([f'{n:,}' for n in sorted(limits)])} training samples alone (dataset.limit_train)."
+        )
+    capped = [
+        (_whole(record, "trainer", "max_epochs"), record.data.get("epochs"))
+        for record in records
+        if record.text("mode") == "own" and _whole(record, "schedule", "patience") is not None
+    ]
+    caps = [
+        cap
+        for cap, epochs in capped
+        if cap is not None and isinstance(epochs, list) and any(type(n) is int and n >= cap for n in epochs)
+    ]
+    if caps:
+        most = _listed([f"{n:,}" for n in sorted(set(caps))])
+        notes.append(
+            f"{len(caps)} of its {len(records)} runs ended at the cap of {most} epochs (trainer.max_epochs), before "
+            "validation had stopped improving: longer trainings may give other figures."
+        )
+    return notes
+
+
+def _whole(record: Record, group: str, name: str) -> Any:
+    """A setting of a run that is a whole number; ``None``: it is none, or not there."""
+    part = record.part("config").get(group)
+    value = part.get(name) if isinstance(part, Mapping) else None
+    return value if type(value) is int else None
 
 
 def _ended(record: Record) -> str:

@@ -53,6 +53,10 @@ _TRAIN: list[tuple[list[str], tuple[str, ...]]] = [
     # settings that do not exist
     (["optimizer.lrr=1"], ("'optimizer.lrr'", "mean optimizer.lr?")),
     (["sede=1"], ("'sede'", "mean seed?")),
+    (["limit_train=100"], ("'limit_train'", "mean dataset.limit_train?")),  # the group left out, or another one
+    (["epochs=3"], ("'epochs'", "mean trainer.max_epochs?")),
+    (["trainer.lr=1"], ("'trainer.lr'", "mean optimizer.lr?")),
+    (["trainer.limit_train_batches=3"], ("'trainer.limit_train_batches'", "mean dataset.limit_train?")),
     (["algorithm.predictionn=bp"], ("mean algorithm.prediction?",)),
     (["algorithm.negatives=foo"], ("'algorithm.negatives'", "there are algorithm.prediction")),
     (["algorithm=forward_forward", "algorithm.prediction=ff"], ("'algorithm.prediction'", "algorithm.negatives")),
@@ -61,6 +65,10 @@ _TRAIN: list[tuple[list[str], tuple[str, ...]]] = [
     # overrides that cannot be read
     (["seed=[1"], ("'seed=[1'", "KEY=VALUE")),
     (["foo"], ("'foo'", "KEY=VALUE")),
+    (
+        ["compare.algorithms=[backprop,local_heads(head=conv1,loss=predsim)]"],
+        ("single ones", """'compare.algorithms=[backprop,"local_heads(head=conv1,loss=predsim)"]'"""),
+    ),
     (["=3"], ("'=3'", "KEY=VALUE")),
     (["--bogus"], ("--bogus", "--help")),
     # numbers and ranges

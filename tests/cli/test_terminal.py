@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from locallearn.cli import main
-from locallearn.cli.terminal import Steady
+from locallearn.cli.terminal import Steady, printing
 from tests.cli.conftest import Cli
 
 
@@ -90,3 +90,11 @@ def test_a_place_that_cannot_be_written_to_is_told_before_training(place: str, c
     assert f"the report cannot be written to {place}" in outcome.err
     assert len(outcome.err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_table_in_a_file_is_as_wide_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert printing().width == 200  # rich takes 80 for everything that is no terminal
+    monkeypatch.setenv("COLUMNS", "90")
+    assert printing().width == 90

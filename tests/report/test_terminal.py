@@ -12,7 +12,7 @@ Make = Callable[..., Record]
 
 def printed(records: Sequence[Record], width: int = 160) -> str:
     out = io.StringIO()
-    Console(file=out, width=width).print(terminal_table(records))
+    Console(file=out, width=width).print(terminal_table(records, width))
     return out.getvalue()
 
 
@@ -59,6 +59,16 @@ def test_a_terminal_of_eighty_columns_loses_no_figure(make: Make) -> None:
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
     for figure in ("deep_supervision", "98.10", "±0.10", "45.9", "2.35", "5.60", "4.67", "0.345"):
         assert figure in text
+    assert "codecarbon" not in text  # the page has it
+    headings = set(" ".join(text.splitlines()[1:6]).split())
+    assert {"accuracy", "measured", "modelled", "update", "activ."} <= headings  # no word is broken
+
+
+def test_sources_that_differ_by_the_program_alone_keep_its_name(make: Make) -> None:
+    window = {"joules": 2.0, "quality": "modelled", "by": "load", "source": "a:cpu"}
+    text = printed([make("backprop", 0, energy=[window, window | {"source": "b:cpu"}])], 200)
+    assert "a: cpu modelled" in text
+    assert "b: cpu modelled" in text
 
 
 def test_every_metric_has_a_column_of_its_own(make: Make) -> None:
@@ -75,3 +85,13 @@ def test_every_metric_has_a_column_of_its_own(make: Make) -> None:
     line, below = cells(text, "y")
     assert line[:3] == ["1", "\N{EN DASH}", "0.0008600"]
     assert below[0] == "2.000\N{MULTIPLICATION SIGN}"
+
+
+def test_what_is_to_be_said_of_several_rules_is_said_once(make: Make) -> None:
+    small = {"dataset": {"limit_train": 500}}
+    names = ("a", "b", "c", "backprop")
+    some = printed([make(name, 0, config=small if name < "b" or name == "backprop" else {}) for name in names], 300)
+    assert "backprop, a: It learned from 500 training samples alone" in " ".join(some.split())
+    every = printed([make(name, 0, config=small) for name in names], 300)
+    assert every.count("500 training samples") == 1
+    assert "all rules: It learned from 500" in every
