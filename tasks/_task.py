@@ -62,6 +62,13 @@ class Task(pl.LightningModule, ABC):
         self._resting: frozenset[str] = frozenset()
         self._sound: dict[Any, bool] = {}
 
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":  # Lightning sets it twice around every hook; modules look for parameters first
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @abstractmethod
     def info(self) -> TaskInfo:
         """Shapes and loss, for an algorithm."""

@@ -451,6 +451,29 @@ def test_more_blocks_than_single_tensors_allow_let_skip_connections_cross() -> N
         ll.localize(_UNet(), ll.MonoForward(), cuts=9, example=X[:4])
 
 
+def test_what_crosses_is_shown_and_memory_cuts_there_only_where_it_must(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ll.show(_UNet(), X[:4]).rows
+    assert [(row.name, row.beside) for row in rows] == [("down", 0), ("deep", 1), ("up", 0), ("", 0)]
+    assert "and 1 more" in capsys.readouterr().out
+
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc = nn.Linear(12, 64), nn.Linear(128, 5)
+            self.a, self.b, self.c, self.d = (nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            skip = h = F.relu(self.stem(x))
+            for layer in (self.a, self.b, self.c, self.d):
+                h = F.relu(layer(h))
+            out: Tensor = self.fc(torch.cat([h, skip], 1))
+            return out
+
+    x = torch.rand(64, 12, generator=DRAW)
+    roomy, tight = (ll.localize(Long(), ll.MonoForward(), memory=size, example=x) for size in ("150KiB", "80KiB"))
+    assert (roomy.cuts, tight.cuts) == ((), ("a", "c"))
+
+
 def test_no_cut_is_offered_between_two_uses_of_one_weight() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,7 +19,7 @@ from locallearn.local._attach import Loss, attach_cut, result_of
 from locallearn.local._object import Local, OptimizerFactory
 from locallearn.local._where import BYTES, balanced, bytes_in, check_net, kind, partition, short, weigh
 from locallearn.nets.blocks import width_of
-from locallearn.nets.cut import Cut, cut_network, names_for, places
+from locallearn.nets.cut import Cut, Place, cut_network, names_for, places
 from locallearn.nets.equal import rows_of
 from locallearn.nets.execution import Execution
 from locallearn.nets.trace import preserved
@@ -142,9 +142,17 @@ def _within(
     output: str | int | None,
 ) -> list[str]:
     """The fewest cuts with which a step on the example keeps no more bytes than allowed, as measured."""
-    rows = places(net, example, weigh, input=input, output=output)
     least: tuple[float, int] = (float("inf"), 1)
-    for blocks in range(1, len(rows) + 1):
+
+    def offered() -> Iterator[tuple[list[Place], int]]:
+        rows = places(net, example, weigh, input=input, output=output)
+        yield from ((rows, blocks) for blocks in range(1, len(rows) + 1))
+        more = places(
+            net, example, weigh, input=input, output=output, several=True
+        )  # skip connections cross there, too
+        yield from ((more, blocks) for blocks in range(len(rows), len(more) + 1) if len(more) > len(rows))
+
+    for rows, blocks in offered():
         chosen = partition([row.bytes for row in rows], blocks)
         edges = [-1, *chosen, len(rows) - 1]
         guess = max(sum(row.bytes for row in rows[a + 1 : b + 1]) for a, b in pairwise(edges))

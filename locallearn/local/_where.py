@@ -19,8 +19,11 @@ _UNITS = {"": 1, "B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, 
 BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
+_MORE = "where more than one tensor crosses, a number of blocks or memory= cuts only if the other places are too few"
+
+
 class Cuts(NamedTuple):
-    """Where a network can be cut so that one tensor crosses; printed, a table.
+    """Where a network can be cut; printed, a table.
 
     Attributes:
         owner: class of the network.
@@ -37,7 +40,7 @@ class Cuts(NamedTuple):
         lines = [
             (
                 row.name or "(the output)",
-                "x".join(map(str, row.shape)),
+                "x".join(map(str, row.shape)) + (f" and {row.beside} more" if row.beside else ""),
                 short(row.flops, 1000, ("", "k", "M", "G", "T")),
                 short(row.bytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB")),
                 f"{row.parameters:,}",
@@ -56,12 +59,16 @@ class Cuts(NamedTuple):
                 f"{self.owner}: {cuts}; a line's figures, for {self.samples} samples, are of what lies between it and the line "
                 "before",
                 *text,
+                *([_MORE] if any(row.beside for row in self.rows) else []),
             ]
         )
 
 
 def show(net: nn.Module, example: Any = None, *, input: str | None = None, output: str | int | None = None) -> Cuts:
     """Print where a network can be cut, with operations, bytes and parameters from each place to the next.
+
+    Where a skip connection crosses beside the main tensor, the table says how many do; of places one inside of the other, then
+    only the outermost is named.
 
     Args:
         net: the network.
@@ -71,7 +78,7 @@ def show(net: nn.Module, example: Any = None, *, input: str | None = None, outpu
     """
     check_net(net)
     example = _guessed(net) if example is None else example
-    rows = places(net, example, weigh, input=input, output=output)
+    rows = places(net, example, weigh, input=input, output=output, several=True)
     cuts = Cuts(type(net).__name__, tuple(rows), rows[-1].shape[0] if rows[-1].shape else 1)
     print(cuts)
     return cuts

@@ -253,10 +253,11 @@ class Place(NamedTuple):
 
     Attributes:
         names: of the modules behind which the cut would lie, the outermost first; empty: the network's end.
-        shape: of the tensor that crosses.
+        shape: of the tensor that crosses, of several the one that rules and losses see.
         flops: of a forward pass of the whole example, two per multiply-accumulate.
         bytes: kept for gradients in a training pass of the whole example.
         parameters: numbers that are trained.
+        beside: how many tensors a skip connection has cross beside it.
     """
 
     names: tuple[str, ...]
@@ -264,6 +265,7 @@ class Place(NamedTuple):
     flops: float
     bytes: int
     parameters: int
+    beside: int = 0
 
     @property
     def name(self) -> str:
@@ -326,7 +328,7 @@ def places(
     course = _open_course(net, few, call, arguments, closed)
     readout = course.readout_start([])
     kept = {readout, *course.ancestors([readout])} if readout is not None else set(course.nodes)
-    found: dict[frozenset[fx.Node], tuple[list[str], fx.Node]] = {}
+    found: dict[frozenset[fx.Node], tuple[list[str], fx.Node, int]] = {}
     outer: set[str] = set()
     for path, node in sorted(course.tracer.ends.items(), key=lambda end: end[0].count(".")):
         if node not in course.place or course.tracer.counts[path] != 1 or not course.is_tensor(node):
@@ -351,13 +353,17 @@ def places(
             or course.is_tail(node)
         ):
             continue
-        known = found.get(below)
+        known, beside = found.get(below), len(crossing) - 1
         if known is not None and known[1] is node:
             known[0].append(path)
-        elif known is None or course.place[known[1]] < course.place[node]:
-            found[below] = ([path], node)
+        elif known is None or (-known[2], course.place[known[1]]) < (-beside, course.place[node]):
+            found[below] = (
+                [path],
+                node,
+                beside,
+            )  # of places with the same layers below, the last with the fewest tensors
     ordered = sorted(found.values(), key=lambda item: course.place[item[1]])
-    ends = [course.end_of(node, {node}) for _, node in ordered]
+    ends = [course.end_of(node, {node}) for _, node, _ in ordered]
     stage = course.stages(ends)
     sizes = [[0.0, 0, 0] for _ in range(len(ends) + 1)]
     with in_mode(net, True), preserved(net):
@@ -373,13 +379,13 @@ def places(
             held = [p for p in course.parameters(node) if id(p) not in owned]
             owned |= {id(p) for p in held}
             sizes[stage[node]][2] += sum(p.numel() for p in held)
-    names = [tuple(paths) for paths, _ in ordered]
+    names = [(tuple(paths), beside) for paths, _, beside in ordered]
     shapes = [tuple(course.tensor(end).shape) for end in [*ends, course.result]]
     if rows is not None:
         shapes = [(rows, *shape[1:]) for shape in shapes]
     return [
-        Place(name, shape, flops, int(size), int(count))
-        for name, shape, (flops, size, count) in zip([*names, ()], shapes, sizes, strict=True)
+        Place(name, shape, flops, int(size), int(count), beside)
+        for (name, beside), shape, (flops, size, count) in zip([*names, ((), 0)], shapes, sizes, strict=True)
     ]
 
 

@@ -39,6 +39,7 @@ from locallearn.strategies.making import (
     OptimizerFactory,
     SchedulerFactory,
     check_length,
+    let_go,
     make_optimizers,
     make_schedulers,
 )
@@ -396,7 +397,7 @@ class LocalStrategy(SingleDeviceStrategy):
                     f"the optimizer {type(optimizer).__name__} has not called its closure, which works out the gradients: unit "
                     f"{update.unit!r} would never learn"
                 )
-            optimizer.zero_grad()  # a unit's gradients are let go before the next unit's exist
+            let_go(optimizer)  # before the next unit's gradients exist
             if update.loss is not None:
                 self._note(update.unit, update.loss)
                 total = update.loss if total is None else total + update.loss

@@ -131,11 +131,12 @@ def test_a_killed_run_is_recovered(stopped: dict[str, tuple[Path, int, str, str]
     _check_resumed(resumed, whole, folder.name)
 
 
-def test_a_finished_run_cannot_be_resumed(whole: Outcome, cli: Cli, tmp_path: Path) -> None:
+def test_a_finished_run_cannot_be_resumed(cli: Cli, tmp_path: Path) -> None:
+    finished = cli("train", "dataset.limit_train=64")
     count = len(list((tmp_path / "runs").iterdir()))
-    refused = cli("train", f"resume={whole.folder}")
+    refused = cli("train", f"resume={finished.folder}")
     assert refused.code == 2
-    assert refused.err == f"locallearn: {whole.folder} is done: only an interrupted or failed run can be resumed\n"
+    assert refused.err == f"locallearn: {finished.folder} is done: only an interrupted or failed run can be resumed\n"
     assert len(list((tmp_path / "runs").iterdir())) == count
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from locallearn.algorithms import MonoForward
 from locallearn.strategies import LocalStrategy, Schedule
-from locallearn.strategies.making import make_schedulers
+from locallearn.strategies.making import make_optimizers, make_schedulers
 from locallearn.tasks.classification import Classification
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -203,3 +204,45 @@ def test_the_task_follows_a_plateau_under_auto(
     rates = _Rates()
     make_trainer(strategy="auto", max_epochs=5, callbacks=[rates]).fit(module, train, validation)
     assert [rate for rate, *_ in rates.seen[::4]] == [0.1, 0.1, 0.05, 0.025, 0.025]
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_units_on_a_cpu_do_not_ask_for_gpus(
+    make: Callable[..., Any], make_module: Callable[..., Classification], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before every step optimizers do, and under Lightning that costs more than a small unit's step."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("cuda"))
+    task = make_module()
+    task.use(MonoForward(seed=0))
+    groups = task.algorithm.units()["layer1"]
+    plain, (ours, *_) = make(groups, lr=0.1), make_optimizers(task.algorithm, partial(make, lr=0.1)).values()
+    for optimizer in (plain, ours):
+        for group in groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        asked.clear()
+        optimizer.step()
+        assert not asked or optimizer is plain
+        assert asked or optimizer is ours or not torch.backends.cuda.is_built()
+    twin = copy.deepcopy(ours)  # as for a warm-up: works as any other
+    twin.step()
+
+
+def test_gradients_are_let_go_and_a_zero_grad_of_somebodys_own_is_called(
+    train: Any, make_module: Callable[..., Classification], make_trainer: Callable[..., pl.Trainer]
+) -> None:
+    zeroed = []
+
+    class Own(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            zeroed.append(any(p.grad is not None for group in self.param_groups for p in group["params"]))
+            super().zero_grad(set_to_none)
+
+    for make in (torch.optim.SGD, Own):
+        task = make_module()
+        trainer = make_trainer(strategy=LocalStrategy(MonoForward(seed=0), partial(make, lr=0.1)), max_epochs=1)
+        trainer.fit(task, train)
+        assert task.algorithm is not None
+        assert all(p.grad is None for p in task.algorithm.parameters())
+    assert sum(zeroed) == len(train) * len(task.algorithm.units())
