@@ -136,7 +136,9 @@ def _unknown_key(key: str, words: Sequence[str]) -> str:
     what = f"{key!r} of {names[-1]}" if names else repr(key)
     siblings = [k for k in keys if k.rpartition(".")[0] == parent] or [k for k in keys if "." not in k]
     leaves = {k: k.rpartition(".")[2] for k in keys}
-    beside = [f"{parent}{dot}{name}" for name in get_close_matches(last, [leaves[k] for k in siblings], n=2, cutoff=0.7)]
+    beside = [
+        f"{parent}{dot}{name}" for name in get_close_matches(last, [leaves[k] for k in siblings], n=2, cutoff=0.7)
+    ]
     near = [k for k in keys if leaves[k] == last] + beside  # the right name in another group, or without one
     if not near:
         alike = get_close_matches(last, set(leaves.values()), n=1, cutoff=0.7)
