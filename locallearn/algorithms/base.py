@@ -473,17 +473,16 @@ def refuse_made_weights(name: str, layer: nn.Module, owner: str) -> None:
 
     Args:
         name: of the block, for the message.
-        layer: an ``nn.Linear`` or ``nn.Conv2d``.
+        layer: an ``nn.Linear``, or an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
         owner: the rule that asks.
 
     Raises:
         ValueError: it holds other parameters than weight and bias, or has a forward of its own.
     """
     held = {key for key, p in layer.named_parameters() if p is not None}
-    plain = getattr(layer.forward, "__func__", None) in (
-        nn.Linear.forward,
-        nn.Conv2d.forward,
-    )  # one can be put on the object
+    # one can be put on the object
+    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+    plain = getattr(layer.forward, "__func__", None) in [kind.forward for kind in kinds]
     if held not in ({"weight"}, {"weight", "bias"}) or not plain:
         made = ", ".join(sorted(held - {"weight", "bias"})) or ("no parameter of that name" if plain else "its forward")
         raise ValueError(

@@ -57,7 +57,7 @@ def estimate(directions: Tensor, slopes: Tensor, combine: Combine = "mean") -> T
 
     ``mean``: Vᵀ c / K, unbiased for directions of unit covariance. ``projection``: Vᵀ (V Vᵀ)⁻¹ c, the gradient's orthogonal
     projection on what the directions span; with K = P independent ones it is the gradient. Directions that depend on one
-    another count once (pseudo-inverse in float64).
+    another count once (V Vᵀ and its pseudo-inverse in float64). Precision is that of the directions, autocast or not.
 
     Args:
         directions: V, ``(K, P)``.
@@ -71,19 +71,21 @@ def estimate(directions: Tensor, slopes: Tensor, combine: Combine = "mean") -> T
         ValueError: there is no such way to combine, or more directions than entries are projected on.
     """
     count, size = directions.shape
-    if combine == "mean":
-        mean: Tensor = slopes.to(directions.dtype) @ directions / count
-        return mean
-    if combine != "projection":
+    if combine not in get_args(Combine):
         raise ValueError(f"combine is {combine!r}, expected mean or projection")
-    if count > size:
+    if combine == "projection" and count > size:
         raise ValueError(
             f"{count} directions are more than the {size} entries of the gradient: projection needs at most as many"
         )
-    gram = (directions @ directions.T).double()
-    weights = torch.linalg.pinv(gram, hermitian=True) @ slopes.double()
-    projected: Tensor = weights.to(directions.dtype) @ directions
-    return projected
+    with torch.autocast(directions.device.type, enabled=False):
+        if combine == "mean":
+            weights = slopes / count
+        else:
+            # Piece by piece, so that no copy in float64 lies beside all of them.
+            gram = sum(part @ part.T for part in (piece.double() for piece in torch.split(directions, 2**16, 1)))
+            weights = torch.linalg.pinv(gram, hermitian=True) @ slopes.double()
+        made: Tensor = weights.to(directions.dtype) @ directions
+        return made
 
 
 def relative_error(size: int, count: int = 1, noise: Noise = "gaussian", combine: Combine = "mean") -> float:

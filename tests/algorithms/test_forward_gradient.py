@@ -148,17 +148,28 @@ def test_perturbed_activities_give_products_of_slopes_directions_and_inputs(
     assert torch.allclose(found, wanted, atol=1e-10)
 
 
-def test_perturbed_activities_are_unbiased_and_less_noisy_than_perturbed_weights() -> None:
+def test_perturbed_activities_are_unbiased() -> None:
     net, batch = _perceptron(4)
     g = _true(net, batch)
-    noise = {}
-    for perturb in ("weights", "activities"):
+    rule = _attached(net, batch, perturb="activities")
+    draws = torch.stack([_flat(rule, batch) for _ in range(100)])
+    assert bool(((draws.mean(0) - g).abs() <= 5 * draws.std(0) / len(draws) ** 0.5 + 1e-12).all())
+
+
+def test_one_sample_has_p_times_less_noise_under_perturbed_activities() -> None:
+    """A layer of p inputs and q outputs alone: (q + 1) against (p q + 1) times the gradient's square (Gaussian)."""
+    net = Blocks({"only": nn.Linear(20, 3, bias=False)}, readout=nn.Linear(3, 3)).double()
+    assert net.readout is not None
+    net.readout.requires_grad_(False)
+    batch = Batch(torch.randn(1, 20).double(), torch.zeros(1, dtype=torch.int64))
+    weight = net[0].weight
+    loss = F.cross_entropy(net(batch.inputs), batch.targets)
+    [g] = torch.autograd.grad(loss, [weight])
+    for perturb, wanted in (("weights", 20 * 3 + 1), ("activities", 3 + 1)):
         rule = _attached(net, batch, perturb=perturb)
-        draws = torch.stack([_flat(rule, batch) for _ in range(200)])
-        error = draws.std(0) / len(draws) ** 0.5
-        assert bool(((draws.mean(0) - g).abs() <= 5 * error + 1e-12).all())
-        noise[perturb] = draws.var(0).sum()
-    assert noise["activities"] < noise["weights"] * 4  # of a batch of four: per sample it is much less
+        made = [(update.gradients or {})[weight] for _ in range(60) for update in rule.updates(batch)]
+        errors = torch.stack([((estimated - g) ** 2).sum() / (g**2).sum() for estimated in made])
+        assert abs(errors.mean() - wanted) < 4 * errors.std() / len(errors) ** 0.5
 
 
 def test_statistics_move_once_and_are_those_of_a_plain_pass() -> None:
@@ -271,6 +282,18 @@ class _Merges(nn.Module):
         return made.reshape(-1, 6)
 
 
+class _Mixes(_Calls):
+    def __init__(self) -> None:
+        super().__init__(lambda x: x - x.mean(0))
+
+
+class _Ties(_Calls):
+    """A decoder with the encoder's weight."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: F.linear(torch.tanh(x), self.layer.weight.T))
+
+
 class _Bypasses(_Calls):
     def __init__(self) -> None:
         super().__init__(torch.relu)
@@ -284,6 +307,8 @@ class _Bypasses(_Calls):
     [
         (_Overwrites, "what the layer '.*layer' has read is written into afterwards"),
         (_Merges, "the layer '.*layer' puts out rows that are not one per sample"),
+        (_Mixes, "for one sample changes the outputs of another"),
+        (_Ties, "the weight '.*layer.weight' is used by more than its linear or convolutional layers"),
         (_Bypasses, "the layer '.*layer' is not called as a module"),
     ],
 )
@@ -294,12 +319,116 @@ def test_layers_whose_gradient_would_be_another_are_refused(make: Callable[[], n
     assert _flat(_attached(net, batch), batch).isfinite().all()  # the way that is named can
 
 
+class _Remembers(nn.Module):
+    """Keeps state in buffers: one that it writes into, one that it puts anew."""
+
+    count: Tensor
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(x)
+        if self.training:
+            self.count += 1
+            self.mean = 0.9 * self.mean + 0.1 * made.mean(0)
+        return made
+
+
+@pytest.mark.parametrize("perturb", ["weights", "activities"])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_state_moves_once_however_many_directions_pass(perturb: Any, chunk: int | None) -> None:
+    net = Blocks({"only": _Remembers()}, readout=nn.Linear(6, 3))
+    batch = Batch(torch.randn(4, 6), torch.arange(4) % 3)
+    rule = _attached(net, batch, perturb=perturb, tangents=3, chunk=chunk)
+    assert not net[0].count
+    list(rule.updates(batch))
+    assert net[0].count == 1
+    assert torch.allclose(net[0].mean, 0.1 * net[0].layer(batch.inputs).mean(0), atol=1e-6)
+
+
+def test_what_only_training_does_is_found_before_training() -> None:
+    block = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+    with pytest.raises(ValueError, match=r"forward-mode derivative of every operation, and .*out has none"):
+        _attached(Blocks({"odd": block}, readout=nn.Linear(6, 3)), _perceptron()[1]._replace(inputs=torch.randn(8, 6)))
+
+
+def test_operations_that_take_one_direction_at_a_time_need_chunks_of_one() -> None:
+    net = Blocks({"odd": nn.Sequential(nn.Linear(6, 6), nn.RReLU())}, readout=nn.Linear(6, 3))
+    batch = Batch(torch.randn(4, 6), torch.arange(4) % 3)
+    with pytest.raises(ValueError, match=r"several directions cannot pass at once.*set chunk=1"):
+        _attached(net, batch, tangents=3)
+    assert _flat(_attached(net, batch, tangents=3, chunk=1), batch).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d])
+def test_perturbed_activities_know_convolutions_of_any_dimension(kind: Any) -> None:
+    places = [4] * (1 if kind is nn.Conv1d else 3)
+    block = nn.Sequential(kind(2, 3, 3), nn.ReLU(), nn.Flatten())
+    batch = Batch(torch.randn(4, 2, *places), torch.arange(4) % 3)
+    net = Blocks({"only": block}, readout=nn.LazyLinear(3))
+    net(batch.inputs)
+    assert _flat(_attached(net, batch, perturb="activities"), batch).isfinite().all()
+
+
+def test_batch_normalisation_that_rests_lets_samples_be() -> None:
+    frozen = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).requires_grad_(False)
+    net = Blocks({"frozen": frozen, "only": nn.Linear(6, 5)}, readout=nn.Linear(5, 3))
+    batch = Batch(torch.randn(4, 6), torch.arange(4) % 3)
+    rule = _attached(net, batch, perturb="activities")
+    list(rule.updates(batch))
+    frozen.requires_grad_(True)
+    with pytest.raises(ValueError, match="through which samples see one another"):
+        list(rule.updates(batch))
+
+
+@pytest.mark.parametrize("settings", [{"tangents": 4}, {"perturb": "activities"}])
+def test_autocast_leaves_estimates_in_the_precision_of_the_weights(settings: dict[str, Any]) -> None:
+    block = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten())
+    net, batch = Blocks({"only": block}, readout=nn.Linear(12, 3)), Batch(torch.randn(4, 1, 4, 4), torch.arange(4) % 3)
+    rule = _attached(net, batch, **settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        [update] = list(rule.updates(batch))
+        v, g = torch.randn(6, 10), torch.randn(10)
+        projected = estimate(v, v.mv(g).float(), "projection")
+    assert {gradient.dtype for gradient in (update.gradients or {}).values()} == {torch.float32}
+    assert projected.dtype == torch.float32
+
+
+def test_low_precision_does_not_spoil_the_projection() -> None:
+    v = tangents((8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    g = torch.linspace(1, 2, 8)
+    weights = torch.linalg.solve(v.T.double(), g.double())
+    found = estimate(v, v.double() @ g.double(), "projection").double()
+    rounded = weights.bfloat16().double() @ v.double()
+    assert (found - g).norm() < 3 * (rounded - g).norm() + 0.05
+
+
+def test_the_widest_of_several_precisions_is_drawn_in() -> None:
+    net = Blocks({"only": nn.Linear(6, 5).bfloat16()}, readout=nn.Linear(5, 3))
+    assert net.readout is not None
+    net.readout.register_forward_pre_hook(lambda layer, given: (given[0].float(),))
+    batch = Batch(torch.randn(4, 6).bfloat16(), torch.arange(4) % 3)
+    assert _flat(_attached(net, batch), batch).dtype == torch.float32
+
+
 def test_what_cannot_be_learned_is_refused() -> None:
     net, batch = _perceptron()
     with pytest.raises(ValueError, match="tangents is 999, and the network has 71 weights that learn"):
         _attached(net, batch, tangents=999, combine="projection")
     with pytest.raises(ValueError, match=r"is an nn\.BatchNorm1d, through which samples see one another"):
         _attached(*_normalised(), perturb="activities")
+    weighted = TaskInfo(
+        batch._replace(inputs=batch.inputs[:2], targets=batch.targets[:2]),
+        3,
+        nn.CrossEntropyLoss(torch.tensor([1.0, 5.0, 2.0]).double()),
+    )
+    with pytest.raises(ValueError, match=r"the mean of the samples' losses is .* and the loss of the batch"):
+        ForwardGradient(perturb="activities").attach(net, weighted)
     tokens, images = _tokens()
     with pytest.raises(ValueError, match=r"belongs to no linear or convolutional layer.*use perturb=weights"):
         _attached(tokens, images, perturb="activities")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import jvp
 
+from locallearn.algorithms._selection import sample_losses
 from locallearn.algorithms.base import refuse_made_weights
-from locallearn.algorithms.forward_gradient._draws import Draws
+from locallearn.algorithms.forward_gradient._passes import Draws, run, settle
 from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Combine, Noise, tangents
 from locallearn.nets.blocks import Blocks
@@ -28,6 +29,13 @@ class _Call(NamedTuple):
     read: Tensor
     version: int
     direction: Tensor
+
+
+class _Direction(NamedTuple):
+    """A weight and the direction in which it is moved."""
+
+    weight: Tensor
+    along: Tensor
 
 
 class Activities:
@@ -53,6 +61,7 @@ class Activities:
     ) -> None:
         self.blocks, self.loss = blocks, loss
         self.noise, self.count = noise, count
+        self._compared = False
 
     def layers(self) -> list[_Layer]:
         """Layers whose weights learn."""
@@ -72,13 +81,15 @@ class Activities:
                 f"{owner} take every sample's loss by itself, and nodes of a graph see one another: use perturb=weights"
             )
         known = {id(p) for layer in self.layers() for p in layer.parameters()}
+        learning = {id(layer) for layer in self.layers()}
         for name, module in self.blocks.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # With statistics that rest, each sample is by itself.
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
                 raise ValueError(
                     f"{name!r} is an nn.{type(module).__name__}, through which samples see one another, and {owner} take every "
                     "sample's loss by itself: use perturb=weights, or another normalisation"
                 )
-            if isinstance(module, _Layer):
+            if id(module) in learning:
                 refuse_made_weights(name, module, owner)
                 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
                     isinstance(module.padding, str) or module.padding_mode != "zeros"
@@ -96,15 +107,81 @@ class Activities:
 
     def step(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any]:
         """The loss, the estimate of every weight's gradient, and what is held for it: what all layers have read."""
+        self.check(batch)
         made: dict[nn.Parameter, Tensor] = {}
         draws = Draws(batch.inputs.device)
         for _ in range(self.count):
             draws.again()
-            losses, slopes, calls = self._pass(batch, generator)
-            self._look(calls, len(slopes))
+            outputs, along, calls, moved = self._pass(batch, generator)
+            self._look(calls, len(batch.inputs))
+            if not self._compared:
+                self._compare(outputs, batch.targets)
+                self._compared = len(batch.inputs) > 2  # of two, as in the example, much looks alike
+            losses, slopes = self._slopes(outputs, along, batch.targets)
             for call in calls:
                 _add(made, call, slopes / (len(slopes) * self.count))
+        settle(self.blocks, moved)  # what all passes made of the same state
         return losses.mean(), made, calls
+
+    def try_out(self, batch: Batch, generator: torch.Generator) -> None:
+        """One step, and what it cannot see.
+
+        Raises:
+            ValueError: samples see one another, or a weight is used by others than its layer.
+        """
+        self.step(batch, generator)
+        _, along, _, _ = self._pass(batch, generator, first=True)
+        if along is not None and bool(((along[1:] != 0) & along[1:].isfinite()).any()):
+            raise ValueError(
+                "what the layers put out for one sample changes the outputs of another, and forward gradients of activities "
+                "take every sample's loss by itself: use perturb=weights"
+            )
+        weights = {
+            name: _Direction(p.detach(), tangents(p.shape, "gaussian", generator, p.device, p.dtype))
+            for name, p in self.blocks.named_parameters()
+            if p.requires_grad
+        }
+        if self._elsewhere(weights, batch):
+            name = next((name for name, weight in weights.items() if self._elsewhere({name: weight}, batch)), "")
+            raise ValueError(
+                f"the weight {name!r} is used by more than its linear or convolutional layers (a tied decoder or embedding?), "
+                "and forward gradients of activities would miss a part of its gradient: use perturb=weights, or freeze it "
+                "with requires_grad_(False)"
+            )
+
+    def _elsewhere(self, weights: dict[str, _Direction], batch: Batch) -> bool:
+        """Whether what layers read or the outputs depend on weights when all that layers put out is held still."""
+        found: list[Tensor | None] = []
+
+        def still(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+            found.append(_unpack(_read(given, named)).tangent)
+            held: Tensor = _unpack(output).primal
+            return held
+
+        hooks = [layer.register_forward_hook(still, with_kwargs=True) for layer in self.layers()]
+        try:
+            with forward_ad.dual_level():
+                dual = {name: _make(*weight) for name, weight in weights.items()}
+                found.append(_unpack(run(self.blocks, dual, batch)[0]).tangent)
+                return any(along is not None and bool((along != 0).any()) for along in found)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _compare(self, outputs: Tensor, targets: Tensor) -> None:
+        """The mean of the samples' losses is the batch's.
+
+        Raises:
+            ValueError: it is not.
+        """
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # rounding is no difference
+        mean, whole = sample_losses(self.loss, wide, targets).mean(), self.loss(wide, targets)
+        if not torch.isclose(mean, whole.to(mean.dtype), rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                f"the mean of the samples' losses is {float(mean):.6g} and the loss of the batch {float(whole):.6g} (weights "
+                "of classes, ignored targets, a sum?), and forward gradients of activities take every sample's loss by "
+                "itself: use perturb=weights"
+            )
 
     def _look(self, calls: list[_Call], samples: int) -> None:
         """Every layer has put something out for every sample.
@@ -133,35 +210,50 @@ class Activities:
                         "take every sample's loss by itself: use perturb=weights"
                     )
 
-    def _pass(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, list[_Call]]:
+    def _pass(
+        self, batch: Batch, generator: torch.Generator, first: bool = False
+    ) -> tuple[Tensor, Tensor | None, list[_Call], dict[str, Tensor]]:
+        """Outputs, their derivative, the calls, and buffers after the pass; ``first``: perturbs the first sample alone."""
         calls: list[_Call] = []
 
-        def perturb(layer: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+        def perturb(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
             primal, tangent = _unpack(output)
             u = tangents(primal.shape, self.noise, generator, primal.device, primal.dtype)
-            read = _unpack(given[0]).primal
+            if first:
+                u[1:] = 0
+            read = _unpack(_read(given, named)).primal
             calls.append(_Call(cast(_Layer, layer), read, read._version, u))
             # An activation may write into what it is given, its tangent included: u has to stay what was drawn.
             return _make(primal, u.clone() if tangent is None else tangent + u)
 
-        hooks = [layer.register_forward_hook(perturb) for layer in self.layers()]
+        hooks = [layer.register_forward_hook(perturb, with_kwargs=True) for layer in self.layers()]
         try:
             with forward_ad.dual_level():
-                outputs, along = _unpack(self.blocks(batch.inputs))
+                made, moved = run(self.blocks, {}, batch)
+                outputs, along = _unpack(made)
+                return outputs, along, calls, {name: _unpack(buffer).primal for name, buffer in moved.items()}
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _slopes(self, outputs: Tensor, along: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Every sample's loss, and its derivative."""
 
         def loss(output: Tensor, target: Tensor) -> Tensor:
             return self.loss(output[None], target[None])
 
         def losses(outputs: Tensor) -> Tensor:
-            made: Tensor = torch.vmap(loss)(outputs, batch.targets)
+            made: Tensor = torch.vmap(loss)(outputs, targets)
             return made
 
         if along is None:  # nothing learns
-            return losses(outputs), outputs.new_zeros(len(outputs)), calls
-        return (*jvp(losses, (outputs,), (along,)), calls)
+            return losses(outputs), outputs.new_zeros(len(outputs))
+        return cast(tuple[Tensor, Tensor], jvp(losses, (outputs,), (along,)))
+
+
+def _read(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    read: Tensor = given[0] if given else named["input"]
+    return read
 
 
 def _add(made: dict[nn.Parameter, Tensor], call: _Call, slopes: Tensor) -> None:
@@ -187,4 +279,5 @@ def _add(made: dict[nn.Parameter, Tensor], call: _Call, slopes: Tensor) -> None:
         )
     for parameter, gradient in zip((layer.weight, layer.bias), found, strict=True):
         if isinstance(parameter, nn.Parameter):
+            gradient = gradient.to(parameter.dtype)  # autocast's are too coarse for sums
             made[parameter] = made[parameter] + gradient if parameter in made else gradient

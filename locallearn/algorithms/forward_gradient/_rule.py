@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, choices, output_layer
 from locallearn.algorithms.forward_gradient._activities import Activities
+from locallearn.algorithms.forward_gradient._passes import settle
 from locallearn.algorithms.forward_gradient._weights import Weights
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Combine, Noise
-from locallearn.nets.blocks import fitted
+from locallearn.nets.blocks import fitted, rest
 
 Perturb = Literal["weights", "activities"]
 
@@ -114,13 +115,28 @@ class ForwardGradient(Algorithm):
             output_layer(self.blocks, "ForwardGradient")
         kind = Weights if self.perturb == "weights" else Activities
         self._way = kind(self.blocks, task.loss, self.noise, self.tangents, self.combine, self.chunk)
-        self._way.check(task.example)
-        with _told():
+        with _told(), self._practice(len(task.example.inputs) > 1):
             inputs = fitted(self.blocks, task.example.inputs)
             move = partial(torch.utils._pytree.tree_map_only, Tensor, lambda value: value.to(inputs.device))
             targets = task.example.targets if task.example.rows is not None else task.example.targets[: len(inputs)]
             example = task.example._replace(inputs=inputs, targets=move(targets), context=move(task.example.context))
-            self._step(example, torch.Generator(inputs.device).manual_seed(0))
+            with torch.no_grad(), _plain_attention():
+                self._way.try_out(example, torch.Generator(inputs.device).manual_seed(0))
+
+    @contextmanager
+    def _practice(self, as_in_training: bool) -> Iterator[None]:
+        """A step that leaves no trace: no moved statistics, no draws. Normalisation cannot train on a single sample."""
+        kept = {name: buffer.clone() for name, buffer in self.blocks.named_buffers()}
+        first = next(self.blocks.parameters())
+        with torch.random.fork_rng(devices=[first.device] if first.is_cuda else []):
+            if as_in_training:  # attach() puts everybody back into the mode that it found
+                self.blocks.train()
+                rest(self.blocks, frozenset(), (), ())
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    settle(self.blocks, kept)
 
     def units(self) -> dict[str, list[ParamGroup]]:
         """One unit: the network."""
@@ -159,6 +175,11 @@ def _told() -> Iterator[None]:
         found = re.search(
             r"Trying to use forward AD with (\S+) that does not support it|forward.{0,40} for (\S+)", text
         )
+        if re.search("atching rule|vmap: |tried to vmap", text):
+            raise ValueError(
+                f"several directions cannot pass at once through an operation of this network in PyTorch ({text[:160]}): set "
+                "chunk=1, and they pass one by one"
+            ) from error
         if "forward AD" not in text and "jvp" not in text and "forward mode" not in text.lower():
             raise
         name = next((group for group in found.groups() if group), None) if found else None
