@@ -219,6 +219,19 @@ def test_nothing_is_kept_for_a_backward_pass() -> None:
     assert peaks["activities"][1] > 6 * peaks["activities"][0]
 
 
+@pytest.mark.parametrize(("chunk", "chunks"), [(None, 1), (3, 2), (1, 4)])
+def test_operations_are_a_pass_for_every_chunk_and_two_products_for_every_direction(
+    chunk: int | None, chunks: int
+) -> None:
+    batch = Batch(torch.randn(8, 16), torch.arange(8) % 3)
+    net = Blocks({"only": nn.Sequential(nn.Linear(16, 16), nn.ReLU())}, readout=nn.Linear(16, 16))
+    cost = measure_update(_attached(net, batch, tangents=4, chunk=chunk), batch)
+    product = 2 * 16 * 16
+    first, second = 2 * chunks + 4, chunks + 2 * 4  # the first layer's input has a derivative of zeros, once per chunk
+    mean = 2 * 4 * sum(p.numel() for p in net.parameters()) / len(batch.inputs)
+    assert cost.flops == (first + second) * product + mean
+
+
 def test_frozen_weights_rest() -> None:
     net, batch = _perceptron()
     next(iter(net.members.values())).requires_grad_(False)

@@ -44,12 +44,14 @@ class ForwardGradient(Algorithm):
         noise: ``gaussian``, ``rademacher`` (signs) or ``sphere``; ``activities`` have the first two.
         tangents: K, directions per batch.
         combine: ``mean``, or ``projection`` on what the directions span (``weights`` only).
-        chunk: directions that pass at once; ``null`` all. Fewer need less memory and more time; the result is the same.
+        chunk: directions that pass at once; ``null`` all. Fewer need less memory and more time; the result is the same up to
+            rounding. With 1 no operation has to take several at once.
 
     Raises:
-        ValueError: a setting that does not exist; when attached, an operation that has no forward-mode derivative, more
-            directions than weights under ``projection``, and under ``activities`` layers with weights that are neither
-            linear nor convolutional, BatchNorm, and graphs.
+        ValueError: a setting that does not exist; when attached, an operation that has no forward-mode derivative, or that
+            does not take several directions, more directions than weights under ``projection``, and under ``activities``
+            weights that are not only those of linear and convolutional layers, anything through which samples see one
+            another (BatchNorm, graphs), and a loss that is no plain mean over samples.
     """
 
     def __init__(
