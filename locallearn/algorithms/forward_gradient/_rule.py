@@ -14,12 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, choices, output_layer
 from locallearn.algorithms.forward_gradient._activities import Activities
-from locallearn.algorithms.forward_gradient._passes import settle
 from locallearn.algorithms.forward_gradient._weights import Weights
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Combine, Noise
 from locallearn.nets.blocks import fitted, rest
+from locallearn.nets.trace import preserved
 
 Perturb = Literal["weights", "activities"]
 
@@ -127,18 +127,12 @@ class ForwardGradient(Algorithm):
 
     @contextmanager
     def _practice(self, as_in_training: bool) -> Iterator[None]:
-        """A step that leaves no trace: no moved statistics, no draws. Normalisation cannot train on a single sample."""
-        kept = {name: buffer.clone() for name, buffer in self.blocks.named_buffers()}
-        first = next(self.blocks.parameters())
-        with torch.random.fork_rng(devices=[first.device] if first.is_cuda else []):
+        """A step that leaves no trace. Normalisation cannot train on a single sample."""
+        with preserved(self.blocks):
             if as_in_training:  # attach() puts everybody back into the mode that it found
                 self.blocks.train()
                 rest(self.blocks, frozenset(), (), ())
-            try:
-                yield
-            finally:
-                with torch.no_grad():
-                    settle(self.blocks, kept)
+            yield
 
     def units(self) -> dict[str, list[ParamGroup]]:
         """One unit: the network."""
