@@ -58,8 +58,10 @@ ACCURACIES = [
     ("mono_forward_mnist", "backprop", 5),
     ("forward_forward_mnist", "forward_forward", 1),
     ("mono_forward_cifar10", "mono_forward", 1),
-    ("cafo_cifar10", "cafo", 2),
+    ("cafo_cifar10", "cafo", 3),
     ("cafo_cifar10_ce", "cafo", 1),
+    ("cafo_fashion_mnist_dfa", "cafo", 1),
+    ("forward_forward_mnist_4x2000", "backprop", 1),
     ("local_heads_mnist", "local_heads", 3),
     ("mono_forward_mnist_cnn", "mono_forward", 1),
     ("emergent_mnist", "forward_forward", 1),
@@ -110,6 +112,31 @@ def test_the_rows_of_resnet_18_are_those_of_the_records() -> None:
             cell.strip(" *") for cell in row.split("|")[4:7]
         ]
     assert len(set(rows)) == len(records)
+
+
+def test_the_rows_of_layer_collaboration_are_those_of_the_records() -> None:
+    """One row per run, with what each layer knows and adds where the run has looked."""
+    after = PAGE.partition("**Layer collaboration, 784-3×1000**")[2].partition("\n\n**The paper's order")[0]
+    rows = [[cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in after.splitlines() if "`" in line]
+    found = []
+    for record in scan([DOCS / "records" / "layer_collaboration"]).records:
+        last = {m.name: m.value for m in record.metrics() if m.name.startswith("layer/")}
+        layers = [
+            " / ".join(f"{100 * (last[f'layer/layer{i}/accuracy_{kind}'] or 0):.1f}" for i in (1, 2, 3))
+            if last
+            else "–"
+            for kind in ("alone", "gained")
+        ]
+        name = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}[record.dataset]
+        accuracy = f"{100 * record.data['test']['accuracy']:.2f}"
+        found.append([name, record.algorithm, record.data["variant"] or "", accuracy, *layers])
+    assert sorted(found) == sorted(row[:3] + row[4:] for row in rows if len(row) == 7)
+
+
+def test_forward_forward_over_ten_epochs_is_that_of_the_records() -> None:
+    for record in _records("forward_forward_mnist_4x2000", "forward_forward"):
+        row = next(line for line in PAGE.splitlines() if f"| {record.data['variant']} |" in line and "4x2000)" in line)
+        assert f"**{100 * record.data['test']['accuracy']:.2f}**" in row
 
 
 def test_the_paired_difference_is_that_of_the_records() -> None:
