@@ -116,7 +116,7 @@ def test_the_rows_of_resnet_18_are_those_of_the_records() -> None:
 
 def test_the_rows_of_layer_collaboration_are_those_of_the_records() -> None:
     """One row per run, with what each layer knows and adds where the run has looked."""
-    after = PAGE.partition("**Layer collaboration, 784-3×1000**")[2].partition("\n\n**The paper's order")[0]
+    after = PAGE.partition("**Layer collaboration, 784")[2].partition("\n\n**The paper's order")[0]
     rows = [[cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in after.splitlines() if "`" in line]
     found = []
     for record in scan([DOCS / "records" / "layer_collaboration"]).records:
@@ -124,7 +124,7 @@ def test_the_rows_of_layer_collaboration_are_those_of_the_records() -> None:
         layers = [
             " / ".join(f"{100 * (last[f'layer/layer{i}/accuracy_{kind}'] or 0):.1f}" for i in (1, 2, 3))
             if last
-            else "–"
+            else "\u2013"
             for kind in ("alone", "gained")
         ]
         name = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}[record.dataset]
