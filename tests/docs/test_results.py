@@ -62,6 +62,7 @@ ACCURACIES = [
     ("cafo_cifar10_ce", "cafo", 1),
     ("cafo_fashion_mnist_dfa", "cafo", 1),
     ("forward_forward_mnist_4x2000", "backprop", 1),
+    ("forward_gradient_mnist", "forward_gradient", 1),
     ("local_heads_mnist", "local_heads", 3),
     ("mono_forward_mnist_cnn", "mono_forward", 1),
     ("emergent_mnist", "forward_forward", 1),
