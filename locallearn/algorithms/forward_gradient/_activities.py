@@ -14,7 +14,7 @@ from locallearn.algorithms._selection import sample_losses
 from locallearn.algorithms.base import refuse_made_weights
 from locallearn.algorithms.forward_gradient._passes import Draws, run, settle
 from locallearn.batch import Batch
-from locallearn.functional.forward_gradient import Combine, Noise, tangents
+from locallearn.functional.forward_gradient import Noise, tangents
 from locallearn.nets.blocks import Blocks
 
 _unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
@@ -45,20 +45,10 @@ class Activities:
         blocks: the network.
         loss: of the task, a mean over samples.
         noise: of the directions.
-        count: K.
-        combine: the mean.
-        chunk: one at a time.
+        count: K, which pass one by one.
     """
 
-    def __init__(
-        self,
-        blocks: Blocks,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        noise: Noise,
-        count: int,
-        combine: Combine,
-        chunk: int | None,
-    ) -> None:
+    def __init__(self, blocks: Blocks, loss: Callable[[Tensor, Tensor], Tensor], noise: Noise, count: int) -> None:
         self.blocks, self.loss = blocks, loss
         self.noise, self.count = noise, count
         self._compared = False

@@ -115,8 +115,11 @@ class ForwardGradient(Algorithm):
         feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
         if self.blocks.readout is None:
             output_layer(self.blocks, "ForwardGradient")
-        kind = Weights if self.perturb == "weights" else Activities
-        self._way = kind(self.blocks, task.loss, self.noise, self.tangents, self.combine, self.chunk)
+        self._way: Weights | Activities
+        if self.perturb == "weights":
+            self._way = Weights(self.blocks, task.loss, self.noise, self.tangents, self.combine, self.chunk)
+        else:
+            self._way = Activities(self.blocks, task.loss, self.noise, self.tangents)
         with _told(), self._practice(len(task.example.inputs) > 1):
             inputs = fitted(self.blocks, task.example.inputs)
             move = partial(torch.utils._pytree.tree_map_only, Tensor, lambda value: value.to(inputs.device))
