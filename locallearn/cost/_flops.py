@@ -35,7 +35,7 @@ _CHEAP = re.compile(
             # random numbers, new tensors, copies, layout
             r"bernoulli|normal\w*|uniform|rand\w*|multinomial|poisson|exponential|geometric|cauchy|log_normal|binomial",
             r"\w*dropout\w*|_philox\w+|_standard_gamma\w*|_sample_dirichlet|_dirichlet_grad|_masked_scale",
-            r"_?empty\w*|zeros|zero|ones|full|fill|arange|linspace|logspace|eye|range|\w+_like|new_\w+|scalar_tensor|complex|polar",
+            r"_?empty\w*|zeros|zero|ones|full|fill|arange|linspace|logspace|eye|range|\w+_like|_?new_\w+|scalar_tensor|complex|polar",
             r"_efficientzerotensor|tri[lu]\w*|\w+_window|fft_r?fftfreq|copy\w*|_copy\w*|clone|lift\w*|_lazy_clone|detach\w*|cat|_?stack",
             r"_chunk_cat|resize\w*|_resize\w*|set|_unsafe_view|_reshape\w*|repeat\w*|roll|flip|rot90|constant_pad_nd|\w+_pad\d?d?",
             r"pixel_\w+|channel_shuffle|block_diag|diag_embed|(diagonal|select|slice|as_strided|unfold|_nested_select)\w*",

@@ -205,6 +205,12 @@ def test_directions_share_their_dropout_masks(perturb: Any) -> None:
     assert torch.allclose(made[0], made[1], atol=1e-12)
 
 
+@pytest.mark.parametrize("perturb", ["weights", "activities"])
+def test_every_operation_of_an_update_is_known(perturb: Any) -> None:
+    net, batch = _perceptron()
+    assert measure_update(_attached(net, batch, perturb=perturb, tangents=2), batch).uncounted == ()
+
+
 def test_nothing_is_kept_for_a_backward_pass() -> None:
     """Peak bytes are flat in depth under perturbed weights; perturbed activities keep what their layers read."""
     batch = Batch(torch.randn(8, 16), torch.arange(8) % 3)
