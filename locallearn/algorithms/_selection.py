@@ -130,12 +130,17 @@ def sample_losses(loss: Callable[[Tensor, Tensor], Tensor], scores: Tensor, targ
     scores = scores.detach()
     if scores.dtype in (torch.float16, torch.bfloat16):  # too coarse to rank by
         scores = scores.float()
+    with torch.no_grad():
+        return each_loss(loss, scores, targets)
+
+
+def each_loss(loss: Callable[[Tensor, Tensor], Tensor], scores: Tensor, targets: Tensor) -> Tensor:
+    """The same, in the scores' dtype and as differentiable as the loss."""
 
     def one(score: Tensor, target: Tensor) -> Tensor:
         return loss(score[None], target[None])
 
-    with torch.no_grad():
-        losses: Tensor = torch.vmap(one)(scores, targets)
+    losses: Tensor = torch.vmap(one)(scores, targets)
     return losses
 
 

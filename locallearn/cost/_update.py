@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
+from locallearn.algorithms._selection import rows_of
 from locallearn.algorithms.base import Algorithm, Update
 from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.batch import Batch
@@ -283,12 +284,7 @@ def _flops_of_part(flops: Callable[..., float], batch: Batch, rows: int) -> floa
     """Work of a step on the first rows of a batch; ``None`` where there is no such part, or no step can be made on it."""
     if not 0 < rows < len(batch.inputs) or batch.context or batch.rows is not None:
         return None
-    part = Batch(
-        batch.inputs[:rows].clone(),
-        batch.targets[:rows].clone(),
-        index=None if batch.index is None else batch.index[:rows],
-        source=None if batch.source is None else batch.source[:rows],
-    )
+    part = _anew(rows_of(batch, slice(rows)))  # a slice would count the whole batch's storage
     try:
         return flops(part)
     except Exception:  # BatchNorm of a single row, say, or a block made for batches of one size

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import jvp
 
-from locallearn.algorithms._selection import sample_losses
+from locallearn.algorithms._selection import each_loss, sample_losses
 from locallearn.algorithms.base import refuse_made_weights
 from locallearn.algorithms.forward_gradient._passes import Draws, run, settle
 from locallearn.batch import Batch
@@ -53,11 +53,13 @@ class Activities:
         self.noise, self.count = noise, count
         self._compared = False
 
-    def layers(self) -> list[_Layer]:
-        """Layers whose weights learn."""
-        kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-        found = [module for module in self.blocks.modules() if isinstance(module, kinds)]
-        return [layer for layer in found if any(p.requires_grad for p in layer.parameters())]
+    def layers(self) -> dict[str, _Layer]:
+        """Layers whose weights learn, by name."""
+        return {
+            name: module
+            for name, module in self.blocks.named_modules()
+            if isinstance(module, _Layer) and any(p.requires_grad for p in module.parameters())
+        }
 
     def check(self, example: Batch) -> None:
         """Samples must not see one another, and every weight must belong to a layer that is known.
@@ -70,8 +72,6 @@ class Activities:
             raise ValueError(
                 f"{owner} take every sample's loss by itself, and nodes of a graph see one another: use perturb=weights"
             )
-        known = {id(p) for layer in self.layers() for p in layer.parameters()}
-        learning = {id(layer) for layer in self.layers()}
         for name, module in self.blocks.named_modules():
             # With statistics that rest, each sample is by itself.
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
@@ -79,15 +79,15 @@ class Activities:
                     f"{name!r} is an nn.{type(module).__name__}, through which samples see one another, and {owner} take every "
                     "sample's loss by itself: use perturb=weights, or another normalisation"
                 )
-            if id(module) in learning:
-                refuse_made_weights(name, module, owner)
-                if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
-                    isinstance(module.padding, str) or module.padding_mode != "zeros"
-                ):
-                    raise ValueError(
-                        f"{name!r} has padding={module.padding!r}, padding_mode={module.padding_mode!r}: {owner} are written "
-                        "for numbers of zeros"
-                    )
+        layers = self.layers()
+        for name, layer in layers.items():
+            refuse_made_weights(name, layer, owner)
+            if not isinstance(layer, nn.Linear) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
+                raise ValueError(
+                    f"{name!r} has padding={layer.padding!r}, padding_mode={layer.padding_mode!r}: {owner} are written "
+                    "for numbers of zeros"
+                )
+        known = {id(p) for layer in layers.values() for p in layer.parameters()}
         for name, p in self.blocks.named_parameters():
             if p.requires_grad and id(p) not in known:
                 raise ValueError(
@@ -148,7 +148,7 @@ class Activities:
             held: Tensor = _unpack(output).primal
             return held
 
-        hooks = [layer.register_forward_hook(still, with_kwargs=True) for layer in self.layers()]
+        hooks = [layer.register_forward_hook(still, with_kwargs=True) for layer in self.layers().values()]
         try:
             with forward_ad.dual_level():
                 dual = {name: _make(*weight) for name, weight in weights.items()}
@@ -182,23 +182,22 @@ class Activities:
         seen = {id(call.layer) for call in calls}
         others = {id(call.layer) for call in calls if len(call.direction) != samples}
         changed = {id(call.layer) for call in calls if call.read._version != call.version}
-        for name, module in self.blocks.named_modules():
-            if isinstance(module, _Layer) and any(p.requires_grad for p in module.parameters()):
-                if id(module) not in seen:
-                    raise ValueError(
-                        f"the layer {name!r} is not called as a module, so forward gradients of activities cannot see what it "
-                        "puts out: use perturb=weights, or freeze it with requires_grad_(False)"
-                    )
-                if id(module) in changed:
-                    raise ValueError(
-                        f"what the layer {name!r} has read is written into afterwards, and its gradient needs it as it was: do "
-                        "that out of place, or use perturb=weights"
-                    )
-                if id(module) in others:
-                    raise ValueError(
-                        f"the layer {name!r} puts out rows that are not one per sample, and forward gradients of activities "
-                        "take every sample's loss by itself: use perturb=weights"
-                    )
+        for name, layer in self.layers().items():
+            if id(layer) not in seen:
+                raise ValueError(
+                    f"the layer {name!r} is not called as a module, so forward gradients of activities cannot see what it "
+                    "puts out: use perturb=weights, or freeze it with requires_grad_(False)"
+                )
+            if id(layer) in changed:
+                raise ValueError(
+                    f"what the layer {name!r} has read is written into afterwards, and its gradient needs it as it was: do "
+                    "that out of place, or use perturb=weights"
+                )
+            if id(layer) in others:
+                raise ValueError(
+                    f"the layer {name!r} puts out rows that are not one per sample, and forward gradients of activities "
+                    "take every sample's loss by itself: use perturb=weights"
+                )
 
     def _pass(
         self, batch: Batch, generator: torch.Generator, first: bool = False
@@ -216,7 +215,7 @@ class Activities:
             # An activation may write into what it is given, its tangent included: u has to stay what was drawn.
             return _make(primal, u.clone() if tangent is None else tangent + u)
 
-        hooks = [layer.register_forward_hook(perturb, with_kwargs=True) for layer in self.layers()]
+        hooks = [layer.register_forward_hook(perturb, with_kwargs=True) for layer in self.layers().values()]
         try:
             with forward_ad.dual_level():
                 made, moved = run(self.blocks, {}, batch)
@@ -229,12 +228,8 @@ class Activities:
     def _slopes(self, outputs: Tensor, along: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Every sample's loss, and its derivative."""
 
-        def loss(output: Tensor, target: Tensor) -> Tensor:
-            return self.loss(output[None], target[None])
-
         def losses(outputs: Tensor) -> Tensor:
-            made: Tensor = torch.vmap(loss)(outputs, targets)
-            return made
+            return each_loss(self.loss, outputs, targets)
 
         if along is None:  # nothing learns
             return losses(outputs), outputs.new_zeros(len(outputs))

@@ -113,8 +113,7 @@ class ForwardGradient(Algorithm):
     def build(self, task: TaskInfo) -> None:
         """Add nothing; one step is tried, so that what has no forward-mode derivative is told before training."""
         feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
-        if self.blocks.readout is None:
-            output_layer(self.blocks, "ForwardGradient")
+        output_layer(self.blocks, "ForwardGradient")
         self._way: Weights | Activities
         if self.perturb == "weights":
             self._way = Weights(self.blocks, task.loss, self.noise, self.tangents, self.combine, self.chunk)

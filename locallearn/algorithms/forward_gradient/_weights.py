@@ -44,32 +44,23 @@ class Weights:
         self.noise, self.count, self.combine, self.chunk = noise, count, combine, min(chunk or count, count)
         self._alone = count == 1 and combine == "mean"
 
-    def learned(self) -> dict[str, nn.Parameter]:
-        """Weights that are perturbed, by name."""
-        return {name: p for name, p in self.blocks.named_parameters() if p.requires_grad}
-
-    def check(self) -> None:
-        """Directions must fit into the space.
+    def step(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any]:
+        """The loss, every weight's estimated gradient, and what is held for it; moves statistics of normalisation once.
 
         Raises:
-            ValueError: they do not.
+            ValueError: more directions than weights, where they are projected on.
         """
-        size = sum(p.numel() for p in self.learned().values())
-        if self.combine == "projection" and self.count > size:
+        learned = {name: p for name, p in self.blocks.named_parameters() if p.requires_grad}
+        sizes = [p.numel() for p in learned.values()]
+        if self.combine == "projection" and self.count > sum(sizes):
             raise ValueError(
-                f"tangents is {self.count}, and the network has {size} weights that learn: projection needs at most as many "
-                "directions as weights"
+                f"tangents is {self.count}, and the network has {sum(sizes)} weights that learn: projection needs at most as "
+                "many directions as weights"
             )
-
-    def step(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any]:
-        """The loss, every weight's estimated gradient, and what is held for it; moves statistics of normalisation once."""
-        self.check()
-        learned = self.learned()
         if not learned:
             loss, moved = self._lost({}, batch)
             settle(self.blocks, moved)
             return loss, {}, None
-        sizes = [p.numel() for p in learned.values()]
         device = next(iter(learned.values())).device
         widest = reduce(torch.promote_types, (p.dtype for p in learned.values()))
         # One draw for all weights: many small ones cost more than the passes of a small network.
