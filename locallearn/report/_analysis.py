@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from locallearn.records import ANALYSIS, Record, plain_file
-from locallearn.report._charts import Chart, Figure
-from locallearn.report._charts import _figure as figure_of
-from locallearn.report._charts import _plain as plain_text
-from locallearn.report._charts import _ramp as ramp
+from locallearn.report._charts import Chart, Figure, figure_of, plain_text, ramp
 from locallearn.report._columns import UNKNOWN
 from locallearn.statistics import Row
 

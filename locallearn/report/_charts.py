@@ -13,9 +13,7 @@ from locallearn.report._columns import (
     Column,
     best_energy,
     headline_metric,
-    metric_column,
     ratio_text,
-    significant,
 )
 from locallearn.statistics import Figure as Numbers
 from locallearn.statistics import PairedDifference, Row, is_cost
@@ -83,7 +81,12 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Mappin
         x, y = row.figures[cost.key], row.figures[metric.key]
         seeds = [seed for seed in x.by_seed if seed in y.by_seed]
         told = f"{row.seeds} seeds, {verdict}"
-        common = {"type": "scatter", "mode": "markers", "legendgroup": _plain(row.label), "name": _plain(row.label)}
+        common = {
+            "type": "scatter",
+            "mode": "markers",
+            "legendgroup": plain_text(row.label),
+            "name": plain_text(row.label),
+        }
         if len(seeds) > 1:
             data.append(
                 {
@@ -98,10 +101,10 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Mappin
         data.append(
             {
                 **common,
-                "x": [_scaled(x.centre, cost)],
-                "y": [_scaled(y.centre, metric)],
-                "error_x": _error_bar(x, cost.scale, colour),
-                "error_y": _error_bar(y, metric.scale, colour),
+                "x": [scaled(x.centre, cost)],
+                "y": [scaled(y.centre, metric)],
+                "error_x": error_bar(x, cost.scale, colour),
+                "error_y": error_bar(y, metric.scale, colour),
                 "marker": {
                     "color": colour,
                     "symbol": symbol if x.interval and y.interval and row.complete else f"{symbol}-open",
@@ -111,8 +114,8 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Mappin
                     else {"width": 2},
                 },
                 "text": [
-                    f"<b>{_plain(row.label)}</b><br>{_plain(metric.title)} {metric.summary(y)} {metric.unit}"
-                    f"<br>{_plain(cost.title)} {cost.summary(x)} {cost.unit}<br>{_plain(told)}"
+                    f"<b>{plain_text(row.label)}</b><br>{plain_text(metric.title)} {metric.summary(y)} {metric.unit}"
+                    f"<br>{plain_text(cost.title)} {cost.summary(x)} {cost.unit}<br>{plain_text(told)}"
                 ],
                 "hovertemplate": "%{text}<extra></extra>",
             }
@@ -126,15 +129,20 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Mappin
     xs = [row.figures[cost.key].centre or 0.0 for row in known]
     wide = bool(xs) and min(xs) > 0 and max(xs) / min(xs) > 20
     layout = {
-        "xaxis": {"title": {"text": _plain(cost.heading)}, "type": "log" if wide else "linear"},
-        "yaxis": {"title": {"text": _plain(metric.heading)}},
+        "xaxis": {"title": {"text": plain_text(cost.heading)}, "type": "log" if wide else "linear"},
+        "yaxis": {"title": {"text": plain_text(metric.heading)}},
     }
     header = ("Rule", "Seeds", metric.heading, "95 % interval", cost.heading, "95 % interval", "Pareto front")
     missing = [row.label for row in rows if row not in known]
     note = "Means (of costs geometric ones) with 95 % t-intervals; an open marker has none, or seeds are missing."
     note += f" Not shown, for lack of a figure: {', '.join(missing)}." if missing else ""
     return Chart(
-        f"{metric.title} against {_lower(cost.title)}", note, _figure(data, layout), header, table, 380 + 7 * len(known)
+        f"{metric.title} against {lower(cost.title)}",
+        note,
+        figure_of(data, layout),
+        header,
+        table,
+        380 + 7 * len(known),
     )
 
 
@@ -152,8 +160,8 @@ def pareto(rows: Sequence[Row], cost: Column, metric: Column) -> tuple[list[tupl
     points = sorted(
         (x, sign * y)
         for row in placed.values()
-        if (x := _scaled(row.figures[cost.key].centre, cost)) is not None
-        and (y := _scaled(row.figures[metric.key].centre, metric)) is not None
+        if (x := scaled(row.figures[cost.key].centre, cost)) is not None
+        and (y := scaled(row.figures[metric.key].centre, metric)) is not None
     )
     front: list[tuple[float, float]] = []
     for x, badness in points:
@@ -171,8 +179,8 @@ def pareto(rows: Sequence[Row], cost: Column, metric: Column) -> tuple[list[tupl
             verdicts.append("beaten beyond the intervals")
         else:
             at = (
-                _scaled(row.figures[cost.key].centre, cost),
-                sign * (_scaled(row.figures[metric.key].centre, metric) or 0.0),
+                scaled(row.figures[cost.key].centre, cost),
+                sign * (scaled(row.figures[metric.key].centre, metric) or 0.0),
             )
             verdicts.append("on it" if at in front else "not beaten beyond the intervals")
     return [(x, sign * badness) for x, badness in front], verdicts
@@ -289,11 +297,11 @@ def _interval_chart(
                 "type": "scatter",
                 "mode": "markers",
                 "x": [point.middle],
-                "y": [_plain(point.label)],
+                "y": [plain_text(point.label)],
                 "error_x": _bar(point.middle, ends, 1.0, colour),
                 "marker": {"color": colour, "symbol": symbol + ("" if ends else "-open"), "size": 11},
                 "text": [
-                    f"<b>{_plain(point.label)}</b><br>{write(point.middle)}<br>95 % interval {span}{said}<br>n = {pair.n}"
+                    f"<b>{plain_text(point.label)}</b><br>{write(point.middle)}<br>95 % interval {span}{said}<br>n = {pair.n}"
                 ],
                 "hovertemplate": "%{text}<extra></extra>",
                 "showlegend": False,
@@ -301,13 +309,13 @@ def _interval_chart(
         )
     line = {"type": "line", "x0": reference, "x1": reference, "yref": "paper", "y0": 0, "y1": 1}
     layout = {
-        "xaxis": {"title": {"text": _plain(axis)}},
+        "xaxis": {"title": {"text": plain_text(axis)}},
         "yaxis": {"type": "category", "range": [len(points) - 0.5, -0.5]},
         "shapes": [{**line, "line": {"color": "#808080", "width": 1.5, "dash": "dot"}}],
     }
     heading = axis[:1].upper() + axis[1:]
     header = ("Rule", "Pairs", heading, "95 % interval", "Sign-flip p", "Smallest possible p", "p after Holm")
-    return Chart(title, "", _figure(data, layout), header, table, 130 + 36 * len(points))
+    return Chart(title, "", figure_of(data, layout), header, table, 130 + 36 * len(points))
 
 
 def _p(p: float | None) -> str:
@@ -329,8 +337,8 @@ def _bar_chart(rows: Sequence[Row], column: Column, style: Mapping[str, tuple[st
         {
             "type": "bar",
             "orientation": "h",
-            "x": [_scaled(row.figures[column.key].summary.mean, column)],
-            "y": [_plain(row.label)],
+            "x": [scaled(row.figures[column.key].summary.mean, column)],
+            "y": [plain_text(row.label)],
             "marker": {"color": style[row.label][0]},
             "text": [column.number(row.figures[column.key].summary.mean)],
             "textposition": "auto",
@@ -340,174 +348,23 @@ def _bar_chart(rows: Sequence[Row], column: Column, style: Mapping[str, tuple[st
         for row in known
     ]
     layout = {
-        "xaxis": {"title": {"text": _plain(column.heading)}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": plain_text(column.heading)}, "rangemode": "tozero"},
         "yaxis": {"autorange": "reversed", "type": "category"},
         "bargap": 0.35,
     }
     table = [(row.label, str((f := row.figures[column.key]).summary.n), column.summary(f)) for row in known]
     header = ("Rule", "Seeds", column.heading)
-    return Chart(column.title, "", _figure(data, layout), header, table, 120 + 36 * len(known))
-
-
-# ------------------------------------------------------------------------------------------- curves over epochs
-
-
-def metric_chart(
-    rows: Sequence[Row], curves: Sequence[Curves], style: Mapping[str, tuple[str, str]], points: int
-) -> Chart | None:
-    """The validation metric over epochs: the mean over seeds, and the range of the seeds behind it."""
-    name = f"validation/{rows[0].metric.name}"
-    metric = metric_column(name, rows)
-    data: list[Figure] = []
-    series: dict[str, Mapping[int, Sequence[float]]] = {}
-    for row, known in zip(rows, curves, strict=True):
-        if name not in known:
-            continue
-        series[row.label] = known[name]
-        data += _band(row.label, known[name], metric, style[row.label][0], points)
-    if not series:
-        return None
-    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": _plain(_lower(metric.heading))}}}
-    header, table = _curve_table(
-        series,
-        points,
-        lambda values: f"{100 * _mean(values):.2f}" if metric.unit == "%" else significant(_mean(values)),
-    )
-    note = "Mean over the seeds that reached the epoch; the band spans them."
-    return Chart(f"{metric.title} over epochs", note, _figure(data, layout), header, table, 360 + 7 * len(series))
-
-
-def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, colour: str, points: int) -> list[Figure]:
-    epochs = thin(sorted(values), points)
-    factor = 1 / metric.scale
-    line = {"type": "scatter", "mode": "lines", "x": epochs, "legendgroup": _plain(label)}
-    edge = {**line, "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-    band = [
-        {**edge, "y": [_round(factor * max(values[epoch])) for epoch in epochs]},
-        {
-            **edge,
-            "y": [_round(factor * min(values[epoch])) for epoch in epochs],
-            "fill": "tonexty",
-            "fillcolor": f"{colour}2e",
-        },
-    ]
-    mean = {
-        **line,
-        "name": _plain(label),
-        "y": [_round(factor * _mean(values[epoch])) for epoch in epochs],
-        "line": {"color": colour, "width": 2},
-        "hovertemplate": "%{fullData.name}<br>epoch %{x}: "
-        + ("%{y:.2f} %" if metric.unit == "%" else "%{y:.4g}")
-        + "<extra></extra>",
-    }
-    spread = any(len(values[epoch]) > 1 for epoch in epochs)
-    return [*(band if spread else []), _dotted_when_single(mean, epochs)]
-
-
-def block_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
-    """Loss of every block and further unit and probe accuracy of every block over epochs, mean over seeds."""
-    charts = []
-    units = {
-        name.removeprefix("unit/").removesuffix("/loss"): of for name, of in curves.items() if name.startswith("unit/")
-    }
-    for suffix, title, axis, factor in (
-        ("loss", "local loss per block", "loss", 1.0),
-        ("probe_accuracy", "probe accuracy per block", "probe accuracy (%)", 100.0),
-    ):
-        series = {
-            block: curves[name] for block in _block_names(row, curves) if (name := f"block/{block}/{suffix}") in curves
-        }
-        if suffix == "loss" and units:
-            title = "local loss per block and unit" if series else "loss per unit"
-            series |= units
-        if series:
-            charts.append(_block_chart(f"{row.label}: {title}", axis, series, factor, points))
-    return charts
-
-
-def layer_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
-    """The rule's own figures of every layer over epochs, mean over seeds: one chart per figure, latest values below."""
-    figures: dict[str, dict[str, Mapping[int, Sequence[float]]]] = {}
-    for name, values in curves.items():
-        layer, _, figure = name.removeprefix("layer/").rpartition("/")
-        if name.startswith("layer/") and layer:
-            figures.setdefault(figure, {})[layer] = values
-    charts = []
-    for figure, series in figures.items():
-        words = figure.replace("_", " ")
-        axis = f"{words} (degrees)" if words.endswith("angle") else words
-        chart = _block_chart(f"{row.label}: {words} per layer", axis, series, 1.0, points, "layer")
-        latest = [
-            (layer, str(max(values)), significant(_mean(values[max(values)]))) for layer, values in series.items()
-        ]
-        charts.append(replace(chart, header=("Layer", "Epoch", axis[:1].upper() + axis[1:]), table=latest))
-    return charts
-
-
-def _block_chart(
-    title: str,
-    axis: str,
-    series: Mapping[str, Mapping[int, Sequence[float]]],
-    factor: float,
-    points: int,
-    what: str = "block",
-) -> Chart:
-    data = []
-    for i, (block, values) in enumerate(series.items()):
-        epochs = thin(sorted(values), points)
-        trace = {
-            "type": "scatter",
-            "mode": "lines",
-            "name": _plain(block),
-            "x": epochs,
-            "y": [_round(factor * _mean(values[epoch])) for epoch in epochs],
-            "line": {"color": _ramp(i, len(series)), "width": 2, "dash": ("solid", "dash", "dot", "dashdot")[i % 4]},
-            "hovertemplate": what + " %{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
-        }
-        data.append(_dotted_when_single(trace, epochs))
-    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": _plain(axis)}}}
-    header, table = _curve_table(series, points, lambda values: significant(factor * _mean(values)))
-    return Chart(title, "", _figure(data, layout), header, table, 330 + 5 * len(series))
-
-
-def _block_names(row: Row, curves: Curves) -> list[str]:
-    """Blocks in the network's order, then those that only the metrics know."""
-    logged = [name.split("/", 1)[1].rpartition("/")[0] for name in curves if name.startswith("block/")]
-    listed = row.newest.data.get("blocks")
-    first = [str(name) for name in listed] if isinstance(listed, list) else []
-    return list(dict.fromkeys([name for name in first if name in logged] + logged))
-
-
-def _curve_table(
-    series: Mapping[str, Mapping[int, Sequence[float]]], points: int, write: Callable[[Sequence[float]], str]
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    epochs = thin(sorted({epoch for values in series.values() for epoch in values}), points)
-    table = [(str(epoch), *(write(v[epoch]) if epoch in v else UNKNOWN for v in series.values())) for epoch in epochs]
-    return ("Epoch", *series), table
-
-
-def _epoch_axis(series: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
-    """An axis of whole epochs: left alone, Plotly halves them when there are few."""
-    few = max((epoch for values in series.values() for epoch in values), default=0) <= 10
-    return {"title": {"text": "epoch"}, **({"dtick": 1} if few else {})}
-
-
-def thin(epochs: Sequence[int], points: int) -> list[int]:
-    """At most ``points`` of ``epochs``, evenly spread, the first and the last among them."""
-    if len(epochs) <= points:
-        return list(epochs)
-    step = (len(epochs) - 1) / (points - 1)
-    return [epochs[round(i * step)] for i in range(points)]
+    return Chart(column.title, "", figure_of(data, layout), header, table, 120 + 36 * len(known))
 
 
 # ------------------------------------------------------------------------------------------- small parts
 
 
-def _figure(data: Sequence[Figure], layout: Figure) -> Figure:
+def figure_of(data: Sequence[Figure], layout: Figure) -> Figure:
     return {"data": list(data), "layout": layout}
 
 
-def _error_bar(figure: Numbers, scale: float, colour: str) -> Figure:
+def error_bar(figure: Numbers, scale: float, colour: str) -> Figure:
     return _bar(figure.centre, figure.interval, scale, colour)
 
 
@@ -519,32 +376,28 @@ def _bar(middle: float | None, interval: tuple[float, float] | None, scale: floa
     return {**shape, "array": up, "arrayminus": down}
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Text for Plotly, which reads some markup in labels; one line of it."""
     return escape(" ".join(text.split()))
 
 
-def _dotted_when_single(trace: Figure, epochs: Sequence[int]) -> Figure:
-    return {**trace, "mode": "lines+markers"} if len(epochs) == 1 else trace
-
-
-def _scaled(value: float | None, column: Column) -> float | None:
+def scaled(value: float | None, column: Column) -> float | None:
     return None if value is None else value / column.scale
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_of(values: Sequence[float]) -> float:
     return math.fsum(value / len(values) for value in values)  # a sum of large ones would overflow
 
 
-def _round(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def _lower(title: str) -> str:
+def lower(title: str) -> str:
     return title[:1].lower() + title[1:]
 
 
-def _ramp(i: int, n: int) -> str:
+def ramp(i: int, n: int) -> str:
     """A colour for block ``i`` of ``n``, cool for early and warm for late blocks."""
     place = (len(_RAMP) - 1) * (i / (n - 1) if n > 1 else 0.0)
     low = min(int(place), len(_RAMP) - 2)

@@ -20,16 +20,24 @@ from locallearn.report._assets import SCRIPT, STYLE
 from locallearn.report._charts import (
     Chart,
     Curves,
-    block_charts,
     cost_charts,
-    layer_charts,
     memory_charts,
-    metric_chart,
     paired_charts,
     styles,
 )
 from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, metric_title, shared_notes
+from locallearn.report._curves import (
+    LOSS,
+    PASSES,
+    SECONDS,
+    block_charts,
+    layer_charts,
+    loss_charts,
+    metric_chart,
+    passes_by,
+)
 from locallearn.report._library import plotly
+from locallearn.report._sweeps import sweep_charts
 from locallearn.statistics import Row, age, compare_table
 
 _BASELINE = "backprop"
@@ -246,7 +254,8 @@ def _section(
         (f"{metric[:1].upper()}{metric[1:]} against cost", cost_charts(rows, shown, style)),
         (f"Against {_BASELINE}, paired by seed", paired_charts(rows, shown, style, _BASELINE)),
         ("Memory", memory_charts(rows, shown, style)),
-        ("Learning", [learning] if learning else []),
+        ("Learning", [*([learning] if learning else []), *loss_charts(rows, curves, style, points)]),
+        ("By setting", sweep_charts(rows, shown, style)),
         *(
             (heading, [chart for row, known in zip(rows, curves, strict=True) for chart in draw(row, known, points)])
             for heading, draw in (("Blocks", block_charts), ("Alignment", layer_charts))
@@ -404,6 +413,7 @@ def _read_curves(rows: Sequence[Row]) -> tuple[list[Curves], list[str]]:
     problems: list[str] = []
     for row in rows:
         curves: dict[str, dict[int, list[float]]] = {}
+        wanted = (f"validation/{row.metric.name}", LOSS, SECONDS)
         for record in row.records:
             try:
                 metrics = record.metrics()
@@ -413,8 +423,12 @@ def _read_curves(rows: Sequence[Row]) -> tuple[list[Curves], list[str]]:
             # Several lines of one epoch: the last one counts.
             last = {(m.name, m.epoch): m.value for m in metrics if m.value is not None and math.isfinite(m.value)}
             for (name, epoch), value in last.items():
-                if name == f"validation/{row.metric.name}" or name.startswith(_DETAILS):
+                if name in wanted or name.startswith(_DETAILS):
                     curves.setdefault(name, {}).setdefault(epoch, []).append(value)
+            steps = {m.epoch: m.step for m in metrics if m.name == LOSS}
+            for epoch, step in steps.items():
+                if (passes := passes_by(record, step)) is not None:
+                    curves.setdefault(PASSES, {}).setdefault(epoch, []).append(passes)
         result.append(curves)
     return result, problems
 

@@ -26,7 +26,7 @@ def make(tmp_path: Path) -> Make:
         algorithm: str = "mono_forward",
         seed: int = 0,
         *,
-        epochs: int = 3,
+        logged: int = 3,
         status: str = "done",
         curves: Mapping[str, Sequence[float]] | None = None,
         picture: bytes | None = None,
@@ -46,7 +46,7 @@ def make(tmp_path: Path) -> Make:
         for name, line in (curves or {}).items():
             for epoch, value in enumerate(line):
                 folder.log(epoch, epoch * 10, {name: value})
-        for epoch in range(epochs if curves is None else 0):
+        for epoch in range(logged if curves is None else 0):
             accuracy = 1 - math.exp(-epoch - 1)
             logged = {"validation/accuracy": accuracy}
             for block in values.get("blocks", ("a", "b")):

@@ -64,7 +64,7 @@ def test_names_with_scripts_stay_text(make: Make, tmp_path: Path) -> None:
 
 
 def test_five_hundred_runs_open(make: Make, tmp_path: Path) -> None:
-    records = [make(f"rule_{i}", seed, epochs=12) for i in range(100) for seed in range(5)]
+    records = [make(f"rule_{i}", seed, logged=12) for i in range(100) for seed in range(5)]
     page = write_report(records, tmp_path / "r.html")
     assert page.stat().st_size < 8_000_000
     assert drawn(dom(page, tmp_path / "profile", 3000)) >= 2

@@ -138,7 +138,7 @@ def test_points_and_intervals_are_those_of_the_statistics(make: Make, show: Call
 
 
 def test_blocks_are_drawn_in_the_networks_order_and_epochs_are_means(make: Make, show: Callable[..., Page]) -> None:
-    page = show([make("mono_forward", seed, epochs=3 + seed, blocks=["b", "a"]) for seed in (0, 1)])
+    page = show([make("mono_forward", seed, logged=3 + seed, blocks=["b", "a"]) for seed in (0, 1)])
     loss, probe = page.charts[-2:]
     assert [trace["name"] for trace in loss["data"]] == ["b", "a"]
     assert loss["data"][0]["x"] == [0, 1, 2, 3]
@@ -239,7 +239,7 @@ def test_missing_meters_one_seed_failures_and_other_schemas(make: Make, show: Ca
 
 def test_a_very_large_page_stays_small_and_says_what_it_leaves_out(make: Make, show: Callable[..., Page]) -> None:
     blocks = [f"block {i}" for i in range(200)]
-    page = show([make("mono_forward", 0, dataset=f"d{i}", blocks=blocks, epochs=1) for i in range(5)])
+    page = show([make("mono_forward", 0, dataset=f"d{i}", blocks=blocks, logged=1) for i in range(5)])
     assert "The curves per block of 3 of 5 rules" in page.text
     assert sum(len(chart["data"]) == 200 for chart in page.charts) == 4
 

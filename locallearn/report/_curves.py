@@ -1,0 +1,270 @@
+"""Charts of what was learned when: over epochs, over seconds, over forward passes, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from locallearn.records import Record
+from locallearn.report._charts import (
+    Chart,
+    Curves,
+    Figure,
+    figure_of,
+    lower,
+    mean_of,
+    plain_text,
+    ramp,
+    rounded,
+)
+from locallearn.report._columns import UNKNOWN, Column, metric_column, significant
+from locallearn.statistics import Row
+
+LOSS, SECONDS, PASSES = "validation/loss", "cost/train_s", "cost/forward_passes"
+"""Curves of a run: two that it logged, and one that is worked out from its record (:func:`passes_by`)."""
+
+
+def metric_chart(
+    rows: Sequence[Row], curves: Sequence[Curves], style: Mapping[str, tuple[str, str]], points: int
+) -> Chart | None:
+    """The validation metric over epochs: the mean over seeds, and the range of the seeds behind it."""
+    name = f"validation/{rows[0].metric.name}"
+    metric = metric_column(name, rows)
+    data: list[Figure] = []
+    series: dict[str, Mapping[int, Sequence[float]]] = {}
+    for row, known in zip(rows, curves, strict=True):
+        if name not in known:
+            continue
+        series[row.label] = known[name]
+        data += _band(row.label, known[name], metric, style[row.label][0], points)
+    if not series:
+        return None
+    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": plain_text(lower(metric.heading))}}}
+    header, table = _curve_table(
+        series,
+        points,
+        lambda values: f"{100 * mean_of(values):.2f}" if metric.unit == "%" else significant(mean_of(values)),
+    )
+    note = "Mean over the seeds that reached the epoch; the band spans them."
+    return Chart(f"{metric.title} over epochs", note, figure_of(data, layout), header, table, 360 + 7 * len(series))
+
+
+def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, colour: str, points: int) -> list[Figure]:
+    epochs = thin(sorted(values), points)
+    factor = 1 / metric.scale
+    line = {"type": "scatter", "mode": "lines", "x": epochs, "legendgroup": plain_text(label)}
+    edge = {**line, "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+    band = [
+        {**edge, "y": [rounded(factor * max(values[epoch])) for epoch in epochs]},
+        {
+            **edge,
+            "y": [rounded(factor * min(values[epoch])) for epoch in epochs],
+            "fill": "tonexty",
+            "fillcolor": f"{colour}2e",
+        },
+    ]
+    mean = {
+        **line,
+        "name": plain_text(label),
+        "y": [rounded(factor * mean_of(values[epoch])) for epoch in epochs],
+        "line": {"color": colour, "width": 2},
+        "hovertemplate": "%{fullData.name}<br>epoch %{x}: "
+        + ("%{y:.2f} %" if metric.unit == "%" else "%{y:.4g}")
+        + "<extra></extra>",
+    }
+    spread = any(len(values[epoch]) > 1 for epoch in epochs)
+    return [*(band if spread else []), _dotted_when_single(mean, epochs)]
+
+
+# What a training has cost by an epoch: the curve's name, and how the axis is headed.
+_SPENT = {
+    SECONDS: "training time (s)",
+    PASSES: "forward passes of the training set",
+}
+
+
+def loss_charts(
+    rows: Sequence[Row], curves: Sequence[Curves], style: Mapping[str, tuple[str, str]], points: int
+) -> list[Chart]:
+    """The validation loss against what the training had cost by then.
+
+    Drawn where a rule without a backward pass is among the rows.
+    """
+    if all(row.newest.text("locality") != "forward-only" for row in rows):
+        return []
+    return [chart for spent in _SPENT if (chart := _loss_chart(rows, curves, style, points, spent)) is not None]
+
+
+def _loss_chart(
+    rows: Sequence[Row], curves: Sequence[Curves], style: Mapping[str, tuple[str, str]], points: int, spent: str
+) -> Chart | None:
+    data: list[Figure] = []
+    table = []
+    for row, known in zip(rows, curves, strict=True):
+        losses, costs = known.get(LOSS, {}), known.get(spent, {})
+        epochs = thin(sorted(losses.keys() & costs.keys()), points)
+        if not epochs:
+            continue
+        colour, symbol = style[row.label]
+        x = [rounded(mean_of(costs[epoch])) for epoch in epochs]
+        y = [rounded(mean_of(losses[epoch])) for epoch in epochs]
+        trace = {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": plain_text(row.label),
+            "x": x,
+            "y": y,
+            "line": {"color": colour, "width": 2},
+            "marker": {"color": colour, "symbol": symbol, "size": 6},
+            "hovertemplate": "%{fullData.name}<br>%{x:.4g}: %{y:.4g}<extra></extra>",
+        }
+        data.append(trace)
+        seeds = max(len(losses[epoch]) for epoch in epochs)
+        last = epochs[-1]
+        best = min(epochs, key=lambda epoch: mean_of(losses[epoch]))
+        table.append(
+            (
+                *(row.label, str(seeds), significant(mean_of(losses[best])), significant(mean_of(costs[best]))),
+                *(significant(mean_of(losses[last])), significant(mean_of(costs[last]))),
+            )
+        )
+    if not data:
+        return None
+    xs = [value for trace in data for value in trace["x"] if value]
+    wide = bool(xs) and max(xs) / min(xs) > 30
+    axis = _SPENT[spent]
+    layout = {
+        "xaxis": {"title": {"text": axis}, "type": "log" if wide else "linear"},
+        "yaxis": {"title": {"text": "validation loss"}},
+    }
+    note = "Mean over seeds, a marker for every validation."
+    if spent == PASSES:
+        note += (
+            " A forward pass is the operations (FLOPs) of inference on every training sample once, as far as counted."
+        )
+    header = ("Rule", "Seeds", "Lowest loss", f"At {axis}", "Last loss", f"At {axis}")
+    return Chart(f"Validation loss against {axis}", note, figure_of(data, layout), header, table, 360 + 7 * len(data))
+
+
+def passes_by(record: Record, step: int) -> float | None:
+    """Operations spent on training up to a step, in forward passes over the training set.
+
+    Returns:
+        So many times the operations of inference on what is learned from in an epoch; ``None`` where the record does not say.
+    """
+    cost = record.part("cost")
+    stages, forward, samples = cost.get("stages"), cost.get("inference_flops"), cost.get("samples")
+    epochs = record.data.get("epochs")
+    if not isinstance(stages, list) or not isinstance(epochs, list):
+        return None
+    spent, before = 0.0, 0.0
+    try:
+        for stage in stages:
+            steps = float(stage["steps"])
+            share = min(1.0, max(0.0, (step - before) / steps)) if steps > 0 else 1.0
+            spent += share * float(stage["train_flops"])
+            before += steps
+        passes = spent / (float(str(forward)) * float(str(samples)) / sum(map(float, epochs)))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return passes if 0 <= passes < float("inf") else None
+
+
+def block_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
+    """Loss of every block and further unit and probe accuracy of every block over epochs, mean over seeds."""
+    charts = []
+    units = {
+        name.removeprefix("unit/").removesuffix("/loss"): of for name, of in curves.items() if name.startswith("unit/")
+    }
+    for suffix, title, axis, factor in (
+        ("loss", "local loss per block", "loss", 1.0),
+        ("probe_accuracy", "probe accuracy per block", "probe accuracy (%)", 100.0),
+    ):
+        series = {
+            block: curves[name] for block in _block_names(row, curves) if (name := f"block/{block}/{suffix}") in curves
+        }
+        if suffix == "loss" and units:
+            title = "local loss per block and unit" if series else "loss per unit"
+            series |= units
+        if series:
+            charts.append(_block_chart(f"{row.label}: {title}", axis, series, factor, points))
+    return charts
+
+
+def layer_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
+    """The rule's own figures of every layer over epochs, mean over seeds: one chart per figure, latest values below."""
+    figures: dict[str, dict[str, Mapping[int, Sequence[float]]]] = {}
+    for name, values in curves.items():
+        layer, _, figure = name.removeprefix("layer/").rpartition("/")
+        if name.startswith("layer/") and layer:
+            figures.setdefault(figure, {})[layer] = values
+    charts = []
+    for figure, series in figures.items():
+        words = figure.replace("_", " ")
+        axis = f"{words} (degrees)" if words.endswith("angle") else words
+        chart = _block_chart(f"{row.label}: {words} per layer", axis, series, 1.0, points, "layer")
+        latest = [
+            (layer, str(max(values)), significant(mean_of(values[max(values)]))) for layer, values in series.items()
+        ]
+        charts.append(replace(chart, header=("Layer", "Epoch", axis[:1].upper() + axis[1:]), table=latest))
+    return charts
+
+
+def _block_chart(
+    title: str,
+    axis: str,
+    series: Mapping[str, Mapping[int, Sequence[float]]],
+    factor: float,
+    points: int,
+    what: str = "block",
+) -> Chart:
+    data = []
+    for i, (block, values) in enumerate(series.items()):
+        epochs = thin(sorted(values), points)
+        trace = {
+            "type": "scatter",
+            "mode": "lines",
+            "name": plain_text(block),
+            "x": epochs,
+            "y": [rounded(factor * mean_of(values[epoch])) for epoch in epochs],
+            "line": {"color": ramp(i, len(series)), "width": 2, "dash": ("solid", "dash", "dot", "dashdot")[i % 4]},
+            "hovertemplate": what + " %{fullData.name}<br>epoch %{x}: %{y:.4g}<extra></extra>",
+        }
+        data.append(_dotted_when_single(trace, epochs))
+    layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": plain_text(axis)}}}
+    header, table = _curve_table(series, points, lambda values: significant(factor * mean_of(values)))
+    return Chart(title, "", figure_of(data, layout), header, table, 330 + 5 * len(series))
+
+
+def _block_names(row: Row, curves: Curves) -> list[str]:
+    """Blocks in the network's order, then those that only the metrics know."""
+    logged = [name.split("/", 1)[1].rpartition("/")[0] for name in curves if name.startswith("block/")]
+    listed = row.newest.data.get("blocks")
+    first = [str(name) for name in listed] if isinstance(listed, list) else []
+    return list(dict.fromkeys([name for name in first if name in logged] + logged))
+
+
+def _curve_table(
+    series: Mapping[str, Mapping[int, Sequence[float]]], points: int, write: Callable[[Sequence[float]], str]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    epochs = thin(sorted({epoch for values in series.values() for epoch in values}), points)
+    table = [(str(epoch), *(write(v[epoch]) if epoch in v else UNKNOWN for v in series.values())) for epoch in epochs]
+    return ("Epoch", *series), table
+
+
+def _epoch_axis(series: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """An axis of whole epochs: left alone, Plotly halves them when there are few."""
+    few = max((epoch for values in series.values() for epoch in values), default=0) <= 10
+    return {"title": {"text": "epoch"}, **({"dtick": 1} if few else {})}
+
+
+def thin(epochs: Sequence[int], points: int) -> list[int]:
+    """At most ``points`` of ``epochs``, evenly spread, the first and the last among them."""
+    if len(epochs) <= points:
+        return list(epochs)
+    step = (len(epochs) - 1) / (points - 1)
+    return [epochs[round(i * step)] for i in range(points)]
+
+
+def _dotted_when_single(trace: Figure, epochs: Sequence[int]) -> Figure:
+    return {**trace, "mode": "lines+markers"} if len(epochs) == 1 else trace

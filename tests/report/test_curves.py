@@ -1,0 +1,92 @@
+"""Loss against what it cost, and figures against a setting."""
+
+from __future__ import annotations
+
+import pytest
+
+from locallearn.report._charts import styles
+from locallearn.report._columns import columns
+from locallearn.report._curves import LOSS, PASSES, SECONDS, loss_charts, passes_by
+from locallearn.report._page import _read_curves
+from locallearn.report._sweeps import sweep_charts
+from locallearn.statistics import compare_table
+
+_STAGES = [{"steps": 10, "train_flops": 600.0}, {"steps": 30, "train_flops": 300.0}]
+
+
+def _cost(**more):
+    return {
+        "cost": {"train_s": 8.0, "inference_flops": 2.0, "samples": 100, "stages": _STAGES, **more},
+        "epochs": [1, 3],
+    }
+
+
+def _charts(records):
+    rows = compare_table(records, "backprop")
+    curves, problems = _read_curves(rows)
+    assert not problems
+    return loss_charts(rows, curves, styles(rows, "backprop"), 50)
+
+
+def test_forward_passes_are_the_stages_operations_over_those_of_inference(make) -> None:
+    # 25 samples an epoch of two operations each: a pass over the training set is 50 operations.
+    record = make("forward_gradient", **_cost())
+    assert passes_by(record, 0) == 0
+    assert passes_by(record, 5) == pytest.approx(300 / 50)
+    assert passes_by(record, 20) == pytest.approx((600 + 100) / 50)
+    assert passes_by(record, 40) == passes_by(record, 99) == pytest.approx(900 / 50)
+    for missing in ({"inference_flops": None}, {"inference_flops": 0.0}, {"stages": None}, {"stages": [{}]}):
+        assert passes_by(make("forward_gradient", **_cost(**missing)), 5) is None
+
+
+def test_loss_is_drawn_against_seconds_and_passes_where_a_rule_never_goes_backward(make) -> None:
+    def run(algorithm, seed, locality, losses, seconds):
+        curves = {LOSS: losses, SECONDS: seconds, "validation/accuracy": [0.5] * len(losses)}
+        return make(algorithm, seed, curves=curves, locality=locality, **_cost())
+
+    fast = [run("backprop", seed, "global", [2.0, 1.0], [1.0, 3.0]) for seed in (0, 1)]
+    assert _charts(fast) == []
+    slow = [run("forward_gradient", 0, "forward-only", [2.5, 2.0, 2.2], [2.0, 4.0, 6.0])]
+    slow += [run("forward_gradient", 1, "forward-only", [2.7, 2.2, 2.4], [4.0, 6.0, 8.0])]
+    seconds, passes = _charts(fast + slow)
+    drawn = {trace["name"]: trace for trace in seconds.figure["data"]}
+    assert drawn["forward_gradient"]["x"] == [3.0, 5.0, 7.0]
+    assert drawn["forward_gradient"]["y"] == [2.6, 2.1, 2.3]
+    assert drawn["backprop"]["y"] == [2.0, 1.0]
+    [line] = [line for line in seconds.table if line[0] == "forward_gradient"]
+    assert line[1:] == ("2", "2.1", "5", "2.3", "7")
+    drawn = {trace["name"]: trace for trace in passes.figure["data"]}
+    assert drawn["backprop"]["x"] == [0.0, 12.0]  # logged at steps 0 and 10
+    assert PASSES not in drawn
+
+
+def _sweep(make, noise, accuracy, seed=0, **more):
+    algorithm = {"device": {"noise": noise, "kind": "scatterer"}, "seed": seed, **more}
+    return make(
+        "physical_ff", seed, config={"algorithm": algorithm, "seed": seed}, test={"accuracy": accuracy}, curves={}
+    )
+
+
+def _swept(records):
+    rows = compare_table(records, "backprop")
+    return sweep_charts(rows, columns(rows), styles(rows, "backprop"))
+
+
+def test_accuracy_is_drawn_against_a_setting_with_three_values(make) -> None:
+    two = [_sweep(make, noise, 0.9 - noise, seed) for noise in (0.0, 0.1) for seed in (0, 1, 2)]
+    assert _swept(two) == []
+    [chart] = _swept([*two, *(_sweep(make, 0.4, 0.5, seed) for seed in (0, 1, 2))])
+    [line] = chart.figure["data"]
+    assert line["x"] == [0.0, 0.1, 0.4]
+    assert line["y"] == pytest.approx([90.0, 80.0, 50.0])
+    assert chart.title == "Test accuracy against device.noise"
+    assert [row[:3] for row in chart.table] == [("physical_ff", value, "3") for value in ("0", "0.1", "0.4")]
+
+
+def test_what_else_differs_makes_lines_of_its_own(make) -> None:
+    runs = [_sweep(make, noise, 0.9 - noise * skip, skip=skip) for noise in (0.0, 0.1, 0.2) for skip in (1, 2)]
+    [chart] = _swept(runs)
+    assert {line["name"]: line["y"][-1] for line in chart.figure["data"]} == {
+        "physical_ff · skip=1": pytest.approx(70.0),
+        "physical_ff · skip=2": pytest.approx(50.0),
+    }
