@@ -192,6 +192,18 @@ class Algorithm(nn.Module, ABC):
         return None
 
     @property
+    def directions(self) -> str | None:
+        """Name of the setting that says along how many random directions a batch's gradient is estimated.
+
+        For rules whose updates are estimates of the gradient of the task's loss. Default: ``None``, they are not.
+        """
+        return None
+
+    def expected_error(self, size: int) -> float | None:
+        """E‖ĝ − g‖² / ‖g‖² of the estimate by theory, for a gradient of ``size`` entries; ``None`` where there is none."""
+        return None
+
+    @property
     def carries(self) -> bool:
         """Whether blocks may hand over several tensors (:class:`~locallearn.nets.border.Border`) under this rule. Default: no.
 

@@ -16,10 +16,12 @@ def bench(words: list[str]) -> int:
     from locallearn.study.bench import bench as measure
 
     cfg, _, several, shared = arms_of("bench", words)
-    what, depths = str(cfg.bench.what), cfg.bench.depths
+    what, depths, counts = str(cfg.bench.what), cfg.bench.depths, cfg.bench.counts
     arms = {arm.text: arm for arm in several}
     if isinstance(depths, str) or not isinstance(depths, Sequence):
         raise UsageError(f"bench.depths is {depths}, expected a list of numbers of blocks: [4,32]")
+    if isinstance(counts, str) or not isinstance(counts, Sequence):
+        raise UsageError(f"bench.counts is {counts}, expected a list of numbers of directions: [1,4,16]")
 
     def make(name: str, *more: str) -> Any:
         composed, choices = compose_settings([*shared, *arms[name].overrides, "meter=none", *more])
@@ -27,7 +29,7 @@ def bench(words: list[str]) -> int:
 
     for arm in several:  # a mistake in the settings is told before anything is measured
         compose_settings([*shared, *arm.overrides])
-    table, folder = measure(what, list(arms), make, cfg.bench.rounds, cfg.bench.steps, list(depths))
+    table, folder = measure(what, list(arms), make, cfg.bench.rounds, cfg.bench.steps, list(depths), list(counts))
     printing().print(table)
     print(folder)
     return 0

@@ -37,7 +37,7 @@ from locallearn.report._curves import (
     passes_by,
 )
 from locallearn.report._library import plotly
-from locallearn.report._sweeps import sweep_charts
+from locallearn.report._sweeps import estimate_charts, sweep_charts
 from locallearn.statistics import Row, age, compare_table
 
 _BASELINE = "backprop"
@@ -144,7 +144,10 @@ def _render(records: Sequence[Record], title: str, problems: Sequence[str]) -> s
     if analyses or likenesses:
         links.append('<li><a href="#representations">Representations</a></li>')
         sections.append(_representations(analyses, likenesses, figures))
-    body = "".join([*sections, *map(_bench, benches)]) or "<p>There is no finished run to show yet.</p>"
+    body = (
+        "".join([*sections, *(_bench(record, figures) for record in benches)])
+        or "<p>There is no finished run to show yet.</p>"
+    )
     nav = f'<nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>' if len(links) > 1 else ""
     unfinished = _unfinished(records, [*problems, *damaged, *unseen, *unused])
     return _document(title, f"{_lead(records, rows)}{nav}", body + unfinished + _provenance(records, rows), figures)
@@ -216,8 +219,8 @@ def _count(n: int, word: str) -> str:
 # ------------------------------------------------------------------------------------------- one benchmark
 
 
-def _bench(record: Record) -> str:
-    """The table that ``locallearn bench`` printed."""
+def _bench(record: Record, figures: list[Mapping[str, Any]]) -> str:
+    """The table that ``locallearn bench`` printed, and a chart where its figures make curves."""
     bench = record.part("bench")
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in _texts(bench.get("columns")))
     rows = bench.get("rows")
@@ -226,10 +229,12 @@ def _bench(record: Record) -> str:
         for row in (rows if isinstance(rows, list) else [])
     )
     where = " · ".join(filter(None, (record.text("dataset"), record.text("net"), record.text("started"))))
+    drawn = estimate_charts(bench)
+    charts = _grid(drawn, figures) if drawn else ""
     return (
         f"<section><h2>{escape(str(bench.get('title', 'benchmark')))}</h2>"
         f'<p class="note">{escape(where)}; <code>{escape(record.text("command") or "")}</code></p>'
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div></section>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>{charts}</section>'
     )
 
 

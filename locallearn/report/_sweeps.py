@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from locallearn.report._charts import Chart, Figure, error_bar, figure_of, lower, plain_text, scaled
-from locallearn.report._columns import Column, headline_metric
+from locallearn.report._charts import Chart, Figure, error_bar, figure_of, lower, plain_text, ramp, scaled
+from locallearn.report._columns import UNKNOWN, Column, headline_metric, significant
 from locallearn.statistics import Row
 
 _PARTS = ("algorithm", "net", "optimizer", "dataset", "trainer", "schedule", "task")
@@ -122,3 +122,65 @@ def _bars(points: Sequence[tuple[float, Row]], metric: Column, colour: str) -> F
     if any("array" not in bar for bar in bars):
         return {"visible": False}
     return {**bars[0], "array": [bar["array"][0] for bar in bars], "arrayminus": [bar["arrayminus"][0] for bar in bars]}
+
+
+def estimate_charts(bench: Mapping[str, Any]) -> list[Chart]:
+    """The error of estimated gradients against the number of directions, with theory as a dotted line through the points."""
+    found = bench.get("estimates")
+    lines: dict[str, list[tuple[float, float, float | None, float | None]]] = {}
+    for one in found if isinstance(found, list) else []:
+        if not isinstance(one, Mapping):
+            continue
+        count, error, spread, theory = (_known(one.get(key)) for key in ("count", "error", "standard_error", "theory"))
+        if count and error is not None:
+            lines.setdefault(str(one.get("name")), []).append((count, error, spread, theory))
+    if not lines:
+        return []
+    data: list[Figure] = []
+    table = []
+    for number, (name, points) in enumerate(lines.items()):
+        points.sort(key=lambda point: point[0])
+        colour, shared = ramp(number, len(lines)), {"type": "scatter", "legendgroup": plain_text(name)}
+        data.append(
+            {
+                **shared,
+                "mode": "markers",
+                "name": plain_text(name),
+                "x": [count for count, *_ in points],
+                "y": [error for _, error, *_ in points],
+                "error_y": {"type": "data", "array": [spread or 0.0 for _, _, spread, _ in points], "color": colour},
+                "marker": {"color": colour, "size": 8},
+                "hovertemplate": "%{fullData.name}<br>%{x} directions: %{y:.4g}<extra></extra>",
+            }
+        )
+        known = [(count, theory) for count, _, _, theory in points if theory is not None]
+        if known:
+            data.append(
+                {
+                    **shared,
+                    "mode": "lines",
+                    "name": plain_text(f"{name}, theory"),
+                    "x": [count for count, _ in known],
+                    "y": [theory for _, theory in known],
+                    "line": {"color": colour, "width": 1.5, "dash": "dot"},
+                    "showlegend": False,
+                    "hoverinfo": "skip",
+                }
+            )
+        for count, error, spread, theory in points:
+            said = [UNKNOWN if value is None else significant(value) for value in (spread, theory)]
+            table.append((name, f"{count:g}", significant(error), *said))
+    layout = {
+        "xaxis": {"title": {"text": "directions"}, "type": "log"},
+        "yaxis": {"title": {"text": "relative squared error"}, "type": "log"},
+    }
+    header = ("Rule", "Directions", "Relative squared error", "Standard error", "Theory")
+    note = "Means with standard errors; dotted lines are theory."
+    title = "Error of the estimated gradient against the number of directions"
+    return [Chart(title, note, figure_of(data, layout), header, table, 380 + 14 * len(lines))]
+
+
+def _known(value: Any) -> float | None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    return None

@@ -23,13 +23,14 @@ from locallearn.precision import multiplying
 from locallearn.records import RunFolder, hardware, source, versions
 from locallearn.strategies.local import Closure, LocalStrategy
 from locallearn.strategies.making import make_optimizers
+from locallearn.study._estimates import measure_estimates
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet
 from locallearn.study.train import Plan, attached_task, check_last_batch
 
 Make = Callable[..., Plan]
 """Makes a plan: ``make(contender, *settings)``; a contender is an algorithm, perhaps with settings of its own."""
 
-KINDS = ("step", "strategy", "data", "memory")
+KINDS = ("step", "strategy", "data", "memory", "estimates")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,13 @@ class Timing:
 
 
 def bench(
-    what: str, algorithms: Sequence[str], make: Make, rounds: int, steps: int, depths: Sequence[int]
+    what: str,
+    algorithms: Sequence[str],
+    make: Make,
+    rounds: int,
+    steps: int,
+    depths: Sequence[int],
+    counts: Sequence[int] = (1,),
 ) -> tuple[Table, Path]:
     """Measure, and leave a record.
 
@@ -77,13 +84,15 @@ def bench(
         what: ``step``: seconds of an update of every algorithm against backprop (under a sequential schedule those of
             one update per stage), beside the ratio of their operations; ``strategy``: a Trainer with LocalStrategy against
             the plain loop over the same generator; ``data``: share of an epoch that passes outside the update; ``memory``:
-            peak activation bytes, of an MLP or a graph network by depth, of any other network as it is.
+            peak activation bytes, of an MLP or a graph network by depth, of any other network as it is; ``estimates``: how
+            far a rule's estimate of a batch's gradient is from the true one, by the number of directions.
         algorithms: names that ``make`` knows.
         make: makes the plan of an algorithm, with further settings.
         rounds: counted rounds after one that warms up; in each round every contender runs once, in turn.
         steps: batches per round; for ``strategy`` at most those of an epoch.
         depths: numbers of equal blocks for ``memory``, the first one is the baseline; networks that are not made of
             ``hidden`` widths do not look at it.
+        counts: numbers of directions for ``estimates``, of which rounds x steps are drawn each.
 
     Returns:
         A table for the terminal, and the record's folder.
@@ -99,6 +108,8 @@ def bench(
     with multiplying(plan.matmul_precision):
         if what == "memory":
             sheet, figures = _memory(algorithms, make, depths)
+        elif what == "estimates":
+            sheet, figures = _estimates(algorithms, make, counts, rounds * steps)
         elif what == "data":
             sheet, figures = _data(algorithms, make, rounds)
         else:
@@ -456,3 +467,36 @@ def _memory_by_depth(
     columns = ["algorithm", *(f"{depth} blocks" for depth in depths), f"{depths[-1]} over {depths[0]}"]
     sheet = _Sheet("bench memory: peak bytes kept alive for gradients in one update", columns, lines)
     return sheet, {"depths": list(depths), "contenders": rows}
+
+
+def _estimates(
+    algorithms: Sequence[str], make: Make, counts: Sequence[int], draws: int
+) -> tuple[_Sheet, dict[str, Any]]:
+    """Relative squared error of estimated gradients on the first batch, before anything is learned."""
+    if not counts or any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError(f"bench.counts is {list(counts)}, expected whole numbers of directions of at least 1")
+    found = []
+    for name in algorithms:
+        setting = make(name).algorithm.directions
+        if setting is None:
+            raise ValueError(
+                f"{name} does not estimate a gradient along random directions: bench.what=estimates takes forward_gradient and "
+                "its kin in bench.algorithms"
+            )
+        for count in counts:
+            loop = _prepare(plan := make(name, f"algorithm.{setting}={count}"))
+            [batch] = _batches(plan, loop, 1)
+            with loop.strategy.precision_plugin.train_step_context():
+                found.append(measure_estimates(name, loop.algorithm, loop.task.info(), batch, count, draws))
+    lines = [
+        [
+            *(one.name, str(one.count), f"{one.error:.4g}"),
+            "-" if one.standard_error is None else f"{one.standard_error:.2g}",
+            "-" if one.theory is None else f"{one.theory:.4g}",
+            f"{statistics.fmean(one.cosines):.4f}",
+        ]
+        for one in found
+    ]
+    title = f"bench estimates: error of the estimated gradient, {found[0].size:,} entries, {draws} estimates each"
+    columns = ["algorithm", "directions", "relative squared error", "standard error", "theory", "cosine"]
+    return _Sheet(title, columns, lines), {"estimates": [one.to_dict() for one in found]}

@@ -8,7 +8,7 @@ from locallearn.report._charts import styles
 from locallearn.report._columns import columns
 from locallearn.report._curves import LOSS, PASSES, SECONDS, loss_charts, passes_by
 from locallearn.report._page import _read_curves
-from locallearn.report._sweeps import sweep_charts
+from locallearn.report._sweeps import estimate_charts, sweep_charts
 from locallearn.statistics import compare_table
 
 _STAGES = [{"steps": 10, "train_flops": 600.0}, {"steps": 30, "train_flops": 300.0}]
@@ -90,3 +90,18 @@ def test_what_else_differs_makes_lines_of_its_own(make) -> None:
         "physical_ff · skip=1": pytest.approx(70.0),
         "physical_ff · skip=2": pytest.approx(50.0),
     }
+
+
+def test_errors_of_estimates_are_drawn_beside_theory() -> None:
+    def one(name, count, error, theory):
+        return {"name": name, "count": count, "error": error, "standard_error": 0.5, "theory": theory}
+
+    found = [one("a", 16, 6.0, 6.25), one("a", 1, 99.0, 100.0), one("b", 1, 3.0, None), {"name": "c", "count": "x"}, 7]
+    [chart] = estimate_charts({"estimates": found})
+    points, theory, others = chart.figure["data"]
+    assert (points["x"], points["y"]) == ([1.0, 16.0], [99.0, 6.0])
+    assert (theory["x"], theory["y"]) == ([1.0, 16.0], [100.0, 6.25])
+    assert others["name"] == "b"
+    assert chart.table[0] == ("a", "1", "99", "0.5", "100")
+    for bench in ({}, {"estimates": None}, {"estimates": [{"count": 1}]}):
+        assert estimate_charts(bench) == []

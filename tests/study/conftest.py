@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from locallearn.algorithms import Backprop, DeepSupervision, ForwardForward, MonoForward
+from locallearn.algorithms import Backprop, DeepSupervision, ForwardForward, ForwardGradient, MonoForward
 from locallearn.algorithms.base import Algorithm
 from locallearn.nets import mlp
 from locallearn.strategies import Schedule
@@ -24,6 +24,7 @@ ALGORITHMS: dict[str, Callable[[int], Algorithm]] = {
     "backprop": lambda seed: Backprop(seed=seed),
     "deep_supervision": lambda seed: DeepSupervision(seed=seed),
     "mono_forward": lambda seed: MonoForward(seed=seed),
+    "forward_gradient": lambda seed: ForwardGradient(seed=seed),
     "forward_forward": lambda seed: ForwardForward(seed=seed),
     "forward_forward_hard": lambda seed: ForwardForward(negatives="hard", seed=seed),
 }

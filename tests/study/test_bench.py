@@ -188,7 +188,8 @@ def test_what_is_measured_computes_in_the_precision_of_the_trainer(
     def make(name: str, *settings: str) -> Plan:
         return make_plan(name, trainer=trainer, config={"net": {"hidden": [16]}})
 
-    table, folder = bench(what, ["backprop"], make, rounds=1, steps=2, depths=[1])
+    rule = "forward_gradient" if what == "estimates" else "backprop"
+    table, folder = bench(what, [rule], make, rounds=1, steps=2, depths=[1])
     mixed = precision == "bf16-mixed"
     first = {entry for entry in seen if entry[0] == inputs}
     assert first == {(inputs, weights, mixed)}
@@ -270,7 +271,13 @@ def test_data_is_the_share_of_time_spent_waiting(
 def test_every_kind_prints_a_table_and_leaves_a_record_that_the_report_lists(
     what: str, command: Any, tmp_path: Path
 ) -> None:
-    code, out, err = command(f"bench.what={what}", TWO, "bench.depths=[1,2]")
+    rules = (
+        ["forward_gradient(noise=sphere)", "forward_gradient"] if what == "estimates" else ["mono_forward", "backprop"]
+    )
+    arms = ",".join(f'"{rule}"' for rule in rules)
+    code, out, err = command(
+        f"bench.what={what}", f"bench.algorithms=[{arms}]", "bench.depths=[1,2]", "bench.counts=[1]"
+    )
     assert (code, err) == (0, "")
     figures = _benched(out)
     assert figures["what"] == what
@@ -279,8 +286,7 @@ def test_every_kind_prints_a_table_and_leaves_a_record_that_the_report_lists(
     lines = out.splitlines()
     for row in figures["rows"]:
         assert any(all(cell in line for cell in row) for line in lines)
-    rules = [row[0].partition(",")[0] for row in figures["rows"]]
-    assert list(dict.fromkeys(rules)) == ["mono_forward", "backprop"]
+    assert list(dict.fromkeys(row[0].partition(",")[0] for row in figures["rows"])) == rules
     found = scan([tmp_path / "runs"]).records
     page = write_report(found, tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"<h2>{figures['title']}</h2>" in page
@@ -365,3 +371,35 @@ def test_a_step_is_shown_beside_its_operations(command: Any) -> None:
     q, first = 64 * 8 + 8 * 8, 64 * 8  # widths 64-8-8, ten classes: 2Q + 3R over 3Q - d0 d1 + 3 C dL
     assert local["flops_ratio"] == pytest.approx((2 * q + 3 * 160) / (3 * q - first + 240))
     assert local["time_over_flops"] == pytest.approx(local["ratio"] / local["flops_ratio"])
+
+
+# -- estimates of a gradient ------------------------------------------------------------------------------------------
+
+
+def test_estimates_are_measured_against_autograd_and_lie_at_what_theory_says(command: Any) -> None:
+    arms = ["forward_gradient(noise=rademacher)", "forward_gradient(combine=projection)"]
+    words = ["bench.what=estimates", "bench.counts=[1,8]", f'bench.algorithms=["{arms[0]}","{arms[1]}"]']
+    code, out, _ = command("dataset=digits", *words, "bench.rounds=8", "bench.steps=10")
+    assert code == 0
+    found = {(one["name"], one["count"]): one for one in _benched(out)["estimates"]}
+    size = 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10
+    assert {one["size"] for one in found.values()} == {size}
+    for count in (1, 8):
+        signs, projected = (found[arm, count] for arm in arms)
+        assert signs["theory"] == pytest.approx((size - 1) / count)
+        assert projected["theory"] == pytest.approx(1 - count / size)
+        for one in (signs, projected):
+            assert len(one["errors"]) == 80
+            assert abs(one["error"] - one["theory"]) < 4 * one["standard_error"]
+            assert statistics.fmean(one["cosines"]) > 0
+
+
+def test_rules_that_estimate_nothing_have_no_estimates(command: Any) -> None:
+    code, _, err = command("bench.what=estimates", "dataset=digits", "bench.algorithms=[backprop]")
+    assert code == 2
+    assert "backprop does not estimate a gradient along random directions" in err
+    code, _, err = command(
+        "bench.what=estimates", "dataset=digits", "bench.algorithms=[forward_gradient]", "bench.counts=[0]"
+    )
+    assert code == 2
+    assert "bench.counts is [0]" in err

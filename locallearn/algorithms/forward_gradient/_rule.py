@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from locallearn.algorithms.forward_gradient._activities import Activities
 from locallearn.algorithms.forward_gradient._weights import Weights
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
-from locallearn.functional.forward_gradient import Combine, Noise
+from locallearn.functional.forward_gradient import Combine, Noise, relative_error
 from locallearn.nets.blocks import fitted, rest
 from locallearn.nets.trace import preserved
 
@@ -110,6 +111,15 @@ class ForwardGradient(Algorithm):
         """What is perturbed, and how often."""
         return choices(self, ForwardGradient.__init__, "perturb", "noise", "tangents", "combine")
 
+    @property
+    def directions(self) -> str | None:
+        """K."""
+        return "tangents"
+
+    def expected_error(self, size: int) -> float | None:
+        """See :func:`~locallearn.functional.forward_gradient.relative_error`; of activities there is no such sentence."""
+        return None if self.perturb == "activities" else relative_error(size, self.tangents, self.noise, self.combine)
+
     def build(self, task: TaskInfo) -> None:
         """Add nothing; one step is tried, so that what has no forward-mode derivative is told before training."""
         feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
@@ -167,7 +177,9 @@ def _plain_attention() -> Iterator[None]:
 def _told() -> Iterator[None]:
     """Say in one sentence which operation has no forward-mode derivative."""
     try:
-        yield
+        with warnings.catch_warnings():  # of PyTorch's own, which loads derivatives written in what it calls deprecated
+            warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)
+            yield
     except (NotImplementedError, RuntimeError) as error:
         text = " ".join(str(error).split())
         found = re.search(
