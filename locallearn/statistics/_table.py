@@ -222,8 +222,9 @@ def _cut_short(records: Sequence[Record]) -> list[str]:
     ]
     if caps:
         most = _listed([f"{n:,}" for n in sorted(set(caps))])
+        which = "its run" if len(records) == 1 else f"{len(caps)} of its {len(records)} runs"
         notes.append(
-            f"{len(caps)} of its {len(records)} runs ended at the cap of {most} epochs (trainer.max_epochs), before "
+            f"{which} ended at the cap of {most} epochs (trainer.max_epochs), before "
             "validation had stopped improving: longer trainings may give other figures."
         )
     return notes
