@@ -71,6 +71,21 @@ def _normalised() -> tuple[Blocks, Batch]:
     return Blocks({"only": block}, readout=nn.Linear(5, 3)).double(), _perceptron()[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_signs_are_fair_and_independent_and_come_in_any_number(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    drawn = tangents((5, 1603), "rademacher", generator, dtype=dtype)  # no multiple of eight
+    assert drawn.dtype == dtype
+    assert set(drawn.unique().tolist()) == {-1.0, 1.0}
+    assert tangents((3,), "rademacher", generator).shape == (3,)
+    many = tangents((4000, 24), "rademacher", generator, dtype=torch.float64)
+    covariance = many.T @ many / len(many)
+    assert float((covariance - torch.eye(24)).abs().max()) < 5 / len(many) ** 0.5
+    assert float(many.mean(0).abs().max()) < 5 / len(many) ** 0.5
+    again = torch.Generator().manual_seed(3)
+    assert torch.equal(drawn, tangents((5, 1603), "rademacher", again, dtype=dtype))
+
+
 @pytest.mark.parametrize("make", [_perceptron, _convolutions, _tokens, _encoder, _normalised])
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher", "sphere"])
 def test_every_draw_is_the_derivative_times_the_direction(make: Callable[[], tuple[Blocks, Batch]], noise: Any) -> None:
