@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,16 @@ class Estimates:
 
     def to_dict(self) -> dict[str, object]:
         """For the record."""
-        return {**asdict(self), "error": self.error, "standard_error": self.standard_error}
+        return {
+            "name": self.name,
+            "count": self.count,
+            "size": self.size,
+            "draws": len(self.errors),
+            "error": self.error,
+            "standard_error": self.standard_error,
+            "theory": self.theory,
+            "cosine": statistics.fmean(self.cosines),
+        }
 
 
 def measure_estimates(
