@@ -13,6 +13,7 @@ from locallearn.functional import (
     local_heads,
     mono_forward,
     pepita,
+    ridge,
     scalable_ff,
     symba,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "local_heads",
     "mono_forward",
     "pepita",
+    "ridge",
     "scalable_ff",
     "symba",
 ]
