@@ -195,14 +195,19 @@ def check_rows(features: Tensor, targets: Tensor, weights: Tensor | None) -> Non
         )
 
 
-def check_penalty(penalty: float, name: str = "λ") -> None:
+def check_penalty(penalty: object, name: str = "λ", beside: str = "") -> None:
     """Refuse what is no penalty.
+
+    Args:
+        penalty: what was given.
+        name: what it is called.
+        beside: what else could have been given.
 
     Raises:
         ValueError: it is below 0, infinite or not a number.
     """
     if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty < float("inf"):
-        raise ValueError(f"{name} is {penalty!r}, expected a number of at least 0")
+        raise ValueError(f"{name} is {penalty!r}, expected a number of at least 0{beside}")
 
 
 def _equations(m: Moments, intercept: Intercept) -> tuple[Tensor, Tensor]:
@@ -421,6 +426,8 @@ class Path(NamedTuple):
     def _inverse(self, penalty: float) -> Tensor:
         check_penalty(penalty)
         shifted = self.values + penalty
+        if not len(shifted):
+            raise Singular("the features do not vary at all, so nothing can be fitted to them")
         if not bool(shifted[0] > len(self.vectors) * torch.finfo(shifted.dtype).eps * shifted[-1]):
             floor = len(self.vectors) * torch.finfo(shifted.dtype).eps * self.values[-1]
             rank = int((self.values > floor).sum())
@@ -446,10 +453,33 @@ def path(moments: Moments, intercept: Intercept = "none") -> Path:
     return Path(values.clamp_min(0), vectors, vectors.T @ cross, mean, share, moments.rows[0].clone())
 
 
-def penalties(moments: Moments, intercept: Intercept = "none", decades: Sequence[float] = range(-8, 3)) -> list[float]:
+def path_of_rows(
+    features: Tensor, targets: Tensor, intercept: Intercept = "none", weights: Tensor | None = None
+) -> Path:
+    """The same from the rows themselves: of XXᵀ where there are fewer rows than features, U = XᵀV Λ^-½.
+
+    At λ = 0 it holds the solution of least norm, which fits every row, so that nothing is left to leave out.
+
+    Raises:
+        ValueError: no rows, or an entry that is not finite.
+    """
+    if len(features) >= features.shape[1]:
+        moments = Moments.zeros(features.shape[1], targets.shape[1], features.device)
+        moments.gather(features, targets, weights)
+        return path(moments, intercept)
+    x, y, mean, share = _weighted(features, targets, intercept, weights)
+    kernel = x @ x.T
+    _checked(kernel, y)
+    values, dual = torch.linalg.eigh(kernel)
+    kept = values > len(kernel) * torch.finfo(values.dtype).eps * values[-1]
+    values, vectors = values[kept], x.T @ dual[:, kept] * values[kept].rsqrt()
+    rows = y.new_tensor(float(len(x))) if weights is None else weights.double().sum()
+    return Path(values, vectors, vectors.T @ (x.T @ y), mean, share, rows)
+
+
+def penalties(path: Path, decades: Sequence[float] = range(-8, 3)) -> list[float]:
     """A grid for λ: powers of ten times the mean of the diagonal of the equations' matrix."""
-    gram, _ = _equations(moments, intercept)
-    scale = float(gram.diagonal().mean())
+    scale = float(path.values.sum()) / len(path.vectors)
     return [scale * 10.0**decade for decade in decades]
 
 

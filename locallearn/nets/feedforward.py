@@ -10,11 +10,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from locallearn.nets.activations import Mod2, Square
 from locallearn.nets.blocks import Blocks
 
 _T = TypeVar("_T")
 Init = Literal["kaiming_uniform", "he_uniform", "xavier_uniform", "lecun_normal", "orthogonal"]
-Activation = Literal["relu", "leaky_relu", "elu", "tanh"]
+Activation = Literal["relu", "leaky_relu", "elu", "tanh", "mod2", "square"]
 Pool = Literal["avg", "max"]
 
 
@@ -49,6 +50,8 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
     "tanh": nn.Tanh,
+    "mod2": Mod2,
+    "square": Square,
 }
 _POOLS: dict[str, Callable[[int], nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
 
@@ -139,7 +142,7 @@ def mlp(
         input_shape: shape of one sample, e.g. ``(1, 28, 28)``.
         outputs: number of classes.
         hidden: width of every block.
-        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu`` or ``tanh``.
+        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu``, ``tanh``, ``mod2`` (x modulo 2) or ``square``.
         bias: whether the blocks have biases.
         readout_bias: whether the readout has a bias.
         batch_norm: put a BatchNorm before the activation.
@@ -187,7 +190,7 @@ def cnn(
         channels: output channels of every block; each pooling halves height and width.
         kernel_size: of every convolution.
         padding: zeros around every convolution's input; with 1 and kernels of 3 only poolings shrink the map.
-        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu`` or ``tanh``.
+        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu``, ``tanh``, ``mod2`` (x modulo 2) or ``square``.
         pool: ``avg`` or ``max``, over 2x2.
         batch_norm: put a BatchNorm before the activation.
         bias: whether the convolutions have biases.
