@@ -122,7 +122,7 @@ def find_layers(blocks: Blocks, example: Batch, owner: str) -> list[LinearLayer]
     hooks = [
         m.register_forward_hook(lambda m, args, output: calls.append((m, args[0], output)))
         for _, _, _, m in held.values()
-        if not any(True for _ in m.children())
+        if isinstance(m, KINDS) or not any(True for _ in m.children())
     ]
     inputs = fitted(blocks, example.inputs)
     try:

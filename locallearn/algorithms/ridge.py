@@ -162,7 +162,8 @@ class Ridge(ClosedFormLayers):
             self.choice.forget()
 
     def _choose(self, layer: LinearLayer) -> None:
-        errors = self.choice.get_buffer("errors").nan_to_num(float("inf"))
+        errors = self.choice.get_buffer("errors")
+        errors = errors.where(~errors.isnan(), float("inf"))  # 0/0: a fit of every row has nothing to leave out
         best = int(errors.argmin())
         if not bool(errors[best].isfinite()):
             raise Singular(
