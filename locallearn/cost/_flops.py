@@ -258,7 +258,8 @@ def _mkldnn_rnn_backward(x: Any, w_in: Any, w_hidden: Any, *_: Any, **__: Any) -
 
 
 def _eigh(a: Any, vectors: bool) -> int:
-    return int(prod(a)) * a[-1] * 9 if vectors else int(prod(a)) * a[-1] * 4 // 3
+    cubed = int(prod(a)) * int(a[-1])
+    return 9 * cubed if vectors else 4 * cubed // 3
 
 
 def _fused_rnn(x: Any, weights: Any, *_: Any, **__: Any) -> int:
