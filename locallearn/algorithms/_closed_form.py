@@ -101,6 +101,17 @@ class Sums(Grown):
             setattr(self, name, held.new_zeros(0))
 
 
+class _Told(Grown):
+    """What is to be told of every layer, in float64."""
+
+    names = ("lambda", "residual", "samples", "sums_mib", "loo_error")
+    found: Tensor
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.register_buffer("found", torch.full((layers, len(self.names)), float("nan"), dtype=torch.float64))
+
+
 class ClosedFormLayers(LayerLocal):
     """A rule without steps: every pass over the data gathers sums for one layer, and :meth:`end_epoch` solves for it.
 
@@ -121,7 +132,6 @@ class ClosedFormLayers(LayerLocal):
 
     passed: Tensor
     seen: Tensor
-    found: Tensor
 
     def __init__(
         self,
@@ -193,7 +203,7 @@ class ClosedFormLayers(LayerLocal):
         self.sums = Sums(self.form)
         self.register_buffer("passed", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("found", torch.zeros(len(self.layers), 4, dtype=torch.float64))
+        self.told = _Told(len(self.layers))
 
     def _check_memory(self, layers: list[LinearLayer]) -> None:
         for layer in layers:
@@ -315,7 +325,7 @@ class ClosedFormLayers(LayerLocal):
         number = int(self.passed)
         if number >= self.passes or not int(self.seen):
             return
-        with torch.autocast(self.found.device.type, enabled=False):
+        with torch.autocast(self.seen.device.type, enabled=False):
             self._conclude(number)
         self.passed += 1
         self.seen.zero_()
@@ -338,17 +348,18 @@ class ClosedFormLayers(LayerLocal):
             raise Singular(f"layer {layer.name!r} cannot be solved for: {error} (algorithm.{name})") from error
         self._write(layer, fit, penalty, self.sums.bytes)
 
-    def _write(self, layer: LinearLayer, fit: Fit, penalty: float, bytes_: int) -> None:
+    def _write(self, layer: LinearLayer, fit: Fit, penalty: float, bytes_: int, left_out: float = float("nan")) -> None:
         """Give a layer its weights, and keep what is to be told of them."""
         layer.write(fit.weights, fit.intercept)
-        told = [penalty, fit.residual, float(self.seen), float(bytes_)]
-        self.found[self.layers.index(layer)] = self.found.new_tensor(told)
+        told = [penalty, fit.residual, float(self.seen), bytes_ / 2**20, left_out]
+        self.told.found[self.layers.index(layer)] = self.told.found.new_tensor(told)
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
-        """Of every layer that is solved: λ, the residual of its equations, samples of its pass, and MiB that its sums took."""
-        told = {}
-        for layer, row in zip(self.layers, self.found.tolist(), strict=True):
-            if row[2]:
-                told[layer.name] = dict(zip(("lambda", "residual", "samples", "sums_mib"), row, strict=True))
-                told[layer.name]["sums_mib"] /= 2**20
-        return told
+        """Of every layer that is solved: λ, the residual of its equations, samples of its pass, and MiB that its sums took.
+
+        Where λ was chosen, the mean squared error of a row left out, too.
+        """
+        rows = zip(self.layers, self.told.found.tolist(), strict=True)
+        named = {layer.name: dict(zip(self.told.names, row, strict=True)) for layer, row in rows}
+        known = {name: {key: value for key, value in told.items() if value == value} for name, told in named.items()}
+        return {name: told for name, told in known.items() if told}

@@ -73,8 +73,6 @@ class Ridge(ClosedFormLayers):
             that are not of the output's size, or sums that take too much memory.
     """
 
-    left_out: Tensor
-
     def __init__(
         self,
         lambda_: float | Literal["loo"] = "loo",
@@ -116,7 +114,6 @@ class Ridge(ClosedFormLayers):
             raise ValueError("targets are complex numbers, expected real ones")
         self._check_memory([readout])
         self.choice = _Choice()
-        self.register_buffer("left_out", torch.zeros((), dtype=torch.float64))
         self.blocks.requires_grad_(False)
 
     @property
@@ -172,13 +169,5 @@ class Ridge(ClosedFormLayers):
             )
         penalty = float(self.choice.get_buffer("grid")[best])
         fit = self.choice.path.fit(penalty, self._offset)
-        self._write(layer, fit, penalty, sum(b.numel() * b.itemsize for b in self.choice.buffers()))
-        self.left_out.copy_(errors[best] / (self.seen * layer.positions))
-
-    def diagnostics(self) -> dict[str, dict[str, float]]:
-        """λ, the residual of the equations, samples, MiB of the sums; after ``loo`` the mean squared error of rows left out."""
-        told = super().diagnostics()
-        if self.lambda_ == "loo":
-            for figures in told.values():
-                figures["loo_error"] = float(self.left_out)
-        return told
+        left_out = float(errors[best]) / (int(self.seen) * min(layer.positions, self.positions or layer.positions))
+        self._write(layer, fit, penalty, sum(b.numel() * b.itemsize for b in self.choice.buffers()), left_out)
