@@ -17,7 +17,7 @@ from locallearn.algorithms._linear_layers import LinearLayer, find_layers
 from locallearn.audit import audit
 from locallearn.cost import measure_update
 from locallearn.functional import forward_projection, ridge
-from locallearn.nets import Blocks, mlp, vit
+from locallearn.nets import Blocks, forward_projection_cnn, mlp, vit
 from tests.references import reference
 
 
@@ -116,19 +116,27 @@ def test_numbers_of_the_authors_convolutions(case: str, padding: int, lambdas: t
     rule = _Given(lambda_=lambdas[0], readout_lambda=lambdas[1], rows=50)
     rule.numbers = _numbers(f"{case}/")
     given = _numbers(f"{case.partition('/')[0]}/")
-    convs = [nn.Conv2d(a, 4, 3, s, padding, padding_mode="replicate") for a, s in ((2, 1), (4, 2))]
-    net = Blocks(
-        {"block": nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU())},
-        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
-    ).double()
+    border: Any = "replicate" if padding else "none"
+    net = forward_projection_cnn((2, 8, 8), 3, (4,), border).double()
     batch = Batch(given["x"].permute(0, 3, 1, 2), given["y"].argmax(1))
     _fit(_attached(rule, net, batch), _split(batch, 4))
-    assert [layer.name for layer in rule.layers] == ["block.0", "block.2", "readout"]
+    assert [layer.name for layer in rule.layers] == ["block1.0", "block1.2", "readout"]
     for i, layer in enumerate(rule.layers):
         found = torch.cat((layer.module.weight.flatten(1).T, layer.module.bias[None]))
         torch.testing.assert_close(found, rule.numbers[f"W{i}"], rtol=0, atol=1e-11)
     scores = rule.predict(given["xtest"].permute(0, 3, 1, 2))
     torch.testing.assert_close(scores, rule.numbers["test_scores"], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("border", "side"), [("replicate", 2), ("zeros", 2), ("none", 1)])
+def test_the_readout_fits_the_map_that_is_left(border: Any, side: int) -> None:
+    net = forward_projection_cnn((1, 8, 8) if border != "none" else (1, 11, 11), 3, (4, 6), border, average=False)
+    assert net(torch.randn(2, 1, *((8, 8) if border != "none" else (11, 11)))).shape == (2, 3)
+    assert net.readout[-1].in_features == 6 * side * side  # type: ignore[index, union-attr]
+    with pytest.raises(ValueError, match="nothing is left of a 8x8 image in block 2 of 2"):
+        forward_projection_cnn((1, 8, 8), 3, (4, 6), "none")
+    with pytest.raises(ValueError, match="border is 'copy', expected one of replicate, none, zeros"):
+        forward_projection_cnn((1, 8, 8), 3, border="copy")  # type: ignore[arg-type]
 
 
 def test_numbers_of_maps_that_are_not_averaged() -> None:
