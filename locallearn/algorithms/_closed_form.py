@@ -102,14 +102,14 @@ class Sums(Grown):
 
 
 class _Told(Grown):
-    """What is to be told of every layer, in float64."""
+    """What is to be told of every layer, in float64; below 0 what is not known."""
 
     names = ("lambda", "residual", "samples", "sums_mib", "loo_error")
     found: Tensor
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.register_buffer("found", torch.full((layers, len(self.names)), float("nan"), dtype=torch.float64))
+        self.register_buffer("found", torch.full((layers, len(self.names)), -1.0, dtype=torch.float64))
 
 
 class ClosedFormLayers(LayerLocal):
@@ -348,7 +348,7 @@ class ClosedFormLayers(LayerLocal):
             raise Singular(f"layer {layer.name!r} cannot be solved for: {error} (algorithm.{name})") from error
         self._write(layer, fit, penalty, self.sums.bytes)
 
-    def _write(self, layer: LinearLayer, fit: Fit, penalty: float, bytes_: int, left_out: float = float("nan")) -> None:
+    def _write(self, layer: LinearLayer, fit: Fit, penalty: float, bytes_: int, left_out: float = -1.0) -> None:
         """Give a layer its weights, and keep what is to be told of them."""
         layer.write(fit.weights, fit.intercept)
         told = [penalty, fit.residual, float(self.seen), bytes_ / 2**20, left_out]
@@ -361,5 +361,5 @@ class ClosedFormLayers(LayerLocal):
         """
         rows = zip(self.layers, self.told.found.tolist(), strict=True)
         named = {layer.name: dict(zip(self.told.names, row, strict=True)) for layer, row in rows}
-        known = {name: {key: value for key, value in told.items() if value == value} for name, told in named.items()}
+        known = {name: {key: value for key, value in told.items() if value >= 0} for name, told in named.items()}
         return {name: told for name, told in known.items() if told}

@@ -130,8 +130,8 @@ def test_numbers_of_the_authors_convolutions(case: str, padding: int, lambdas: t
 
 @pytest.mark.parametrize(("border", "side"), [("replicate", 2), ("zeros", 2), ("none", 1)])
 def test_the_readout_fits_the_map_that_is_left(border: Any, side: int) -> None:
-    net = forward_projection_cnn((1, 8, 8) if border != "none" else (1, 11, 11), 3, (4, 6), border, average=False)
-    assert net(torch.randn(2, 1, *((8, 8) if border != "none" else (11, 11)))).shape == (2, 3)
+    net = forward_projection_cnn((1, 8, 8) if border != "none" else (1, 16, 16), 3, (4, 6), border, average=False)
+    assert net(torch.randn(2, 1, *((8, 8) if border != "none" else (16, 16)))).shape == (2, 3)
     assert net.readout[-1].in_features == 6 * side * side  # type: ignore[index, union-attr]
     with pytest.raises(ValueError, match="nothing is left of a 8x8 image in block 2 of 2"):
         forward_projection_cnn((1, 8, 8), 3, (4, 6), "none")
