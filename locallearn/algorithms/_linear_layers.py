@@ -85,7 +85,8 @@ def read(layer: LinearLayer, run: Callable[[], Any]) -> list[Tensor]:
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].detach())
+        # what is read again later must not be what the next layer has overwritten
+        seen.append(args[0].detach() if layer.calls == 1 else args[0].detach().clone())
         if len(seen) == layer.calls:
             raise _Reached
 
@@ -118,9 +119,14 @@ def find_layers(blocks: Blocks, example: Batch, owner: str) -> list[LinearLayer]
         for path, m in part.named_modules()
     }
     alone = [sum(isinstance(m, KINDS) for _, _, _, m in _of(held, place)) == 1 for place in range(len(places))]
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    calls: list[tuple[nn.Module, Any, Any]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # a copy, for an activation that works in place would make it look like the network's output
+        calls.append((module, next(iter(args), None), output.clone() if isinstance(module, KINDS) else output))
+
     hooks = [
-        m.register_forward_hook(lambda m, args, output: calls.append((m, args[0], output)))
+        m.register_forward_hook(note)
         for _, _, _, m in held.values()
         if isinstance(m, KINDS) or not any(True for _ in m.children())
     ]
@@ -142,6 +148,11 @@ def find_layers(blocks: Blocks, example: Batch, owner: str) -> list[LinearLayer]
             raise ValueError(
                 f"layer {name!r} is a convolution in {module.groups} groups, and {owner} fits those without: set groups=1, "
                 "freeze its weights to keep them as they are, or use another rule"
+            )
+        if not isinstance(given, Tensor):
+            raise ValueError(
+                f"layer {name!r} is called without a positional argument, and {owner} reads what it is given there: call it as "
+                "layer(x)"
             )
         if len(given) != len(inputs):
             raise ValueError(

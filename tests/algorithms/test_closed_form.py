@@ -443,6 +443,7 @@ def _readout(module: nn.Module | None) -> Blocks:
     [
         (_readout(None), "no readout"),
         (_readout(nn.Sequential(nn.Linear(4, 3), nn.ReLU())), "changes what its last linear layer 'readout' gives"),
+        (_readout(nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))), "changes what its last linear layer"),
         (_readout(nn.Softmax(1)), "ends in no linear layer"),
         (_readout(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))), "'readout' has a .* makes its weight from"),
     ],
