@@ -15,6 +15,7 @@ from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update, o
 from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.batch import Batch
 from locallearn.functional import ridge
+from locallearn.functional.cafo import check_targets
 from locallearn.functional.ridge import Fit, Intercept, Moments, Singular
 from locallearn.nets.border import main
 
@@ -215,10 +216,6 @@ class ClosedFormLayers(LayerLocal):
                     "or, for fewer rows than that, set algorithm.form=rows"
                 )
 
-    def _fitted_layers(self) -> list[LinearLayer]:
-        """Layers that are solved for."""
-        return [self._layer(number) for number in range(self.passes)]
-
     def units(self) -> dict[str, list[ParamGroup]]:
         """None."""
         return {}
@@ -301,12 +298,7 @@ class ClosedFormLayers(LayerLocal):
         targets = batch.targets
         if not self.classes:
             return targets.reshape(len(targets), -1)
-        wrong = targets.is_floating_point() or targets.dtype is torch.bool or targets.shape != (len(batch.inputs),)
-        if wrong:
-            raise ValueError(
-                f"targets are {targets.dtype} of shape {tuple(targets.shape)} for {len(batch.inputs)} samples: give class ids, "
-                f"int64 of shape ({len(batch.inputs)},)"
-            )
+        check_targets(targets, len(batch.inputs), self.outputs)
         return torch.nn.functional.one_hot(targets.long(), self.outputs)
 
     def _inputs(self, layer: LinearLayer, batch: Batch) -> list[Tensor]:
