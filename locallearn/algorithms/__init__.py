@@ -11,6 +11,7 @@ from locallearn.algorithms.feedback_alignment import FeedbackAlignment
 from locallearn.algorithms.forward_forward import ForwardForward
 from locallearn.algorithms.forward_gnn import ForwardGNN
 from locallearn.algorithms.forward_gradient import ForwardGradient
+from locallearn.algorithms.forward_projection import ForwardProjection
 from locallearn.algorithms.layer_collaboration import LayerCollaboration
 from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.algorithms.local_heads import LocalHeads
@@ -18,6 +19,7 @@ from locallearn.algorithms.man import MAN
 from locallearn.algorithms.mono_forward import MonoForward
 from locallearn.algorithms.pepita import Pepita
 from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlignment
+from locallearn.algorithms.ridge import Ridge
 from locallearn.algorithms.scalable_ff import ScalableForwardForward
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "ForwardForward",
     "ForwardGNN",
     "ForwardGradient",
+    "ForwardProjection",
     "LayerCollaboration",
     "LayerLocal",
     "LocalHeads",
@@ -41,6 +44,7 @@ __all__ = [
     "ParamGroup",
     "Pepita",
     "ProductFeedbackAlignment",
+    "Ridge",
     "ScalableForwardForward",
     "TaskInfo",
     "Update",

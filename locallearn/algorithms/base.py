@@ -301,6 +301,11 @@ class Algorithm(nn.Module, ABC):
         """
 
     @property
+    def consecutive(self) -> bool:
+        """Whether stages can only come one after the other, so that every schedule of this rule is sequential. Default: no."""
+        return False
+
+    @property
     def finished(self) -> bool:
         """Whether a further epoch of the units that train now would change nothing, so that it need not come."""
         return False

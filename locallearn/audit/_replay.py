@@ -22,6 +22,9 @@ from locallearn.batch import Batch
 Optimizers = Callable[[Algorithm], dict[str, Optimizer]]
 Context = Callable[[], AbstractContextManager[Any]]
 
+_EPOCH = 3
+"""Batches after which an epoch ends in an audit."""
+
 
 # -- random numbers -------------------------------------------------------------------------------------------------------
 class Randomness:
@@ -282,7 +285,7 @@ class Driver:
             optimizers = self.optimizers(twin)
             twin.train()
             for number, batch in enumerate(batches):
-                updates = twin.updates(batch)
+                updates = _epoch(twin, batch, ends=number % _EPOCH == _EPOCH - 1)
                 while True:
                     update = self._ask(twin, updates, observer)
                     observer.got(twin, update)
@@ -323,6 +326,13 @@ class Driver:
         with suppress(_Skipped):
             optimizer.step(closure)
         optimizer.zero_grad()
+
+
+def _epoch(twin: Algorithm, batch: Batch, ends: bool) -> Iterator[Update]:
+    """The updates of one batch, and what is due at an epoch's end behind them, under the same instruments."""
+    yield from twin.updates(batch)
+    if ends:
+        twin.end_epoch()
 
 
 class _Skipped(Exception):

@@ -257,6 +257,11 @@ def _mkldnn_rnn_backward(x: Any, w_in: Any, w_hidden: Any, *_: Any, **__: Any) -
     return 2 * _mkldnn_rnn(x, w_in, w_hidden)
 
 
+def _eigh(a: Any, vectors: bool) -> int:
+    cubed = int(prod(a)) * int(a[-1])
+    return 9 * cubed if vectors else 4 * cubed // 3
+
+
 def _fused_rnn(x: Any, weights: Any, *_: Any, **__: Any) -> int:
     return 2 * _rows(x) * sum(int(prod(w)) for w in weights if len(w) == 2)
 
@@ -326,6 +331,11 @@ def _formulas() -> dict[Any, Callable[..., Any]]:
         ("_cudnn_rnn miopen_rnn", _fused_rnn),
         ("_cudnn_rnn_backward miopen_rnn_backward", _fused_rnn_backward),
         ("linalg_cholesky_ex linalg_cholesky cholesky", lambda a, *_, **__: int(prod(a)) * a[-1] // 3),
+        # values and vectors by the symmetric QR algorithm (Golub and Van Loan, section 8.3); values alone take 4n³/3
+        (
+            "_linalg_eigh",
+            lambda a, *rest, **named: _eigh(a, named.get("compute_v", rest[1] if len(rest) > 1 else True)),
+        ),
         ("cholesky_solve", lambda b, a, *_, **__: 2 * int(prod(b)) * a[-1]),
         (
             "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "

@@ -47,7 +47,8 @@ class StageCost:
         rows: of the batch that was measured.
         activation_peak_bytes: peak bytes kept alive for gradients, for the whole batch.
         gradient_bytes: peak bytes of gradients of parameters, held at once.
-        cache_bytes: what the rule keeps from one step to the next beside weights and buffers, after these batches.
+        cache_bytes: what the rule keeps from one step to the next beside weights and buffers, after these batches, and by how
+            much its buffers have grown meanwhile (the sums of a closed form).
         steady: whether a step on the same batch always takes the same work; else the figures are means over some steps.
         sizes: operations of a settled step by the number of its rows, where others were measured, too.
     """
@@ -232,6 +233,7 @@ def _measure_stage(
         return counter.total
 
     rows, period = len(batch.inputs), twin.period
+    held = bytes_of([*twin.parameters(), *twin.buffers()])
     once = flops(batch)
     fill = 0.0
     if other is not None and period == 1:
@@ -251,6 +253,7 @@ def _measure_stage(
         parts = {size: _flops_of_part(flops, batch, size) for size in sizes}
         measured = {size: found for size, found in parts.items() if found is not None}
     peak, kept = _peak(twin, batch), cache_bytes(twin, without=[batch, other])
+    kept += max(0, bytes_of([*twin.parameters(), *twin.buffers()]) - held)  # sums that a closed form gathers
     with counting() as counter:
         twin.end_epoch()
     names.update(counter.uncounted)

@@ -11,28 +11,33 @@ labels ``(N, C)``, W a predictor's weights ``(D, C)``, without bias.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PANEL = 1024
-"""Columns of XᵀX that are worked out together; what lies below the diagonal panels is never multiplied."""
+from locallearn.functional import ridge as _ridge
+from locallearn.functional.ridge import PANEL, Solution, gather_macs, ridge, solve_flops, symmetric
 
-
-class Solution(NamedTuple):
-    """Weights in closed form, and how they were found.
-
-    Attributes:
-        weights: W, shape ``(D, C)``.
-        residual: ‖(XᵀX + λI) W − XᵀY‖ / ‖XᵀY‖, Frobenius norms; 0 where XᵀY is.
-        cholesky: whether a Cholesky factorisation was enough; else W is the solution of least norm, by eigenvalues.
-    """
-
-    weights: Tensor
-    residual: float
-    cholesky: bool
+__all__ = [
+    "PANEL",
+    "Loss",
+    "Solution",
+    "check_targets",
+    "gather",
+    "gather_macs",
+    "gradient",
+    "output_error",
+    "predictor_macs",
+    "probabilities",
+    "ridge",
+    "solve_flops",
+    "sparsemax",
+    "sparsemax_loss",
+    "symmetric",
+    "unit_rows",
+]
 
 
 def check_targets(targets: Tensor, samples: int, classes: int) -> None:
@@ -164,51 +169,8 @@ def gather(gram: Tensor, cross: Tensor, features: Tensor, targets: Tensor) -> No
         ValueError: ``targets`` is not one class id per sample.
     """
     check_targets(targets, len(features), cross.shape[1])
-    x = features.flatten(1).to(gram.dtype)
-    for start in range(0, len(gram), PANEL):
-        gram[start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
-    cross.addmm_(x.T, F.one_hot(targets.long(), cross.shape[1]).to(x.dtype))
-
-
-def symmetric(gram: Tensor) -> Tensor:
-    """All of XᵀX from what :func:`gather` wrote, as a new tensor."""
-    whole = gram.clone()
-    for start in range(0, len(gram), PANEL):
-        stop = start + PANEL
-        whole[stop:, start:stop] = gram[start:stop, stop:].T
-    return whole
-
-
-def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Solution:
-    """W = (XᵀX + λI)⁻¹ XᵀY by one Cholesky factorisation.
-
-    Where XᵀX + λI is singular to working precision, W is the least-squares solution of least norm instead.
-
-    Args:
-        gram: XᵀX, shape ``(D, D)``, float64 for anything but the smallest problems. Overwritten.
-        cross: XᵀY, shape ``(D, C)``.
-        penalty: λ, at least 0.
-
-    Raises:
-        ValueError: an entry is not finite.
-    """
-    if not bool(gram.isfinite().all()) or not bool(cross.isfinite().all()):
-        raise ValueError("the features are not finite numbers, so they have no closed form")
-    gram.diagonal().add_(penalty)
-    smallest = len(gram) * torch.finfo(gram.dtype).eps
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    pivots = factor.diagonal().square()
-    good = int(failed) == 0 and bool(pivots.min() > smallest * pivots.max())
-    if good:
-        weights = torch.cholesky_solve(cross, factor)
-    else:
-        values, vectors = torch.linalg.eigh(gram)
-        kept = values > smallest * values.max().clamp_min(torch.finfo(gram.dtype).tiny)
-        inverse = torch.where(kept, values, 1).reciprocal() * kept
-        weights = vectors @ (inverse[:, None] * (vectors.T @ cross))
-    size = float(cross.norm())
-    residual = float((gram @ weights - cross).norm()) / size if size else 0.0
-    return Solution(weights, residual, good)
+    onehot = F.one_hot(targets.long(), cross.shape[1]).to(gram.dtype)
+    _ridge.gather(gram, cross, features.flatten(1), onehot)
 
 
 # -- direct feedback -------------------------------------------------------------------------------------------------------
@@ -229,13 +191,3 @@ def output_error(scores: Tensor, targets: Tensor) -> Tensor:
 def predictor_macs(sizes: Sequence[int], classes: int) -> int:
     """MACs of one step of all gradient predictors per sample, 2C ΣD: scores and gradients (double it for FLOPs)."""
     return 2 * classes * sum(sizes)
-
-
-def gather_macs(size: int, classes: int) -> int:
-    """MACs per sample of one block's XᵀX, in panels from the diagonal on, and XᵀY; about D²/2 + CD for many columns."""
-    return sum(min(PANEL, size - start) * (size - start) for start in range(0, size, PANEL)) + classes * size
-
-
-def solve_flops(size: int, classes: int) -> int:
-    """FLOPs of one block's closed form by Cholesky: D³/3, two triangular solves 2D²C, and the residual 2D²C."""
-    return size**3 // 3 + 4 * size**2 * classes

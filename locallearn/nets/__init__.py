@@ -2,7 +2,7 @@
 
 from locallearn.nets.autoencoder import autoencoder
 from locallearn.nets.blocks import Blocks
-from locallearn.nets.feedforward import cafo_cnn, cnn, initialise, mlp
+from locallearn.nets.feedforward import cafo_cnn, cnn, forward_projection_cnn, initialise, mlp
 from locallearn.nets.graph import gnn
 from locallearn.nets.locally_connected import LocallyConnected2d, locally_connected
 from locallearn.nets.residual import resnet, resnet18
@@ -15,6 +15,7 @@ __all__ = [
     "autoencoder",
     "cafo_cnn",
     "cnn",
+    "forward_projection_cnn",
     "gnn",
     "initialise",
     "locally_connected",

@@ -10,12 +10,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from locallearn.nets.activations import Mod2, Square
 from locallearn.nets.blocks import Blocks
 
 _T = TypeVar("_T")
 Init = Literal["kaiming_uniform", "he_uniform", "xavier_uniform", "lecun_normal", "orthogonal"]
-Activation = Literal["relu", "leaky_relu", "elu", "tanh"]
+Activation = Literal["relu", "leaky_relu", "elu", "tanh", "mod2", "square"]
 Pool = Literal["avg", "max"]
+Border = Literal["replicate", "none", "zeros"]
 
 
 def _kaiming_uniform(weight: Tensor) -> None:
@@ -49,6 +51,8 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
     "tanh": nn.Tanh,
+    "mod2": Mod2,
+    "square": Square,
 }
 _POOLS: dict[str, Callable[[int], nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
 
@@ -139,7 +143,7 @@ def mlp(
         input_shape: shape of one sample, e.g. ``(1, 28, 28)``.
         outputs: number of classes.
         hidden: width of every block.
-        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu`` or ``tanh``.
+        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu``, ``tanh``, ``mod2`` (x modulo 2) or ``square``.
         bias: whether the blocks have biases.
         readout_bias: whether the readout has a bias.
         batch_norm: put a BatchNorm before the activation.
@@ -187,7 +191,7 @@ def cnn(
         channels: output channels of every block; each pooling halves height and width.
         kernel_size: of every convolution.
         padding: zeros around every convolution's input; with 1 and kernels of 3 only poolings shrink the map.
-        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu`` or ``tanh``.
+        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu``, ``tanh``, ``mod2`` (x modulo 2) or ``square``.
         pool: ``avg`` or ``max``, over 2x2.
         batch_norm: put a BatchNorm before the activation.
         bias: whether the convolutions have biases.
@@ -256,6 +260,62 @@ def cafo_cnn(
         )
         before = after
     return Blocks(blocks, nn.Sequential(nn.Flatten(), nn.Linear(before * height * width, outputs, bias=False)))
+
+
+def forward_projection_cnn(
+    input_shape: Sequence[int],
+    outputs: int,
+    channels: Sequence[int] = (16, 32, 64),
+    border: Border = "replicate",
+    activation: Activation = "relu",
+    average: bool = True,
+    readout_bias: bool = True,
+    init: Init = "kaiming_uniform",
+) -> Blocks:
+    """The convolutional network of Forward Projection (O'Shea and Rajendran, arXiv 2501.16476) as in its official code.
+
+    Blocks of two convolutions 3x3 with biases, the first with stride 1, the second with stride 2, each with its activation;
+    no pooling; a linear readout of the mean over places.
+
+    Args:
+        input_shape: ``(C, H, W)`` of one sample.
+        outputs: number of classes.
+        channels: output channels of both convolutions of every block.
+        border: ``replicate``: copied rows and columns around every convolution's input, as in the paper's CIFAR runs; ``none``,
+            as in its other runs; ``zeros``.
+        activation: ``relu``, ``leaky_relu`` (slope .01), ``elu``, ``tanh``, ``mod2`` (x modulo 2) or ``square``.
+        average: take the mean over places in front of the readout; else it reads the flattened map.
+        readout_bias: whether the readout has a bias.
+        init: see :func:`initialise`.
+
+    Raises:
+        ValueError: the input is not an image, or too small for that many blocks; no channels, or fewer than 1 in a block; an
+            unknown border, activation or init.
+    """
+    before, height, width = image_size(input_shape)
+    check_channels(channels)
+    modes: dict[str, Literal["zeros", "replicate"]] = {"replicate": "replicate", "none": "zeros", "zeros": "zeros"}
+    mode, padding = choice("border", border, modes), int(border != "none")
+    blocks: dict[str, nn.Module] = {}
+    for i, after in enumerate(channels):
+        height, width = ((side - 3 + 4 * padding - 2) // 2 + 1 for side in (height, width))
+        if min(height, width) < 1:
+            raise ValueError(
+                f"nothing is left of a {input_shape[1]}x{input_shape[2]} image in block {i + 1} of {len(channels)}, after "
+                f"convolutions of 3 with strides 1 and 2 and border {border}: {fewer(i)}"
+            )
+        blocks[f"block{i + 1}"] = nn.Sequential(
+            nn.Conv2d(before, after, 3, padding=padding, padding_mode=mode),
+            activation_layer(activation),
+            nn.Conv2d(after, after, 3, stride=2, padding=padding, padding_mode=mode),
+            activation_layer(activation),
+        )
+        before = after
+    pool: list[nn.Module] = [nn.AdaptiveAvgPool2d(1)] if average else []
+    size = before if average else before * height * width
+    net = Blocks(blocks, nn.Sequential(*pool, nn.Flatten(), nn.Linear(size, outputs, bias=readout_bias)))
+    initialise(net, init)
+    return net
 
 
 def check_channels(channels: Sequence[int]) -> None:

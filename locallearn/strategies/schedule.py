@@ -40,7 +40,8 @@ class Schedule(pl.Callback):
     are chosen among all; a validation that gives no number (NaN) is never the best.
 
     Args:
-        sequential: one stage per unit instead of one stage.
+        sequential: one stage per unit instead of one stage; a rule whose stages have to follow one another
+            (``Algorithm.consecutive``) always has it so.
         patience: validations without improvement before the stage ends (one after every epoch, unless the Trainer's
             ``check_val_every_n_epoch`` or ``val_check_interval`` say otherwise); ``None``: run all epochs.
         monitor: ``"validation/loss"`` (smaller is better), or ``None``: the task's own metric, e.g. accuracy.
@@ -129,6 +130,12 @@ class Schedule(pl.Callback):
         Raises:
             ValueError: no stages, no frozen activations to cache, or a scheduler over stages.
         """
+        if algorithm is not None and algorithm.consecutive:
+            if scheduled:
+                raise ValueError(
+                    f"{type(algorithm).__name__} solves for its weights and has no learning rate to schedule: drop scheduler"
+                )
+            self.sequential = True
         if algorithm is not None:
             self.stages(algorithm)
         if self.sequential and scheduled:

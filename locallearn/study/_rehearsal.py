@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from locallearn.algorithms.base import Algorithm
 from locallearn.cost import undisturbed
+from locallearn.functional.ridge import Singular
 from locallearn.precision import effective_precision
 from locallearn.strategies.local import Diverged, LocalStrategy, LocalTask
 from locallearn.strategies.making import check_length
@@ -74,8 +75,8 @@ def rehearse(plan: Plan, task: pl.LightningModule) -> None:
     try:
         with undisturbed(None, data):
             _train_one(plan, task, next(iter(train)), next(iter(validation)), len(train))
-    except (Diverged, torch.OutOfMemoryError):
-        return  # no mistake in the settings: the run itself records it
+    except (Diverged, Singular, torch.OutOfMemoryError):
+        return  # no mistake in the settings, or one batch is too few to tell: the run itself records it
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise Interrupted from None
     except Exception as error:

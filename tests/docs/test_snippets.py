@@ -129,6 +129,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/algorithms/forward_gradient.md": lambda names: bool(
         abs(names["error"] - (1 - 32 / len(names["true"]))) < 0.2
     ),
+    "docs/algorithms/forward_projection.md": _learns_at_the_stated_cost,
     "docs/algorithms/layer_collaboration.md": _forward_forward,
     "docs/algorithms/local_heads.md": _learns_at_the_stated_cost,
     "docs/algorithms/man.md": _man,
@@ -139,6 +140,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/algorithms/product_feedback_alignment.md": lambda names: (
         _learns_at_the_stated_cost(names) and bool(names["angle"] < 30)
     ),
+    "docs/algorithms/ridge.md": lambda names: bool(names["accuracy"] > 0.8 and names["result"].confirmed),
     "docs/algorithms/scalable_ff.md": _learns_at_the_stated_cost,
     "docs/analysis.md": lambda names: bool(0.1 < names["alike"] <= 1 and names["members"].any()),
     "docs/architecture.md": _architecture,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from locallearn.cost import FlopCounter
-from locallearn.functional import cafo
+from locallearn.functional import cafo, ridge
 
 
 def _draw(*shape: int, seed: int = 0) -> Tensor:
@@ -127,7 +127,7 @@ def _sums(x: Tensor, y: Tensor, classes: int, chunk: int) -> tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("penalty", [0.0, 0.3])
 def test_the_closed_form_solves_the_normal_equations(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cafo, "PANEL", 4)  # several panels, and a last one that is smaller
+    monkeypatch.setattr(ridge, "PANEL", 4)  # several panels, and a last one that is smaller
     x, y = _draw(50, 11), _labels(50, 3)
     targets = F.one_hot(y, 3).double()
     gram, cross = _sums(x, y, 3, 50)
@@ -170,7 +170,7 @@ def test_features_that_are_not_finite_have_no_closed_form() -> None:
 
 
 def test_costs_are_those_that_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cafo, "PANEL", 4)
+    monkeypatch.setattr(ridge, "PANEL", 4)
     x, y = _draw(20, 11), _labels(20, 3)
     gram, cross = torch.zeros(11, 11).double(), torch.zeros(11, 3).double()
     with FlopCounter() as counter:

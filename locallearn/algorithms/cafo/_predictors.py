@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.algorithms._grown import Grown
-from locallearn.functional import cafo
+from locallearn.functional import cafo, ridge
 from locallearn.functional.cafo import Loss
 
 
@@ -131,13 +131,12 @@ class ClosedForm(Grown):
     def _solved(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._pending is None:
             with torch.autocast(self.gram.device.type, enabled=False):
-                gram, cross, rows = cafo.symmetric(self.gram), self.cross.clone(), float(self.counts.sum())
+                gram, cross, rows = ridge.symmetric(self.gram), self.cross.clone(), float(self.counts.sum())
                 mean, share = self.sums / rows, self.counts / rows
                 if self._centre:
-                    gram.addr_(mean, mean, alpha=-rows)
-                    cross.addr_(mean, share, alpha=-rows)
+                    ridge.centre(gram, cross, self.sums, self.counts, rows)
                 penalty = self._ridge * float(gram.diagonal().mean())
-                solution = cafo.ridge(gram, cross, penalty)
+                solution = ridge.ridge(gram, cross, penalty)
                 offset = share - mean @ solution.weights if self._centre else torch.zeros_like(share)
                 found = [penalty, solution.residual, float(solution.cholesky)]
             self._pending = solution.weights, offset, self.found.new_tensor(found)
