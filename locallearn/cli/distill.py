@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +52,7 @@ def _check(asked: Any) -> list[Any]:
         ("order", ("first", "last")),
         ("inputs", ("teacher", "student")),
         ("kind", KINDS),
+        ("draws", ("isotropic", "teacher")),
         ("keep", (None, "best", "all")),
     ):
         if asked[key] not in choices:
@@ -86,7 +88,7 @@ def _check(asked: Any) -> list[Any]:
             f"distill.sizes has {wrong[0]}, expected shares of a layer's own numbers, above 0 and below 1: 0.25 for a quarter"
         )
     check_distillation(asked.inputs, lists["penalties"], asked.positions)
-    own = {key: asked[key] for key in ("kind", "degree", "orthogonal", "seed")}
+    own = {key: asked[key] for key in ("kind", "degree", "orthogonal", "draws", "seed")}
     learned = asked.count == "learned"
     return [Recipe(method, float(size), learned, **own) for size in lists["sizes"] for method in lists["methods"]]
 
@@ -259,7 +261,10 @@ def _write(folder: Path, saved: Saved, asked: Any, students: Sequence[Any], foun
         "left": found["left"],
         "students": rows,
     }
-    content = {"table.json": json.dumps(made, indent=1).encode(), "table.csv": _csv(rows).encode()}
+    content = {
+        "table.json": json.dumps(_finite(made), indent=1, allow_nan=False).encode(),
+        "table.csv": _csv(rows).encode(),
+    }
     for row in _kept(saved, asked, students):
         student, file = students[row], io.BytesIO()
         torch.save(packed(student.recipe, student.layers, student.fits), file)
@@ -267,6 +272,15 @@ def _write(folder: Path, saved: Saved, asked: Any, students: Sequence[Any], foun
     for name, data in content.items():
         write_file(folder / name, data)
     return [folder / name for name in content]
+
+
+def _finite(value: Any) -> Any:
+    """``null`` in place of what is no number, as a student that diverges may give: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

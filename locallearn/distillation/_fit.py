@@ -19,6 +19,7 @@ from locallearn.nets.random_features import SNNK, EUGen, Kind, RandomFeatureLaye
 Method = Literal["eugen", "snnk", "svd", "low_rank"]
 METHODS = ("eugen", "snnk", "svd", "low_rank")
 Inputs = Literal["teacher", "student"]
+Draws = Literal["isotropic", "teacher"]
 _SCALED = 1000  # samples that inputs are scaled by
 PENALTIES = (1e-8, 1e-6, 1e-4, 1e-2)
 
@@ -36,6 +37,8 @@ class Recipe:
         kind: of ``snnk``.
         degree: of ``eugen``.
         orthogonal: maps in orthogonal blocks.
+        draws: ``isotropic`` maps, as the papers have them, or random combinations of the ``teacher``'s own rows: as many
+            numbers, which look where the layer looks.
         seed: of the maps; every layer counts on from it by its place.
 
     Raises:
@@ -48,11 +51,14 @@ class Recipe:
     kind: Kind = "relu"
     degree: int = 2
     orthogonal: bool = True
+    draws: Draws = "isotropic"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"the method is {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.draws not in ("isotropic", "teacher"):
+            raise ValueError(f"draws is {self.draws!r}, expected isotropic or teacher")
         if not 0 < self.share < 1:
             raise ValueError(
                 f"the share is {self.share}, expected a number above 0 and below 1, of a layer's own numbers"
@@ -209,6 +215,8 @@ class Distiller:
         student = self.recipe.blank(layer, place)
         fit = Fit(self.recipe.size(layer))
         if isinstance(student, RandomFeatureLayer):
+            if self.recipe.draws == "teacher":
+                student.draw_from(layer.weight)
             student.standardise(*self._inputs_of(site, prefix, student))
             weights, bias, *_ = self._solution(site, prefix, student.phi, site.last, fit)
             student.weight.copy_(weights.T)

@@ -213,6 +213,7 @@ class RandomFeatureLayer(nn.Module, ABC):
             )
         self.in_features, self.out_features, self.features = in_features, out_features, features
         self.orthogonal, self.seed, self.window = orthogonal, seed, window
+        self.isotropic = True
         self._count, self._norm, self._drawn_by = maps, norm, str(torch.__version__)
         own = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.zeros(out_features, width, **own))
@@ -239,30 +240,52 @@ class RandomFeatureLayer(nn.Module, ABC):
     def _of_maps(self) -> list[Tensor]:
         return [self.maps, self.offsets, *([] if self.slopes is None else [self.slopes])]
 
-    def redrawn(self) -> list[Tensor]:
-        """Maps, offsets and, where the norm is read, slopes as the seed gives them here, in this layer's dtype and device."""
+    def redrawn(self, rows: Tensor | None = None) -> list[Tensor]:
+        """Maps, offsets and, where the norm is read, slopes as the seed gives them here, in this layer's dtype and device.
+
+        Args:
+            rows: what :meth:`draw_from` was given, if it was called.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         columns = self.in_features + 1 + self._norm
         drawn = torch.cat([_drawn(self.features, columns, self.orthogonal, generator) for _ in range(self._count)])
         parts = [drawn[:, : self.in_features], *drawn[:, self.in_features :].T]
+        if rows is not None:
+            known = rows.detach().flatten(1).to("cpu", torch.float64)
+            mixed = [_drawn(self.features, len(known), self.orthogonal, generator) for _ in range(self._count)]
+            parts[0] = torch.cat(mixed) @ known * sqrt(self.in_features) / known.norm().clamp_min(1e-300)
         return [part.to(self.maps.device, self.maps.dtype).contiguous() for part in parts]
 
-    @property
-    def regenerable(self) -> bool:
-        """Whether this machine and version draw these very maps from the seed."""
-        return all(map(torch.equal, self._of_maps(), self.redrawn()))
+    @torch.no_grad()
+    def draw_from(self, rows: Tensor) -> None:
+        """Draw the maps anew as random combinations of given directions, of the same mean length: g ~ N(0, RᵀR · d / ‖R‖²).
+
+        Of a layer's weights these are where it looks. Estimates that ask for isotropic maps are none any more, and
+        the seed alone cannot give the maps again: R is needed, too.
+
+        Args:
+            rows: R, ``(n, d)`` or a convolution's weights.
+        """
+        self.maps.copy_(self.redrawn(rows)[0])
+        self.isotropic = False
+
+    def regenerable(self, rows: Tensor | None = None) -> bool:
+        """Whether this machine and version draw these very maps from the seed, with the ``rows`` that they were drawn from."""
+        return all(map(torch.equal, self._of_maps(), self.redrawn(rows)))
 
     @override
     def get_extra_state(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
             "distribution": "orthogonal" if self.orthogonal else "gaussian",
+            "isotropic": self.isotropic,
             "torch": self._drawn_by,
         }
 
     @override
     def set_extra_state(self, state: Any) -> None:
         self.seed, self.orthogonal = int(state["seed"]), state["distribution"] == "orthogonal"
+        self.isotropic = bool(state["isotropic"])
         self._drawn_by = str(state["torch"])
 
     @property

@@ -96,7 +96,15 @@ def test_the_last_layers_of_convolutions_under_a_rule_with_its_own_inference(
     cli: Cli, own: dict[str, Path], tmp_path: Path
 ) -> None:
     words = ("distill.order=last", "distill.methods=[snnk,low_rank]", "distill.sizes=[0.9]", "distill.inputs=teacher")
-    told = cli("distill", str(own["cnn"]), *_QUICK, *words, f"distill.out={tmp_path / 'there'}", "distill.keep=all")
+    told = cli(
+        "distill",
+        str(own["cnn"]),
+        *_QUICK,
+        *words,
+        f"distill.out={tmp_path / 'there'}",
+        "distill.keep=all",
+        "distill.draws=teacher",
+    )
     assert told.code == 0, told.err
     found = json.loads((tmp_path / "there" / "table.json").read_text(encoding="utf-8"))
     layers = [layer["name"] for layer in found["layers"]]
@@ -125,6 +133,7 @@ def test_the_last_layers_of_convolutions_under_a_rule_with_its_own_inference(
         (("RUN", "distill.depths=[3]"), "and 2 layers can be replaced"),
         (("RUN", "distill.layers=[layer9]"), "layer 'layer9' cannot be replaced: there is no such layer"),
         (("RUN", "distill.inputs=both"), "expected teacher or student"),
+        (("RUN", "distill.draws=wide"), "expected isotropic or teacher"),
         (("RUN", "distill.order=middle"), "expected first or last"),
         (("RUN", "distill.keep=7"), "expected null or best or all"),
         (("RUN", "distill.samples=1"), "at least 2"),

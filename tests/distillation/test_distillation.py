@@ -232,6 +232,22 @@ def test_networks_that_are_no_chain_are_taken_layer_by_layer(net: nn.Module, sha
         assert _error(net, students, x) < 5
 
 
+def test_maps_of_the_teachers_own_directions_fit_better_where_it_has_few() -> None:
+    net = _mlp(30, 20, 20, 4)
+    x = torch.randn(1000, 30, dtype=DOUBLE)
+    layer = net[0]
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.weight[:, 3:] *= 0.01
+    site, *_ = _sites(net, x)
+    errors = {}
+    for draws in ("isotropic", "teacher"):
+        distiller = Distiller(net, net, list(x.split(100)), Recipe("snnk", 0.5, draws=draws))  # type: ignore[arg-type]
+        distiller.students([site])
+        errors[draws] = distiller.fits([site])["0"].error
+    assert errors["teacher"] < 0.8 * errors["isotropic"]  # type: ignore[operator]
+
+
 def test_depths_share_what_they_can() -> None:
     net = _mlp(6, 20, 20, 20, 3)
     x = torch.randn(400, 6, dtype=DOUBLE)
@@ -346,6 +362,7 @@ def test_what_cannot_be_is_one_sentence() -> None:
 
     for words, call in (
         ("the method is 'pca'", lambda: Recipe("pca", 0.5)),  # type: ignore[arg-type]
+        ("draws is 'wide'", lambda: Recipe("snnk", 0.5, draws="wide")),  # type: ignore[arg-type]
         ("the share is 1", lambda: Recipe("svd", 1)),
         ("inputs is 'both'", lambda: check_distillation("both", [1.0], 1)),
         ("penalties is [-1.0]", lambda: check_distillation("teacher", [-1.0], 1)),

@@ -206,12 +206,17 @@ def test_state_is_complete_and_the_maps_can_be_drawn_again(
     assert torch.equal(other(x), layer(x))
     assert other.get_extra_state()["seed"] == 7
     assert other.get_extra_state()["distribution"] == "orthogonal"
-    assert layer.regenerable
-    assert other.regenerable
+    assert layer.regenerable()
+    assert other.regenerable()
     for name in layer.state_dict():
         assert name == "_extra_state" or name in dict(layer.named_parameters()) | dict(layer.named_buffers())
     other.maps[0, 0] += 1
-    assert not other.regenerable
+    assert not other.regenerable()
+    weights = torch.randn(9, 6)
+    layer.draw_from(weights)
+    assert layer.regenerable(weights)
+    assert not layer.regenerable()
+    assert not layer.get_extra_state()["isotropic"]
 
 
 @pytest.mark.parametrize(("make", "given"), ALL)
@@ -231,6 +236,16 @@ def test_dtypes_share_one_draw_and_weights_alone_are_trained(
     assert exact.maps.grad is None
     with torch.inference_mode():
         assert exact(x).shape == (3, 2, 3)
+
+
+def test_maps_are_drawn_within_what_a_layer_looks_at() -> None:
+    """Combinations of its rows, of their second moment, and as long as isotropic maps."""
+    rows = torch.randn(4, 2, dtype=DOUBLE) @ torch.randn(2, 6, dtype=DOUBLE)
+    layer = SNNK(6, 3, 4000, dtype=DOUBLE)
+    layer.draw_from(rows)
+    moment = layer.maps.T @ layer.maps / 4000
+    torch.testing.assert_close(moment, rows.T @ rows * 6 / rows.square().sum(), rtol=0, atol=0.3)
+    assert torch.linalg.matrix_rank(layer.maps) == 2
 
 
 def test_three_dimensions_are_rows() -> None:
