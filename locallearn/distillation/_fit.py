@@ -191,13 +191,22 @@ class Distiller:
         Args:
             chosen: layers to replace together.
             places: number of every layer by its path, that seeds are counted by; by default that in ``chosen``.
+
+        Raises:
+            ValueError: nothing fits into the share of a layer, or what it takes or gives is not finite.
         """
         made: dict[Site, nn.Module] = {}
         for number, site in enumerate(chosen):
             prefix = made if self.inputs == "student" and self.recipe.method != "svd" else {}
             key = (tuple(before.name for before in prefix), site.name)
             if key not in self._made:
-                self._made[key] = self._solved(site, dict(prefix), number if places is None else places[site.name])
+                place = number if places is None else places[site.name]
+                try:
+                    self._made[key] = self._solved(site, dict(prefix), place)
+                except ValueError as error:
+                    raise ValueError(
+                        f"layer {site.name!r} cannot be replaced by {self.recipe.method}: {error}"
+                    ) from error
             made[site] = self._made[key][0]
         return made
 

@@ -377,6 +377,6 @@ def test_what_cannot_be_is_one_sentence() -> None:
             call()
         assert words in str(raised.value)
     nan = [torch.full((10, 6), float("nan"), dtype=DOUBLE), x]
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"layer '0' cannot be replaced by low_rank: .* not finite"):
         Distiller(net, net, nan, Recipe("low_rank", 0.5)).students(_sites(net, x)[:1])
     assert isinstance(Recipe("eugen", 0.5).blank(nn.Linear(30, 30)), EUGen)
