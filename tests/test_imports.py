@@ -20,7 +20,7 @@ LAYERS = [
     {"tasks"},
     {"strategies"},
     {"local"},
-    {"analysis", "audit", "cost", "probe", "testing"},
+    {"analysis", "audit", "cost", "distillation", "probe", "testing"},
     {"algorithms"},
     {"losses"},
     {"functional"},

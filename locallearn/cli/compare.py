@@ -110,7 +110,7 @@ def _signature(config: Any, algorithm: str) -> str:
     """What has to be the same for a run to stand for another: all settings but places and those of the commands."""
     import json
 
-    places = ("compare", "tune", "report", "predict", "analyze", "bench", "runs_dir", "resume", "keep_model")
+    places = ("compare", "tune", "report", "predict", "analyze", "distill", "bench", "runs_dir", "resume", "keep_model")
     kept = {k: v for k, v in config.items() if k not in places}
     ends = [config.get("compare", {}).get(key) for key in ("mode", "target")]
     return json.dumps([algorithm, kept, ends], sort_keys=True, default=str)

@@ -18,7 +18,14 @@ def predict(words: list[str]) -> int:
         raise UsageError(f"predict takes one run, and got {len(runs)}: locallearn predict RUN [predict.out=FILE]")
     part, source, out = cfg.predict.part, cfg.predict.inputs, cfg.predict.out
     _check_predict(part, source, out, any(word.startswith("predict.part=") for word in words))
+    student = cfg.predict.student
+    if student is not None and not Path(str(student)).expanduser().is_file():
+        raise UsageError(f"there is no file {student} to read a student from")
     saved = load(runs[0], **given)
+    if student is not None:
+        from locallearn.distillation import load_student
+
+        load_student(saved.net, str(student))
     if source is None:
         found = evaluate(saved, part)
         _say(saved.record, part, found[0])

@@ -23,7 +23,7 @@ from locallearn.cli.settings import compose_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
-COMMANDS = ("train", "compare", "tune", "predict", "analyze", "report", "audit", "bench", "data")
+COMMANDS = ("train", "compare", "tune", "predict", "analyze", "distill", "report", "audit", "bench", "data")
 
 
 class Block(NamedTuple):
@@ -145,6 +145,10 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/analysis.md": lambda names: bool(0.1 < names["alike"] <= 1 and names["members"].any()),
     "docs/architecture.md": _architecture,
     "docs/audit.md": lambda names: bool(names["result"].confirmed and names["result"].verdict is Locality.LAYER_LOCAL),
+    "docs/distill.md": lambda names: bool(
+        (names["estimate"](names["x"]) - (0.3 + 0.5 * names["z"] + 0.2 * names["z"] ** 2)).abs().mean() < 0.02
+        and max(names["errors"][method] for method in ("eugen", "snnk")) < names["errors"]["svd"]
+    ),
     "docs/graphs.md": lambda names: bool(names["accuracy"] > 0.5 and names["auc"] > 0.7),
     "docs/own-network.md": _own_network,
     "docs/records.md": lambda names: bool(names["same"]),
@@ -200,7 +204,7 @@ def _sweep(words: list[str]) -> Iterator[list[str]]:
 
 
 def _check_command(command: str, words: list[str], extra: list[str]) -> None:
-    if command == "predict":  # its first word is a run, whose settings it has
+    if command in ("predict", "distill"):  # its first word is a run, whose settings it has
         compose_settings(words[1:])
         return
     if command == "analyze":  # several runs, before settings
