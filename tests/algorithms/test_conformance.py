@@ -79,6 +79,8 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
         ForwardGradient, noise="rademacher", tangents=3, combine="projection", chunk=2
     ),
     "forward_gradient-activities": partial(ForwardGradient, perturb="activities", tangents=2),
+    "forward_gradient-local": partial(ForwardGradient, losses="local", tangents=2),
+    "forward_gradient-local-activities": partial(ForwardGradient, losses="local", perturb="activities", groups=2),
     "pepita": Pepita,
     "pepita-hebbian": partial(Pepita, variant="hebbian", normalise=True),
     "pepita-time_local": partial(Pepita, variant="time_local"),
