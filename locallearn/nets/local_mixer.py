@@ -212,7 +212,9 @@ def normalised(x: Tensor, groups: int = 1) -> Tensor:
 
 def normalised_along(x: Tensor, along: Tensor, groups: int = 1) -> Tensor:
     """The Jacobian of :func:`normalised` at ``x`` times ``along``. It is symmetric, so this is both derivative and gradient."""
-    return _along(torch.unflatten(x, -1, (groups, -1)), torch.unflatten(along, -1, (groups, -1)), along.dtype).flatten(-2)
+    return _along(torch.unflatten(x, -1, (groups, -1)), torch.unflatten(along, -1, (groups, -1)), along.dtype).flatten(
+        -2
+    )
 
 
 def _along(x: Tensor, along: Tensor, dtype: torch.dtype) -> Tensor:

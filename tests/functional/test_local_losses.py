@@ -75,9 +75,7 @@ def test_gradients_of_the_readout_are_those_of_autograd() -> None:
     bias.requires_grad_()
     scores = features.mean(1) @ weight.T + bias
     wanted = torch.autograd.grad(F.cross_entropy(scores, targets), (weight, bias))
-    for made, by_autograd in zip(
-        readout_gradients(features.mean(1), scores.detach(), targets), wanted, strict=True
-    ):
+    for made, by_autograd in zip(readout_gradients(features.mean(1), scores.detach(), targets), wanted, strict=True):
         assert torch.allclose(made, by_autograd, atol=1e-14)
 
 

@@ -112,7 +112,10 @@ def test_gradients_are_pulled_back_to_the_map(transposed: bool) -> None:
         ({"patches": 3}, "patches is 3, and an image of 16x16 cannot be cut into 3x3 equal patches"),
         ({"patches": 16}, "a patch of one value is nothing once it is normalised"),
         ({"groups": 5}, "groups is 5, and 512 channels cannot be parted into 5 equal groups"),
-        ({"channels": 4, "groups": 4}, "groups is 4, and 4 channels cannot be parted into 4 equal groups of at least 2"),
+        (
+            {"channels": 4, "groups": 4},
+            "groups is 4, and 4 channels cannot be parted into 4 equal groups of at least 2",
+        ),
         ({"blocks": 0}, "blocks is 0, expected a whole number of at least 1"),
         ({"size": "XL"}, "size is 'XL', expected one of S/1/1, M/1/16, M/8/16, L/32/64"),
         ({"patches": 2.0}, "patches is 2.0, expected a whole number"),
