@@ -249,11 +249,13 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _along(*ctx.saved_tensors, gradient, ctx.dtypes[0])
+        [x] = ctx.saved_tensors
+        return _along(x, gradient, ctx.dtypes[0])
 
     @staticmethod
     def jvp(ctx: Any, along: Tensor) -> Tensor:
-        return _along(*ctx.saved_tensors, along, ctx.dtypes[1])
+        [x] = ctx.saved_tensors
+        return _along(x, along, ctx.dtypes[1])
 
 
 def cut_patches(images: Tensor, patches: int) -> Tensor:
