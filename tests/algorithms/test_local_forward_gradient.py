@@ -181,7 +181,7 @@ def test_blocks_learn_the_gradient_of_their_pooled_loss_on_average(settings: Any
         x = output.detach()
     learned = [p for block in net for p in block.parameters()]
     draws = []
-    for _ in range(60):
+    for _ in range(40):
         made = {p: g for update in rule.updates(batch) for p, g in (update.gradients or {}).items()}
         draws.append(torch.cat([made[p].flatten() for p in learned]))
     found, g = torch.stack(draws), torch.cat([w.flatten() for w in wanted])
@@ -416,7 +416,7 @@ def test_one_global_loss_knows_the_layers_of_a_mixer_and_masks() -> None:
         rule = ForwardGradient(perturb="activities", mask=mask)
         rule.attach(net, TaskInfo(batch, 3, F.cross_entropy))
         draws = []
-        for _ in range(60):
+        for _ in range(30):
             [update] = list(rule.updates(batch))
             draws.append(torch.cat([(update.gradients or {})[p].flatten() for p in net.parameters()]))
         found = torch.stack(draws)
