@@ -4,6 +4,7 @@ from locallearn.nets.autoencoder import autoencoder
 from locallearn.nets.blocks import Blocks
 from locallearn.nets.feedforward import cafo_cnn, cnn, forward_projection_cnn, initialise, mlp
 from locallearn.nets.graph import gnn
+from locallearn.nets.local_mixer import local_mixer
 from locallearn.nets.locally_connected import LocallyConnected2d, locally_connected
 from locallearn.nets.residual import resnet, resnet18
 from locallearn.nets.transformer import vit
@@ -18,6 +19,7 @@ __all__ = [
     "forward_projection_cnn",
     "gnn",
     "initialise",
+    "local_mixer",
     "locally_connected",
     "mlp",
     "resnet",

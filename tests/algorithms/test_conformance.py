@@ -85,6 +85,8 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "forward_projection-noisy_label": partial(ForwardProjection, target="noisy_label"),
     "ridge": Ridge,
     "ridge-rows": partial(Ridge, lambda_=1.0, form="rows"),
+    "forward_gradient-local": partial(ForwardGradient, losses="local", tangents=2),
+    "forward_gradient-local-activities": partial(ForwardGradient, losses="local", perturb="activities", groups=2),
     "pepita": Pepita,
     "pepita-hebbian": partial(Pepita, variant="hebbian", normalise=True),
     "pepita-time_local": partial(Pepita, variant="time_local"),

@@ -128,6 +128,8 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     ),
     "docs/algorithms/forward_gradient.md": lambda names: bool(
         abs(names["error"] - (1 - 32 / len(names["true"]))) < 0.2
+        and names["features"].grad[:, 0, :3].any()
+        and not names["features"].grad[:, 1:].any()
     ),
     "docs/algorithms/forward_projection.md": _learns_at_the_stated_cost,
     "docs/algorithms/layer_collaboration.md": _forward_forward,

@@ -16,19 +16,26 @@ from locallearn.algorithms.forward_gradient._passes import Draws, run, settle
 from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Noise, tangents
 from locallearn.nets.blocks import Blocks
+from locallearn.nets.local_mixer import GroupedLinear, Normalised
 
 _unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
 _make: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
-_Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = nn.Linear | GroupedLinear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+Change = Callable[[int, Tensor], Tensor]  # of the direction at the i-th call of a pass
 
 
-class _Call(NamedTuple):
-    """One call of a layer: what it read, in which version, and the direction of what it put out."""
+class Call(NamedTuple):
+    """One call of a layer: what it read, in which version, and the direction of what it put out.
 
-    layer: _Layer
+    Of a layer whose outputs are ``normalised`` the direction is of what comes out there, and ``made`` is what went in.
+    """
+
+    layer: Layer
     read: Tensor
     version: int
     direction: Tensor
+    normalised: Normalised | None = None
+    made: Tensor | None = None
 
 
 class _Direction(NamedTuple):
@@ -46,19 +53,27 @@ class Activities:
         loss: of the task, a mean over samples.
         noise: of the directions.
         count: K, which pass one by one.
+        mask: no noise where the ReLU that reads a layer's output is off.
     """
 
-    def __init__(self, blocks: Blocks, loss: Callable[[Tensor, Tensor], Tensor], noise: Noise, count: int) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        noise: Noise,
+        count: int,
+        mask: bool = False,
+    ) -> None:
         self.blocks, self.loss = blocks, loss
-        self.noise, self.count = noise, count
+        self.noise, self.count, self.mask = noise, count, mask
         self._compared = False
 
-    def layers(self) -> dict[str, _Layer]:
+    def layers(self) -> dict[str, Layer]:
         """Layers whose weights learn, by name."""
         return {
             name: module
             for name, module in self.blocks.named_modules()
-            if isinstance(module, _Layer) and any(p.requires_grad for p in module.parameters())
+            if isinstance(module, Layer) and any(p.requires_grad for p in module.parameters())
         }
 
     def check(self, example: Batch) -> None:
@@ -81,8 +96,11 @@ class Activities:
                 )
         layers = self.layers()
         for name, layer in layers.items():
-            refuse_made_weights(name, layer, owner)
-            if not isinstance(layer, nn.Linear) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
+            if type(layer) is not GroupedLinear:
+                refuse_made_weights(name, layer, owner)
+            if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
+                isinstance(layer.padding, str) or layer.padding_mode != "zeros"
+            ):
                 raise ValueError(
                     f"{name!r} has padding={layer.padding!r}, padding_mode={layer.padding_mode!r}: {owner} are written "
                     "for numbers of zeros"
@@ -108,8 +126,9 @@ class Activities:
                 self._compare(outputs, batch.targets)
                 self._compared = len(batch.inputs) > 2  # of two, as in the example, much looks alike
             losses, slopes = self._slopes(outputs, along, batch.targets)
+            share = slopes / (len(slopes) * self.count)
             for call in calls:
-                _add(made, call, slopes / (len(slopes) * self.count))
+                add(made, call, share.to(call.direction.dtype).view(-1, *[1] * (call.direction.ndim - 1)))
         settle(self.blocks, moved)  # what all passes made of the same state
         return losses.mean(), made, calls
 
@@ -117,10 +136,12 @@ class Activities:
         """One step, and what it cannot see.
 
         Raises:
-            ValueError: samples see one another, or a weight is used by others than its layer.
+            ValueError: samples see one another, a weight is used by others than its layer, or what is masked is read elsewhere.
         """
         self.step(batch, generator)
-        _, along, _, _ = self._pass(batch, generator, first=True)
+        if self.mask:
+            self._check_mask(batch, generator)
+        _, along, _, _ = self._pass(batch, generator, _first_sample)
         if along is not None and bool(((along[1:] != 0) & along[1:].isfinite()).any()):
             raise ValueError(
                 "what the layers put out for one sample changes the outputs of another, and forward gradients of activities "
@@ -173,7 +194,7 @@ class Activities:
                 "itself: use perturb=weights"
             )
 
-    def _look(self, calls: list[_Call], samples: int) -> None:
+    def _look(self, calls: list[Call], samples: int) -> None:
         """Every layer has put something out for every sample.
 
         Raises:
@@ -199,28 +220,92 @@ class Activities:
                     "take every sample's loss by itself: use perturb=weights"
                 )
 
-    def _pass(
-        self, batch: Batch, generator: torch.Generator, first: bool = False
-    ) -> tuple[Tensor, Tensor | None, list[_Call], dict[str, Tensor]]:
-        """Outputs, their derivative, the calls, and buffers after the pass; ``first``: perturbs the first sample alone."""
-        calls: list[_Call] = []
+    def _check_mask(self, batch: Batch, generator: torch.Generator) -> None:
+        """Where a ReLU is off, nothing else reads its input.
 
-        def perturb(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+        Raises:
+            ValueError: something does.
+        """
+        weights = self._drawn(generator)
+        _, _, calls, _ = self._pass(batch, generator, weights=weights)
+        masks = [call.direction == 0 for call in calls]
+        _, along, _, _ = self._pass(batch, generator, lambda i, u: u * masks[i], weights)
+        if along is not None and bool((along != 0).any()):
+            raise ValueError(
+                "what a layer puts out is read by more than the ReLU behind it, and where that is off it still matters: "
+                "mask=true would miss a part of its gradient, so leave mask out"
+            )
+
+    def _drawn(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Other weights, so that nothing is hidden by those that start at zero."""
+        return {
+            name: tangents(p.shape, "gaussian", generator, p.device, p.dtype) * (len(p) / p.numel()) ** 0.5
+            for name, p in self.blocks.named_parameters()
+            if p.ndim and p.is_floating_point()
+        }
+
+    def _pass(
+        self,
+        batch: Batch,
+        generator: torch.Generator,
+        change: Change | None = None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None, list[Call], dict[str, Tensor]]:
+        """Outputs, their derivative, the calls, and buffers after the pass.
+
+        Args:
+            batch: what is read.
+            generator: of the directions.
+            change: of the direction at every call.
+            weights: in place of the network's.
+        """
+        calls: list[Call] = []
+        mapped: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # by layer: what it has read, and what went into its normalisation
+        handed: list[Tensor] = []  # the perturbed output of the last call
+
+        def moved(layer: nn.Module, read: Tensor, output: Tensor, behind: tuple[Any, ...] = ()) -> Tensor:
             primal, tangent = _unpack(output)
             u = tangents(primal.shape, self.noise, generator, primal.device, primal.dtype)
-            if first:
-                u[1:] = 0
-            read = _unpack(_read(given, named)).primal
-            calls.append(_Call(cast(_Layer, layer), read, read._version, u))
+            if change is not None:
+                u = change(len(calls), u)
+            calls.append(Call(cast(Layer, layer), read, read._version, u, *behind))
             # An activation may write into what it is given, its tangent included: u has to stay what was drawn.
-            return _make(primal, u.clone() if tangent is None else tangent + u)
+            handed[:] = [_make(primal, u.clone() if tangent is None else tangent + u)]
+            return handed[0]
 
-        hooks = [layer.register_forward_hook(perturb, with_kwargs=True) for layer in self.layers().values()]
+        def perturb(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+            return moved(layer, _unpack(_read(given, named)).primal, output)
+
+        def note(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+            mapped[id(layer)] = _unpack(_read(given, named)).primal, _unpack(output).primal
+
+        def perturb_behind(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+            behind = cast(Normalised, module)
+            read, made = mapped.pop(id(behind.layer))
+            return moved(behind.layer, read, output, (behind, made))
+
+        def mask(relu: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+            if handed and given and given[0] is handed[0]:
+                calls[-1].direction.mul_(_unpack(output).primal > 0)
+
+        normalised = {id(m.layer): m for m in self.blocks.modules() if isinstance(m, Normalised)}
+        hooks = []
+        for layer in self.layers().values():
+            behind = normalised.get(id(layer))
+            if behind is None:
+                hooks.append(layer.register_forward_hook(perturb, with_kwargs=True))
+            else:
+                hooks.append(layer.register_forward_hook(note, with_kwargs=True))
+                hooks.append(behind.register_forward_hook(perturb_behind, with_kwargs=True))
+        if self.mask:
+            hooks += [m.register_forward_hook(mask) for m in self.blocks.modules() if type(m) is nn.ReLU]
         try:
             with forward_ad.dual_level():
-                made, moved = run(self.blocks, {}, batch)
+                made, state = run(self.blocks, weights or {}, batch)
                 outputs, along = _unpack(made)
-                return outputs, along, calls, {name: _unpack(buffer).primal for name, buffer in moved.items()}
+                return outputs, along, calls, {name: _unpack(buffer).primal for name, buffer in state.items()}
         finally:
             for hook in hooks:
                 hook.remove()
@@ -241,12 +326,22 @@ def _read(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return read
 
 
-def _add(made: dict[nn.Parameter, Tensor], call: _Call, slopes: Tensor) -> None:
-    """Sum over samples of slope times direction times what was read."""
-    u = call.direction * slopes.to(call.direction.dtype).view(-1, *[1] * (call.direction.ndim - 1))
+def _first_sample(call: int, u: Tensor) -> Tensor:
+    u[1:] = 0
+    return u
+
+
+def add(made: dict[nn.Parameter, Tensor], call: Call, slopes: Tensor) -> None:
+    """Sum over samples of slope times direction times what was read; ``slopes`` is repeated along the direction's sizes."""
+    u = call.direction * slopes
+    if call.normalised is not None and call.made is not None:
+        u = call.normalised.pull_back(call.made, u)
     layer, read = call.layer, call.read.to(u.dtype)
     if isinstance(layer, nn.Linear):
         found = [u.flatten(0, -2).T @ read.flatten(0, -2), u.flatten(0, -2).sum(0)]
+    elif isinstance(layer, GroupedLinear):
+        parts = [torch.unflatten(x.flatten(0, -2), -1, (layer.groups, -1)) for x in (u, read)]
+        found = [torch.einsum("ngo,ngi->goi", *parts).flatten(0, 1), u.flatten(0, -2).sum(0)]
     else:
         # The product of a kernel's gradient, which nobody calls but this line: autograd's engine does not run.
         _, *found = torch.ops.aten.convolution_backward(

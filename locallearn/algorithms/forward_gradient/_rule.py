@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from locallearn.nets.blocks import fitted, rest
 from locallearn.nets.trace import preserved
 
 Perturb = Literal["weights", "activities"]
+Losses = Literal["global", "local"]
 
 
 class ForwardGradient(Algorithm):
@@ -36,8 +38,11 @@ class ForwardGradient(Algorithm):
     Noise does not vanish with a small step: the rate has to be about P times smaller than backpropagation's, P the number of
     what is perturbed. Statistics of normalisation move once per batch, and all directions see the same dropout masks.
 
+    ``losses="local"`` makes an object of the subclass
+    :class:`~locallearn.algorithms.forward_gradient._local.LocalForwardGradient`: every block has losses of its own.
+
     Deviations: Baydin et al. draw for each layer, here one call draws for all weights, which is faster. Ren et al. put no noise
-    where a ReLU is off and have losses for patches and groups of channels; neither is done here.
+    where a ReLU is off, which under one global loss is done where ``mask=True`` asks for it.
 
     Args:
         seed: of the directions.
@@ -47,6 +52,11 @@ class ForwardGradient(Algorithm):
         combine: ``mean``, or ``projection`` on what the directions span (``weights`` only).
         chunk: directions that pass at once; ``null`` all. Fewer need less memory and more time; the result is the same up to
             rounding. With 1 no operation has to take several at once.
+        losses: ``global``: the task's, of the whole network; ``local``: of every block, and under ``activities`` of every patch
+            and every group of channels.
+        groups: of channels under ``losses="local"``; ``None``: those that a block of the network has, and 1 where it has none.
+        mask: ``activities`` only: no noise where the ReLU (an ``nn.ReLU``) that reads it is off, which leaves the mean and
+            lowers the variance; ``None``: under ``losses="local"``.
 
     Raises:
         ValueError: a setting that does not exist; when attached, an operation that has no forward-mode derivative, or that
@@ -54,6 +64,15 @@ class ForwardGradient(Algorithm):
             weights that are not only those of linear and convolutional layers, anything through which samples see one
             another (BatchNorm, graphs), and a loss that is no plain mean over samples.
     """
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Make the class that has these losses."""
+        kind: Any = cls
+        asked = inspect.signature(cls.__init__).bind_partial(None, *args, **options).arguments
+        if cls is ForwardGradient and asked.get("losses") == "local":
+            from locallearn.algorithms.forward_gradient._local import LocalForwardGradient as kind  # noqa: N813
+        made: Self = super().__new__(kind)
+        return made
 
     def __init__(
         self,
@@ -63,16 +82,20 @@ class ForwardGradient(Algorithm):
         tangents: int = 1,
         combine: Combine = "mean",
         chunk: int | None = None,
+        losses: Losses = "global",
+        groups: int | None = None,
+        mask: bool | None = None,
     ) -> None:
         super().__init__(seed)
         for name, value, kind in (
             ("perturb", perturb, Perturb),
             ("noise", noise, Noise),
             ("combine", combine, Combine),
+            ("losses", losses, Losses),
         ):
             if value not in get_args(kind):
                 raise ValueError(f"{name} is {value!r}, expected {', '.join(get_args(kind))}")
-        for name, number in (("tangents", tangents), ("chunk", chunk)):
+        for name, number in (("tangents", tangents), ("chunk", chunk), ("groups", groups)):
             if number is not None and (type(number) is not int or number < 1):
                 raise ValueError(f"{name} is {number!r}, expected a whole number of at least 1")
         if perturb == "activities" and combine != "mean":
@@ -83,11 +106,22 @@ class ForwardGradient(Algorithm):
             raise ValueError("perturb=activities draws entry by entry: noise is gaussian or rademacher there")
         if perturb == "activities" and chunk not in (None, 1):
             raise ValueError("perturb=activities passes its directions one by one: leave chunk out")
+        if groups is not None and (losses == "global" or perturb == "weights"):
+            raise ValueError(
+                f"groups is {groups}, and only losses=local with perturb=activities has a loss for every group: leave it out"
+            )
+        if mask not in (None, True, False):
+            raise ValueError(f"mask is {mask!r}, expected true, false or null")
+        if mask is not None and perturb == "weights":
+            raise ValueError("mask is of noise in activities: leave it out under perturb=weights")
         self.perturb: Perturb = perturb
         self.noise: Noise = noise
         self.tangents = tangents
         self.combine: Combine = combine
         self.chunk = chunk
+        self.losses: Losses = losses
+        self.groups = groups
+        self.mask = mask
 
     @property
     def locality(self) -> Locality:
@@ -109,7 +143,9 @@ class ForwardGradient(Algorithm):
     @property
     def variant(self) -> str | None:
         """What is perturbed, and how often."""
-        return choices(self, ForwardGradient.__init__, "perturb", "noise", "tangents", "combine")
+        return choices(
+            self, ForwardGradient.__init__, "perturb", "noise", "tangents", "combine", "losses", "groups", "mask"
+        )
 
     @property
     def directions(self) -> str | None:
@@ -124,18 +160,24 @@ class ForwardGradient(Algorithm):
         """Add nothing; one step is tried, so that what has no forward-mode derivative is told before training."""
         feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
         output_layer(self.blocks, "ForwardGradient")
-        self._way: Weights | Activities
-        if self.perturb == "weights":
-            self._way = Weights(self.blocks, task.loss, self.noise, self.tangents, self.combine, self.chunk)
-        else:
-            self._way = Activities(self.blocks, task.loss, self.noise, self.tangents)
+        self._make(task)
         with _told(), self._practice(len(task.example.inputs) > 1):
             inputs = fitted(self.blocks, task.example.inputs)
             move = partial(torch.utils._pytree.tree_map_only, Tensor, lambda value: value.to(inputs.device))
             targets = task.example.targets if task.example.rows is not None else task.example.targets[: len(inputs)]
             example = task.example._replace(inputs=inputs, targets=move(targets), context=move(task.example.context))
-            with torch.no_grad(), _plain_attention():
-                self._way.try_out(example, torch.Generator(inputs.device).manual_seed(0))
+            with torch.no_grad(), plain_attention():
+                self._try_out(example, torch.Generator(inputs.device).manual_seed(0))
+
+    def _make(self, task: TaskInfo) -> None:
+        self._way: Weights | Activities
+        if self.perturb == "weights":
+            self._way = Weights(self.blocks, task.loss, self.noise, self.tangents, self.combine, self.chunk)
+        else:
+            self._way = Activities(self.blocks, task.loss, self.noise, self.tangents, bool(self.mask))
+
+    def _try_out(self, example: Batch, generator: torch.Generator) -> None:
+        self._way.try_out(example, generator)
 
     @contextmanager
     def _practice(self, as_in_training: bool) -> Iterator[None]:
@@ -157,12 +199,12 @@ class ForwardGradient(Algorithm):
         del kept  # until here, so that it is counted
 
     def _step(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any]:
-        with torch.no_grad(), _plain_attention():
+        with torch.no_grad(), plain_attention():
             return self._way.step(batch, generator)
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """Fused attention has no forward-mode derivative; the plain one has, and is the same up to rounding."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -50,6 +50,14 @@ class Weights:
         Raises:
             ValueError: more directions than weights, where they are projected on.
         """
+        loss, gradients, kept, moved = self.estimated(batch, generator)
+        settle(self.blocks, moved)
+        return loss, gradients, kept
+
+    def estimated(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any, dict[str, Tensor]]:
+        """The same, with the buffers as they are after the pass, which moves none."""
         learned = {name: p for name, p in self.blocks.named_parameters() if p.requires_grad}
         sizes = [p.numel() for p in learned.values()]
         if self.combine == "projection" and self.count > sum(sizes):
@@ -59,8 +67,7 @@ class Weights:
             )
         if not learned:
             loss, moved = self._lost({}, batch)
-            settle(self.blocks, moved)
-            return loss, {}, None
+            return loss, {}, None, moved
         device = next(iter(learned.values())).device
         widest = reduce(torch.promote_types, (p.dtype for p in learned.values()))
         # One draw for all weights: many small ones cost more than the passes of a small network.
@@ -70,12 +77,11 @@ class Weights:
             for (name, p), part in zip(learned.items(), torch.split(drawn, sizes, 1), strict=True)
         }
         loss, slopes, moved = self._slopes({name: p.detach() for name, p in learned.items()}, shaped, batch)
-        settle(self.blocks, moved)
         # A single direction becomes the gradient where it lies; it is not held beside it.
         whole = drawn[0].mul_(slopes[0]) if self._alone else estimate(drawn, slopes, self.combine)
         made = torch.split(whole, sizes)
         gradients = {p: part.view_as(p) for p, part in zip(learned.values(), made, strict=True)}
-        return loss, gradients, None if self._alone else drawn
+        return loss, gradients, None if self._alone else drawn, moved
 
     try_out = step
 
