@@ -79,6 +79,8 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
         ForwardGradient, noise="rademacher", tangents=3, combine="projection", chunk=2
     ),
     "forward_gradient-activities": partial(ForwardGradient, perturb="activities", tangents=2),
+    "forward_gradient-guess-random": partial(ForwardGradient, guess="random", chunk=1),
+    "forward_gradient-guess-ntk": partial(ForwardGradient, perturb="activities", guess="ntk", target="next"),
     "pepita": Pepita,
     "pepita-hebbian": partial(Pepita, variant="hebbian", normalise=True),
     "pepita-time_local": partial(Pepita, variant="time_local"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,25 @@ from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Combine, Noise
 from locallearn.nets.blocks import fitted, rest
+from locallearn.nets.heads import Pooled
 from locallearn.nets.trace import preserved
 
 Perturb = Literal["weights", "activities"]
 
 
-class ForwardGradient(Algorithm):
+class _ByOptions(Algorithm):
+    """``ForwardGradient(...)`` makes an object of the kind that its options ask for, as ``pathlib.Path(...)`` does."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        kind: Any = cls
+        if cls is ForwardGradient:
+            asked = inspect.signature(cls.__init__).bind_partial(None, *args, **options).arguments
+            kind = _kind(asked)
+        made: Self = super().__new__(kind)
+        return made
+
+
+class ForwardGradient(_ByOptions):
     """Learn from the loss's derivative along random directions: one forward pass that carries tangents, no backward pass.
 
     ``perturb=weights`` (Baydin et al. 2022, arXiv 2202.08587): a direction v for all weights, the derivative c = ∂L/∂v of the
@@ -46,6 +60,15 @@ class ForwardGradient(Algorithm):
         combine: ``mean``, or ``projection`` on what the directions span (``weights`` only).
         chunk: directions that pass at once; ``null`` all. Fewer need less memory and more time; the result is the same up to
             rounding. With 1 no operation has to take several at once.
+        guess: ``None``; or ``random``, ``local``, ``ntk``, ``fixed-ntk``: every block guesses its gradient, another rule,
+            :class:`~locallearn.algorithms.forward_gradient._guided.GuidedForwardGradient`. ``local``: the gradient of a head
+            that learns with the block; ``ntk``: of one drawn anew for every batch; ``fixed-ntk``: of one drawn once.
+        target: of a guess: the task's loss (``global``), that of the block's own head (``local``), or that of the next block's
+            (``next``; of the last block's output the task's).
+        simulated: find the target by backpropagation and project it on the guess, which is no forward gradient.
+        head: of a block beside a guess: ``linear``, ``mlp`` or ``cnn`` (:class:`~locallearn.nets.heads.PooledHead`).
+        head_width: of its hidden layers; ``None``: 1024 for ``mlp``, 32 for ``cnn``.
+        head_norm: whether it has BatchNorms.
 
     Raises:
         ValueError: a setting that does not exist; when attached, an operation that has no forward-mode derivative, or that
@@ -62,6 +85,13 @@ class ForwardGradient(Algorithm):
         tangents: int = 1,
         combine: Combine = "mean",
         chunk: int | None = None,
+        *,
+        guess: str | None = None,
+        target: str = "global",
+        simulated: bool = False,
+        head: Pooled = "linear",
+        head_width: int | None = None,
+        head_norm: bool = True,
     ) -> None:
         super().__init__(seed)
         for name, value, kind in (
@@ -87,6 +117,19 @@ class ForwardGradient(Algorithm):
         self.tangents = tangents
         self.combine: Combine = combine
         self.chunk = chunk
+        self.guess, self.target, self.simulated = guess, target, simulated
+        self.head, self.head_width, self.head_norm = head, head_width, head_norm
+        if guess is None and (target, simulated, head, head_width, head_norm) != (
+            "global",
+            False,
+            "linear",
+            None,
+            True,
+        ):
+            raise ValueError(
+                f"target={target}, simulated={str(simulated).lower()} and settings of heads belong to a guess, and guess is "
+                "null: set guess=random, local or ntk, or leave them out"
+            )
 
     @property
     def locality(self) -> Locality:
@@ -149,6 +192,16 @@ class ForwardGradient(Algorithm):
     def _step(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any]:
         with torch.no_grad(), _plain_attention():
             return self._way.step(batch, generator)
+
+
+def _kind(asked: Mapping[str, Any]) -> type[ForwardGradient]:
+    """The class for these options; what does not go together, it refuses itself."""
+    if asked.get("guess") is not None:
+        # Imported here, because it is a kind of the class above.
+        from locallearn.algorithms.forward_gradient._guided import GuidedForwardGradient
+
+        return GuidedForwardGradient
+    return ForwardGradient
 
 
 @contextmanager
