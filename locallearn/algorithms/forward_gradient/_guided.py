@@ -101,8 +101,8 @@ class GuidedForwardGradient(ForwardGradient):
             )
         if self.noise != "gaussian" and self.guess != "random":
             raise ValueError(f"noise={self.noise} is of random guesses, and guess is {self.guess!r}: leave it out")
-        if not self._headed and (self.head, self.head_width, self.head_norm) != ("linear", None, True):
-            raise ValueError("guess=random with target=global has no heads: leave head, head_width and head_norm out")
+        if not self._headed and (self.head, self.head_width) != ("linear", None):
+            raise ValueError("guess=random with target=global has no heads: leave head and head_width out")
         if self.head_width is not None and self.head == "linear":
             raise ValueError(
                 f"head_width={self.head_width} is of hidden layers, and head=linear has none: leave it out"
@@ -157,14 +157,13 @@ class GuidedForwardGradient(ForwardGradient):
 
     @property
     def variant(self) -> str | None:
-        """Space, guess and target."""
-        names = ("perturb", "noise", "guess", "target", "simulated", "head", "head_width", "head_norm")
-        told = choices(self, ForwardGradient.__init__, *names) or ""
-        return (
-            told
-            if self.target != "global"
-            else told.replace(f"guess={self.guess}", f"guess={self.guess}, target=global")
-        )
+        """Space, guess and target, and before all that it is simulated."""
+        heads = (
+            ("head", "head_width", "head_norm") if self._headed else ()
+        )  # a table's settings may hold where there are none
+        names = ("simulated", "perturb", "noise", "guess", *heads, "target")
+        told = choices(self, ForwardGradient.__init__, *names)
+        return f"{told}, target=global" if self.target == "global" else told  # the default is a choice, too
 
     # -- what is built ------------------------------------------------------------------------------------------------
     @property
