@@ -179,6 +179,14 @@ class Algorithm(nn.Module, ABC):
         return None
 
     @property
+    def untimed(self) -> str | None:
+        """Why seconds, operations, bytes and joules of a run say nothing about this rule (it is simulated), else ``None``.
+
+        Records then leave them empty, and benches refuse the rule with this sentence.
+        """
+        return None
+
+    @property
     def net_settings(self) -> dict[str, Any]:
         """What the maker of the network has to be told for this rule, by the name of its argument. Default: nothing."""
         return {}

@@ -71,10 +71,10 @@ def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> int:
         plan.progress = partial(show, f"{choices['algorithm']} seed {cfg.seed}")
         folder = run(plan)
     record = load_record(folder)
-    metric = record.data["metric"]["name"]
+    metric, seconds = record.data["metric"]["name"], record.data["cost"]["train_s"]
+    took = plan.algorithm.untimed if seconds is None else f"{seconds:.1f} s of training"
     Console(stderr=True).print(
-        f"{choices['algorithm']} on {choices['dataset']}: test {metric} {record.data['test'][metric]:.4f}, "
-        f"{record.data['cost']['train_s']:.1f} s of training"
+        f"{choices['algorithm']} on {choices['dataset']}: test {metric} {record.data['test'][metric]:.4f}, {took}"
     )
     print(folder)
     return 0

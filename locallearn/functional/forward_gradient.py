@@ -5,6 +5,8 @@ Weights: A. G. Baydin, B. A. Pearlmutter, D. Syme, F. Wood, P. Torr, "Gradients 
 Activities: M. Ren, S. Kornblith, R. Liao, G. Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv 2210.03310.
 Several tangents: K. Flügel, D. Coquelin, M. Weiel, A. Streit, M. Götz, "Beyond Backpropagation: Optimization with Multi-Tangent
 Forward Gradients", 2024, arXiv 2410.17764.
+Guessed directions: L. Fournier, S. Rivaud, E. Belilovsky, M. Eickenberg, E. Oyallon, "Can Forward Gradient Match
+Backpropagation?", ICML 2023, arXiv 2306.06968.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Generator, Tensor
 
 Noise = Literal["gaussian", "rademacher", "sphere"]
 Combine = Literal["mean", "projection"]
+_EPSILON = 1e-16  # as in the reference numbers; a guess of zeros then stays one
 
 
 def tangents(
@@ -96,6 +99,33 @@ def estimate(directions: Tensor, slopes: Tensor, combine: Combine = "mean") -> T
             weights = torch.linalg.pinv(gram, hermitian=True) @ slopes.double()
         made: Tensor = weights.to(directions.dtype) @ directions
         return made
+
+
+def guess_scales(slopes: Tensor, guess: Tensor, divided: bool = True) -> Tensor:
+    """What every sample's guess is multiplied by: the estimate is Ĝ_n = ⟨G_n, G̃_n⟩ / (‖G̃_n‖² + ε) · G̃_n.
+
+    So Ĝ_n is the target's orthogonal projection on the guess, never longer than the target, and the target itself where the
+    guess points along it. Without the division it is unbiased for random guesses of unit covariance.
+
+    Args:
+        slopes: ⟨G_n, G̃_n⟩, ``(N,)``.
+        guess: G̃, ``(N, ...)``.
+        divided: by the guess's square.
+
+    Returns:
+        Scales, ``(N,)``, in the slopes' precision or float32, whichever is wider.
+    """
+    scales = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
+    if divided:
+        # Summed at that precision without a copy of the guess in it.
+        scales = scales / (torch.linalg.vector_norm(guess.flatten(1), dim=1, dtype=scales.dtype).square() + _EPSILON)
+    return scales
+
+
+def guess_slopes(target: Tensor, guess: Tensor) -> Tensor:
+    """⟨G_n, G̃_n⟩ of two tensors ``(N, ...)``, where both are known: ``(N,)``, in float32 at least."""
+    wide = torch.promote_types(target.dtype, torch.float32)
+    return (target.flatten(1).to(wide) * guess.flatten(1).to(wide)).sum(1)
 
 
 def relative_error(size: int, count: int = 1, noise: Noise = "gaussian", combine: Combine = "mean") -> float:

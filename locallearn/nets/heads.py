@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +156,61 @@ class MLPHead(nn.Sequential):
         for before in (pooled**2 * width, 4 * width, 4 * width):
             layers += [nn.Linear(before, 4 * width), nn.BatchNorm1d(4 * width), nn.ReLU()]
         super().__init__(*layers, nn.Linear(4 * width, outputs))
+
+
+Pooled = Literal["linear", "mlp", "cnn"]
+
+
+class PooledHead(nn.Sequential):
+    """The heads of Fournier et al. (arXiv 2306.06968), which read a map averaged to 2 x 2.
+
+    ``linear``: BatchNorm, average, linear layer. ``mlp``: average, three times linear layer, BatchNorm, ReLU, then a linear
+    layer. ``cnn``: 1x1 convolution to ``width`` channels, BatchNorm, ReLU, three times 3x3 convolution of stride 2, BatchNorm,
+    ReLU, then average and a linear layer. Vectors are read as they are, without the first BatchNorm; tokens are averaged.
+    Weights are as PyTorch draws them.
+
+    Args:
+        kind: ``linear``, ``mlp`` or ``cnn``.
+        shape: of one sample of the block's output.
+        outputs: number of classes.
+        width: of hidden layers; ``None``: 1024 for ``mlp``, 32 for ``cnn``.
+        norm: whether there are BatchNorms; else hidden layers have biases.
+
+    Raises:
+        ValueError: a cnn for what is no map, or more than three dimensions.
+    """
+
+    def __init__(self, kind: Pooled, shape: Shape, outputs: int, width: int | None = None, norm: bool = True) -> None:
+        if len(shape) > 3 or (kind == "cnn" and len(shape) < 3):
+            reads = "maps" if kind == "cnn" else "maps, tokens or vectors"
+            raise ValueError(f"a {kind} head reads {reads}, and the output of a sample has shape {tuple(shape)}")
+        channels, layers = shape[0] if len(shape) == 3 else shape[-1], list[nn.Module]()
+        if kind == "cnn":
+            width = 32 if width is None else width
+            layers += _normed(nn.Conv2d(channels, width, 1, bias=not norm), norm)
+            for _ in range(3):
+                layers += _normed(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=not norm), norm)
+            channels, shape = width, (width, *(-(-side // 8) for side in shape[1:]))
+        elif kind == "linear" and norm and len(shape) == 3:
+            layers += [nn.BatchNorm2d(channels)]
+        if len(shape) == 3:
+            size = min(2, shape[1]), min(2, shape[2])
+            layers += [nn.AdaptiveAvgPool2d(size), nn.Flatten()]
+            channels *= math.prod(size)
+        elif len(shape) == 2:
+            layers += [_TokenMean()]
+        if kind == "mlp":
+            width = 1024 if width is None else width
+            for before in (channels, width, width):
+                layers += _normed(nn.Linear(before, width, bias=not norm), norm)
+            channels = width
+        super().__init__(*layers, nn.Linear(channels, outputs))
+
+
+def _normed(layer: nn.Linear | nn.Conv2d, norm: bool) -> list[nn.Module]:
+    width = layer.weight.shape[0]
+    kind = nn.BatchNorm1d if isinstance(layer, nn.Linear) else nn.BatchNorm2d
+    return [layer, *([kind(width)] if norm else []), nn.ReLU()]
 
 
 class ResidualHead(nn.Sequential):

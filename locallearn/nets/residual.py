@@ -95,6 +95,7 @@ def resnet18(
     cuts: Cuts = "A",
     widths: Sequence[int] = (64, 128, 256, 512),
     init: Init = "kaiming_uniform",
+    skips: bool = True,
 ) -> Blocks:
     """ResNet-18 (He et al. 2016, arXiv 1512.03385) with the stem that is usual for 32x32 images: 3x3, stride 1, no pooling.
 
@@ -109,13 +110,18 @@ def resnet18(
             is short for ``layer1.0``. The stem belongs to the first block unless it is cut after it.
         widths: channels; every width after the first halves height and width.
         init: see :func:`initialise`.
+        skips: with shortcuts; without them a unit is one convolution with BatchNorm and ReLU, four of every width, and the
+            first holds the stem, too: ``cuts="units"`` makes the 16 blocks of Fournier et al. (arXiv 2306.06968), of
+            11,000,138 weights.
 
     Raises:
         ValueError: the input is not an image; no widths; a cut that is not there.
     """
     if not widths or any(width < 1 for width in widths):
         raise ValueError(f"widths is {list(widths)}, expected positive numbers")
-    made, before = _units(input_shape, [2] * len(widths), widths, lambda layer, unit: f"layer{layer}.{unit}")
+    units = _units if skips else _plain_units
+    count = 2 if skips else 4
+    made, before = units(input_shape, [count] * len(widths), widths, lambda layer, unit: f"layer{layer}.{unit}")
     if isinstance(cuts, str) and cuts in RESNET18_CUTS:
         cuts = RESNET18_CUTS[cuts]
     net = Blocks(joined(made, cuts, RESNET18_CUTS), _readout(before, outputs))
@@ -135,6 +141,24 @@ def _units(
         for unit in range(count):
             made[name(stage + 1, unit)] = ResidualUnit(before, width, 2 if stage > 0 and unit == 0 else 1)
             before = width
+    return made, before
+
+
+def _plain_units(
+    input_shape: Sequence[int], units: Sequence[int], widths: Sequence[int], name: Callable[[int, int], str]
+) -> tuple[dict[str, nn.Module], int]:
+    """Single convolutions with BatchNorm and ReLU, the stem in the first one, and the channels of the last one."""
+    before, *_ = image_size(input_shape)
+    made: dict[str, nn.Module] = {}
+    for stage, (count, width) in enumerate(zip(units, widths, strict=True)):
+        for unit in range(count):
+            layers: list[nn.Module] = []
+            for _ in range(1 if made else 2):
+                stride = 2 if stage > 0 and unit == 0 else 1
+                conv = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
+                layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+                before = width
+            made[name(stage + 1, unit)] = nn.Sequential(*layers)
     return made, before
 
 

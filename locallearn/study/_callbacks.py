@@ -97,9 +97,11 @@ class _Recorder(pl.Callback):
         metrics |= self.probes.accuracies(trainer) | self.probes.examined(trainer)
         for layer, figures in self.plan.algorithm.diagnostics().items():
             metrics |= {f"layer/{layer}/{name}": value for name, value in figures.items()}
-        metrics["cost/train_s"] = self.energy.running_seconds()
+        timed = self.plan.algorithm.untimed is None
+        if timed:
+            metrics["cost/train_s"] = self.energy.running_seconds()
         metrics["cost/samples"] = self.costs.samples
-        joules = self.energy.running_joules()
+        joules = self.energy.running_joules() if timed else {}
         metrics |= {f"cost/energy_j/{source}": value for source, value in joules.items() if value is not None}
         self.folder.log(trainer.current_epoch, trainer.global_step, metrics)
         if trainer.logger is not None:
@@ -126,7 +128,7 @@ class _Recorder(pl.Callback):
             return
         self.target = {
             task.metric: wanted,
-            "seconds": metrics["cost/train_s"],
+            "seconds": metrics.get("cost/train_s"),
             "samples": self.costs.samples_per_unit,
             "joules": joules,
         }

@@ -98,13 +98,18 @@ def bench(
         A table for the terminal, and the record's folder.
 
     Raises:
-        ValueError: an unknown ``what``, no rounds, no steps, no depths, or no backprop to compare steps with.
+        ValueError: an unknown ``what``, no rounds, no steps, no depths, no backprop to compare steps with, or a rule whose
+            costs are not its own (it is simulated).
     """
     if what not in KINDS:
         raise ValueError(f"bench.what is {what!r}, expected one of {', '.join(KINDS)}")
     if any(type(count) is not int or count < 1 for count in (rounds, steps)):
         raise ValueError(f"bench.rounds is {rounds} and bench.steps is {steps}, expected whole numbers of at least 1")
     plan = make(algorithms[0])
+    for name in algorithms:
+        why = (plan if name == algorithms[0] else make(name)).algorithm.untimed
+        if why is not None:
+            raise ValueError(f"{name} cannot be benched: {why}; take it out")
     with multiplying(plan.matmul_precision):
         if what == "memory":
             sheet, figures = _memory(algorithms, make, depths)

@@ -295,7 +295,7 @@ def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Record
     """Cost of the training that has just ended; measuring an update happens after it, on a copy."""
     energy, stages = recorder.energy, plan.schedule.stages(plan.algorithm)
     untrained = plan.schedule.untrained(plan.algorithm)
-    return {
+    figures = {
         "cost": {
             "train_s": energy.seconds,
             "validation_s": energy.validation_seconds,
@@ -309,4 +309,24 @@ def _figures(plan: Plan, task: LocalTask, trainer: pl.Trainer, recorder: _Record
         "epochs": [*plan.schedule.epochs_by_stage, *(0 for _ in stages[plan.schedule.stage :])],
         **({"untrained": untrained} if untrained else {}),
         **({"notes": recorder.costs.notes} if recorder.costs.notes else {}),
+    }
+    return figures if plan.algorithm.untimed is None else _untimed(figures, plan.algorithm.untimed)
+
+
+_OF_TRAINING = (
+    *("train_s", "co2_g", "update_flops", "once_flops", "train_flops"),
+    *("activation_peak_bytes", "allocated_peak_bytes", "gradient_bytes"),
+)
+
+
+def _untimed(figures: dict[str, Any], why: str) -> dict[str, Any]:
+    """The same without what training cost, which is somebody else's cost."""
+    cost = figures["cost"]
+    empty = dict.fromkeys(_OF_TRAINING)
+    stages = [{**stage, **{key: None for key in empty if key in stage}} for stage in cost["stages"]]
+    return {
+        **figures,
+        "cost": {**cost, **empty, "energy_j": {}, "stages": stages},
+        "energy": [],
+        "notes": [*figures.get("notes", []), why],
     }

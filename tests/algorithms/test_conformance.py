@@ -87,6 +87,8 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "ridge-rows": partial(Ridge, lambda_=1.0, form="rows"),
     "forward_gradient-local": partial(ForwardGradient, losses="local", tangents=2),
     "forward_gradient-local-activities": partial(ForwardGradient, losses="local", perturb="activities", groups=2),
+    "forward_gradient-guess-random": partial(ForwardGradient, guess="random", chunk=1),
+    "forward_gradient-guess-ntk": partial(ForwardGradient, perturb="activities", guess="ntk", target="next"),
     "pepita": Pepita,
     "pepita-hebbian": partial(Pepita, variant="hebbian", normalise=True),
     "pepita-time_local": partial(Pepita, variant="time_local"),

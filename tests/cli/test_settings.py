@@ -32,7 +32,7 @@ def test_every_experiment_trains_what_it_is_named_after(name: str) -> None:
     plan = make_plan(*compose_settings([f"experiment={name}"]), "test")
     named = f"{plan.names['algorithm']}_{plan.names['dataset']}"
     # What an analysis, a size or a kind adds to the name.
-    of_its_own = ("emergent_", "_4x2000", "_ce", "_dfa", "_unsupervised")
+    of_its_own = ("emergent_", "_4x2000", "_ce", "_dfa", "_guesses", "_unsupervised")
     plain = next((name.removeprefix(part).removesuffix(part) for part in of_its_own if part in name), name)
     plain = plain.replace("lg_fg_a_", "forward_gradient_")  # what the paper calls these settings of it
     assert plain in (named, f"{named}_{plan.names['net']}")

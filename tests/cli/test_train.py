@@ -164,3 +164,24 @@ def test_parallel_runs_in_one_folder_do_not_collide(
     assert len(set(folders)) == len(found) == 2
     assert found[0]["test"] == found[1]["test"]
     assert all("Traceback" not in err and "Warning" not in err for _, err in outputs)
+
+
+def test_a_simulated_rule_says_so_and_leaves_its_costs_empty(cli: Cli) -> None:
+    outcome = cli("train", "algorithm=forward_gradient", "algorithm.guess=local", "algorithm.simulated=true")
+    assert outcome.code == 0
+    assert "finds the target by backpropagation" in " ".join(outcome.err.split())
+    record = outcome.record
+    assert record["variant"].startswith("simulated=true")
+    cost = record["cost"]
+    assert (cost["train_s"], cost["train_flops"], cost["activation_peak_bytes"]) == (None, None, None)
+    assert (record["energy"], cost["energy_j"]) == ([], {})
+    assert cost["stages"][0]["train_flops"] is None
+    assert cost["inference_flops"] > 0  # prediction is the network's own
+    assert any(note.startswith("simulated=true") for note in record["notes"])
+    assert "train_s" not in (outcome.folder / "metrics.csv").read_text(encoding="utf-8")
+    refused = cli("bench", 'bench.algorithms=[backprop,"forward_gradient(guess=local,simulated=true)"]')
+    assert refused.code == 2
+    assert "cannot be benched: simulated=true" in " ".join(refused.err.split())
+    honest = cli("train", "algorithm=forward_gradient", "algorithm.guess=local").record
+    assert honest["cost"]["train_s"] > 0
+    assert honest["test"] == record["test"]  # the same steps up to rounding

@@ -130,6 +130,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
         abs(names["error"] - (1 - 32 / len(names["true"]))) < 0.2
         and names["features"].grad[:, 0, :3].any()
         and not names["features"].grad[:, 1:].any()
+        and names["guesses"]["local"] > names["guesses"]["random"] + 0.1
     ),
     "docs/algorithms/forward_projection.md": _learns_at_the_stated_cost,
     "docs/algorithms/layer_collaboration.md": _forward_forward,

@@ -121,6 +121,17 @@ def _torchvisions_name(name: str) -> str:
     return f"{unit.replace('_', '.')}{dot}{rest}".replace("shortcut", "downsample")
 
 
+def test_resnet18_without_shortcuts_is_sixteen_convolutions_in_a_row() -> None:
+    """The blocks of Fournier et al.: the first one has two convolutions, and maps shrink in the 5th, 9th and 13th."""
+    net = resnet18((3, 32, 32), 10, cuts="units", skips=False)
+    assert len(net) == 16
+    assert sum(p.numel() for p in net.parameters()) == 11_000_138
+    assert [sum(isinstance(m, nn.Conv2d) for m in block.modules()) for block in net] == [2] + [1] * 15
+    shapes = [tuple(x.shape[1:]) for x in net.features(torch.zeros(2, 3, 32, 32))]
+    assert shapes == [shape for width in (64, 128, 256, 512) for shape in [(width, 2048 // width, 2048 // width)] * 4]
+    assert resnet18((3, 8, 8), 10, skips=False).names == ["layer1", "layer2", "layer3", "layer4"]
+
+
 UNITS18 = ["stem", *(f"layer{layer}_{unit}" for layer in (1, 2, 3, 4) for unit in (0, 1))]
 
 

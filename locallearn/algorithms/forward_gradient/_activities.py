@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import jvp
 
-from locallearn.algorithms._selection import each_loss, sample_losses
+from locallearn.algorithms._selection import each_loss
 from locallearn.algorithms.base import refuse_made_weights
-from locallearn.algorithms.forward_gradient._passes import Draws, run, settle
+from locallearn.algorithms.forward_gradient._passes import Draws, refuse_no_mean, run, settle
 from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Noise, tangents
 from locallearn.nets.blocks import Blocks
@@ -20,6 +20,7 @@ from locallearn.nets.local_mixer import GroupedLinear, Normalised
 
 _unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
 _make: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
+OWNER = "forward gradients of activities"
 Layer = nn.Linear | GroupedLinear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 Change = Callable[[int, Tensor], Tensor]  # of the direction at the i-th call of a pass
 
@@ -82,34 +83,33 @@ class Activities:
         Raises:
             ValueError: names the module.
         """
-        owner = "forward gradients of activities"
         if example.context or example.rows is not None:
             raise ValueError(
-                f"{owner} take every sample's loss by itself, and nodes of a graph see one another: use perturb=weights"
+                f"{OWNER} take every sample's loss by itself, and nodes of a graph see one another: use perturb=weights"
             )
         for name, module in self.blocks.named_modules():
             # With statistics that rest, each sample is by itself.
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
                 raise ValueError(
-                    f"{name!r} is an nn.{type(module).__name__}, through which samples see one another, and {owner} take every "
+                    f"{name!r} is an nn.{type(module).__name__}, through which samples see one another, and {OWNER} take every "
                     "sample's loss by itself: use perturb=weights, or another normalisation"
                 )
         layers = self.layers()
         for name, layer in layers.items():
             if type(layer) is not GroupedLinear:
-                refuse_made_weights(name, layer, owner)
+                refuse_made_weights(name, layer, OWNER)
             if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
                 isinstance(layer.padding, str) or layer.padding_mode != "zeros"
             ):
                 raise ValueError(
-                    f"{name!r} has padding={layer.padding!r}, padding_mode={layer.padding_mode!r}: {owner} are written "
+                    f"{name!r} has padding={layer.padding!r}, padding_mode={layer.padding_mode!r}: {OWNER} are written "
                     "for numbers of zeros"
                 )
         known = {id(p) for layer in layers.values() for p in layer.parameters()}
         for name, p in self.blocks.named_parameters():
             if p.requires_grad and id(p) not in known:
                 raise ValueError(
-                    f"the weight {name!r} belongs to no linear or convolutional layer, and {owner} know no other: use "
+                    f"the weight {name!r} belongs to no linear or convolutional layer, and {OWNER} know no other: use "
                     "perturb=weights, or freeze it with requires_grad_(False)"
                 )
 
@@ -123,7 +123,7 @@ class Activities:
             outputs, along, calls, moved = self._pass(batch, generator)
             self._look(calls, len(batch.inputs))
             if not self._compared:
-                self._compare(outputs, batch.targets)
+                refuse_no_mean(self.loss, outputs, batch.targets, OWNER, "use perturb=weights")
                 self._compared = len(batch.inputs) > 2  # of two, as in the example, much looks alike
             losses, slopes = self._slopes(outputs, along, batch.targets)
             share = slopes / (len(slopes) * self.count)
@@ -178,21 +178,6 @@ class Activities:
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _compare(self, outputs: Tensor, targets: Tensor) -> None:
-        """The mean of the samples' losses is the batch's.
-
-        Raises:
-            ValueError: it is not.
-        """
-        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # rounding is no difference
-        mean, whole = sample_losses(self.loss, wide, targets).mean(), self.loss(wide, targets)
-        if not torch.isclose(mean, whole.to(mean.dtype), rtol=1e-3, atol=1e-6, equal_nan=True):
-            raise ValueError(
-                f"the mean of the samples' losses is {float(mean):.6g} and the loss of the batch {float(whole):.6g} (weights "
-                "of classes, ignored targets, a sum?), and forward gradients of activities take every sample's loss by "
-                "itself: use perturb=weights"
-            )
 
     def _look(self, calls: list[Call], samples: int) -> None:
         """Every layer has put something out for every sample.

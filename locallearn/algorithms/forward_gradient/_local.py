@@ -54,6 +54,11 @@ class LocalForwardGradient(ForwardGradient):
         return False
 
     @property
+    def directions(self) -> str | None:
+        """Not of the task's loss."""
+        return None
+
+    @property
     def broadcast(self) -> str:
         """Labels; derivatives stay inside of a block."""
         return "labels"

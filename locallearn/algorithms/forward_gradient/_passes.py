@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from locallearn.algorithms._selection import sample_losses
 from locallearn.batch import Batch
 from locallearn.nets.blocks import Blocks
 
@@ -55,3 +56,20 @@ def settle(blocks: Blocks, moved: Mapping[str, Tensor]) -> None:
     """Make these the network's buffers."""
     for name, buffer in blocks.named_buffers():
         buffer.copy_(moved[name])
+
+
+def refuse_no_mean(
+    loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor, owner: str, advice: str
+) -> None:
+    """The mean of the samples' losses must be the batch's.
+
+    Raises:
+        ValueError: it is not; ``owner`` is who asks, ``advice`` what to do.
+    """
+    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # rounding is no difference
+    mean, whole = sample_losses(loss, wide, targets).mean(), loss(wide, targets)
+    if not torch.isclose(mean, whole.to(mean.dtype), rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise ValueError(
+            f"the mean of the samples' losses is {float(mean):.6g} and the loss of the batch {float(whole):.6g} (weights of "
+            f"classes, ignored targets, a sum?), and {owner} take every sample's loss by itself: {advice}"
+        )

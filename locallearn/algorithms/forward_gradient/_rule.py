@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Self, get_args
@@ -21,13 +21,26 @@ from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Combine, Noise, relative_error
 from locallearn.nets.blocks import fitted, rest
+from locallearn.nets.heads import Pooled
 from locallearn.nets.trace import preserved
 
 Perturb = Literal["weights", "activities"]
 Losses = Literal["global", "local"]
 
 
-class ForwardGradient(Algorithm):
+class _ByOptions(Algorithm):
+    """``ForwardGradient(...)`` makes an object of the kind that its options ask for, as ``pathlib.Path(...)`` does."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        kind: Any = cls
+        if cls is ForwardGradient:
+            asked = inspect.signature(cls.__init__).bind_partial(None, *args, **options).arguments
+            kind = _kind(asked)
+        made: Self = super().__new__(kind)
+        return made
+
+
+class ForwardGradient(_ByOptions):
     """Learn from the loss's derivative along random directions: one forward pass that carries tangents, no backward pass.
 
     ``perturb=weights`` (Baydin et al. 2022, arXiv 2202.08587): a direction v for all weights, the derivative c = ∂L/∂v of the
@@ -57,6 +70,15 @@ class ForwardGradient(Algorithm):
         groups: of channels under ``losses="local"``; ``None``: those that a block of the network has, and 1 where it has none.
         mask: ``activities`` only: no noise where the ReLU (an ``nn.ReLU``) that reads it is off, which leaves the mean and
             lowers the variance; ``None``: under ``losses="local"``.
+        guess: ``None``; or ``random``, ``local``, ``ntk``, ``fixed-ntk``: every block guesses its gradient, another rule,
+            :class:`~locallearn.algorithms.forward_gradient._guided.GuidedForwardGradient`. ``local``: the gradient of a head
+            that learns with the block; ``ntk``: of one drawn anew for every batch; ``fixed-ntk``: of one drawn once.
+        target: of a guess: the task's loss (``global``), that of the block's own head (``local``), or that of the next block's
+            (``next``; of the last block's output the task's).
+        simulated: find the target by backpropagation and project it on the guess, which is no forward gradient.
+        head: of a block beside a guess: ``linear``, ``mlp`` or ``cnn`` (:class:`~locallearn.nets.heads.PooledHead`).
+        head_width: of its hidden layers; ``None``: 1024 for ``mlp``, 32 for ``cnn``.
+        head_norm: whether it has BatchNorms.
 
     Raises:
         ValueError: a setting that does not exist; when attached, an operation that has no forward-mode derivative, or that
@@ -64,15 +86,6 @@ class ForwardGradient(Algorithm):
             weights that are not only those of linear and convolutional layers, anything through which samples see one
             another (BatchNorm, graphs), and a loss that is no plain mean over samples.
     """
-
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Make the class that has these losses."""
-        kind: Any = cls
-        asked = inspect.signature(cls.__init__).bind_partial(None, *args, **options).arguments
-        if cls is ForwardGradient and asked.get("losses") == "local":
-            from locallearn.algorithms.forward_gradient._local import LocalForwardGradient as kind  # noqa: N813
-        made: Self = super().__new__(kind)
-        return made
 
     def __init__(
         self,
@@ -85,6 +98,13 @@ class ForwardGradient(Algorithm):
         losses: Losses = "global",
         groups: int | None = None,
         mask: bool | None = None,
+        *,
+        guess: str | None = None,
+        target: str = "global",
+        simulated: bool = False,
+        head: Pooled = "linear",
+        head_width: int | None = None,
+        head_norm: bool = True,
     ) -> None:
         super().__init__(seed)
         for name, value, kind in (
@@ -110,6 +130,10 @@ class ForwardGradient(Algorithm):
             raise ValueError(
                 f"groups is {groups}, and only losses=local with perturb=activities has a loss for every group: leave it out"
             )
+        if guess is not None and losses == "local":
+            raise ValueError(
+                f"guess is {guess} and losses is local, which are two rules: guesses have their own local losses (target=local)"
+            )
         if mask not in (None, True, False):
             raise ValueError(f"mask is {mask!r}, expected true, false or null")
         if mask is not None and perturb == "weights":
@@ -122,6 +146,19 @@ class ForwardGradient(Algorithm):
         self.losses: Losses = losses
         self.groups = groups
         self.mask = mask
+        self.guess, self.target, self.simulated = guess, target, simulated
+        self.head, self.head_width, self.head_norm = head, head_width, head_norm
+        if guess is None and (target, simulated, head, head_width, head_norm) != (
+            "global",
+            False,
+            "linear",
+            None,
+            True,
+        ):
+            raise ValueError(
+                f"target={target}, simulated={str(simulated).lower()} and settings of heads belong to a guess, and guess is "
+                "null: set guess=random, local or ntk, or leave them out"
+            )
 
     @property
     def locality(self) -> Locality:
@@ -201,6 +238,20 @@ class ForwardGradient(Algorithm):
     def _step(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any]:
         with torch.no_grad(), plain_attention():
             return self._way.step(batch, generator)
+
+
+def _kind(asked: Mapping[str, Any]) -> type[ForwardGradient]:
+    """The class for these options; what does not go together, it refuses itself."""
+    # Imported here, because they are kinds of the class above.
+    if asked.get("guess") is not None:
+        from locallearn.algorithms.forward_gradient._guided import GuidedForwardGradient
+
+        return GuidedForwardGradient
+    if asked.get("losses") == "local":
+        from locallearn.algorithms.forward_gradient._local import LocalForwardGradient
+
+        return LocalForwardGradient
+    return ForwardGradient
 
 
 @contextmanager
