@@ -19,6 +19,7 @@ from locallearn.algorithms.mono_forward import MonoForward
 from locallearn.algorithms.pepita import Pepita
 from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlignment
 from locallearn.algorithms.scalable_ff import ScalableForwardForward
+from locallearn.algorithms.zeroth_order import ZerothOrder
 
 __all__ = [
     "MAN",
@@ -44,5 +45,6 @@ __all__ = [
     "ScalableForwardForward",
     "TaskInfo",
     "Update",
+    "ZerothOrder",
     "selected",
 ]

@@ -4,6 +4,7 @@ from locallearn.functional import (
     cafo,
     channelwise,
     counter_current,
+    counter_noise,
     emergent,
     feedback_alignment,
     forward_forward,
@@ -15,12 +16,14 @@ from locallearn.functional import (
     pepita,
     scalable_ff,
     symba,
+    zeroth_order,
 )
 
 __all__ = [
     "cafo",
     "channelwise",
     "counter_current",
+    "counter_noise",
     "emergent",
     "feedback_alignment",
     "forward_forward",
@@ -32,4 +35,5 @@ __all__ = [
     "pepita",
     "scalable_ff",
     "symba",
+    "zeroth_order",
 ]
