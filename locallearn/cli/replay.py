@@ -25,7 +25,9 @@ def replay(words: list[str]) -> int:
 
     names, cfg, given = asked_of("replay", words)
     if len(names) != 1:
-        raise UsageError(f"replay takes one run or trajectory, and got {len(names)}: locallearn replay RUN [replay.out=FILE]")
+        raise UsageError(
+            f"replay takes one run or trajectory, and got {len(names)}: locallearn replay RUN [replay.out=FILE]"
+        )
     file, folder = _places(names[0], cfg.replay.run)
     out = _out(cfg.replay.out)
     trajectory = kept.read(file)
@@ -76,7 +78,9 @@ def _last(unchecked: int) -> str:
 
 def _compare(chosen: dict[str, Any], final: dict[str, Any], at: int, exact: bool) -> int:
     """Say how far the rebuilt weights are from the kept ones; 1 where they are another training's."""
-    worst = max((float((chosen[name] - weight).abs().max()) for name, weight in final.items() if weight.numel()), default=0)
+    worst = max(
+        (float((chosen[name] - weight).abs().max()) for name, weight in final.items() if weight.numel()), default=0
+    )
     if worst == 0:
         print(f"model.pt: bit-equal (step {at})")
         return 0

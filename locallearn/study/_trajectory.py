@@ -31,7 +31,9 @@ def trajectory_of(plan: Plan, recorder: _Recorder) -> list[pl.Callback]:
             "file, or run for the run's folder"
         )
     if path is not None and not path.absolute().parent.is_dir():
-        raise ValueError(f"algorithm.trajectory is {path}, and there is no folder {path.absolute().parent}: make it first")
+        raise ValueError(
+            f"algorithm.trajectory is {path}, and there is no folder {path.absolute().parent}: make it first"
+        )
     return [_Trajectory(plan, rule, recorder, path)]
 
 

@@ -146,6 +146,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/graphs.md": lambda names: bool(names["accuracy"] > 0.5 and names["auc"] > 0.7),
     "docs/own-network.md": _own_network,
     "docs/records.md": lambda names: bool(names["same"]),
+    "docs/algorithms/zeroth_order.md": lambda names: bool(names["losses"][-1] < names["losses"][0] - 0.2),
 }
 
 

@@ -131,13 +131,12 @@ class Dense(Way):
                 p.copy_(self._kept[name])
         else:
             member, sign = self._at
-            for group, segments in enumerate(self._groups):
-                self._back(group, range(len(segments)), member, sign)
+            for group in range(len(self._groups)):
+                self._back(group, member, sign)
         self._at = None
 
-    def _back(self, group: int, places: range, member: int, sign: int) -> None:
-        for place in places:
-            segment = self._groups[group][place]
+    def _back(self, group: int, member: int, sign: int) -> None:
+        for place, segment in enumerate(self._groups[group]):
             for part, z in zip(segment, self._draw(group, place, torch.tensor([member])), strict=True):
                 self._move(part.of(part.weight), z[0], -sign)
 
@@ -159,9 +158,10 @@ class Dense(Way):
                 yield made
                 del made
         finally:
-            if away is not None:  # whoever asked does not go on
-                for group in range(done, len(self._groups)):
-                    self._back(group, range(len(self._groups[group])), *away)
+            if away is not None:  # whoever asked does not go on, and may be anywhere
+                with torch.no_grad():
+                    for group in range(done, len(self._groups)):
+                        self._back(group, *away)
             self._drawn, self._kept = {}, {}
 
     def _estimate(

@@ -121,23 +121,26 @@ class Writer:
         self._file: BinaryIO
         if steps is None:
             if self.path.exists():
-                raise ValueError(f"{self.path} is there already, and a trajectory is never overwritten: name another file")
+                raise ValueError(
+                    f"{self.path} is there already, and a trajectory is never overwritten: name another file"
+                )
             self._file = self.path.open("xb")
             text = json.dumps(header_of(rule)).encode()
             self._write(_MAGIC + struct.pack("<I", len(text)) + text)
             self._checked()
         else:
+            known = read(self.path)
+            if len(known.steps) < steps:
+                raise ValueError(
+                    f"{self.path} has {len(known.steps)} steps, and the training goes on after {steps}: this is not its "
+                    "trajectory"
+                )
             self._file = self.path.open("r+b")
-            self._cut(steps)
+            self._cut(known, steps)
 
-    def _cut(self, steps: int) -> None:
-        known = read(self.path)
+    def _cut(self, known: Trajectory, steps: int) -> None:
         ends = [end for done, end in known.checks if done <= steps]
         place = [step.end for step in known.steps]
-        if len(place) < steps:
-            raise ValueError(
-                f"{self.path} has {len(place)} steps, and the training goes on after {steps}: this is not its trajectory"
-            )
         # Steps behind the last checksum are hashed again, so that the next one holds for them.
         start = ends[-1]
         end = max(start, place[steps - 1]) if steps else start
