@@ -282,13 +282,9 @@ def load(
         UsageError: there is no such run, or its record asks for something that it may not.
         ValueError: the run keeps no model, or the model does not fit its settings.
     """
-    import lightning.pytorch as pl
-    import torch
-
     from locallearn.records import load_record
-    from locallearn.strategies import LocalStrategy
     from locallearn.study.plan import MODEL
-    from locallearn.study.train import attached_task, quiet, read_tensors
+    from locallearn.study.train import read_tensors
 
     folder = run_folder(run)
     record = load_record(folder)

@@ -199,7 +199,7 @@ def _sweep(words: list[str]) -> Iterator[list[str]]:
 
 
 def _check_command(command: str, words: list[str], extra: list[str]) -> None:
-    if command == "predict":  # its first word is a run, whose settings it has
+    if command in ("predict", "replay"):  # their first word is a run, whose settings they have
         compose_settings(words[1:])
         return
     if command == "analyze":  # several runs, before settings

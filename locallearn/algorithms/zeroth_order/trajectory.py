@@ -1,7 +1,7 @@
 """A training in a file: what the weights were, where the noise is found, and one number per direction and step.
 
-The file holds nothing of the data, of activations or of gradients. That the weights can be rebuilt from it shows that a step saw
-nothing else. It begins with eight bytes and a header of text; then come records:
+The file holds nothing of the data, of activations or of gradients. That the weights can be rebuilt from it shows that a step
+saw nothing else. It begins with eight bytes and a header of text; then come records:
 
 ======  =================================================================================================
 ``r``   the optimizer's rate and momentum (or first beta) of every parameter group, as doubles, where they change
