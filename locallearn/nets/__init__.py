@@ -6,7 +6,7 @@ from locallearn.nets.feedforward import cafo_cnn, cnn, initialise, mlp
 from locallearn.nets.graph import gnn
 from locallearn.nets.locally_connected import LocallyConnected2d, locally_connected
 from locallearn.nets.residual import resnet, resnet18
-from locallearn.nets.transformer import vit
+from locallearn.nets.transformer import char_transformer, vit
 from locallearn.nets.vgg import vgg8b, vgg11b
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LocallyConnected2d",
     "autoencoder",
     "cafo_cnn",
+    "char_transformer",
     "cnn",
     "gnn",
     "initialise",
