@@ -19,7 +19,7 @@ Shift = Literal["none", "upper"]
 
 
 def python_text() -> str:
-    """The help texts of the running Python (``pydoc_data.topics``), by name: half a megabyte of English, other in every release."""
+    """The help texts of the running Python (``pydoc_data.topics``), by name: half a megabyte of English."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
