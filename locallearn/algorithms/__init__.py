@@ -21,6 +21,7 @@ from locallearn.algorithms.pepita import Pepita
 from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlignment
 from locallearn.algorithms.ridge import Ridge
 from locallearn.algorithms.scalable_ff import ScalableForwardForward
+from locallearn.algorithms.zeroth_order import ZerothOrder
 
 __all__ = [
     "MAN",
@@ -48,5 +49,6 @@ __all__ = [
     "ScalableForwardForward",
     "TaskInfo",
     "Update",
+    "ZerothOrder",
     "selected",
 ]

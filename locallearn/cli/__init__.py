@@ -21,13 +21,14 @@ locallearn: train networks without backpropagation through the whole network, an
   locallearn predict RUN             let a finished run predict: the test set, or inputs of your own
   locallearn analyze RUN             sparsity, ensembles and likeness of layers of finished runs
   locallearn distill RUN             smaller layers in place of a finished run's, solved in closed form, to every depth
+  locallearn replay RUN              rebuild what a zeroth-order run trained from its trajectory, without data
   locallearn tune                    search settings on equal budgets, on validation data only
   locallearn report                  one HTML page from any records
   locallearn audit                   prove or refute what an algorithm claims about locality
   locallearn bench                   alternated speed and memory measurements
   locallearn data                    which data sets are here, and where files are looked for
 
-Settings are GROUP=NAME or KEY=VALUE (Hydra); all but report, predict, analyze and distill take the same ones:
+Settings are GROUP=NAME or KEY=VALUE (Hydra); all but report, predict, analyze, distill and replay take the same ones:
   algorithm= dataset= net= optimizer= schedule= trainer= meter= logger= task= experiment=
   seed=0 data_dir=DIR runs_dir=runs trainer.max_epochs=60 trainer.accelerator=cpu optimizer.lr=1e-3
   compare.algorithms=[backprop,mono_forward] compare.seeds=[0,1,2] resume=FOLDER (train)
@@ -41,7 +42,7 @@ Examples:
   locallearn train -m algorithm=backprop,mono_forward optimizer.lr=1e-3,3e-4
 
 Options: --cfg prints the composed settings; -m sweeps (train); --debug shows tracebacks; --version;
-  --trust runs whatever a record's settings name (train resume=, predict, analyze, distill)
+  --trust runs whatever a record's settings name (train resume=, predict, analyze, distill, replay)
 Completion: eval "$(locallearn -sc install=bash)"   names of a group: locallearn train algorithm=?
 """
 

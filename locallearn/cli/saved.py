@@ -282,13 +282,9 @@ def load(
         UsageError: there is no such run, or its record asks for something that it may not.
         ValueError: the run keeps no model, or the model does not fit its settings.
     """
-    import lightning.pytorch as pl
-    import torch
-
     from locallearn.records import load_record
-    from locallearn.strategies import LocalStrategy
     from locallearn.study.plan import MODEL
-    from locallearn.study.train import attached_task, quiet, read_tensors
+    from locallearn.study.train import read_tensors
 
     folder = run_folder(run)
     record = load_record(folder)
@@ -301,7 +297,33 @@ def load(
     model = read_tensors(folder / MODEL)
     if not isinstance(model, dict) or model.get("format") != 1 or not isinstance(model.get("state_dict"), dict):
         raise ValueError(f"{folder / MODEL} holds no model that a run of locallearn has kept")
-    cfg, choices = saved_settings(record, trust, places or {})
+    plan, task, trainer = build(record, trust, places or {}, accelerator)
+    try:
+        task.load_state_dict(model["state_dict"])
+        plan.algorithm.train_only(None if model["active"] is None else frozenset(model["active"]))
+    except Exception as error:
+        raise ValueError(
+            f"{folder / MODEL} does not fit what the run's settings build: {' '.join(str(error).split())}"
+        ) from error
+    return Saved(record, plan, task.eval(), trainer)
+
+
+def build(record: Any, trust: bool, places: Mapping[str, Any], accelerator: str | None) -> tuple[Any, Any, Any]:
+    """The plan of a run, its task with the weights that training began with, and a Trainer, on the device asked for.
+
+    Args:
+        record: of the run.
+        trust: see :func:`load`.
+        places: see :func:`load`.
+        accelerator: see :func:`load`.
+    """
+    import lightning.pytorch as pl
+    import torch
+
+    from locallearn.strategies import LocalStrategy
+    from locallearn.study.train import attached_task, quiet
+
+    cfg, choices = saved_settings(record, trust, places)
     # Nothing is logged or metered here, and the machine may be another one.
     cfg.logger, cfg.meter, cfg.resume = None, {"idle_s": 0, "sources": {}}, None
     asked = accelerator or str(cfg.trainer.accelerator)
@@ -319,14 +341,7 @@ def load(
             **plan.trainer,
         )
         task = trainer.precision_plugin.convert_module(task).to(trainer.strategy.root_device)
-    try:
-        task.load_state_dict(model["state_dict"])
-        plan.algorithm.train_only(None if model["active"] is None else frozenset(model["active"]))
-    except Exception as error:
-        raise ValueError(
-            f"{folder / MODEL} does not fit what the run's settings build: {' '.join(str(error).split())}"
-        ) from error
-    return Saved(record, plan, task.eval(), trainer)
+    return plan, task, trainer
 
 
 def make_saved_plan(cfg: Any, choices: dict[str, str], record: Any) -> Any:

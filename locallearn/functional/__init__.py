@@ -4,6 +4,7 @@ from locallearn.functional import (
     cafo,
     channelwise,
     counter_current,
+    counter_noise,
     emergent,
     feedback_alignment,
     forward_forward,
@@ -18,12 +19,14 @@ from locallearn.functional import (
     ridge,
     scalable_ff,
     symba,
+    zeroth_order,
 )
 
 __all__ = [
     "cafo",
     "channelwise",
     "counter_current",
+    "counter_noise",
     "emergent",
     "feedback_alignment",
     "forward_forward",
@@ -38,4 +41,5 @@ __all__ = [
     "ridge",
     "scalable_ff",
     "symba",
+    "zeroth_order",
 ]

@@ -7,7 +7,7 @@ from locallearn.nets.graph import gnn
 from locallearn.nets.local_mixer import local_mixer
 from locallearn.nets.locally_connected import LocallyConnected2d, locally_connected
 from locallearn.nets.residual import resnet, resnet18
-from locallearn.nets.transformer import vit
+from locallearn.nets.transformer import char_transformer, vit
 from locallearn.nets.vgg import vgg8b, vgg11b
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "LocallyConnected2d",
     "autoencoder",
     "cafo_cnn",
+    "char_transformer",
     "cnn",
     "forward_projection_cnn",
     "gnn",

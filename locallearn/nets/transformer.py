@@ -1,4 +1,4 @@
-"""A small vision transformer, one block per encoder layer."""
+"""Small transformers of images and of characters, one block per layer."""
 
 from __future__ import annotations
 
@@ -73,6 +73,101 @@ def vit(
     return net
 
 
+def char_transformer(
+    input_shape: Sequence[int],
+    outputs: int,
+    width: int = 64,
+    depth: int = 2,
+    heads: int = 4,
+    mlp_ratio: float = 4.0,
+    dropout: float = 0.0,
+    start: str | None = None,
+) -> Blocks:
+    """A transformer that reads a window of characters and scores the next one; a character sees those before it only.
+
+    Every layer is one block, normalised before attention and perceptron; the embedding belongs to the first, and the readout
+    normalises, takes the last character and maps it to the classes. Matrices and embeddings are drawn from N(0, .02²).
+
+    Args:
+        input_shape: ``(length,)``: classes of characters, whole numbers as float.
+        outputs: number of characters.
+        width: of a character.
+        depth: layers.
+        heads: of the attention; divides ``width``.
+        mlp_ratio: hidden width of the perceptrons over ``width``.
+        dropout: probability, of what attention and perceptron add.
+        start: ``model.pt`` of a run of the same network, whose weights it begins with: to be tuned to another task.
+
+    Raises:
+        ValueError: no window of characters, a head that does not divide, sizes below 1, no probability, or a file that does
+            not hold such a network.
+    """
+    if len(input_shape) != 1:
+        raise ValueError(
+            f"char_transformer reads windows of characters, (length,), and the inputs are {tuple(input_shape)}"
+        )
+    sizes = {"width": width, "depth": depth, "heads": heads, "mlp_ratio": int(width * mlp_ratio)}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {mlp_ratio if name == 'mlp_ratio' else size}, expected a positive number")
+    if width % heads:
+        raise ValueError(f"heads is {heads}, which does not divide the width of {width}: choose a divisor")
+    check_dropout(dropout)
+    blocks: dict[str, nn.Module] = {}
+    for i in range(depth):
+        layer = EncoderLayer(width, heads, int(width * mlp_ratio), dropout, causal=True)
+        blocks[f"layer{i + 1}"] = layer if i else nn.Sequential(CharEmbedding(outputs, input_shape[0], width), layer)
+    net = Blocks(blocks, nn.Sequential(nn.LayerNorm(width), LastToken(), nn.Linear(width, outputs)))
+    for p in net.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.02)
+    for name, p in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+    if start is not None:
+        _begin_with(net, start)
+    return net
+
+
+def _begin_with(net: Blocks, start: str) -> None:
+    try:
+        kept = torch.load(start, map_location="cpu", weights_only=True)["state_dict"]
+        net.load_state_dict({name.removeprefix("net."): v for name, v in kept.items() if name.startswith("net.")})
+    except Exception as error:  # whatever the file is, it is not such a network
+        raise ValueError(
+            f"start is {start}, which holds no network like this one ({' '.join(str(error).split())[:200]}): name the model.pt "
+            "of a run with the same net settings"
+        ) from error
+
+
+class CharEmbedding(nn.Module):
+    """Characters to tokens with learned positions.
+
+    Args:
+        characters: number of classes.
+        length: of a window.
+        width: of a token.
+    """
+
+    def __init__(self, characters: int, length: int, width: int) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(characters, width)
+        self.positions = nn.Parameter(torch.zeros(1, length, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, length)`` to ``(N, length, width)``."""
+        found: Tensor = self.characters(x.long())
+        return found + self.positions
+
+
+class LastToken(nn.Module):
+    """The last token: ``(N, tokens, width)`` to ``(N, width)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One vector per sample."""
+        return x[:, -1]
+
+
 class PatchEmbedding(nn.Module):
     """Images to tokens with learned positions.
 
@@ -106,10 +201,12 @@ class EncoderLayer(nn.Module):
         heads: of the attention.
         hidden: width of the perceptron.
         dropout: of what is added.
+        causal: whether a token sees those before it only, and itself.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float, causal: bool = False) -> None:
         super().__init__()
+        self.causal = causal
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
@@ -123,7 +220,7 @@ class EncoderLayer(nn.Module):
         samples, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(samples, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.dropout(self.proj(mixed.transpose(1, 2).reshape(samples, tokens, width)))
         out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
         return out

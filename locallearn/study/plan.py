@@ -19,11 +19,13 @@ from locallearn.strategies.schedule import Schedule
 
 MODEL = "model.pt"
 """Where a finished run keeps what it trained; ``locallearn.load(FOLDER)`` reads it."""
+TRAJECTORY = "trajectory.bin"
+"""Where a zeroth-order run keeps the numbers of its steps, if it is to; ``locallearn replay FOLDER`` reads it."""
 SAMPLES = "reconstructions.png"
 """Where a run keeps what its task made of some test samples."""
 
 
-__all__ = ["CHECKPOINT", "MODEL", "SAMPLES", "Interrupted", "Plan"]
+__all__ = ["CHECKPOINT", "MODEL", "SAMPLES", "TRAJECTORY", "Interrupted", "Plan"]
 
 
 class Interrupted(Exception):

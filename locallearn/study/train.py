@@ -23,6 +23,7 @@ from locallearn.strategies.making import make_optimizers, make_schedulers
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
 from locallearn.study._costs import _Costs
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet, rehearse
+from locallearn.study._trajectory import trajectory_of
 from locallearn.study.plan import CHECKPOINT, MODEL, SAMPLES, Interrupted, Plan
 from locallearn.tasks._checks import check_batch_sizes
 from locallearn.tasks._task import Task
@@ -54,7 +55,8 @@ def _run(plan: Plan) -> Path:
     probes = _Probes(plan)
     costs = _Costs(plan)
     recorder = _Recorder(plan, energy, probes, costs)
-    task, trainer = _prepared(plan, [costs, probes, energy, recorder, plan.schedule, _Keeper(plan, recorder)])
+    kept = trajectory_of(plan, recorder)
+    task, trainer = _prepared(plan, [costs, probes, energy, *kept, recorder, plan.schedule, _Keeper(plan, recorder)])
     if earlier is not None:
         earlier.check(task)
     plan.data.prepare_data()

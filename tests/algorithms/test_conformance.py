@@ -32,6 +32,7 @@ from locallearn.algorithms import (
     Ridge,
     ScalableForwardForward,
     TaskInfo,
+    ZerothOrder,
 )
 from locallearn.batch import Batch
 from locallearn.nets import Blocks, gnn, mlp
@@ -99,6 +100,9 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     },
     "product_feedback_alignment": partial(ProductFeedbackAlignment, expansion=3),
     "product_feedback_alignment-orthogonal": partial(ProductFeedbackAlignment, orthogonal=True),
+    "zeroth_order": partial(ZerothOrder, n=2),
+    "zeroth_order-mezo": partial(ZerothOrder, variant="mezo"),
+    "zeroth_order-eggroll": partial(ZerothOrder, variant="eggroll", n=4, rank=2),
 }
 
 

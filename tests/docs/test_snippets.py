@@ -155,6 +155,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/graphs.md": lambda names: bool(names["accuracy"] > 0.5 and names["auc"] > 0.7),
     "docs/own-network.md": _own_network,
     "docs/records.md": lambda names: bool(names["same"]),
+    "docs/algorithms/zeroth_order.md": lambda names: bool(names["losses"][-1] < names["losses"][0] - 0.2),
 }
 
 
@@ -207,7 +208,7 @@ def _sweep(words: list[str]) -> Iterator[list[str]]:
 
 
 def _check_command(command: str, words: list[str], extra: list[str]) -> None:
-    if command in ("predict", "distill"):  # its first word is a run, whose settings it has
+    if command in ("predict", "distill", "replay"):  # their first word is a run, whose settings they have
         compose_settings(words[1:])
         return
     if command == "analyze":  # several runs, before settings

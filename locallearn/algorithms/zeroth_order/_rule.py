@@ -1,0 +1,482 @@
+"""The rule: look at losses around the weights, make numbers of them, step along the directions by the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from locallearn.algorithms.base import (
+    Algorithm,
+    Locality,
+    ParamGroup,
+    TaskInfo,
+    Update,
+    choices,
+    output_layer,
+    selected,
+)
+from locallearn.algorithms.forward_gradient._passes import Draws
+from locallearn.algorithms.layer_local import feature_sizes
+from locallearn.algorithms.zeroth_order._coded import Coded, Codes
+from locallearn.algorithms.zeroth_order._dense import Dense
+from locallearn.algorithms.zeroth_order._low_rank import LowRank, known_layers
+from locallearn.algorithms.zeroth_order._way import Setting, Way, streams
+from locallearn.batch import Batch
+from locallearn.functional.counter_noise import numbers, tags
+from locallearn.functional.zeroth_order import LIMIT, Noise, Shaping, on_grid, scalars
+from locallearn.nets.blocks import fitted
+from locallearn.nets.trace import preserved
+
+Variant = Literal["spsa", "mezo", "fzoo", "eggroll", "qes"]
+Decay = Literal["matrices", "all"]
+
+# eps, antithetic, shaping and noise where they are left out
+_DEFAULTS: dict[str, tuple[float, bool, Shaping, Noise]] = {
+    "spsa": (1e-3, True, "none", "gaussian"),
+    "mezo": (1e-3, True, "none", "gaussian"),
+    "fzoo": (1e-3, False, "zscore", "rademacher"),
+    "eggroll": (1e-2, True, "zscore", "gaussian"),
+    "qes": (0.5, True, "zscore", "gaussian"),
+}
+_ROWS = 2**13  # of all directions that pass at once
+
+
+class ZerothOrder(Algorithm):
+    """Learn from losses at weights that were moved at random: no derivative of anything, one number per direction.
+
+    Every batch has n directions z_i. The loss is looked at on both sides of the weights, θ ± ε z_i (or on one), one number c_i
+    is made of what it says, and the gradient's estimate is mean_i c_i z_i. Directions are numbers looked up by (seed, step,
+    direction, weight): they are never stored for longer than a step, and nothing but the c_i has to be known to make a step
+    again (:mod:`locallearn.algorithms.zeroth_order.trajectory`).
+
+    ``spsa`` (Spall 1992) keeps the directions of a step and a copy of the weights. ``mezo`` (Malladi et al. 2023) is the same
+    step in the memory of inference: weights are moved in place and back, directions drawn again for every move, and gradients
+    handed over group by group, none larger than the largest weight. ``fzoo`` (Dang et al. 2025) is ``mezo`` on one side, with
+    signs as directions and numbers in units of the losses' spread. ``eggroll`` (Sarkar et al. 2025) has directions of low
+    rank and passes many of them through the network at once. ``qes`` (2026) moves whole-number codes of quantised matrices
+    and adds up what is smaller than a code.
+
+    The step itself is the optimizer's, with its rate and its schedule; under ``mezo``, ``fzoo`` and ``qes`` it is asked once
+    per group of weights, which any optimizer that treats weights one by one takes for one step. Clipping by norm would see a
+    group instead of all.
+
+    In probes BatchNorm normalises by its running statistics, which are moved once per batch by a pass at θ; both sides of a
+    direction and all directions see the same dropout masks. Losses are made in float32 at least.
+
+    Deviations: noise is from a table of 65 536 normal numbers. FZOO's ε in the denominator is part of the rate here. EGGROLL's
+    √N is, too, and what is no matrix has plain noise. QES has a mean over directions instead of a sum, keeps the residual
+    instead of rebuilding it from a window (which the authors' code does not rebuild exactly), and leaves vectors as they are.
+
+    Args:
+        seed: of all noise.
+        variant: see above.
+        n: directions per batch; 2n losses if antithetic.
+        eps: ε, how far the weights are moved; of ``qes`` in codes. Left out: 1e-3, ``eggroll`` 1e-2, ``qes`` 0.5.
+        antithetic: whether both sides are looked at. Left out: yes, ``fzoo`` no.
+        shaping: ``none``, ``zscore`` or ``sign``, see :func:`locallearn.functional.zeroth_order.scalars`. Left out: ``none``,
+            ``zscore`` of ``fzoo``, ``eggroll`` and ``qes``.
+        noise: ``gaussian`` or ``rademacher`` (signs). Left out: ``gaussian``, ``fzoo`` ``rademacher``.
+        rank: r of ``eggroll``.
+        decay: what the optimizer's weight decay is for: ``matrices`` (weights of two dimensions or more) or ``all``.
+        exact: weights lie on a grid of 2⁻²² within ±2, moves and steps are rounded to it (steps by chance), sums do not depend
+            on their order: coming home, replaying and sharing directions out are bit-equal.
+        bits: of a code of ``qes``, 2 to 8.
+        residual_decay: share of what no code was moved by that ``qes`` keeps.
+        chunk: directions that ``eggroll`` passes at once, both sides counted; ``null``: up to 8192 rows.
+        trajectory: where ``locallearn train`` writes the numbers of all steps: a file, or ``run`` for ``trajectory.bin`` in the
+            run's folder; ``null``: nowhere. In a loop of one's own:
+            :class:`~locallearn.algorithms.zeroth_order.trajectory.Writer`.
+
+    Raises:
+        ValueError: a setting that does not exist or does not go with the variant; when attached, a network without weights or
+            with random layers under ``exact``, or weights that are too large for its grid.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        variant: Variant = "spsa",
+        n: int = 1,
+        eps: float | None = None,
+        antithetic: bool | None = None,
+        shaping: Shaping | None = None,
+        noise: Noise | None = None,
+        rank: int = 1,
+        decay: Decay = "matrices",
+        exact: bool = False,
+        bits: int = 4,
+        residual_decay: float = 0.9,
+        chunk: int | None = None,
+        trajectory: str | None = None,
+    ) -> None:
+        super().__init__(seed)
+        _check_choice("variant", variant, Variant)
+        for name, value, kind in (("shaping", shaping, Shaping), ("noise", noise, Noise), ("decay", decay, Decay)):
+            if value is not None or name == "decay":
+                _check_choice(name, value, kind)
+        for name, number in (("n", n), ("rank", rank), ("chunk", chunk)):
+            if number is not None and (type(number) is not int or number < 1):
+                raise ValueError(f"{name} is {number!r}, expected a whole number of at least 1")
+        if eps is not None and not (isinstance(eps, int | float) and 0 < eps < math.inf):
+            raise ValueError(f"eps is {eps!r}, expected a number above 0: how far weights are moved")
+        if type(bits) is not int or not 2 <= bits <= 8:
+            raise ValueError(f"bits is {bits!r}, expected a whole number from 2 to 8")
+        if not 0 <= residual_decay <= 1:
+            raise ValueError(f"residual_decay is {residual_decay!r}, expected a share from 0 to 1")
+        default = _DEFAULTS[variant]
+        self.variant_name: Variant = variant
+        self.n = n
+        self.eps = float(default[0] if eps is None else eps)
+        self.antithetic = default[1] if antithetic is None else antithetic
+        self.shaping: Shaping = default[2] if shaping is None else shaping
+        self.noise: Noise = default[3] if noise is None else noise
+        self.rank, self.decay, self.exact, self.bits = rank, decay, exact, bits
+        self.residual_decay, self.chunk, self.trajectory = residual_decay, chunk, trajectory
+        self._given = (shaping, rank, bits, residual_decay, chunk)
+        self._check_variant()
+        self.scalars: Tensor | None = None
+        self._coded_names: list[str] | None = None
+
+    def _check_variant(self) -> None:
+        variant = self.variant_name
+        if variant == "fzoo" and (self.antithetic or self.shaping != "zscore"):
+            raise ValueError(
+                "variant=fzoo looks at one side and divides by the spread of the losses: leave antithetic and shaping out, or "
+                "use variant=mezo"
+            )
+        if variant == "qes" and not self.antithetic:
+            raise ValueError("variant=qes is written for both sides of a direction: leave antithetic out")
+        losses = 2 * self.n if self.antithetic else self.n
+        if self.shaping == "zscore" and losses < 2:
+            raise ValueError(
+                f"n is {self.n} on one side, and shaping=zscore needs the spread of at least two losses: set n=2 or more"
+            )
+        if self.shaping == "sign" and not self.antithetic and self.n < 2:
+            raise ValueError("n is 1 on one side: shaping=sign compares with the mean of all sides: set n=2 or more")
+        for name, value, default, owner in (
+            ("rank", self.rank, 1, "eggroll"),
+            ("chunk", self.chunk, None, "eggroll"),
+            ("bits", self.bits, 4, "qes"),
+            ("residual_decay", self.residual_decay, 0.9, "qes"),
+        ):
+            if value != default and variant != owner:
+                raise ValueError(
+                    f"{name} is {value}, and only variant={owner} has a use for it: leave it out under {variant}"
+                )
+
+    @property
+    def locality(self) -> Locality:
+        """Forward-only: no backward pass at all."""
+        return Locality.FORWARD_ONLY
+
+    @property
+    def carries(self) -> bool:
+        """Whatever crosses the borders: the network runs as a whole."""
+        return True
+
+    @property
+    def broadcast(self) -> str:
+        """One number per direction."""
+        kind = {"none": "a real number", "zscore": "a real number", "sign": "a sign"}[self.shaping]
+        return f"{kind} for each of {self.n} directions" if self.n > 1 else f"{kind} for the direction"
+
+    @property
+    def variant(self) -> str | None:
+        """Which way, and what differs from its defaults."""
+        told = choices(self, ZerothOrder.__init__, "n", "rank", "exact")
+        return ", ".join([f"variant={self.variant_name}", *([told] if told else [])])
+
+    # -- building ------------------------------------------------------------------------------------------------------
+    def build(self, task: TaskInfo) -> None:
+        """Check what can be; exact weights go to their grid, quantised ones to their codes."""
+        feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
+        output_layer(self.blocks, "ZerothOrder")
+        self._loss = task.loss
+        learned = self._learned()
+        self._words = tags(streams([name for name, _ in self.blocks.named_parameters()]))
+        self._random, self._moves_buffers = self._tried(task.example)
+        if self.exact:
+            self._check_exact()
+        if self.variant_name == "qes" and not learned:
+            raise ValueError(
+                "variant=qes moves codes of matrices, and the network has none that learns: use variant=spsa"
+            )
+        with torch.no_grad():
+            if self.exact and self.variant_name != "qes":
+                for p in self.blocks.parameters():
+                    p.copy_(on_grid(p.detach()))
+            self.coded = nn.ModuleList()
+            if self.variant_name == "qes":
+                for name, p in learned.items():
+                    word = self._words[f"{name}/residual"]
+                    uniform = numbers(self.seed, 0, 0, word, 0, p.numel(), "uniform", p.device).view(p.shape)
+                    held = Codes(p, self.bits, uniform)
+                    self.coded.append(held)
+                    p.copy_(held.weight())
+                self._coded_names = list(learned)
+        self._factored: bool | None = None if self.variant_name == "eggroll" else False
+
+    def _learned(self) -> dict[str, nn.Parameter]:
+        """Weights that learn, by name."""
+        learned = {name: p for name, p in self.blocks.named_parameters() if p.requires_grad}
+        if self.variant_name != "qes":
+            return learned
+        coded = self._coded_names  # what was frozen then has no codes
+        return {name: p for name, p in learned.items() if p.ndim > 1 and (coded is None or name in coded)}
+
+    def _tried(self, example: Batch) -> tuple[bool, bool]:
+        """Whether a training pass draws at random, and whether it moves buffers; found out by one that leaves no trace."""
+        inputs = fitted(self.blocks, example.inputs)
+        context = torch.utils._pytree.tree_map_only(Tensor, lambda value: value.to(inputs.device), example.context)
+        modes = [(part, part.training) for part in self.blocks.modules()]
+        with preserved(self.blocks), torch.no_grad():
+            before = {name: value.clone() for name, value in self.blocks.named_buffers()}
+            states = _generator_states(inputs.device)
+            try:
+                if len(inputs) > 1:  # normalisation cannot train on a single sample
+                    self.blocks.train()
+                self.blocks(inputs, *context)
+            finally:
+                for part, mode in modes:
+                    part.training = mode
+            draws = any(not torch.equal(a, b) for a, b in zip(states, _generator_states(inputs.device), strict=True))
+            moved = any(not torch.equal(before[name], value) for name, value in self.blocks.named_buffers())
+        return draws, moved
+
+    def _check_exact(self) -> None:
+        if self._random:
+            dropouts = [
+                n for n, m in self.blocks.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p
+            ]
+            named = f" ({dropouts[0]!r})" if dropouts else ""
+            raise ValueError(
+                f"exact=true gives the same weights wherever a direction is looked at, and this network draws at random in "
+                f"its forward pass{named}: switch that off (dropout=0), or use exact=false"
+            )
+        for name, p in self.blocks.named_parameters():
+            if p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"exact=true lays weights on a grid of float32 numbers, and {name!r} is {p.dtype}: use precision 32-true"
+                )
+            if self.variant_name != "qes" and p.requires_grad and p.numel() and float(p.detach().abs().max()) > LIMIT:
+                raise ValueError(
+                    f"exact=true keeps weights between -2 and 2, and the largest of {name!r} is "
+                    f"{float(p.detach().abs().max()):.3g}: begin with smaller ones, or use exact=false"
+                )
+
+    def units(self) -> dict[str, list[ParamGroup]]:
+        """One unit, the network; what decays apart from what does not."""
+        learned = {id(p) for p in self._learned().values()}
+        # Frozen weights are in it, too: they may be thawed.
+        kept = [p for p in self.blocks.parameters() if id(p) in learned or self.variant_name != "qes"]
+        groups: list[ParamGroup] = [{"params": [p for p in kept if p.ndim > 1 or self.decay == "all"]}]
+        groups.append({"params": [p for p in kept if p.ndim < 2 and self.decay != "all"], "weight_decay": 0.0})
+        return {"network": [group for group in groups if group["params"]]}
+
+    # -- learning --------------------------------------------------------------------------------------------------------
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """Look at losses, then step; the loss that is reported is the mean of all that were seen."""
+        way = self._way()
+        with torch.no_grad():
+            seen = self._seen(way, batch, range(self.n))
+            c = self._numbers(seen)
+        yield from self._steps(way, c, torch.nanmean(seen))
+
+    def losses(self, batch: Batch, directions: Sequence[int] | None = None) -> Tensor:
+        """Losses at directions of this step, for whoever shares them out; the weights are home afterwards.
+
+        Args:
+            batch: the same for all.
+            directions: of 0 … n−1; ``None``: all.
+
+        Returns:
+            float64 on the CPU, ``(len(directions), 2)``: L⁺, and L⁻ or, on one side, the loss at θ (NaN where none is used).
+        """
+        way = self._way()
+        with torch.no_grad():
+            seen = self._seen(way, batch, range(self.n) if directions is None else directions)
+            way.home()
+        return seen
+
+    def learn(self, losses: Tensor) -> Iterator[Update]:
+        """The step that all losses of it lead to.
+
+        Args:
+            losses: of all directions in their order, ``(n, 2)``, as :meth:`losses` gives them.
+        """
+        yield from self.follow(self._numbers(losses), torch.nanmean(losses))
+
+    def follow(self, c: Tensor, loss: Tensor | None = None) -> Iterator[Update]:
+        """The step that these numbers lead to; nothing else has to be known.
+
+        Args:
+            c: one number per direction, ``(n,)``, float32.
+            loss: to be reported.
+
+        Raises:
+            ValueError: there are more or fewer numbers than directions.
+        """
+        if c.shape != (self.n,):
+            raise ValueError(f"a step has {self.n} numbers, one per direction, and these have shape {tuple(c.shape)}")
+        way = self._way()
+        with torch.no_grad():
+            way.begin(self.batches_seen)
+        yield from self._steps(way, c, loss)
+
+    def _numbers(self, seen: Tensor) -> Tensor:
+        """C from losses ``(n, 2)``."""
+        minus = seen[:, 1] if self.antithetic else None
+        base = None if self.antithetic or torch.isnan(seen[0, 1]) else seen[0, 1]
+        return scalars(seen[:, 0], minus, base, self.eps, self.shaping)
+
+    def _steps(self, way: Way, c: Tensor, loss: Tensor | None) -> Iterator[Update]:
+        self.scalars = c
+        self.batches_seen += 1
+        if loss is not None:
+            loss = loss.float().to(next(self.blocks.parameters()).device)
+        if not way.weights:
+            yield Update("network", loss, {})
+            return
+        groups = way.estimates(c)
+        while True:
+            with torch.no_grad():
+                group = next(groups, None)
+            if group is None:
+                return
+            weights = list(group)
+            yield Update("network", loss, group)
+            del group
+            loss = None
+            with torch.no_grad():
+                way.settle(weights)
+
+    def _way(self) -> Way:
+        learned = self._learned()
+        for name, p in learned.items():
+            if (self.exact or self.variant_name == "qes") and p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"exact=true and variant=qes need weights of float32, and {name!r} is {p.dtype}: use precision 32-true"
+                )
+        setting = Setting(self.seed, self.n, self.eps, self.noise, self.exact, self._words)
+        if self.variant_name == "qes":
+            coded = dict(zip(self._coded_names or (), cast(Iterable[Codes], self.coded), strict=True))
+            return Coded(learned, setting, coded, self.bits, self.residual_decay)
+        if self.variant_name == "eggroll":
+            return LowRank(learned, setting, self.rank)
+        return Dense(learned, setting, stored=self.variant_name == "spsa")
+
+    # -- looking ---------------------------------------------------------------------------------------------------------
+    def _seen(self, way: Way, batch: Batch, directions: Sequence[int]) -> Tensor:
+        """Losses ``(len(directions), 2)``; weights may be left at the last of them."""
+        if self._moves_buffers and any(part.training for part in self.blocks.modules()):
+            self.blocks(batch.inputs, *batch.context)  # statistics move once, at θ
+        way.begin(self.batches_seen)
+        draws = Draws(batch.inputs.device)
+        with self._probing():
+            if isinstance(way, LowRank) and self._passes_together(way, batch):
+                return self._seen_together(way, batch, directions)
+            found = torch.full((len(directions), 2), math.nan, dtype=torch.float64)
+            try:
+                if not self.antithetic and (self.shaping == "none" or self.variant_name == "fzoo"):
+                    draws.again()
+                    found[:, 1] = self._lost(batch)
+                for place, member in enumerate(directions):
+                    for side, sign in enumerate((1, -1) if self.antithetic else (1,)):
+                        way.visit(member, sign)
+                        draws.again()
+                        found[place, side] = self._lost(batch)
+            except BaseException:
+                way.home()
+                raise
+            way.leave()
+            return found
+
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        """Statistics of normalisation and all other buffers rest."""
+        norms = [m for m in self.blocks.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
+        norms = [m for m in norms if m.running_mean is not None]
+        kept = [(b, b.clone()) for b in self.blocks.buffers()] if self._moves_buffers else []
+        for norm in norms:
+            norm.training = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.training = True
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+    def _lost(self, batch: Batch) -> Tensor:
+        return self._loss_of(*selected(batch, self.blocks(batch.inputs, *batch.context)))
+
+    def _loss_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(outputs.device.type, enabled=False):
+            return self._loss(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), targets)
+
+    def _passes_together(self, way: LowRank, batch: Batch) -> bool:
+        """Whether many directions can pass at once; tried on a few rows against the directions written out."""
+        if self._random or batch.context or batch.rows is not None:
+            return False
+        if self._factored is None:
+            self._factored = self._agree(way, batch)
+        return self._factored
+
+    def _agree(self, way: LowRank, batch: Batch) -> bool:
+        few = batch.inputs[:3]
+        signs = torch.tensor([1, -1, 1])
+        members = torch.tensor([0, 0, self.n - 1])
+        try:
+            known_layers(self.blocks, way.weights)
+            found = way.together(self.blocks, members, signs, lambda: self.blocks(few))
+        except (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError):
+            return False
+        ones = []
+        for member, sign in zip(members.tolist(), signs.tolist(), strict=True):
+            way.visit(member, sign)
+            ones.append(self.blocks(few))
+        way.home()
+        dense = torch.stack(ones)
+        size = float(dense.abs().max())
+        return found.shape == dense.shape and torch.allclose(found, dense, rtol=1e-2, atol=1e-3 * max(size, 1e-6))
+
+    def _seen_together(self, way: LowRank, batch: Batch, directions: Sequence[int]) -> Tensor:
+        sides = (1, -1) if self.antithetic else (1,)
+        asked = torch.tensor([(member, sign) for member in directions for sign in sides]).view(-1, 2)
+        chunk = self.chunk or max(1, _ROWS // max(1, len(batch.inputs)))
+        losses = []
+        for part in torch.split(asked, chunk):
+            outputs = way.together(self.blocks, part[:, 0], part[:, 1], lambda: self.blocks(batch.inputs))
+            losses.append(self._each(outputs, batch.targets).double().cpu())
+        found = torch.full((len(directions), 2), math.nan, dtype=torch.float64)
+        found[:, : len(sides)] = torch.cat(losses).view(-1, len(sides)) if losses else found[:, : len(sides)]
+        if not self.antithetic and self.shaping == "none":
+            found[:, 1] = self._lost(batch)
+        return found
+
+    def _each(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of every direction, ``(m,)``."""
+        try:
+            with torch.autocast(outputs.device.type, enabled=False):
+                wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+                made: Tensor = torch.vmap(self._loss, in_dims=(0, None))(wide, targets)
+                return made
+        except (RuntimeError, ValueError):  # not every loss takes many at once
+            return torch.stack([self._loss_of(output, targets) for output in outputs])
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _check_choice(name: str, value: Any, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise ValueError(f"{name} is {value!r}, expected {', '.join(get_args(kind))}")

@@ -1,0 +1,75 @@
+"""Windows of characters: where they are cut, and a network that reads them from left to right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from locallearn.nets import char_transformer
+from locallearn.tasks.text import CHARACTERS, PythonTopics, encode, python_text
+
+
+def test_characters() -> None:
+    assert encode(" ~\né").tolist() == [0, 94, 95, 96]
+    assert int(encode(python_text()).max()) < CHARACTERS
+
+
+def test_parts_are_contiguous_and_apart() -> None:
+    data = PythonTopics(length=16, stride=5)
+    data.setup()
+    codes = encode(python_text())
+    tenth = len(codes) // 10
+    for part, start, end in (
+        ("train", 0, 8 * tenth),
+        ("validation", 8 * tenth, 9 * tenth),
+        ("test", 9 * tenth, len(codes)),
+    ):
+        windows, following = data._parts[part]
+        assert torch.equal(windows[0], codes[start : start + 16].float())
+        assert following[0] == codes[start + 16]
+        assert torch.equal(windows[1], codes[start + 5 : start + 21].float())
+        assert len(windows) == (end - start - 17) // 5 + 1
+    assert len(next(iter(data.train_dataloader())).inputs) == 64
+    upper = PythonTopics(length=16, stride=5, shift="upper", limit_train=100)
+    upper.setup()
+    assert len(upper._parts["train"][0]) == 100
+    capitals = encode("".join(c.upper() if c.isascii() else c for c in python_text()))
+    assert torch.equal(upper._parts["test"][1][:50], capitals[9 * tenth :][16 : 16 + 250 : 5].long())
+
+
+def test_no_character_sees_a_later_one() -> None:
+    torch.manual_seed(0)
+    net = char_transformer((8,), CHARACTERS, width=16, depth=2, heads=2)
+    x = torch.randint(CHARACTERS, (3, 8)).float()
+    other = x.clone()
+    other[:, 5:] = 7
+    for a, b in zip(net.features(x), net.features(other), strict=True):
+        assert torch.allclose(a[:, :5], b[:, :5])
+        assert not torch.allclose(a[:, 5:], b[:, 5:])
+
+
+def test_a_network_begins_with_another_ones_weights(tmp_path: Path) -> None:
+    first = char_transformer((8,), 97, width=16, heads=2)
+    torch.save({"state_dict": {f"net.{name}": v for name, v in first.state_dict().items()}}, tmp_path / "model.pt")
+    second = char_transformer((8,), 97, width=16, heads=2, start=str(tmp_path / "model.pt"))
+    assert all(torch.equal(v, second.state_dict()[name]) for name, v in first.state_dict().items())
+    with pytest.raises(ValueError, match="holds no network like this one"):
+        char_transformer((8,), 97, width=32, heads=2, start=str(tmp_path / "model.pt"))
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: PythonTopics(length=0), "length is 0"),
+        (lambda: PythonTopics(length=10**6), "a tenth of the text"),
+        (lambda: PythonTopics(shift="lower"), "expected none or upper"),  # type: ignore[arg-type]
+        (lambda: char_transformer((1, 8, 8), 10), "reads windows of characters"),
+        (lambda: char_transformer((8,), 10, width=10, heads=3), "does not divide"),
+    ],
+)
+def test_what_is_refused(make: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make()
