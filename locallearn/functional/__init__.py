@@ -6,6 +6,7 @@ from locallearn.functional import (
     counter_current,
     emergent,
     feedback_alignment,
+    ffzero,
     forward_forward,
     forward_gnn,
     forward_gradient,
@@ -13,6 +14,7 @@ from locallearn.functional import (
     local_heads,
     mono_forward,
     pepita,
+    physical_ff,
     scalable_ff,
     symba,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "counter_current",
     "emergent",
     "feedback_alignment",
+    "ffzero",
     "forward_forward",
     "forward_gnn",
     "forward_gradient",
@@ -30,6 +33,7 @@ __all__ = [
     "local_heads",
     "mono_forward",
     "pepita",
+    "physical_ff",
     "scalable_ff",
     "symba",
 ]
