@@ -15,8 +15,8 @@ from locallearn.tasks._data import MemoryData
 from locallearn.tasks.images import stratified_split
 
 SPEAKERS = 37
-VOWELS = ("i", "ɪ", "æ", "ɑ", "ɔ", "u", "ɝ")
-# Mean F1, F2, F3 in Hz of women: J. Hillenbrand, L. A. Getty, M. J. Clark, K. Wheeler, J. Acoust. Soc. Am. 97:3099, 1995, Table V.
+VOWELS = ("heed", "hid", "had", "hod", "hawed", "who'd", "heard")
+# Mean F1, F2, F3 in Hz of women: Hillenbrand, Getty, Clark, Wheeler, J. Acoust. Soc. Am. 97:3099, 1995, Table V.
 _MEANS = np.array(
     [
         [437.0, 2761.0, 3372.0],
@@ -29,7 +29,7 @@ _MEANS = np.array(
     ]
 )
 # Of logarithms; not published, chosen here: a speaker's vocal tract, a spoken vowel's F1, F2, F3, and one moment of it.
-_TRACT, _TOKEN, _MOMENT = 0.05, np.array([0.09, 0.06, 0.045]), 0.025
+_TRACT, _TOKEN, _MOMENT = 0.05, np.array([0.07, 0.05, 0.036]), 0.025
 _MOVEMENT = 0.05  # of F1 and F2 from the beginning of a vowel to its end
 
 
@@ -111,10 +111,14 @@ class VowelData(MemoryData):
         self.classes = int(self._labels.max()) + 1
         self.shape: tuple[int, ...] = (slots + self._values.shape[1],)
         counts = [round(share * len(self._labels)) for share in (test, validation)]
-        if not (0 < test < 1 and 0 < validation < 1) or min(counts) < 1 or len(self._labels) - sum(counts) < self.classes:
+        if (
+            not (0 < test < 1 and 0 < validation < 1)
+            or min(counts) < 1
+            or len(self._labels) - sum(counts) < self.classes
+        ):
             raise ValueError(
-                f"test={test} and validation={validation} are out of range for {len(self._labels)} samples; give shares between 0"
-                " and 1 that leave some for training."
+                f"test={test} and validation={validation} are out of range for {len(self._labels)} samples; give shares between"
+                " 0 and 1 that leave some for training."
             )
         self._counts = counts
         self._train_samples = len(self._labels) - sum(counts)
@@ -129,7 +133,9 @@ class VowelData(MemoryData):
         if self._parts:
             return
         rest, test = stratified_split(self._labels, self._counts[0], self._split_seed)
-        train, validation = (rest[part] for part in stratified_split(self._labels[rest], self._counts[1], self._split_seed))
+        train, validation = (
+            rest[part] for part in stratified_split(self._labels[rest], self._counts[1], self._split_seed)
+        )
         known = self._values[train]
         mean, deviation = known.mean(0), known.std(0)
         scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
@@ -177,7 +183,9 @@ class VowelData(MemoryData):
 def _read(path: str | Path) -> tuple[Tensor, Tensor]:
     place = Path(path).expanduser()
     if not place.is_file():
-        raise ValueError(f"there is no file {place}; give a CSV with one sample per row and its class in the last column.")
+        raise ValueError(
+            f"there is no file {place}; give a CSV with one sample per row and its class in the last column."
+        )
     with place.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file) if row]
     if rows and not _numbers(rows[0][:-1]):

@@ -1,7 +1,7 @@
 """FFzero: every layer is compared with fixed class prototypes and moved by differences of a loss, without any derivative.
 
-arXiv 2603.24790. C classes, d the width of what is compared, K directions per layer or output channel, n the number of values that a
-direction moves.
+arXiv 2603.24790. C classes, d the width of what is compared, K directions per layer or output channel, n the number of values
+that a direction moves.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def prototypes(classes: int, width: int, generator: Generator) -> Tensor:
         q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
         rotation = q * r.diagonal().sign()
         if torch.linalg.det(rotation) > 0:
-            return corners @ rotation
+            turned: Tensor = corners @ rotation
+            return turned
 
 
 def similarities(outputs: Tensor, prototypes: Tensor) -> Tensor:
@@ -71,7 +72,8 @@ def loss(outputs: Tensor, prototypes: Tensor, targets: Tensor, margin: float = 0
 def directions(count: int, values: int, generator: Generator) -> Tensor:
     """Draw K directions of length 1, shape ``(K, n)``, float32 on the generator's device."""
     drawn = torch.randn(count, values, generator=generator, device=generator.device)
-    return drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
+    return drawn / length
 
 
 def estimate(slopes: Tensor, directions: Tensor) -> Tensor:
@@ -90,8 +92,8 @@ def estimate(slopes: Tensor, directions: Tensor) -> Tensor:
 def vote(answers: Tensor, classes: int) -> Tensor:
     """Return scores whose largest is the class that most layers name; a tie goes to that whose voters are the higher layers.
 
-    The order of two tied classes is that of the sums of their voters' indices, from 0 upwards; if these are equal, too, the lower
-    class id wins.
+    The order of two tied classes is that of the sums of their voters' indices, from 0 upwards; if these are equal, too, the
+    lower class id wins.
 
     Args:
         answers: class ids, shape ``(L, N)``, the lowest layer first.

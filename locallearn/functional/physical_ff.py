@@ -41,7 +41,8 @@ def direction(width: int, generator: Generator | None = None) -> Tensor:
         Shape ``(n,)``, float32.
     """
     drawn = torch.randn(width, generator=generator)
-    return drawn / torch.linalg.vector_norm(drawn)
+    length: Tensor = torch.linalg.vector_norm(drawn)
+    return drawn / length
 
 
 def goodness(activity: Tensor, direction: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def update_flops(inputs: int, outputs: int, steps: int) -> int:
 
 
 def _goodness(activity: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """g and ∂g/∂a."""
+    """The goodness g and ∂g/∂a."""
     length = torch.linalg.vector_norm(activity, dim=1, keepdim=True)
     scaled = activity / torch.where(length > 0, length, torch.ones_like(length))
     unit = direction / torch.linalg.vector_norm(direction)

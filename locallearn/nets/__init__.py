@@ -2,8 +2,8 @@
 
 from locallearn.nets.autoencoder import autoencoder
 from locallearn.nets.blocks import Blocks
-from locallearn.nets.feedforward import cafo_cnn, cnn, initialise, mlp
 from locallearn.nets.devices import PhysicalLayer
+from locallearn.nets.feedforward import cafo_cnn, cnn, initialise, mlp
 from locallearn.nets.graph import gnn
 from locallearn.nets.locally_connected import LocallyConnected2d, locally_connected
 from locallearn.nets.physical import physical

@@ -26,8 +26,8 @@ def physical(
 ) -> Blocks:
     """Blocks of ``device -> Linear``, and a linear readout: the networks of PhyLL (Momeni et al., Science 382, 2023).
 
-    Layer k reads ``u = [f_k(E(h)), h]`` (:class:`~locallearn.nets.devices.Measured`) and gives ``h = u W + b``, with weights and
-    biases as PyTorch draws them. Physical forward-forward does not use the readout; the differentiable control does.
+    Layer k reads ``u = [f_k(E(h)), h]`` (:class:`~locallearn.nets.devices.Measured`) and gives ``h = u W + b``, with weights
+    and biases as PyTorch draws them. Physical forward-forward does not use the readout; the differentiable control does.
 
     Args:
         input_shape: of one sample; flattened.
@@ -53,8 +53,8 @@ def physical(
         device = named(device)
     if isinstance(device, type):
         raise ValueError(
-            f"the device {device.__name__} is a class: write _target_: {device.__module__}.{device.__name__} with its settings, and "
-            "an object is made of it"
+            f"the device {device.__name__} is a class: write _target_: {device.__module__}.{device.__name__} with its "
+            "settings, and an object is made of it"
         )
     if differentiable and device is None:
         raise ValueError("differentiable=true speaks of a device, and device is null: leave it out")

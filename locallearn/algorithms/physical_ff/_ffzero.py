@@ -21,10 +21,9 @@ class FFZero(PhysicalFF, protocol="ffzero"):
     What a layer's weights (and normalisation) put out is compared with prototypes of the classes, one random simplex per layer;
     for convolutions one per channel, behind a fixed random map of that channel. A linear layer's directions span all of its
     weights: 2 K + 1 evaluations per batch. A convolution is probed channel by channel, by that channel's filter and its
-    normalisation's gain: 2 K · channels + 1 evaluations. One more feeds the next layer. The step is n times the mean of slope times
-    direction, n the number of values that a direction moves; the loss is a sum over the batch, so rates are small. Layers vote.
-
-    The network's readout is the last layer where it is wide enough for the classes, which it is.
+    normalisation's gain: 2 K · channels + 1 evaluations. One more feeds the next layer. The step is n times the mean of slope
+    times direction, n the number of values that a direction moves; the loss is a sum over the batch, so rates are
+    small. The network's readout is the last layer. Layers vote.
 
     Deviations from the authors' code, which writes the last entry of a convolution's direction into the wrong place: here the
     gain itself is moved. Statistics of normalisation move once per batch and not with every probe, and the next layer is fed
@@ -57,13 +56,15 @@ class FFZero(PhysicalFF, protocol="ffzero"):
                 if z.ndim == 2:
                     if z.shape[1] < task.outputs:
                         raise ValueError(
-                            f"block {layer.name!r} has {z.shape[1]} outputs, and FFzero places {task.outputs} classes in them as a "
-                            f"simplex: make it at least {task.outputs} wide"
+                            f"block {layer.name!r} has {z.shape[1]} outputs, and FFzero places {task.outputs} classes in "
+                            f"them as a simplex: make it at least {task.outputs} wide"
                         )
                     fixed = ffzero.prototypes(task.outputs, z.shape[1], draws)
                 else:
                     if not isinstance(layer.weights, nn.Conv2d) or layer.weights.groups != 1:
-                        raise ValueError(f"block {layer.name!r} gives {tuple(z.shape)}, and FFzero knows rows and plain convolutions")
+                        raise ValueError(
+                            f"block {layer.name!r} gives {tuple(z.shape)}, and FFzero knows rows and plain convolutions"
+                        )
                     spots, channels = z[0, 0].numel(), z.shape[1]
                     fixed = torch.stack([ffzero.prototypes(task.outputs, task.outputs, draws) for _ in range(channels)])
                     bound = spots**-0.5
@@ -98,7 +99,7 @@ class FFZero(PhysicalFF, protocol="ffzero"):
         """
         if isinstance(layer.weights, nn.Linear):
             return [(p, False) for module in (layer.weights, *layer.norm) for p in module.parameters()]
-        gains = [module.weight for module in layer.norm if isinstance(getattr(module, "weight", None), nn.Parameter)]
+        gains: list[Any] = [module.weight for module in layer.norm if getattr(module, "weight", None) is not None]
         return [(p, True) for p in (*layer.weights.parameters(), *gains)]
 
     # -- the way of a batch ----------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class FFZero(PhysicalFF, protocol="ffzero"):
                 yield Update(layer.name, loss, gradients)
                 del gradients
             if i + 1 < depth:
-                with _held(layer.norm):
+                with _Held(layer.norm):
                     x = self._run(layer, x)[1]
 
     def _probe(self, index: int, x: Tensor, targets: Tensor) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
@@ -123,7 +124,7 @@ class FFZero(PhysicalFF, protocol="ffzero"):
         if not moved:
             return clean.sum(), gradients
         generator = self.rng(x.device)
-        with _held(layer.norm):
+        with _Held(layer.norm):
             for channel in range(len(clean)) if clean.ndim else (None,):
                 parts = [p if channel is None else p[channel] for p, _ in moved]
                 values = [part.clone() for part in parts]
@@ -133,14 +134,14 @@ class FFZero(PhysicalFF, protocol="ffzero"):
                 for direction in drawn:
                     found = []
                     for sign in (1.0, -1.0):
-                        for part, value, d in zip(parts, values, direction.split(sizes), strict=True):
+                        for part, value, d in zip(parts, values, torch.split(direction, sizes), strict=True):
                             part.copy_(value + (sign * self.step) * d.view_as(part).to(part))
                         loss = self._losses(index, x, targets)
                         found.append(loss if channel is None else loss[channel])
                     slopes.append((found[0] - found[1]) / (2 * self.step))
                 for part, value in zip(parts, values, strict=True):
                     part.copy_(value)
-                estimate = ffzero.estimate(torch.stack(slopes), drawn.to(clean)).split(sizes)
+                estimate = torch.split(ffzero.estimate(torch.stack(slopes), drawn.to(clean)), sizes)
                 for (p, _), piece in zip(moved, estimate, strict=True):
                     into = gradients[p] if channel is None else gradients[p][channel]
                     into.copy_(piece.view_as(into))
@@ -176,7 +177,7 @@ class FFZero(PhysicalFF, protocol="ffzero"):
         yield from super().activations(inputs, *context)
 
 
-class _held:
+class _Held:
     """Statistics of normalisation stay as they are."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:

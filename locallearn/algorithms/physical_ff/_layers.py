@@ -60,16 +60,20 @@ def taken_apart(name: str, block: nn.Module, owner: str) -> Layer:
         if isinstance(module, nn.Linear | nn.Conv2d):
             refuse_made_weights(name, module, owner)
             if weights is not None:
-                raise ValueError(f"block {name!r} has two layers of weights, and {owner} trains one per block: make it two")
+                raise ValueError(
+                    f"block {name!r} has two layers of weights, and {owner} trains one per block: make it two"
+                )
             weights = module
         elif isinstance(module, nn.modules.dropout._DropoutNd):
             raise ValueError(f"block {name!r} has an nn.{type(module).__name__}, and {owner} knows none: take it out")
         elif isinstance(module, NORMALISATIONS) and weights is not None and not after:
             norm.append(module)
-        elif next(module.parameters(), None) is not None or list(module.children()) and not isinstance(module, Measured):
+        elif any(True for _ in module.parameters()) or (
+            any(True for _ in module.children()) and type(module) is not Measured
+        ):
             raise ValueError(
-                f"block {name!r} has a {type(module).__name__}, and {owner} trains blocks of one nn.Linear or nn.Conv2d with modules "
-                "without weights around it: write such a block, or use another algorithm"
+                f"block {name!r} has a {type(module).__name__}, and {owner} trains blocks of one nn.Linear or nn.Conv2d with "
+                "modules without weights around it: write such a block, or use another algorithm"
             )
         else:
             (before if weights is None else after).append(module)
@@ -97,9 +101,9 @@ def pointwise(name: str, modules: Sequence[nn.Module], owner: str) -> Pointwise 
     found = _POINTWISE.get(type(modules[0]))
     if len(modules) > 1 or found is None or getattr(modules[0], "approximate", "none") != "none":
         raise ValueError(
-            f"block {name!r} has {', '.join(type(module).__name__ for module in modules)} behind its weights, and {owner} makes its "
-            f"gradient by hand for {', '.join(kind.__name__ for kind in _POINTWISE)}, or nothing: put one of these there, or set "
-            "algorithm.protocol=ffzero"
+            f"block {name!r} has {', '.join(type(module).__name__ for module in modules)} behind its weights, and {owner} "
+            f"makes its gradient by hand for {', '.join(kind.__name__ for kind in _POINTWISE)}, or nothing: put one of these "
+            "there, or set algorithm.protocol=ffzero"
         )
     module = modules[0]
     return lambda h: found(module, h)
@@ -116,7 +120,7 @@ def _relu(module: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]:
 
 def _leaky(module: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]:
     slope = float(module.negative_slope)  # type: ignore[arg-type]
-    return F.leaky_relu(h, slope), torch.where(h > 0, 1.0, slope).to(h)
+    return F.leaky_relu(h, slope), torch.where(h > 0, torch.ones_like(h), torch.full_like(h, slope))
 
 
 def _elu(module: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]:

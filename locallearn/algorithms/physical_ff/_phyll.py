@@ -48,14 +48,15 @@ class PhyLL(PhysicalFF, LabelledGoodness, protocol="phyll"):
         self._activations = []
         for i, layer in enumerate(self._layers):
             if not isinstance(layer.weights, torch.nn.Linear) or layer.norm:
+                found = type((*layer.norm, layer.weights)[0]).__name__
                 raise ValueError(
-                    f"block {layer.name!r} has a {type((*layer.norm, layer.weights)[0]).__name__}, and PhyLL trains linear layers: set "
-                    "algorithm.protocol=ffzero for convolutions and normalisation, or use net=physical"
+                    f"block {layer.name!r} has a {found}, and PhyLL trains linear layers: set algorithm.protocol=ffzero for "
+                    "convolutions and normalisation, or use net=physical or net=mlp"
                 )
             self._activations.append(pointwise(layer.name, layer.after, "PhyLL"))
             self.register_buffer(f"direction{i + 1}", physical_ff.direction(layer.weights.out_features))
-        height = torch.nan if self.label_height is None else self.label_height
-        self.register_buffer("height", torch.tensor(height, dtype=torch.float64))
+        # 0: the first batch has not come yet
+        self.register_buffer("height", torch.tensor(self.label_height or 0.0, dtype=torch.float64))
 
     def block_groups(self, index: int) -> list[ParamGroup]:
         """Weights and bias."""
@@ -63,8 +64,8 @@ class PhyLL(PhysicalFF, LabelledGoodness, protocol="phyll"):
 
     def local_loss(self, index: int, output: Tensor, batch: Batch) -> Tensor:
         """Loss of a block's output, positives on top of negatives."""
-        good = self._goodness(index, output)
-        return physical_ff.loss(*good.chunk(2), self.theta)
+        positive, negative = self._goodness(index, output).chunk(2)
+        return physical_ff.loss(positive, negative, self.theta)
 
     # -- the way of a batch ----------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -86,19 +87,18 @@ class PhyLL(PhysicalFF, LabelledGoodness, protocol="phyll"):
                 found = physical_ff.gradients(
                     read, outputs, direction.to(outputs[0]), self.theta, activation, self._judges_absolutes(i)
                 )
-                gradients = {weights.weight: found.weight}
-                if weights.bias is not None:
-                    gradients[weights.bias] = found.bias
+                pieces = {"weight": found.weight, "bias": found.bias}
+                gradients = {parameter: pieces[key] for key, parameter in weights.named_parameters()}
                 del outputs
                 yield Update(layer.name, found.loss, gradients)
-                del gradients, found
+                del gradients, pieces, found
             if i + 1 < self.depth:
                 pair = [through(layer.after, weights(u)) for u in read]
 
     def _note_height(self, inputs: Tensor) -> None:
         if self.label_height is None:
             height = self.get_buffer("height")
-            height.copy_(torch.where(height.isnan(), inputs.detach().abs().max().to(height), height))
+            height.copy_(torch.where(height > 0, height, inputs.abs().max().to(height)))
 
     def _judges_absolutes(self, index: int) -> bool:
         return self.absolute if self.absolute is not None else self._activations[index] is None
@@ -106,7 +106,8 @@ class PhyLL(PhysicalFF, LabelledGoodness, protocol="phyll"):
     # -- labels ----------------------------------------------------------------------------------------------------------
     def _height(self) -> Tensor:
         """Of the label's slot; 1 before the first batch."""
-        return self.get_buffer("height").nan_to_num(1.0)
+        height = self.get_buffer("height")
+        return torch.where(height > 0, height, torch.ones_like(height))
 
     def written(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Inputs with these labels in their first entries, as high as the first batch."""

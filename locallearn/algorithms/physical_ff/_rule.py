@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from locallearn.algorithms.base import Algorithm, Locality, TaskInfo, choices, refuse_dense
 from locallearn.algorithms.layer_local import feature_sizes
@@ -52,7 +52,7 @@ class PhysicalFF(Algorithm):
         if cls is not PhysicalFF:
             return super().__new__(cls)
         if protocol not in cls.kinds:
-            raise ValueError(f"protocol is {protocol!r}, expected one of {', '.join(cls.kinds)}")
+            raise ValueError(f"protocol is {protocol!r}, expected one of {', '.join(get_args(Protocol))}")
         return super().__new__(cls.kinds[protocol])
 
     def __init__(
@@ -84,7 +84,9 @@ class PhysicalFF(Algorithm):
         self.margin = margin
         told = choices(self, PhysicalFF.__init__, *self.theirs)
         if told is not None:
-            raise ValueError(f"{told} means nothing with protocol={protocol}: leave it out, or choose the other protocol")
+            raise ValueError(
+                f"{told} means nothing with protocol={protocol}: leave it out, or choose the other protocol"
+            )
 
     @property
     def locality(self) -> Locality:
@@ -108,12 +110,16 @@ class PhysicalFF(Algorithm):
         """
         owner = type(self).__name__
         if not task.classes or task.outputs < 2:
-            raise ValueError(f"{owner} tells classes apart, and this task has {task.outputs if task.classes else 'none'}")
+            raise ValueError(
+                f"{owner} tells classes apart, and this task has {task.outputs if task.classes else 'none'}"
+            )
         refuse_dense(task, owner)
         if task.example.context:
             raise ValueError(f"{owner} has no use for the context of this task (a graph?): use another algorithm")
         if not task.example.inputs.is_floating_point():
-            raise ValueError(f"{owner} needs floating point inputs, and these are {task.example.inputs.dtype} (token ids?)")
+            raise ValueError(
+                f"{owner} needs floating point inputs, and these are {task.example.inputs.dtype} (token ids?)"
+            )
         return feature_sizes(self.blocks, task.example)
 
     def diagnostics(self) -> dict[str, dict[str, float]]:

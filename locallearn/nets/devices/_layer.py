@@ -18,8 +18,9 @@ class PhysicalLayer(nn.Module):
 
     The device is given a NumPy array of its own and gives an array back, so no graph can lead through it; whoever wants to
     differentiate is refused. It has no parameters. Every call is counted. What a simulated device keeps (its generator, a
-    medium that drifts) is in the checkpoint; a device without ``get_state`` and ``set_state`` keeps its state to itself, and
-    one that cannot be copied (an instrument behind a socket) is shared by copies of the network.
+    medium that drifts) is in the checkpoint: tensors by name, from its ``get_state`` to its ``set_state``. A device without
+    these keeps its state to itself, and one that cannot be copied (an instrument behind a socket) is shared by copies of the
+    network.
 
     Args:
         device: any callable of NumPy arrays, ``(B, m)`` floating point in, ``(B, r)`` real numbers out, r the same in every
@@ -102,8 +103,8 @@ class PhysicalLayer(nn.Module):
         if tracked or torch._C._functorch.is_functorch_wrapped_tensor(x) or _has_tangent(x):
             raise ValueError(
                 f"a derivative through the device {self.name} is asked for, and it can only be measured: train with "
-                "algorithm=physical_ff or another rule that stays within its block, or set net.differentiable=true for the control "
-                "with a simulated device"
+                "algorithm=physical_ff or another rule that stays within its block, or set net.differentiable=true for the "
+                "control with a simulated device"
             )
 
     def _checked(self, answer: Any, rows: int) -> Any:
@@ -121,8 +122,8 @@ class PhysicalLayer(nn.Module):
         broken = ~np.isfinite(array).all(1)
         if broken.any():
             raise ValueError(
-                f"the device {self.name} gave NaN or infinity in {int(broken.sum())} of {rows} rows (call {self.calls}): have it "
-                "return finite numbers, whatever it is given"
+                f"the device {self.name} gave NaN or infinity in {int(broken.sum())} of {rows} rows (call {self.calls}): have "
+                "it return finite numbers, whatever it is given"
             )
         return array.astype(np.float64 if array.dtype == np.float64 else np.float32)
 
@@ -136,18 +137,17 @@ class PhysicalLayer(nn.Module):
         twin.__dict__["_held"] = (_copied(self.device, memo),)
         return twin
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Counters, and what the device says of itself."""
-        counted = {"calls": self.calls, "samples": self.samples, "training_calls": self.training_calls}
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Counters, and what the device keeps: tensors by name."""
+        state = {"counts": torch.tensor([self.calls, self.samples, self.training_calls])}
         get_state = getattr(self.device, "get_state", None)
-        return {**counted, "device": get_state()} if callable(get_state) else counted
+        return {**state, **get_state()} if callable(get_state) else state
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from there."""
-        self.calls, self.samples = int(state["calls"]), int(state["samples"])
-        self.training_calls = int(state["training_calls"])
-        if "device" in state:
-            self.device.set_state(state["device"])  # type: ignore[attr-defined]
+        self.calls, self.samples, self.training_calls = map(int, state["counts"])
+        if len(state) > 1 and hasattr(self.device, "set_state"):
+            self.device.set_state({key: value for key, value in state.items() if key != "counts"})
 
     def extra_repr(self) -> str:
         """The device and its shape."""
@@ -227,7 +227,8 @@ def encode(h: Tensor, encoding: Encoding) -> Tensor:
     if encoding == "none":
         return h
     if encoding == "unit":
-        return h.abs() / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + 1e-6)  # as in the acoustic code
+        length: Tensor = torch.linalg.vector_norm(h, dim=1, keepdim=True)
+        return h.abs() / (length + 1e-6)  # as in the acoustic code
     low = h.amin(1, keepdim=True)
     span = h.amax(1, keepdim=True) - low
     scaled = (h - low) / torch.where(span > 0, span, torch.ones_like(span))
@@ -247,4 +248,4 @@ def _copied(device: Any, memo: dict[int, Any]) -> Any:
 def _has_tangent(x: Tensor) -> bool:
     if torch.autograd.forward_ad._current_level < 0:
         return False
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Transmission:
-    """A medium with a complex transmission matrix that can be drawn anew, drift and be saved.
+    """A medium with a complex transmission matrix that can be drawn anew and drift.
 
     Args:
         shape: of the matrix, inputs first.
@@ -34,14 +34,6 @@ class Transmission:
     def redraw(self, seed: int) -> None:
         """Put another medium of the same kind in its place."""
         self.matrix = self._drawn(np.random.default_rng([seed, 0]))
-
-    def get_state(self) -> Tensor:
-        """The medium as it is."""
-        return self.matrix.clone()
-
-    def set_state(self, state: Tensor) -> None:
-        """The medium as it was."""
-        self.matrix = state.clone()
 
 
 class Scatterer(Transmission):
@@ -93,8 +85,8 @@ class Optical(Transmission):
         self._image = math.isqrt(inputs)
         if self._image**2 != inputs:
             raise ValueError(
-                f"the optical device reads square images, and {inputs} values are none: give k², 784 of MNIST, 676 of the layer "
-                "before (net.hidden=[676,676])"
+                f"the optical device reads square images, and {inputs} values are none: give k², 784 of MNIST, 676 of the "
+                "layer before (net.hidden=[676,676])"
             )
         if side < 3 or not 0 < radius <= side / 2:
             raise ValueError(
@@ -120,7 +112,7 @@ class Optical(Transmission):
         modes = self._modes.to(x.device)
         passed = spectrum.index_select(1, modes) @ self.matrix.to(x.device, kind)
         behind = torch.zeros_like(spectrum).index_copy(1, modes, passed)
-        behind = torch.fft.ifftshift(behind.unflatten(1, (self._side, self._side)), dim=(1, 2))
+        behind = torch.fft.ifftshift(behind.view(-1, self._side, self._side), dim=(1, 2))
         amplitude = torch.fft.ifft2(behind, norm="ortho").abs()
         return F.avg_pool2d(amplitude[:, None], 3, 2, 1).flatten(1)
 

@@ -144,17 +144,17 @@ class SimulatedDevice:
         return torch.from_numpy(self._generator.standard_normal(tuple(like.shape))).to(like)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
-    def get_state(self) -> dict[str, Any]:
-        """The generator, and the medium where there is one."""
-        state: dict[str, Any] = {"generator": json.dumps(self._generator.bit_generator.state)}
-        get_state = getattr(self.map, "get_state", None)
-        return {**state, "map": get_state()} if callable(get_state) else state
+    def get_state(self) -> dict[str, Tensor]:
+        """The generator's state as bytes, and the medium where there is one."""
+        text = json.dumps(self._generator.bit_generator.state).encode()
+        state = {"generator": torch.tensor(list(text), dtype=torch.uint8)}
+        return {**state, "medium": self.map.matrix.clone()} if isinstance(self.map, Transmission) else state
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from there."""
-        self._generator.bit_generator.state = json.loads(state["generator"])
-        if "map" in state:
-            self.map.set_state(state["map"])
+        self._generator.bit_generator.state = json.loads(bytes(state["generator"].tolist()))
+        if isinstance(self.map, Transmission):
+            self.map.matrix = state["medium"].clone()
 
 
 class Simulation:
@@ -230,9 +230,7 @@ class Simulation:
             try:
                 made = _MAPS[self._map](inputs, self._outputs, given, **self._options)
             except TypeError as error:
-                raise ValueError(
-                    f"options is {self._options}, which map={self._map} does not take: {error}"
-                ) from error
+                raise ValueError(f"options is {self._options}, which map={self._map} does not take: {error}") from error
         if isinstance(made, Twin):
             self._twins[inputs] = made
         return SimulatedDevice(made, self._map, **self._settings, seed=seed)
@@ -252,7 +250,9 @@ def named(name: str) -> Any:
             f"the device is {name!r}, expected the dotted name of a callable, my_lab.device: {error}"
         ) from error
     if not callable(found):
-        raise ValueError(f"the device {name} is a {type(found).__name__}, expected a callable of arrays (B, m) -> (B, r)")
+        raise ValueError(
+            f"the device {name} is a {type(found).__name__}, expected a callable of arrays (B, m) -> (B, r)"
+        )
     return found
 
 
@@ -261,4 +261,5 @@ def quantise(x: Tensor, bits: int) -> Tensor:
     low = x.amin(1, keepdim=True)
     span = x.amax(1, keepdim=True) - low
     step = torch.where(span > 0, span, torch.ones_like(span)) / (2**bits - 1)
-    return ((x - low) / step).round() * step + low
+    rounded: Tensor = ((x - low) / step).round() * step + low
+    return rounded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +73,13 @@ class Twin:
         x, y = pairs[:, :inputs], pairs[:, inputs:]
         fitted = len(pairs) - judged - chosen
         layers: list[nn.Module] = []
-        for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (before, after) in enumerate(pairwise(widths)):
             layers += [nn.SiLU()] * (i > 0) + [nn.Linear(before, after)]
         net = nn.Sequential(*layers)
         optimizer = torch.optim.Adam(net.parameters(), lr=lr)
         best, weights = math.inf, {}
         for _ in range(epochs):
-            for rows in torch.randperm(fitted).split(100):
+            for rows in torch.split(torch.randperm(fitted), 100):
                 optimizer.zero_grad()
                 (net(x[rows]) - y[rows]).square().mean().sqrt().backward()
                 optimizer.step()
