@@ -190,6 +190,16 @@ class TestConformanceWithADevice(AlgorithmConformance):
         result = audit(attached(depth=2), batches[:2], batches=2, warmup=1)
         assert result.confirmed, result.reason
 
+    def test_the_global_generator_is_neither_read_nor_moved(
+        self, attached: Callable[..., Algorithm], batches: list[Batch]
+    ) -> None:
+        """The device has a generator of its own, which a prediction moves on, too."""
+        algorithm = attached()
+        state = torch.get_rng_state()
+        plain_loop(algorithm, batches, partial(torch.optim.SGD, lr=0.1))
+        algorithm.predict(batches[0].inputs)
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_predict_gives_finite_scores_and_changes_nothing(  # type: ignore[override]
         self, attached: Callable[..., Algorithm], batches: list[Batch]
     ) -> None:
