@@ -18,6 +18,7 @@ from locallearn.algorithms.local_heads import LocalHeads
 from locallearn.algorithms.man import MAN
 from locallearn.algorithms.mono_forward import MonoForward
 from locallearn.algorithms.pepita import Pepita
+from locallearn.algorithms.physical_ff import PhysicalFF
 from locallearn.algorithms.product_feedback_alignment import ProductFeedbackAlignment
 from locallearn.algorithms.ridge import Ridge
 from locallearn.algorithms.scalable_ff import ScalableForwardForward
@@ -44,6 +45,7 @@ __all__ = [
     "MonoForward",
     "ParamGroup",
     "Pepita",
+    "PhysicalFF",
     "ProductFeedbackAlignment",
     "Ridge",
     "ScalableForwardForward",

@@ -41,10 +41,13 @@ class Arm:
         """Words for Hydra."""
         return [f"algorithm={self.algorithm}", *self.settings]
 
-    def beyond(self, variant: str | None) -> list[str]:
-        """Settings that a rule's name of its variant does not tell already."""
+    def beyond(self, variant: str | None, device: str | None = None) -> list[str]:
+        """Settings that a rule's name of its variant, and of the device in its network, do not tell already."""
         pairs = [setting.removeprefix("algorithm.") for setting in self.settings]
         told = {variant, *re.split(", |-", variant or "")}
+        if device is not None:
+            told |= {"net.device=null", "net.differentiable=true"}
+            told |= {f"net.device.{part}" for part in device.split(", ")}
         return [pair for pair in pairs if told.isdisjoint((pair, *pair.split("=")))]
 
 
@@ -64,13 +67,43 @@ def arms_of(command: str, words: Sequence[str]) -> tuple[Any, dict[str, str], li
     if not listed and (named or any(word.startswith("experiment=") for word in words)):
         settings = ",".join(word.removeprefix("algorithm.") for word in own)
         text = f"{choices['algorithm']}({settings})" if own else choices["algorithm"]
-        algorithms = list(dict.fromkeys(["backprop", text]))
+        algorithms = list(dict.fromkeys([*_baseline(choices["algorithm"], base.net), text]))
         shared = [word for word in words if word not in named and word not in own]
     if not distinct(algorithms, str):
         raise UsageError(
             f"the algorithms to compare are {algorithms}, expected a list with every one once: [backprop,...]"
         )
-    return base, choices, [Arm(text) for text in algorithms], shared
+    arms = [Arm(text) for text in algorithms]
+    if command == "compare":
+        arms += _controls(arms, shared)
+    return base, choices, arms, shared
+
+
+def _baseline(algorithm: str, net: Any) -> list[str]:
+    """Backpropagation, through the formula of a simulated device; of a device without one there is no such baseline."""
+    device = net.get("device") if algorithm == "physical_ff" else None
+    if device is None:
+        return ["backprop"]
+    simulated = hasattr(device, "get") and device.get("map") in ("scatterer", "optical", "twin")
+    rounds = simulated and (device.get("input_bits") or device.get("output_bits"))
+    return ["backprop(net.differentiable=true)"] if simulated and not rounds else []
+
+
+def _controls(arms: Sequence[Arm], shared: Sequence[str]) -> list[Arm]:
+    """Arms that nobody may leave out: what a physical device adds is only told beside the same network without it."""
+    found: dict[str, Arm] = {}
+    without = False
+    for arm in arms:
+        if arm.algorithm != "physical_ff":
+            continue
+        net = compose_settings([*shared, *arm.overrides])[0].net
+        if net.get("device") is None:
+            without = True
+            continue
+        settings = [word.removeprefix("algorithm.") for word in arm.settings if not word.startswith("net.device")]
+        text = f"physical_ff({','.join([*settings, 'net.device=null'])})"
+        found[text] = Arm(text)
+    return [] if without else list(found.values())
 
 
 def distinct(values: Any, kind: type) -> bool:

@@ -70,6 +70,8 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
             "does not know"
         )
 
+    device = _device(choices["algorithm"], config["net"])
+
     def make_task(net: Any) -> Any:
         given = {"example": data.example(), "classes": data.classes}
         return make(cfg.task, net=net, **accepted(cfg.task._target_, given))
@@ -85,7 +87,8 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
             part
             for part in (
                 algorithm.variant,
-                *(arm.beyond(algorithm.variant) if arm is not None else ()),
+                device,
+                *(arm.beyond(algorithm.variant, device) if arm is not None else ()),
                 "sequential" if cfg.schedule.sequential else None,
             )
             if part
@@ -113,6 +116,24 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         keep_model=cfg.keep_model,
         resume=None if cfg.resume is None else folder_setting(cfg, "resume"),
     )
+
+
+def _device(algorithm: str, net: dict[str, Any]) -> str | None:
+    """What stands between the layers, as tables name it: which device, how it suffers, or that there is none.
+
+    ``None``: neither the network nor the rule is about devices.
+    """
+    if "device" not in net and algorithm != "physical_ff":
+        return None
+    device = net.get("device")
+    if not device:
+        return "no device"
+    settings = device if isinstance(device, dict) else {"map": device}
+    name = settings.get("map", settings.get("_target_"))
+    name = name.get("_target_") if isinstance(name, dict) else name
+    usual = ("map", "_target_", "seed", "options", "outputs")
+    told = [f"{key}={value}" for key, value in settings.items() if key not in usual and value not in (None, 0)]
+    return ", ".join([f"device={name}", *told, *(["differentiable"] if net.get("differentiable") else [])])
 
 
 def _execution(channels_last: Any, compile: Any, backend: Any) -> dict[str, Any]:

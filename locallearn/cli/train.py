@@ -76,6 +76,10 @@ def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> int:
     Console(stderr=True).print(
         f"{choices['algorithm']} on {choices['dataset']}: test {metric} {record.data['test'][metric]:.4f}, {took}"
     )
+    if choices["algorithm"] == "physical_ff" and cfg.net.get("device") is not None:
+        Console(stderr=True).print(
+            "What the device adds is only told beside the same network without it: net.device=null (compare runs both)"
+        )
     print(folder)
     return 0
 

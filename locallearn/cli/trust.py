@@ -18,7 +18,7 @@ from locallearn.cli.settings import UsageError
 # Where a class must be defined, and what it must be a kind of; of locallearn's functions those that say they make one.
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "locallearn.algorithms": ("locallearn.algorithms.base.Algorithm",),
-    "locallearn.nets": ("locallearn.nets.blocks.Blocks",),
+    "locallearn.nets": ("locallearn.nets.blocks.Blocks", "locallearn.nets.devices.Simulation"),
     "locallearn.local": ("locallearn.nets.blocks.Blocks",),  # not its factory, which imports what it is told
     "locallearn.tasks": (
         "lightning.pytorch.LightningDataModule",
@@ -43,6 +43,8 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
 }
 # Of these packages only the plain layers: others, such as torch_geometric.nn.Sequential, run code from their arguments.
 _LAYERS = {"torch.nn": "torch.nn.modules", "torch_geometric.nn": "torch_geometric.nn.conv"}
+# Arguments of allowed parts that take the dotted name of something to import.
+_NAMES = {"locallearn.nets.physical": "device", "locallearn.nets.devices.Simulation": "map"}
 _KEYS = ("_target_", "_partial_", "_convert_")
 
 
@@ -78,6 +80,9 @@ def check_trusted(config: Mapping[str, Any], owner: str, trust: bool) -> None:
         odd = [key for key in value if key.startswith("_") and key.endswith("_") and key not in _KEYS]
         if odd:
             raise UsageError(f"the settings of {owner} have {where}.{odd[0]}, {_UNTRUSTED}")
+        own = value.get(_NAMES.get(str(value.get("_target_")), ""))
+        if isinstance(own, str) and "." in own:
+            raise UsageError(f"the settings of {owner} would run {own!r} as the device of {where}, {_UNTRUSTED}")
         if "_target_" in value and not _allowed(value["_target_"]):
             raise UsageError(f"the settings of {owner} would run {value['_target_']!r} as {where}, {_UNTRUSTED}")
 

@@ -225,7 +225,8 @@ class AlgorithmConformance:
         assert [unit for stage in stages for unit in stage] == list(algorithm.units())
         for stage in stages:
             algorithm.train_only(frozenset(stage))
-            assert [update.unit for update in algorithm.updates(batches[0])] == stage
+            named = [update.unit for update in algorithm.updates(batches[0])]
+            assert list(dict.fromkeys(named)) == stage  # a unit may take several steps in a row
 
     # -- randomness ---------------------------------------------------------------------------------------------------
     def test_the_same_seed_gives_the_same_weights(

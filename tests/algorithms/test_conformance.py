@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -28,14 +29,17 @@ from locallearn.algorithms import (
     LocalHeads,
     MonoForward,
     Pepita,
+    PhysicalFF,
     ProductFeedbackAlignment,
     Ridge,
     ScalableForwardForward,
     TaskInfo,
     ZerothOrder,
 )
+from locallearn.audit import audit
 from locallearn.batch import Batch
-from locallearn.nets import Blocks, gnn, mlp
+from locallearn.nets import Blocks, gnn, mlp, physical
+from locallearn.nets.devices import Simulation
 from locallearn.testing import AlgorithmConformance, plain_loop
 
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
@@ -94,6 +98,8 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "pepita-hebbian": partial(Pepita, variant="hebbian", normalise=True),
     "pepita-time_local": partial(Pepita, variant="time_local"),
     "pepita-mirror": partial(Pepita, mirror_steps=2, mirror_every=2),
+    "physical_ff": partial(PhysicalFF, inner_steps=1),
+    "physical_ff-ffzero": partial(PhysicalFF, protocol="ffzero"),
     **{
         f"feedback_alignment-{mode}": partial(FeedbackAlignment, mode=mode)
         for mode in ("fa", "dfa", "usf", "brsf", "frsf", "weight_mirror", "kolen_pollack")
@@ -180,6 +186,44 @@ class TestConformanceOfInfoPro(TestConformanceOnMaps):
     def make_algorithm(self, request: pytest.FixtureRequest) -> Callable[[], Algorithm]:
         ends: dict[str, tuple[float, float]] = {} if request.param else {"classification": (1.0, 1.0)}
         return lambda: LocalHeads(head="1c2f", loss="infopro", contrast=request.param, **ends)
+
+
+class TestConformanceWithADevice(AlgorithmConformance):
+    """A device with everything that changes from call to call, which copies and checkpoints have to know."""
+
+    @pytest.fixture
+    def make_algorithm(self) -> Callable[[], Algorithm]:
+        return partial(PhysicalFF, inner_steps=2)
+
+    @pytest.fixture
+    def make_net(self) -> Callable[[int], Blocks]:
+        device = Simulation(noise=0.05, drift=0.02, output_bits=8, dropped=0.1, options={"gain": 4.0})
+        return lambda depth: physical((32,), 4, (32,) * depth, device=device)
+
+    def test_audit_confirms_the_claim(self, attached: Callable[..., Algorithm], batches: list[Batch]) -> None:
+        result = audit(attached(depth=2), batches[:2], batches=2, warmup=1)
+        assert result.confirmed, result.reason
+
+    def test_the_global_generator_is_neither_read_nor_moved(
+        self, attached: Callable[..., Algorithm], batches: list[Batch]
+    ) -> None:
+        """The device has a generator of its own, which a prediction moves on, too."""
+        algorithm = attached()
+        state = torch.get_rng_state()
+        plain_loop(algorithm, batches, partial(torch.optim.SGD, lr=0.1))
+        algorithm.predict(batches[0].inputs)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_predict_gives_finite_scores_and_changes_nothing(  # type: ignore[override]
+        self, attached: Callable[..., Algorithm], batches: list[Batch]
+    ) -> None:
+        """Weights stay; a device that is asked counts, draws and drifts."""
+        algorithm = attached()
+        before = copy.deepcopy(list(algorithm.parameters()))
+        scores = algorithm.predict(batches[0].inputs)
+        assert scores.shape == (24, 4)
+        assert scores.isfinite().all()
+        assert all(torch.equal(p, old) for p, old in zip(algorithm.parameters(), before, strict=True))
 
 
 NODES, WIDTH, CLASSES = 40, 32, 4

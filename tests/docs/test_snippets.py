@@ -140,6 +140,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/algorithms/pepita.md": lambda names: (
         _learns_at_the_stated_cost(names) and bool(names["after"] < names["before"])
     ),
+    "docs/algorithms/physical_ff.md": lambda names: names["accuracy"] > 0.9 and names["calls"] == [40, 40],
     "docs/algorithms/product_feedback_alignment.md": lambda names: (
         _learns_at_the_stated_cost(names) and bool(names["angle"] < 30)
     ),
