@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,3 +119,13 @@ def test_importing_the_package_brings_torch_and_nothing_heavy(loaded: tuple[set[
 def test_algorithms_and_audit_need_no_lightning(loaded: tuple[set[str], set[str]]) -> None:
     assert "locallearn.audit" in loaded[1]
     assert not {"lightning", "hydra", "torchvision"} & {name.split(".")[0] for name in loaded[1]}
+
+
+def test_every_package_goes_into_the_wheel() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "locallearn").rglob("__init__.py")} | {
+        f"locallearn.{path.parent.name}"
+        for folder in ("conf", "energy", "tasks")
+        for path in (ROOT / folder).glob("__init__.py")
+    }
+    assert sorted(there - set(listed)) == []

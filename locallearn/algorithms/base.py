@@ -200,7 +200,7 @@ class Algorithm(nn.Module, ABC):
         return None
 
     @property
-    def directions(self) -> str | None:
+    def estimates_along(self) -> str | None:
         """Name of the setting that says along how many random directions a batch's gradient is estimated.
 
         For rules whose updates are estimates of the gradient of the task's loss. Default: ``None``, they are not.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locallearn.functional.cafo import ridge
+from locallearn.functional.ridge import ridge
 
 
 class Moments:

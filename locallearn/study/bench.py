@@ -482,7 +482,7 @@ def _estimates(
         raise ValueError(f"bench.counts is {list(counts)}, expected whole numbers of directions of at least 1")
     found = []
     for name in algorithms:
-        setting = make(name).algorithm.directions
+        setting = make(name).algorithm.estimates_along
         if setting is None:
             raise ValueError(
                 f"{name} does not estimate a gradient along random directions: bench.what=estimates takes forward_gradient and "

@@ -116,7 +116,7 @@ class GuidedForwardGradient(ForwardGradient):
 
     # -- claims -------------------------------------------------------------------------------------------------------
     @property
-    def directions(self) -> str | None:
+    def estimates_along(self) -> str | None:
         """Of a guess there is none to choose."""
         return None
 
@@ -211,7 +211,7 @@ class GuidedForwardGradient(ForwardGradient):
         self.guess_heads = nn.ModuleList(make() for make in self._made if self.guess in ("ntk", "fixed-ntk"))
         self.guess_heads.requires_grad_(False)
         targets = task.example.targets[: len(inputs)].to(inputs.device)
-        self._try_out(Batch(inputs, targets))
+        self._attempt(Batch(inputs, targets))
 
     def _maker(self, name: str, shape: tuple[int, ...], outputs: int) -> Callable[[], nn.Module]:
         """Makes the head of a block.
@@ -443,7 +443,7 @@ class GuidedForwardGradient(ForwardGradient):
             refuse_no_mean(self._loss, scores, batch.targets, "guessed forward gradients", "set simulated=true")
             self._compared = len(batch.inputs) > 2  # of two, as in the example, much looks alike
 
-    def _try_out(self, batch: Batch) -> None:
+    def _attempt(self, batch: Batch) -> None:
         """One step that leaves no trace.
 
         Raises:

@@ -54,7 +54,7 @@ class LocalForwardGradient(ForwardGradient):
         return False
 
     @property
-    def directions(self) -> str | None:
+    def estimates_along(self) -> str | None:
         """Not of the task's loss."""
         return None
 

@@ -185,7 +185,7 @@ class ForwardGradient(_ByOptions):
         )
 
     @property
-    def directions(self) -> str | None:
+    def estimates_along(self) -> str | None:
         """K."""
         return "tangents"
 
