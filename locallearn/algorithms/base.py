@@ -192,6 +192,11 @@ class Algorithm(nn.Module, ABC):
         return None
 
     @property
+    def piecewise(self) -> bool:
+        """Whether a unit is stepped a few weights at a time, so that nobody sees its gradient as a whole. Default: no."""
+        return False
+
+    @property
     def carries(self) -> bool:
         """Whether blocks may hand over several tensors (:class:`~locallearn.nets.border.Border`) under this rule. Default: no.
 
