@@ -24,7 +24,7 @@ Kind = Literal["gaussian", "rademacher", "uniform"]
 _M = 0xFFFFFFFF
 _LANES = {"gaussian": 8, "rademacher": 128, "uniform": 4}  # numbers of a block
 _TILE = 16  # blocks
-_BLOCKS = 2**15  # computed at once: little enough for a cache
+_BLOCKS = 2**13  # computed at once: little enough for a cache
 _LEVELS = 2**16
 
 

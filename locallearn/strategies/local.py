@@ -290,6 +290,12 @@ class LocalStrategy(SingleDeviceStrategy):
             )
 
     def _check_clipping(self, trainer: pl.Trainer) -> None:
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value" and self.algorithm.piecewise:
+            raise ValueError(
+                f"gradient_clip_val is {trainer.gradient_clip_val}, but {type(self.algorithm).__name__} hands gradients over a "
+                "few weights at a time here, and the norm of all is never known: leave it out, clip by value "
+                "(gradient_clip_algorithm='value'), or use a variant that hands them over at once"
+            )
         if not trainer.gradient_clip_val or trainer.gradient_clip_algorithm != "value":
             return
         reason = self.algorithm.linear_optimizer

@@ -66,5 +66,7 @@ def test_what_replay_says_of_mistakes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "model.pt: bit-equal" in capsys.readouterr().out
     assert main([*_WORDS, f"algorithm.trajectory={file}", f"runs_dir={tmp_path / 'runs'}"]) == 2
     assert "never overwritten" in capsys.readouterr().err
+    assert main([*_WORDS, "trainer.gradient_clip_val=1.0", f"runs_dir={tmp_path / 'runs'}"]) == 2
+    assert "the norm of all is never known" in capsys.readouterr().err
     assert main([*_WORDS, "algorithm.trajectory=/nowhere/at/all.bin", f"runs_dir={tmp_path / 'runs'}"]) == 2
     assert "there is no folder /nowhere/at" in capsys.readouterr().err

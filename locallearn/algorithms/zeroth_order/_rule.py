@@ -62,8 +62,8 @@ class ZerothOrder(Algorithm):
     and adds up what is smaller than a code.
 
     The step itself is the optimizer's, with its rate and its schedule; under ``mezo``, ``fzoo`` and ``qes`` it is asked once
-    per group of weights, which any optimizer that treats weights one by one takes for one step. Clipping by norm would see a
-    group instead of all.
+    per group of weights, which any optimizer that treats weights one by one takes for one step. Clipping by norm, which
+    would see a group instead of all, is refused there.
 
     In probes BatchNorm normalises by its running statistics, which are moved once per batch by a pass at θ; both sides of a
     direction and all directions see the same dropout masks. Losses are made in float32 at least.
@@ -173,6 +173,11 @@ class ZerothOrder(Algorithm):
     def locality(self) -> Locality:
         """Forward-only: no backward pass at all."""
         return Locality.FORWARD_ONLY
+
+    @property
+    def piecewise(self) -> bool:
+        """In place and with codes: gradients as a whole would be a second copy of the weights."""
+        return self.variant_name in ("mezo", "fzoo", "qes")
 
     @property
     def carries(self) -> bool:
