@@ -393,6 +393,10 @@ def test_settings_that_do_not_go_together_are_refused(settings: Any, words: str)
             TaskInfo(Batch(torch.randn(2, 7), torch.arange(2)), 3, nn.CrossEntropyLoss(label_smoothing=0.1)),
             "this task's loss is another",
         ),
+        (
+            TaskInfo(Batch(torch.randn(2, 7), torch.arange(2)), 3, nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, 5.0]))),
+            "this task's loss is another",
+        ),
     ],
 )
 def test_losses_without_a_closed_form_are_refused(task: TaskInfo, words: str) -> None:
