@@ -211,6 +211,7 @@ class Algorithm(nn.Module, ABC):
         """E‖ĝ − g‖² / ‖g‖² of the estimate by theory, for a gradient of ``size`` entries; ``None`` where there is none."""
         return None
 
+    @property
     def piecewise(self) -> bool:
         """Whether a unit is stepped a few weights at a time, so that nobody sees its gradient as a whole. Default: no."""
         return False
