@@ -12,12 +12,13 @@
 #   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh predsim   VGG8b layer by layer, MNIST and CIFAR-10
 #   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh cafo      Cascaded Forward with blocks trained by DFA, CIFAR-10
 #   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh monocnn   Mono-Forward's four convolutions, CIFAR-10 and MNIST
-# These six take LIMIT seconds at most (default 570): what then runs is stopped as by Ctrl-C, and the same command again takes over
+#   OUT=folder LOCALLEARN_DATA=data bash docs/gpu.sh forward   LocalMixer by local forward gradients and its controls; guesses on ResNet-18, CIFAR-10
+# These seven take LIMIT seconds at most (default 570): what then runs is stopped as by Ctrl-C, and the same command again takes over
 # what is finished and goes on with the rest. The most valuable runs come first.
 # Needs locallearn importable (installed, or its unpacked wheel on PYTHONPATH). Records go to $OUT/records; copy them to
 # docs/records/ with the command that made them.
 set -uo pipefail
-part=${1:?say short, long, resnet, cnn, mlp, moonshot1, moonshot2, moonshot3, predsim, cafo or monocnn}
+part=${1:?say short, long, resnet, cnn, mlp, moonshot1, moonshot2, moonshot3, predsim, cafo, monocnn or forward}
 out=${OUT:-runs/gpu}
 run() { echo "+ locallearn $*"; python3 -m locallearn.cli "$@" trainer.accelerator=cuda "runs_dir=$out/records" || echo "FAILED: $*"; }
 # One rule of a comparison at a time, so that each has its place in the order; all seeds of it before the next one.
@@ -75,6 +76,15 @@ elif [ "$part" = monocnn ]; then
       arm "$rule" "experiment=mono_forward_${data}_cnn" 'compare.seeds=[0,1,2]'
     done
   done
+elif [ "$part" = forward ]; then
+  for rule in forward_gradient 'forward_gradient(losses=global,mask=true)' backprop 'forward_gradient(perturb=weights)' \
+    'forward_gradient(losses=global,perturb=weights)'; do
+    arm "$rule" experiment=lg_fg_a_cifar10 'compare.seeds=[0]'
+  done
+  for space in weights activities; do
+    arm "forward_gradient(perturb=$space)" experiment=forward_gradient_cifar10_resnet18 'compare.seeds=[0]'
+  done
+  arm backprop experiment=forward_gradient_cifar10_resnet18 'compare.seeds=[0]'
 elif [ "$part" = short ]; then
   python3 -m pytest -q -m gpu tests 2>&1 | tail -15
   for what in step strategy memory; do
