@@ -35,7 +35,8 @@ def scalars(plus: Tensor, minus: Tensor | None, base: Tensor | None, eps: float,
     ======== ================================ ==========================================
 
     s is the standard deviation of the losses, with n − 1 in FZOO's place and over all 2n losses of pairs. Shaped numbers know
-    neither ε nor the scale of the loss. Where all losses are equal (s = 0), all numbers are zero.
+    neither ε nor the scale of the loss. Where all losses are equal (s = 0), all numbers are zero; where one is NaN, they are,
+    too (of signs its own is zero).
 
     Args:
         plus: losses at θ + ε z_i, ``(n,)``.
@@ -67,9 +68,8 @@ def scalars(plus: Tensor, minus: Tensor | None, base: Tensor | None, eps: float,
         return difference.sign().float()
     if len(whole) < 2:
         raise ValueError("shaping=zscore needs the spread of at least two losses")
-    # In units of the largest, so that a tiny spread is not lost in squares.
     spread = whole.std()
-    return torch.where(spread > 0, difference / (factor * spread), 0.0).float()
+    return torch.where(spread == 0, 0.0, difference / (factor * spread)).float()
 
 
 def second_moment(size: int, count: int = 1, noise: Noise = "gaussian") -> float:

@@ -19,11 +19,17 @@ def trajectory_of(plan: Plan, recorder: _Recorder) -> list[pl.Callback]:
     """What writes the trajectory that was asked for; nothing where none was.
 
     Raises:
-        ValueError: the file is there already, or its folder is not.
+        ValueError: the file is there already, its folder is not, or gradients are clipped.
     """
     rule = plan.algorithm
     if not isinstance(rule, ZerothOrder) or rule.trajectory is None:
         return []
+    if plan.trainer.get("gradient_clip_val"):
+        raise ValueError(
+            f"algorithm.trajectory keeps the numbers that steps are made of, and trainer.gradient_clip_val="
+            f"{plan.trainer['gradient_clip_val']} changes the steps behind them, so they could not be replayed: leave one of "
+            "the two out"
+        )
     path = None if rule.trajectory == "run" else Path(rule.trajectory).expanduser()
     if path is not None and plan.resume is None and path.exists():
         raise ValueError(

@@ -21,6 +21,7 @@ from locallearn.audit import audit
 from locallearn.batch import Batch
 from locallearn.functional.zeroth_order import GRID
 from locallearn.nets import Blocks, mlp
+from locallearn.study._estimates import measure_estimates
 from tests.references import reference
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -148,6 +149,46 @@ def test_mezo_as_its_authors_code_does_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert float(rule.scalars[0]) == pytest.approx(float(known["f64/projected_grad"]), rel=1e-6)
     for p, name in zip(net.parameters(), names, strict=True):
         assert float((p.detach() - tensors[f"f64/w1/{name}"]).abs().max()) < 1e-8  # the number is float32 here
+
+
+@pytest.mark.parametrize(("variant", "noise"), [("spsa", "rademacher"), ("mezo", "gaussian")])
+def test_how_far_estimates_are_from_the_gradient(variant: str, noise: str) -> None:
+    """The error that is announced is the one against autograd, for either noise."""
+    rule = _attached(_net(), batch := _batch(), variant=variant, noise=noise, n=2)
+    found = measure_estimates("zeroth_order", rule, TaskInfo(batch, 3, F.cross_entropy), batch, rule.n, 100)
+    size = sum(p.numel() for p in rule.blocks.parameters())
+    assert found.size == size
+    assert found.theory == pytest.approx((size + (1 if noise == "gaussian" else -1)) / 2)
+    assert abs(found.error - found.theory) < 4 * (found.standard_error or 0.0)
+    assert rule.estimates_along == "n"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"variant": "eggroll", "shaping": "none"},
+        {"variant": "fzoo", "n": 2},
+        {"antithetic": False},
+        {"shaping": "sign"},
+    ],
+)
+def test_estimates_without_a_law(settings: dict[str, Any]) -> None:
+    assert ZerothOrder(**settings).expected_error(100) is None
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", [*VARIANTS, "sign", "one side"])
+def test_a_loss_that_is_not_finite_is_told(name: str, exact: bool) -> None:
+    """One bad loss of many is neither left out of the mean nor taken for a spread of zero."""
+    settings = {"sign": {"n": 3, "shaping": "sign"}, "one side": {"n": 3, "antithetic": False}} | VARIANTS
+    for bad in (float("nan"), float("inf")):
+        rule = _attached(_net(), _batch(), **settings[name], exact=exact)
+        seen = rule.losses(_batch())
+        seen[0] = bad
+        updates = list(rule.learn(seen))
+        assert not torch.isfinite(updates[0].loss)
+        if bad != bad and name != "sign":  # of which a sign is zero
+            assert torch.isnan(rule.scalars).any()
 
 
 class _Mixed(nn.Module):
@@ -521,6 +562,10 @@ def test_codes_stay_codes() -> None:
         ({"variant": "qes", "antithetic": False}, "both sides"),
         ({"variant": "qes", "bits": 9}, "bits is 9"),
         ({"decay": "none"}, "decay is 'none', expected matrices, all"),
+        ({"exact": "maybe"}, "exact is 'maybe', expected true or false"),
+        ({"antithetic": 1}, "antithetic is 1, expected true or false"),
+        ({"variant": "qes", "residual_decay": "half"}, "residual_decay is 'half', expected a share"),
+        ({"trajectory": 5}, "trajectory is 5, expected the name of a file"),
     ],
 )
 def test_settings_that_do_not_go(settings: dict[str, Any], sentence: str) -> None:
@@ -538,5 +583,10 @@ def test_networks_that_do_not_go() -> None:
         dropout[0].weight[0, 0] = 2.5
     with pytest.raises(ValueError, match=r"between -2 and 2, and the largest of 'members\.block0\.0\.weight' is 2\.5"):
         _attached(dropout, batch, exact=True)
+    for eps in (1e-8, 0.5):
+        with pytest.raises(ValueError, match=r"use an eps from 1e-6 to 0\.45, or exact=false"):
+            _attached(_net(), batch, exact=True, eps=eps)
+    with pytest.raises(ValueError, match=r"two losses for each of 1 directions, \(1, 2\)"):
+        next(_attached(_net(), batch).learn(torch.zeros(2, 2)))
     with pytest.raises(ValueError, match="one per direction"):
         next(_attached(_net(), batch).follow(torch.zeros(2)))

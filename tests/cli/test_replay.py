@@ -15,7 +15,7 @@ _WORDS = (
     "algorithm.variant=mezo",
     "algorithm.exact=true",
     "dataset=digits",
-    "dataset.limit_train=200",
+    "dataset.limit_train=130",
     "net.hidden=[8]",
     "optimizer=sgd",
     "optimizer.lr=0.01",
@@ -31,12 +31,12 @@ def _train(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> Pat
 
 
 def test_a_run_is_rebuilt_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = _train(tmp_path, capsys, "algorithm.trajectory=run", "trainer.max_epochs=3")
+    run = _train(tmp_path, capsys, "algorithm.trajectory=run")
     out = tmp_path / "again.pt"
     assert main(["replay", str(run), f"replay.out={out}", "data_dir=/nowhere"]) == 0
     said = capsys.readouterr().out
     assert "steps replayed" in said
-    assert "after 3 of 3 epochs the weights are bit-equal" in said
+    assert "after 2 of 2 epochs the weights are bit-equal" in said
     assert "model.pt: bit-equal" in said
     trained = torch.load(run / "model.pt", weights_only=True)["state_dict"]
     for name, weight in torch.load(out, weights_only=True).items():
@@ -68,5 +68,7 @@ def test_what_replay_says_of_mistakes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "never overwritten" in capsys.readouterr().err
     assert main([*_WORDS, "trainer.gradient_clip_val=1.0", f"runs_dir={tmp_path / 'runs'}"]) == 2
     assert "the norm of all is never known" in capsys.readouterr().err
+    assert main([*_WORDS, "algorithm.variant=spsa", "algorithm.trajectory=run", "trainer.gradient_clip_val=1", f"runs_dir={tmp_path}"]) == 2
+    assert "could not be replayed" in capsys.readouterr().err
     assert main([*_WORDS, "algorithm.trajectory=/nowhere/at/all.bin", f"runs_dir={tmp_path / 'runs'}"]) == 2
     assert "there is no folder /nowhere/at" in capsys.readouterr().err

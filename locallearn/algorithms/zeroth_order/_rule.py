@@ -28,7 +28,7 @@ from locallearn.algorithms.zeroth_order._low_rank import LowRank, known_layers
 from locallearn.algorithms.zeroth_order._way import Setting, Way, streams
 from locallearn.batch import Batch
 from locallearn.functional.counter_noise import numbers, tags
-from locallearn.functional.zeroth_order import LIMIT, Noise, Shaping, on_grid, scalars
+from locallearn.functional.zeroth_order import GRID, LIMIT, Noise, Shaping, on_grid, scalars, second_moment
 from locallearn.nets.blocks import fitted
 from locallearn.nets.trace import preserved
 
@@ -43,6 +43,7 @@ _DEFAULTS: dict[str, tuple[float, bool, Shaping, Noise]] = {
     "eggroll": (1e-2, True, "zscore", "gaussian"),
     "qes": (0.5, True, "zscore", "gaussian"),
 }
+_FARTHEST = 0.45  # ε under exact: the largest normal number is 4.39, and 2 + 4.39 ε may not pass 4
 _ROWS = 2**13  # of all directions that pass at once
 
 
@@ -94,7 +95,7 @@ class ZerothOrder(Algorithm):
 
     Raises:
         ValueError: a setting that does not exist or does not go with the variant; when attached, a network without weights or
-            with random layers under ``exact``, or weights that are too large for its grid.
+            with random layers under ``exact``, or weights or an ε that its grid does not hold.
     """
 
     def __init__(
@@ -122,11 +123,16 @@ class ZerothOrder(Algorithm):
         for name, number in (("n", n), ("rank", rank), ("chunk", chunk)):
             if number is not None and (type(number) is not int or number < 1):
                 raise ValueError(f"{name} is {number!r}, expected a whole number of at least 1")
-        if eps is not None and not (isinstance(eps, int | float) and 0 < eps < math.inf):
+        if eps is not None and not (type(eps) in (int, float) and 0 < eps < math.inf):
             raise ValueError(f"eps is {eps!r}, expected a number above 0: how far weights are moved")
         if type(bits) is not int or not 2 <= bits <= 8:
             raise ValueError(f"bits is {bits!r}, expected a whole number from 2 to 8")
-        if not 0 <= residual_decay <= 1:
+        for name, flag in (("antithetic", antithetic), ("exact", exact)):
+            if not (type(flag) is bool or (name == "antithetic" and flag is None)):
+                raise ValueError(f"{name} is {flag!r}, expected true or false")
+        if trajectory is not None and not (isinstance(trajectory, str) and trajectory):
+            raise ValueError(f"trajectory is {trajectory!r}, expected the name of a file, run, or null")
+        if type(residual_decay) not in (int, float) or not 0 <= residual_decay <= 1:
             raise ValueError(f"residual_decay is {residual_decay!r}, expected a share from 0 to 1")
         default = _DEFAULTS[variant]
         self.variant_name: Variant = variant
@@ -196,6 +202,17 @@ class ZerothOrder(Algorithm):
         told = choices(self, ZerothOrder.__init__, "n", "rank", "exact")
         return ", ".join([f"variant={self.variant_name}", *([told] if told else [])])
 
+    @property
+    def estimates_along(self) -> str | None:
+        """Setting ``n``."""
+        return "n"
+
+    def expected_error(self, size: int) -> float | None:
+        """Of two-sided differences along directions of the weights' shape, for a small ε: (d ± 1)/n; of others ``None``."""
+        if self.variant_name not in ("spsa", "mezo") or not self.antithetic or self.shaping != "none":
+            return None
+        return second_moment(size, self.n, self.noise) - 1
+
     # -- building ------------------------------------------------------------------------------------------------------
     def build(self, task: TaskInfo) -> None:
         """Check what can be; exact weights go to their grid, quantised ones to their codes."""
@@ -254,6 +271,11 @@ class ZerothOrder(Algorithm):
         return draws, moved
 
     def _check_exact(self) -> None:
+        if self.variant_name != "qes" and not 4 * GRID <= self.eps <= _FARTHEST:
+            raise ValueError(
+                f"eps is {self.eps:.3g}, and exact=true moves weights on a grid of 2^-22 that is exact up to 4: use an "
+                f"eps from 1e-6 to {_FARTHEST}, or exact=false"
+            )
         if self._random:
             dropouts = [
                 n for n, m in self.blocks.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p
@@ -290,7 +312,7 @@ class ZerothOrder(Algorithm):
         with torch.no_grad():
             seen = self._seen(way, batch, range(self.n))
             c = self._numbers(seen)
-        yield from self._steps(way, c, torch.nanmean(seen))
+        yield from self._steps(way, c, self._mean(seen))
 
     def losses(self, batch: Batch, directions: Sequence[int] | None = None) -> Tensor:
         """Losses at directions of this step, for whoever shares them out; the weights are home afterwards.
@@ -313,8 +335,16 @@ class ZerothOrder(Algorithm):
 
         Args:
             losses: of all directions in their order, ``(n, 2)``, as :meth:`losses` gives them.
+
+        Raises:
+            ValueError: of another shape.
         """
-        yield from self.follow(self._numbers(losses), torch.nanmean(losses))
+        if losses.shape != (self.n, 2):
+            raise ValueError(
+                f"a step has two losses for each of {self.n} directions, ({self.n}, 2), and these have shape "
+                f"{tuple(losses.shape)}"
+            )
+        yield from self.follow(self._numbers(losses), self._mean(losses))
 
     def follow(self, c: Tensor, loss: Tensor | None = None) -> Iterator[Update]:
         """The step that these numbers lead to; nothing else has to be known.
@@ -336,8 +366,17 @@ class ZerothOrder(Algorithm):
     def _numbers(self, seen: Tensor) -> Tensor:
         """C from losses ``(n, 2)``."""
         minus = seen[:, 1] if self.antithetic else None
-        base = None if self.antithetic or torch.isnan(seen[0, 1]) else seen[0, 1]
+        base = seen[0, 1] if self._has_base else None
         return scalars(seen[:, 0], minus, base, self.eps, self.shaping)
+
+    @property
+    def _has_base(self) -> bool:
+        """Whether the loss at θ is one of those that are looked at."""
+        return not self.antithetic and (self.shaping == "none" or self.variant_name == "fzoo")
+
+    def _mean(self, seen: Tensor) -> Tensor:
+        """Of the losses that were looked at; not finite where one of them is not, so that whoever trains is told."""
+        return seen.mean() if self.antithetic or self._has_base else seen[:, 0].mean()
 
     def _steps(self, way: Way, c: Tensor, loss: Tensor | None) -> Iterator[Update]:
         self.scalars = c
@@ -387,7 +426,7 @@ class ZerothOrder(Algorithm):
                 return self._seen_together(way, batch, directions)
             found = torch.full((len(directions), 2), math.nan, dtype=torch.float64)
             try:
-                if not self.antithetic and (self.shaping == "none" or self.variant_name == "fzoo"):
+                if self._has_base:
                     draws.again()
                     found[:, 1] = self._lost(batch)
                 for place, member in enumerate(directions):
@@ -442,10 +481,12 @@ class ZerothOrder(Algorithm):
         except (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError):
             return False
         ones = []
-        for member, sign in zip(members.tolist(), signs.tolist(), strict=True):
-            way.visit(member, sign)
-            ones.append(self.blocks(few))
-        way.home()
+        try:
+            for member, sign in zip(members.tolist(), signs.tolist(), strict=True):
+                way.visit(member, sign)
+                ones.append(self.blocks(few))
+        finally:
+            way.home()
         dense = torch.stack(ones)
         size = float(dense.abs().max())
         return found.shape == dense.shape and torch.allclose(found, dense, rtol=1e-2, atol=1e-3 * max(size, 1e-6))
@@ -460,7 +501,7 @@ class ZerothOrder(Algorithm):
             losses.append(self._each(outputs, batch.targets).double().cpu())
         found = torch.full((len(directions), 2), math.nan, dtype=torch.float64)
         found[:, : len(sides)] = torch.cat(losses).view(-1, len(sides)) if losses else found[:, : len(sides)]
-        if not self.antithetic and self.shaping == "none":
+        if self._has_base:
             found[:, 1] = self._lost(batch)
         return found
 
