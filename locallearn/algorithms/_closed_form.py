@@ -175,6 +175,11 @@ class ClosedFormLayers(LayerLocal):
 
     # -- what it is ---------------------------------------------------------------------------------------------------
     @property
+    def last_alone(self) -> bool:
+        """Whether nothing but the last layer is solved for."""
+        return False
+
+    @property
     def carries(self) -> bool:
         """Layers read what they are given, and what else blocks hand over is carried along."""
         return True
@@ -199,7 +204,7 @@ class ClosedFormLayers(LayerLocal):
                 f"{owner} takes every sample by itself, and these batches have a context (a graph's edges): use mono_forward "
                 "or forward_gnn"
             )
-        self.layers = find_layers(self.blocks, task.example, owner)
+        self.layers = find_layers(self.blocks, task.example, owner, last_alone=self.last_alone)
         self.classes = task.classes
         self.sums = Sums(self.form)
         self.register_buffer("passed", torch.zeros((), dtype=torch.int64))

@@ -99,17 +99,18 @@ def read(layer: LinearLayer, run: Callable[[], Any]) -> list[Tensor]:
     return seen
 
 
-def find_layers(blocks: Blocks, example: Batch, owner: str) -> list[LinearLayer]:
+def find_layers(blocks: Blocks, example: Batch, owner: str, *, last_alone: bool = False) -> list[LinearLayer]:
     """All of a network's linear and convolutional layers, in the order in which a pass runs them first.
 
     Args:
         blocks: the network, in eval mode; it must have a readout.
         example: a batch to run.
         owner: the rule that asks.
+        last_alone: the rule fits the last layer alone, so that the others may be what they like, as frozen ones may.
 
     Raises:
-        ValueError: the network's output is not what its last such layer gives, or a layer cannot be fitted: groups, weights
-            made from others, samples that are not in front.
+        ValueError: the network's output is not what its last such layer gives, or a layer that is to be fitted cannot be:
+            groups, weights made from others, samples that are not in front.
     """
     places = [*zip(blocks.names, blocks, strict=True), ("readout", blocks.readout)]
     held = {
@@ -139,26 +140,14 @@ def find_layers(blocks: Blocks, example: Batch, owner: str) -> list[LinearLayer]
             hook.remove()
     order = [m for m, _, _ in calls]
     layers: list[LinearLayer] = []
-    for module in dict.fromkeys(m for m in order if isinstance(m, KINDS)):
+    called = list(dict.fromkeys(m for m in order if isinstance(m, KINDS)))
+    for module in called:
         place, block, path, _ = held[id(module)]
         name = block if alone[place] or not path else f"{block}.{path}"
-        refuse_made_weights(name, module, owner)
         given, made = next((x, y) for m, x, y in calls if m is module)
-        if not isinstance(module, nn.Linear) and module.groups != 1:
-            raise ValueError(
-                f"layer {name!r} is a convolution in {module.groups} groups, and {owner} fits those without: set groups=1, "
-                "freeze its weights to keep them as they are, or use another rule"
-            )
-        if not isinstance(given, Tensor):
-            raise ValueError(
-                f"layer {name!r} is called without a positional argument, and {owner} reads what it is given there: call it as "
-                "layer(x)"
-            )
-        if len(given) != len(inputs):
-            raise ValueError(
-                f"layer {name!r} is given a tensor of shape {tuple(given.shape)} for {len(inputs)} samples, and {owner} has to "
-                "know the samples by its first dimension: use a network that keeps them there"
-            )
+        learns = not last_alone and any(p.requires_grad for key, p in module.named_parameters() if key != "bias")
+        if learns or module is called[-1]:
+            _refuse_unfit(name, module, given, len(inputs), owner)
         first = order.index(module)
         stop = next((i for i in range(first + 1, len(order)) if isinstance(order[i], KINDS)), len(order))
         positions = prod(made.shape[1:-1] if isinstance(module, nn.Linear) else made.shape[2:])
@@ -175,6 +164,25 @@ def find_layers(blocks: Blocks, example: Batch, owner: str) -> list[LinearLayer]
         f"{owner} fits the network's output in closed form, and the readout of this network {what}: give it a readout that is "
         "linear"
     )
+
+
+def _refuse_unfit(name: str, module: nn.Module, given: Any, samples: int, owner: str) -> None:
+    refuse_made_weights(name, module, owner)
+    if not isinstance(module, nn.Linear) and module.groups != 1:
+        raise ValueError(
+            f"layer {name!r} is a convolution in {module.groups} groups, and {owner} fits those without: set groups=1, "
+            "freeze its weights to keep them as they are, or use another rule"
+        )
+    if not isinstance(given, Tensor):
+        raise ValueError(
+            f"layer {name!r} is called without a positional argument, and {owner} reads what it is given there: call it as "
+            "layer(x)"
+        )
+    if len(given) != samples:
+        raise ValueError(
+            f"layer {name!r} is given a tensor of shape {tuple(given.shape)} for {samples} samples, and {owner} has to "
+            "know the samples by its first dimension: use a network that keeps them there"
+        )
 
 
 def _of(held: dict[int, tuple[int, str, str, nn.Module]], place: int) -> Sequence[tuple[int, str, str, nn.Module]]:

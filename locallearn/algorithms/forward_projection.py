@@ -79,6 +79,8 @@ class ForwardProjection(ClosedFormLayers):
             raise ValueError(f"target is {target!r}, expected one of {', '.join(get_args(Target))}")
         check_penalty(lambda_, "lambda_")
         check_penalty(readout_lambda, "readout_lambda")
+        if not -(2**47) <= seed < 2**47:
+            raise ValueError(f"seed is {seed}, expected a number of at most 47 bits: every layer's own is made from it")
         self.target: Target = target
         self.lambda_ = lambda_
         self.readout_lambda = readout_lambda

@@ -57,13 +57,15 @@ class Ridge(ClosedFormLayers):
     W = (XᵀX + λI)⁻¹XᵀY, with X what the last layer reads and Y one-hot labels, or the targets of a regression as they are.
     Sums are gathered in float64 over one pass. With ``lambda_="loo"`` a second pass chooses λ: by the squared errors on rows
     that were left out, one at a time, which follow exactly from one eigendecomposition without a second fit (Allen 1974).
+    They are exact where the second pass shows the rows of the first: augmentation shows others.
 
     Args:
         lambda_: λ, of a sum over rows; ``loo``: chosen among ``grid``.
         grid: values of λ that ``loo`` compares; ``None``: the mean of the diagonal of (centred) XᵀX times 10⁻⁸ … 10².
         intercept: of a last layer with a bias: ``free``, without a penalty, or ``penalised``, the weight of a column of ones.
         form: ``sums``, or ``rows``: keep what the layer reads, for fewer rows than features (the dual form).
-        positions: rows that are taken of every sample where the output is a map or a sequence, at random; ``None``: all.
+        positions: rows that are taken of every sample where the output is a map or a sequence, at random; ``None``: all. Not
+            with ``loo``.
         rows: rows that are worked with at a time.
         memory_gib: most that the sums may take.
         seed: of the positions that are taken.
@@ -89,6 +91,11 @@ class Ridge(ClosedFormLayers):
             check_penalty(lambda_, "lambda_", ", or loo")
         if intercept not in ("free", "penalised"):
             raise ValueError(f"intercept is {intercept!r}, expected free or penalised")
+        if lambda_ == "loo" and positions is not None:
+            raise ValueError(
+                f"positions is {positions}, and lambda_ is loo, whose second pass would draw other places than those that were "
+                "fitted: give lambda_ a number, or leave positions out"
+            )
         if grid is not None:
             if lambda_ != "loo":
                 raise ValueError(f"grid is what lambda_=loo compares, and lambda_ is {lambda_}: leave one of them out")
@@ -115,6 +122,11 @@ class Ridge(ClosedFormLayers):
         self._check_memory([readout])
         self.choice = _Choice()
         self.blocks.requires_grad_(False)
+
+    @property
+    def last_alone(self) -> bool:
+        """The body may be what it likes."""
+        return True
 
     @property
     def broadcast(self) -> str:
@@ -169,5 +181,5 @@ class Ridge(ClosedFormLayers):
             )
         penalty = float(self.choice.get_buffer("grid")[best])
         fit = self.choice.path.fit(penalty, self._offset)
-        left_out = float(errors[best]) / (int(self.seen) * min(layer.positions, self.positions or layer.positions))
+        left_out = float(errors[best]) / (int(self.seen) * layer.positions)
         self._write(layer, fit, penalty, sum(b.numel() * b.itemsize for b in self.choice.buffers()), left_out)

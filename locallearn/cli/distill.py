@@ -100,6 +100,12 @@ def _place(out: Any, run: Path) -> Path:
         raise UsageError(f"distill.out is {folder}, which is no folder: name one, it need not be there yet")
     if (folder / "record.json").exists():
         raise UsageError(f"distill.out is {folder}, the folder of a run, which is never changed: name another one")
+    kept = sorted(path.name for path in folder.glob("student-*.pt"))
+    if kept:
+        raise UsageError(
+            f"{folder} holds {kept[0]}, which was kept with another table, whose rows it is named by: name a new folder with "
+            "distill.out=FOLDER, or move it away"
+        )
     return folder
 
 
@@ -121,6 +127,8 @@ def _distilled(saved: Saved, asked: Any, recipes: Sequence[Any]) -> tuple[list[A
 
     with torch.random.fork_rng(devices=[]):
         samples = inputs(saved.data.train_dataloader(), asked.samples)
+    # even parts of at most 250, and at least five: every fifth judges the penalties
+    batches = samples.tensor_split(min(len(samples), max(5, math.ceil(len(samples) / 250))))
     timed = inputs(saved.data.val_dataloader(), asked.batch)
 
     def predict(x: Any) -> Any:
@@ -138,7 +146,7 @@ def _distilled(saved: Saved, asked: Any, recipes: Sequence[Any]) -> tuple[list[A
         students = make_students(
             net,
             predict,
-            samples.split(250),
+            batches,
             sites,
             recipes,
             order=asked.order,

@@ -227,7 +227,7 @@ class Distiller:
             if self.recipe.draws == "teacher":
                 student.draw_from(layer.weight)
             student.standardise(*self._inputs_of(site, prefix, student))
-            weights, bias, *_ = self._solution(site, prefix, student.phi, site.last, fit)
+            weights, bias, _ = self._solution(site, prefix, student.phi, site.last, fit)
             student.weight.copy_(weights.T)
             student.bias.copy_(bias)
         elif self.recipe.method == "svd":
@@ -244,14 +244,9 @@ class Distiller:
         self, site: Site, prefix: Mapping[Site, nn.Module], layer: nn.Linear | nn.Conv2d, student: nn.Module, fit: Fit
     ) -> None:
         """The linear map of rank r with the least squared error: the full one, onto the r main directions of what it gives."""
-        weights, _, moments, judge = self._solution(site, prefix, partial(_patches, layer), site.name, fit)
-        covariance, _ = moments.centred()
-        main = torch.linalg.eigh(weights.T @ covariance @ weights)[1][:, -fit.size :]
-        first, second = (weights @ main).T, main
-        bias = (moments.y - second @ (first @ moments.h)) / moments.rows
-        fit.error = judge.relative_error((second @ first).T, bias)
+        weights, bias, main = self._solution(site, prefix, partial(_patches, layer), site.name, fit, fit.size)
         assert isinstance(student, nn.Sequential)
-        _set_factors(student, first, second, bias)
+        _set_factors(student, (weights @ main).T, main, bias)
 
     def _inputs_of(
         self, site: Site, prefix: Mapping[Site, nn.Module], student: RandomFeatureLayer
@@ -279,8 +274,12 @@ class Distiller:
         features: Callable[[Tensor], Tensor],
         at: str,
         fit: Fit,
-    ) -> tuple[Tensor, Tensor, Moments, Moments]:
-        """W and b of what the teacher gives ``at`` a module on features of what the layer takes; all sums, and the judge's."""
+        rank: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """W and b of what the teacher gives ``at`` a module on features of what the layer takes, and main directions V of that.
+
+        With a rank it is W V Vᵀ that is fitted, and b goes with it; without one V is the identity.
+        """
         held = {number for number in range(len(self.batches)) if number % 5 == 4} or {len(self.batches) - 1}
         parts: list[Moments | None] = [None, None]
         for number, batch in enumerate(self.batches):
@@ -300,10 +299,13 @@ class Distiller:
             weights, bias, _ = solved.solve(penalty)
             found.append((judge.error(weights, bias), penalty))
         fit.penalty = min(found)[1]
-        fit.error = judge.relative_error(*solved.solve(fit.penalty)[:2])
+        weights, bias, main, _ = _solved_within(solved, fit.penalty, rank)
+        fit.error = judge.relative_error(
+            weights @ main @ main.T, bias
+        )  # the judge's samples are not in the solution yet
         solved.join(judge)
-        weights, bias, fit.cholesky = solved.solve(fit.penalty)
-        return weights, bias, solved, judge
+        weights, bias, main, fit.cholesky = _solved_within(solved, fit.penalty, rank)
+        return weights, bias, main
 
     def _seen(
         self, batch: Tensor, site: Site, prefix: Mapping[Site, nn.Module], at: str
@@ -340,6 +342,16 @@ class Distiller:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _solved_within(moments: Moments, penalty: float, rank: int | None) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """W, the b of W V Vᵀ, V, and whether the solution is unique; V are the main directions of XW, or all of them."""
+    weights, bias, unique = moments.solve(penalty)
+    if rank is None:
+        return weights, bias, torch.eye(len(bias), dtype=weights.dtype, device=weights.device), unique
+    covariance, _ = moments.centred()
+    main = torch.linalg.eigh(weights.T @ covariance @ weights)[1][:, -rank:]
+    return weights, (moments.y - main @ (main.T @ (weights.T @ moments.h))) / moments.rows, main, unique
 
 
 def check_distillation(inputs: str, penalties: Sequence[float], positions: int) -> None:

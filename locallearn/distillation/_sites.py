@@ -63,14 +63,18 @@ def find_sites(net: nn.Module, predict: Predict, example: Tensor) -> tuple[list[
     modules = dict(net.named_modules())
     kinds = (nn.Linear, nn.Conv2d)
     called: dict[str, list[Any]] = {}  # outputs by path, in the order of the first call
+    named: set[str] = set()  # those that were given their input by its name
+    tied = [id(module) for _, module in net.named_modules(remove_duplicate=False) if isinstance(module, kinds)]
     hooks = []
 
-    def note(name: str, made: Any) -> None:
+    def note(name: str, given: tuple[Any, ...], made: Any) -> None:
         called.setdefault(name, []).append(made)
+        if not given:
+            named.add(name)
 
     for name, module in modules.items():
         if isinstance(module, kinds):
-            hooks.append(module.register_forward_hook(lambda _, given, made, name=name: note(name, made)))
+            hooks.append(module.register_forward_hook(lambda _, given, made, name=name: note(name, given, made)))
     try:
         with torch.no_grad(), evaluating(net):
             output = predict(example)
@@ -87,6 +91,10 @@ def find_sites(net: nn.Module, predict: Predict, example: Tensor) -> tuple[list[
             left[name] = str(unfit(module))
         elif name not in called:
             left[name] = "inference does not call it as a module"
+        elif name in named:
+            left[name] = "it is given its input by name, and not as layer(x)"
+        elif tied.count(id(module)) > 1:
+            left[name] = "it stands at several places of the network"
         else:
             readout = any(made is output for made in called[name]) or "readout" in name.split(".")
             behind, activation = _behind(modules, name)

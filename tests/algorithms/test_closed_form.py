@@ -307,6 +307,21 @@ def test_frozen_layers_stay_as_they_are() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, net[0].parameters(), strict=True))
 
 
+@pytest.mark.parametrize("make", [ForwardProjection, Ridge])
+def test_layers_that_are_not_fitted_may_be_what_they_like(make: Any) -> None:
+    first = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 1, groups=2)), nn.ReLU())
+    net = Blocks({"conv": first}, nn.Sequential(nn.Flatten(), nn.Linear(16, 3)))
+    if make is ForwardProjection:
+        net[0].requires_grad_(False)
+    batch = Batch(torch.randn(30, 2, 2, 2), torch.arange(30) % 3)
+    rule = _attached(make(lambda_=1.0) if make is Ridge else make(), net, batch)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    _fit(rule, [batch])
+    assert [name for name, value in net.state_dict().items() if not torch.equal(value, before[name])] == [
+        name for name in before if name.startswith("readout")
+    ]
+
+
 def test_hidden_layers_of_the_random_control_are_drawn_and_not_fitted() -> None:
     net = mlp((6,), 3, (9, 8), readout_bias=True).double()
     batch = _classes()
@@ -420,6 +435,7 @@ def test_the_audit_sees_what_the_end_of_a_pass_does() -> None:
         (lambda: ForwardProjection(form="gram"), "form is 'gram', expected one of sums, rows"),  # type: ignore[arg-type]
         (lambda: ForwardProjection(positions=0), "positions is 0, expected a whole number"),
         (lambda: ForwardProjection(rows=1.5), "rows is 1.5"),  # type: ignore[arg-type]
+        (lambda: ForwardProjection(seed=2**47), "seed is 140737488355328, expected a number of at most 47 bits"),
         (lambda: ForwardProjection(memory_gib=0), "memory_gib is 0"),
         (lambda: Ridge(lambda_=-2), "lambda_ is -2, expected a number of at least 0, or loo"),
         (lambda: Ridge(lambda_="cv"), "lambda_ is 'cv', expected a number of at least 0, or loo"),  # type: ignore[arg-type]
@@ -470,6 +486,8 @@ def test_what_the_rules_cannot_take_is_refused() -> None:
     grouped = Blocks({"conv": nn.Conv2d(2, 4, 1, groups=2)}, nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
     with pytest.raises(ValueError, match="layer 'conv' is a convolution in 2 groups"):
         find_layers(grouped, Batch(torch.randn(2, 2, 1, 1), torch.arange(2)), "ForwardProjection")
+    with pytest.raises(ValueError, match=r"positions is 5, and lambda_ is loo, .* give lambda_ a number"):
+        Ridge(positions=5)
     with pytest.raises(ValueError, match="give class ids"):
         list(_attached(Ridge(), mlp((6,), 3, (4,)).double(), batch).updates(batch._replace(targets=torch.rand(60))))
 

@@ -110,7 +110,12 @@ def test_the_last_layers_of_convolutions_under_a_rule_with_its_own_inference(
     layers = [layer["name"] for layer in found["layers"]]
     assert layers == ["members.conv1.0", "members.conv2.0"]
     assert [list(s["layers"]) for s in found["students"][1:]] == [layers[1:], layers] * 2
-    assert len(list((tmp_path / "there").glob("student-*.pt"))) == 4
+    files = _content(tmp_path / "there")
+    assert len([name for name in files if name.startswith("student-")]) == 4
+    again = cli("distill", str(own["cnn"]), *_QUICK, f"distill.out={tmp_path / 'there'}")
+    assert (again.code, again.err.count("\n")) == (2, 1)
+    assert "holds student-1.pt, which was kept with another table" in again.err
+    assert _content(tmp_path / "there") == files
     assert found["students"][0]["test"]["accuracy"] == pytest.approx(
         json.loads((own["cnn"] / "record.json").read_text(encoding="utf-8"))["test"]["accuracy"]
     )

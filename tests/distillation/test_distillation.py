@@ -192,6 +192,49 @@ def test_reduced_rank_regression_knows_the_inputs() -> None:
 
 
 # -- which layers -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["low_rank", "snnk"])
+def test_the_error_that_is_told_is_of_samples_that_the_solution_has_not_seen(method: Any) -> None:
+    net = nn.Sequential(nn.Linear(30, 12)).double().requires_grad_(False)
+    seen, held = torch.randn(40, 30).double(), torch.randn(20, 30).double()
+    distiller = Distiller(
+        net, net, [seen, held], Recipe(method, 0.5), penalties=[0.0 if method == "low_rank" else 1e-3]
+    )
+    site = _sites(net, seen)[0]
+    distiller.students([site])
+    told = distiller.fits([site])["0"]
+    if method == "low_rank":  # without noise the full regression finds the layer, whatever it was given
+        y = net(seen)
+        _, _, v = torch.linalg.svd(y - y.mean(0), full_matrices=False)
+        main = v[: told.size].T @ v[: told.size]
+        wanted, mean = net(held), y.mean(0)
+        left = (wanted - mean) @ main + mean - wanted
+        error = float(left.square().sum() / (wanted - wanted.mean(0)).square().sum())
+        assert told.error == pytest.approx(error)
+    else:
+        exact = distiller._made[((), "0")][0]
+        left = (exact(held) - net(held)).square().sum() / (net(held) - net(held).mean(0)).square().sum()
+        assert told.error is not None
+        assert told.error > 1.2 * float(left)  # the student that is kept has seen them
+
+
+def test_layers_without_a_place_of_their_own_are_left() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.again = nn.Linear(4, 4)
+            self.named = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.named(input=self.again(self.first(x)))
+
+    found, left = find_sites(net := Odd(), net, torch.randn(2, 4))
+    assert found == []
+    assert left == {
+        "first": "it stands at several places of the network",
+        "named": "it is given its input by name, and not as layer(x)",
+    }
+
+
 def test_layers_are_found_in_the_order_of_inference_and_others_are_named() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -304,8 +347,8 @@ def _peak(depth: int, batches: int) -> int:
 def test_memory_grows_with_neither_samples_nor_the_teacher() -> None:
     base = _peak(3, 5)
     assert base > 30 * 32 * 8  # something is held
-    assert _peak(3, 40) <= 1.05 * base
-    assert _peak(12, 5) <= 1.05 * base
+    assert _peak(3, 12) <= 1.05 * base
+    assert _peak(7, 5) <= 1.05 * base
 
 
 def test_it_runs_where_nothing_can_be_differentiated() -> None:
