@@ -103,7 +103,8 @@ def test_a_record_may_not_name_a_device_to_import() -> None:
         "device": {"_target_": "locallearn.nets.devices.Simulation", "map": "twin"},
     }
     check_trusted({"net": net}, "a record", trust=False)
-    for bad in ({**net, "device": "os.system"}, {**net, "device": {**net["device"], "map": "os.system"}}):  # type: ignore[dict-item]
+    other = {**net, "_target_": "locallearn.nets.physical.physical", "device": "os.system"}  # the same by another name
+    for bad in ({**net, "device": "os.system"}, {**net, "device": {**net["device"], "map": "os.system"}}, other):  # type: ignore[dict-item]
         with pytest.raises(UsageError, match=r"would run 'os\.system' as the device"):
             check_trusted({"net": bad}, "a record", trust=False)
         check_trusted({"net": bad}, "a record", trust=True)

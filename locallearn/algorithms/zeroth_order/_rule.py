@@ -413,6 +413,7 @@ class ZerothOrder(Algorithm):
                 buffer.copy_(value)
 
     def _lost(self, batch: Batch) -> Tensor:
+        torch.clear_autocast_cache()  # else weights that were moved are not seen: their casts from before are
         return self._loss_of(*selected(batch, self.blocks(batch.inputs, *batch.context)))
 
     def _loss_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -439,6 +440,7 @@ class ZerothOrder(Algorithm):
         ones = []
         for member, sign in zip(members.tolist(), signs.tolist(), strict=True):
             way.visit(member, sign)
+            torch.clear_autocast_cache()
             ones.append(self.blocks(few))
         way.home()
         dense = torch.stack(ones)
