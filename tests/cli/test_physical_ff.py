@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from locallearn.cli import UsageError
+from locallearn.cli.arms import arms_of
 from locallearn.cli.trust import check_trusted
 from tests.cli.conftest import Cli
 
@@ -95,6 +96,17 @@ def test_compare_brings_the_ablation_and_the_differentiable_control(cli: Cli, tm
     assert "device=scatterer" in outcome.out
     assert "differentiable" in outcome.out
     assert len(list((tmp_path / "runs").glob("*/record.json"))) == 3
+
+
+def test_the_ablation_has_no_formula_to_differentiate() -> None:
+    words = [*_PHYSICAL, "net.differentiable=true", "algorithm.theta=5.0"]
+    arms = arms_of("compare", words)[2]
+    assert [arm.overrides for arm in arms][-1] == [
+        "algorithm=physical_ff",
+        "algorithm.theta=5.0",
+        "net.device=null",
+        "net.differentiable=false",
+    ]
 
 
 def test_a_record_may_not_name_a_device_to_import() -> None:
