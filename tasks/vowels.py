@@ -81,7 +81,8 @@ class VowelData(MemoryData):
         classes: number of classes.
 
     Raises:
-        ValueError: no such file, or one with missing values, or too few samples; a number out of range.
+        ValueError: no such file, or one with missing values, or too few samples; fewer slots than classes; a number out of
+            range.
     """
 
     def __init__(
@@ -109,6 +110,11 @@ class VowelData(MemoryData):
         self.name = "vowels"
         self._values, self._labels = made_vowels(data_seed) if path is None else _read(path)
         self.classes = int(self._labels.max()) + 1
+        if 0 < slots < self.classes:
+            raise ValueError(
+                f"slots={slots} are too few to write one of {self.classes} classes into, values would be overwritten; give at "
+                f"least {self.classes}, or 0 for rules that write none."
+            )
         self.shape: tuple[int, ...] = (slots + self._values.shape[1],)
         counts = [round(share * len(self._labels)) for share in (test, validation)]
         if (
@@ -186,10 +192,13 @@ def _read(path: str | Path) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"there is no file {place}; give a CSV with one sample per row and its class in the last column."
         )
-    with place.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row]
-    if rows and not _numbers(rows[0][:-1]):
-        rows = rows[1:]  # names of the columns
+    try:
+        with place.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet may put a mark in front
+            rows = [row for row in csv.reader(file) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{place} is no CSV: {error}; save it as text in UTF-8, with commas.") from error
+    if rows and not any(_numbers([value]) for value in rows[0]):
+        rows = rows[1:]  # names of the columns; a first row with some numbers is a sample with something missing
     if len(rows) < 10 or len(rows[0]) < 2:
         raise ValueError(f"{place} has {len(rows)} samples; give at least 10 rows of numbers with a class at the end.")
     for i, row in enumerate(rows):
@@ -201,6 +210,12 @@ def _read(path: str | Path) -> tuple[Tensor, Tensor]:
     names = sorted(set(named), key=(lambda name: float(name)) if _numbers(named) else None)
     if len(names) < 2:
         raise ValueError(f"{place} has one class, {names[0]!r}; give at least two.")
+    rare = next((name for name in names if named.count(name) < 2 or not name), None)
+    if rare is not None:
+        raise ValueError(
+            f"{place} has {named.count(rare)} samples of the class {rare!r} (a value that is missing, or names of columns?); "
+            "every sample needs its class in the last column, and every class at least two samples."
+        )
     values = torch.tensor([[float(value) for value in row[:-1]] for row in rows], dtype=torch.float64)
     return values, torch.tensor([names.index(name) for name in named])
 

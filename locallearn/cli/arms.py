@@ -46,7 +46,7 @@ class Arm:
         pairs = [setting.removeprefix("algorithm.") for setting in self.settings]
         told = {variant, *re.split(", |-", variant or "")}
         if device is not None:
-            told |= {"net.device=null", "net.differentiable=true"}
+            told |= {"net.device=null", "net.differentiable=true", "net.differentiable=false"}
             told |= {f"net.device.{part}" for part in device.split(", ")}
         return [pair for pair in pairs if told.isdisjoint((pair, *pair.split("=")))]
 
@@ -100,8 +100,11 @@ def _controls(arms: Sequence[Arm], shared: Sequence[str]) -> list[Arm]:
         if net.get("device") is None:
             without = True
             continue
-        settings = [word.removeprefix("algorithm.") for word in arm.settings if not word.startswith("net.device")]
-        text = f"physical_ff({','.join([*settings, 'net.device=null'])})"
+        own = [word for word in arm.settings if not word.startswith(("net.device", "net.differentiable"))]
+        settings = [*(word.removeprefix("algorithm.") for word in own), "net.device=null"]
+        if net.get("differentiable"):  # speaks of a device
+            settings.append("net.differentiable=false")
+        text = f"physical_ff({','.join(settings)})"
         found[text] = Arm(text)
     return [] if without else list(found.values())
 

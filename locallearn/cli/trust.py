@@ -43,8 +43,8 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
 }
 # Of these packages only the plain layers: others, such as torch_geometric.nn.Sequential, run code from their arguments.
 _LAYERS = {"torch.nn": "torch.nn.modules", "torch_geometric.nn": "torch_geometric.nn.conv"}
-# Arguments of allowed parts that take the dotted name of something to import.
-_NAMES = {"locallearn.nets.physical": "device", "locallearn.nets.devices.Simulation": "map"}
+# Arguments of locallearn's networks and devices that take the dotted name of something to import, by whatever name these go.
+_NAMES = ("device", "map")
 _KEYS = ("_target_", "_partial_", "_convert_")
 
 
@@ -80,8 +80,9 @@ def check_trusted(config: Mapping[str, Any], owner: str, trust: bool) -> None:
         odd = [key for key in value if key.startswith("_") and key.endswith("_") and key not in _KEYS]
         if odd:
             raise UsageError(f"the settings of {owner} have {where}.{odd[0]}, {_UNTRUSTED}")
-        own = value.get(_NAMES.get(str(value.get("_target_")), ""))
-        if isinstance(own, str) and "." in own:
+        named = [value.get(key) for key in _NAMES if str(value.get("_target_")).startswith("locallearn.nets")]
+        own = next((name for name in named if isinstance(name, str) and "." in name), None)
+        if own is not None:
             raise UsageError(f"the settings of {owner} would run {own!r} as the device of {where}, {_UNTRUSTED}")
         if "_target_" in value and not _allowed(value["_target_"]):
             raise UsageError(f"the settings of {owner} would run {value['_target_']!r} as {where}, {_UNTRUSTED}")

@@ -464,6 +464,34 @@ def test_ffzero_learns() -> None:
     assert (rule.predict(batch.inputs).argmax(1) == labels).float().mean() > 0.9
 
 
+# -- precision --------------------
+@pytest.mark.parametrize("protocol", ["phyll", "ffzero"])
+def test_autocast_neither_hides_steps_nor_rounds_what_labels_differ_in(protocol: str) -> None:
+    """Casts of weights are kept while autocast is on: probes and inner steps would not be seen."""
+    batch = _batch()
+    found = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        rule = _attached(mlp((9,), 3, (6, 5)), batch, 3, protocol=protocol)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            plain_loop(rule, [batch], partial(torch.optim.SGD, lr=0.1))
+            assert rule.predict(batch.inputs).dtype == torch.float32
+        found.append(rule.blocks.state_dict())
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+def test_halves_are_refused_where_they_round_steps_away() -> None:
+    batch = Batch(torch.rand(6, 9).bfloat16(), torch.arange(6) % 3)
+    for protocol in ("phyll", "ffzero"):
+        rule = _attached(mlp((9,), 3, (6,)).bfloat16(), batch, 3, protocol=protocol)
+        if protocol == "ffzero":
+            with pytest.raises(ValueError, match=r"rounds away: set trainer\.precision=32-true"):
+                next(rule.updates(batch))
+        else:
+            plain_loop(rule, [batch], ADAM)
+            assert rule.predict(batch.inputs).dtype == torch.float32
+
+
 # -- schedules, refusals --------------------
 def test_names_make_classes() -> None:
     assert type(PhysicalFF()) is PhyLL

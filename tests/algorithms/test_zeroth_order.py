@@ -590,3 +590,14 @@ def test_networks_that_do_not_go() -> None:
         next(_attached(_net(), batch).learn(torch.zeros(2, 2)))
     with pytest.raises(ValueError, match="one per direction"):
         next(_attached(_net(), batch).follow(torch.zeros(2)))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_probes_are_seen_under_autocast(variant: str) -> None:
+    """Autocast keeps casts of weights, and would go on with those from before they were moved."""
+    rule = _attached(_net(), _batch(), **{**VARIANTS[variant], "eps": 0.5})  # seen in bfloat16
+    before = [p.clone() for p in rule.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        _step(rule, _sgd(rule, 10.0), rule.updates(_batch()))
+    moved = [not torch.equal(p, known) for p, known in zip(rule.parameters(), before, strict=True) if p.ndim > 1]
+    assert all(moved)  # qes leaves vectors

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from locallearn.cli import UsageError
+from locallearn.cli.arms import arms_of
 from locallearn.cli.trust import check_trusted
 from tests.cli.conftest import Cli
 
@@ -97,13 +98,25 @@ def test_compare_brings_the_ablation_and_the_differentiable_control(cli: Cli, tm
     assert len(list((tmp_path / "runs").glob("*/record.json"))) == 3
 
 
+def test_the_ablation_has_no_formula_to_differentiate() -> None:
+    words = [*_PHYSICAL, "net.differentiable=true", "algorithm.theta=5.0"]
+    arms = arms_of("compare", words)[2]
+    assert [arm.overrides for arm in arms][-1] == [
+        "algorithm=physical_ff",
+        "algorithm.theta=5.0",
+        "net.device=null",
+        "net.differentiable=false",
+    ]
+
+
 def test_a_record_may_not_name_a_device_to_import() -> None:
     net = {
         "_target_": "locallearn.nets.physical",
         "device": {"_target_": "locallearn.nets.devices.Simulation", "map": "twin"},
     }
     check_trusted({"net": net}, "a record", trust=False)
-    for bad in ({**net, "device": "os.system"}, {**net, "device": {**net["device"], "map": "os.system"}}):  # type: ignore[dict-item]
+    other = {**net, "_target_": "locallearn.nets.physical.physical", "device": "os.system"}  # the same by another name
+    for bad in ({**net, "device": "os.system"}, {**net, "device": {**net["device"], "map": "os.system"}}, other):  # type: ignore[dict-item]
         with pytest.raises(UsageError, match=r"would run 'os\.system' as the device"):
             check_trusted({"net": bad}, "a record", trust=False)
         check_trusted({"net": bad}, "a record", trust=True)

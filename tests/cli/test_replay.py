@@ -68,7 +68,8 @@ def test_what_replay_says_of_mistakes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "never overwritten" in capsys.readouterr().err
     assert main([*_WORDS, "trainer.gradient_clip_val=1.0", f"runs_dir={tmp_path / 'runs'}"]) == 2
     assert "the norm of all is never known" in capsys.readouterr().err
-    assert main([*_WORDS, "algorithm.variant=spsa", "algorithm.trajectory=run", "trainer.gradient_clip_val=1", f"runs_dir={tmp_path}"]) == 2
+    clipped = ["algorithm.variant=spsa", "algorithm.trajectory=run", "trainer.gradient_clip_val=1"]
+    assert main([*_WORDS, *clipped, f"runs_dir={tmp_path}"]) == 2
     assert "could not be replayed" in capsys.readouterr().err
     assert main([*_WORDS, "algorithm.trajectory=/nowhere/at/all.bin", f"runs_dir={tmp_path / 'runs'}"]) == 2
     assert "there is no folder /nowhere/at" in capsys.readouterr().err

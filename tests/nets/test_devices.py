@@ -172,12 +172,20 @@ def test_a_twin_is_fitted_to_measurements(tmp_path: Path) -> None:
     assert float((twin.respond(x)[:, 0] - x.sum(1)).square().mean().sqrt()) < 0.1
     named = Twin(3, path=_measurements(tmp_path / "named.csv", header=True), hidden=(16,), epochs=60, lr=1e-2)
     assert torch.equal(named.respond(x), twin.respond(x))  # names are left out, numbers are not
-    net = physical((3,), 2, (4, 3), device=Simulation("twin", options={"path": str(place), "hidden": [4], "epochs": 1}))
-    assert [block[0].layer.outputs for block in net][:1] == [2]  # type: ignore[index]
+    fitted = Simulation("twin", options={"path": str(place), "hidden": [4], "epochs": 1})
+    net = physical((3,), 2, (3, 3), device=fitted)
+    assert [block[0].layer.outputs for block in net] == [2, 2]  # type: ignore[index]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixed = net[0][0].layer(x)  # type: ignore[index]
+    assert torch.equal(mixed, fitted.made_for(3, 0).respond(x))  # whatever the layers around it are computed in
     (tmp_path / "bad.csv").write_text("1,2,3,4\n1,2,x,4\n", encoding="utf-8")
+    (tmp_path / "gap.csv").write_text("1,,3,4\n1,2,3,4\n", encoding="utf-8")
+    (tmp_path / "wide.csv").write_bytes("1,2,3,4 µm\n".encode("utf-16"))
     for options, words in (
         ({}, "no such file"),
         ({"path": str(tmp_path / "bad.csv")}, "measurement 2"),
+        ({"path": str(tmp_path / "gap.csv")}, "measurement 1"),  # no row of names
+        ({"path": str(tmp_path / "wide.csv")}, "is no CSV"),
         ({"path": str(place), "epochs": 0}, "epochs 0"),
         ({"path": str(place), "depth": 3}, "map=twin does not take"),
     ):
@@ -252,6 +260,7 @@ def test_imperfections_go_around_a_device_of_ones_own() -> None:
         ({"input_bits": 0}, "input_bits is 0"),
         ({"saturation": 0.0}, "saturation is 0.0"),
         ({"map": "laser"}, "map is 'laser'"),
+        ({"seed": -1}, "seed is -1"),
         ({"outputs": 0}, "outputs is 0"),
         ({"map": np.sin, "outputs": 3}, "a device of your own has what it has"),
         ({"map": np.sin, "drift": 0.1}, "no transmission matrix that could wander"),
@@ -312,6 +321,7 @@ def test_the_differentiable_control_is_the_same_map() -> None:
         torch.testing.assert_close(nets[0](x), nets[1](x))
     nets[1](x).sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in nets[1].parameters())
+    assert nets[1].bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     for device, words in (
         (lambda x: x, "can only be measured, and net.differentiable=true needs its formula"),
         (Simulation(input_bits=4), "rounds, which has no derivative"),

@@ -48,6 +48,11 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
     assert sum(len(batch.inputs) for batch in data.train_dataloader()) == 28
     place.write_text("\n".join(f"{i},{10 * (i % 3)}" for i in range(30)), encoding="utf-8")
     assert VowelData(place).classes == 3  # numbers that are classes, in their order
+    place.write_text("\n".join(f"{i},{10 * (i % 3)}" for i in range(30)), encoding="utf-8-sig")
+    assert VowelData(place).batch_sizes() == {30 - 6 - 3}  # the mark of a spreadsheet costs no sample
+    place.write_bytes("1,2,hä\n".encode("utf-16") * 20)
+    with pytest.raises(ValueError, match="is no CSV"):
+        VowelData(place)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,10 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         ("1,2,0\n" * 12 + "1,nan,1\n", {}, "sample 13 of"),
         ("1,2,0\n" * 12 + "1,1\n", {}, "sample 13 of"),
         ("1,2,0\n" * 12, {}, "one class"),
+        ("1,,0\n" + "1,2,0\n2,3,1\n" * 12, {}, "sample 1 of"),  # no row of names
+        ("1,2,\n" + "1,2,0\n2,3,1\n" * 12, {}, "1 samples of the class ''"),
+        ("0,1,vowel\n" + "1,2,0\n2,3,1\n" * 12, {}, "1 samples of the class 'vowel'"),
+        ("".join(f"1,2,{i}\n" * 3 for i in range(9)), {}, "slots=8 are too few to write one of 9 classes"),
         ("1,2,0\n2,3,1\n" * 12, {"test": 0.0}, "test=0.0"),
         ("1,2,0\n2,3,1\n" * 12, {"batch_size": 0}, "batch_size=0"),
     ],

@@ -103,9 +103,18 @@ class FFZero(PhysicalFF, protocol="ffzero"):
         return [(p, True) for p in (*layer.weights.parameters(), *gains)]
 
     # -- the way of a batch ----------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def updates(self, batch: Batch) -> Iterator[Update]:
-        """Differences along random directions, layer after layer."""
+    def _updates(self, batch: Batch) -> Iterator[Update]:
+        """Differences along random directions, layer after layer.
+
+        Raises:
+            ValueError: weights that cannot hold so small a step.
+        """
+        kind = self._layers[0].weights.weight.dtype
+        if kind in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"FFzero compares losses at weights that differ by {self.step} in all, which {kind} rounds away: set "
+                "trainer.precision=32-true (bf16-mixed does, too: learning runs in float32 then)"
+            )
         x, depth = batch.inputs, self.depth
         for i, layer in enumerate(self._layers[:depth]):
             if self.trains(layer.name):
@@ -169,7 +178,8 @@ class FFZero(PhysicalFF, protocol="ffzero"):
             z, x = self._run(layer, x)
             near = ffzero.similarities(*self._compared(i, z))
             answers.append((near if near.ndim == 2 else near.sum(0)).argmax(1))
-        return ffzero.vote(torch.stack(answers), self.outputs).to(inputs.dtype)
+        votes = ffzero.vote(torch.stack(answers), self.outputs)
+        return votes.to(torch.promote_types(inputs.dtype, torch.float32))  # halves round away what a tie goes by
 
     @torch.no_grad()
     def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:

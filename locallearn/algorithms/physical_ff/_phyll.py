@@ -68,8 +68,7 @@ class PhyLL(PhysicalFF, LabelledGoodness, protocol="phyll"):
         return physical_ff.loss(positive, negative, self.theta)
 
     # -- the way of a batch ----------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def updates(self, batch: Batch) -> Iterator[Update]:
+    def _updates(self, batch: Batch) -> Iterator[Update]:
         """For every layer K gradients, made by hand, on what was measured once."""
         self._note_height(batch.inputs)
         labels = batch.targets
@@ -82,13 +81,18 @@ class PhyLL(PhysicalFF, LabelledGoodness, protocol="phyll"):
             read = through(layer.before, pair[0]), through(layer.before, pair[1])
             weights = layer.weights
             for _ in range(self.inner_steps):
-                outputs = weights(read[0]), weights(read[1])
+                outputs = _wide(weights(read[0])), _wide(weights(read[1]))
                 direction, activation = self.get_buffer(f"direction{i + 1}"), self._activations[i]
                 found = physical_ff.gradients(
-                    read, outputs, direction.to(outputs[0]), self.theta, activation, self._judges_absolutes(i)
+                    (_wide(read[0]), _wide(read[1])),
+                    outputs,
+                    direction.to(outputs[0]),
+                    self.theta,
+                    activation,
+                    self._judges_absolutes(i),
                 )
                 pieces = {"weight": found.weight, "bias": found.bias}
-                gradients = {parameter: pieces[key] for key, parameter in weights.named_parameters()}
+                gradients = {p: pieces[key].to(p.dtype) for key, p in weights.named_parameters()}
                 del outputs
                 yield Update(layer.name, found.loss, gradients)
                 del gradients, pieces, found
@@ -127,8 +131,9 @@ class PhyLL(PhysicalFF, LabelledGoodness, protocol="phyll"):
 
     # -- inference -------------------------------------------------------------------------------------------------------
     def _goodness(self, index: int, output: Tensor) -> Tensor:
-        activity = output.abs() if self._judges_absolutes(index) else output
-        return physical_ff.goodness(activity, self.get_buffer(f"direction{index + 1}").to(activity))
+        activity = _wide(output.abs() if self._judges_absolutes(index) else output)
+        with torch.autocast(output.device.type, enabled=False):
+            return physical_ff.goodness(activity, self.get_buffer(f"direction{index + 1}").to(activity))
 
     @torch.no_grad()
     def goodness_by_block(self, inputs: Tensor, label: int) -> Iterator[Tensor]:
@@ -147,3 +152,8 @@ class PhyLL(PhysicalFF, LabelledGoodness, protocol="phyll"):
     def activations(self, inputs: Tensor, *context: Any) -> Iterator[Tensor]:
         """What every block hands on in a pass with the neutral label."""
         yield from super().activations(inputs, *context)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: cosines of different labels are closer than halves can tell."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, get_args
 
-from locallearn.algorithms.base import Algorithm, Locality, TaskInfo, choices, refuse_dense
+import torch
+
+from locallearn.algorithms.base import Algorithm, Locality, TaskInfo, Update, choices, refuse_dense
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.algorithms.physical_ff._layers import Layer
+from locallearn.batch import Batch
 
 Protocol = Literal["phyll", "ffzero"]
 
@@ -21,6 +26,7 @@ class PhysicalFF(Algorithm):
     class prototypes, and its weights move by differences of that loss along random directions.
 
     Devices are part of the network (``net=physical``). On a network without any this is the ablation, and the record says so.
+    Learning runs outside of autocast: weights move within a batch, and autocast would go on with casts from before.
 
     Args:
         protocol: ``phyll`` or ``ffzero``.
@@ -97,6 +103,22 @@ class PhysicalFF(Algorithm):
     def variant(self) -> str | None:
         """The protocol, where it is not the usual one, and what makes another rule of it."""
         return choices(self, PhysicalFF.__init__, "protocol", "absolute", "directions")
+
+    @torch.no_grad()
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """One layer after another, without autograd and autocast."""
+        pieces = self._updates(batch)
+        while True:
+            # Around each piece: the context must not stay entered where the driver steps.
+            with torch.autocast(batch.inputs.device.type, enabled=False):
+                update = next(pieces, None)
+            if update is None:
+                return
+            yield update
+
+    @abstractmethod
+    def _updates(self, batch: Batch) -> Iterator[Update]:
+        """The updates of a protocol."""
 
     def devices(self) -> dict[str, Any]:
         """Devices by the name of their block."""

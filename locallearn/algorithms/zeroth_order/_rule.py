@@ -457,6 +457,7 @@ class ZerothOrder(Algorithm):
                 buffer.copy_(value)
 
     def _lost(self, batch: Batch) -> Tensor:
+        torch.clear_autocast_cache()  # else weights that were moved are not seen: their casts from before are
         return self._loss_of(*selected(batch, self.blocks(batch.inputs, *batch.context)))
 
     def _loss_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -484,6 +485,7 @@ class ZerothOrder(Algorithm):
         try:
             for member, sign in zip(members.tolist(), signs.tolist(), strict=True):
                 way.visit(member, sign)
+                torch.clear_autocast_cache()
                 ones.append(self.blocks(few))
         finally:
             way.home()

@@ -89,10 +89,14 @@ class PhysicalLayer(nn.Module):
         self.samples += len(x)
         self.training_calls += self.training
         if self.differentiable:
-            answer: Tensor = self.device.respond(x)  # type: ignore[attr-defined]
-            return answer
+            with torch.autocast(x.device.type, enabled=False):  # halves are not what a medium computes in
+                answer: Tensor = self.device.respond(x.to(torch.promote_types(x.dtype, torch.float32)))  # type: ignore[attr-defined]
+            return answer.to(x.dtype)
         self._refuse_derivatives(x)
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):  # a twin's layers know no other precision than its own
             given = x.detach().cpu()
             array = (given if given.dtype in (torch.float32, torch.float64) else given.float()).numpy().copy()
             answer = torch.from_numpy(self._checked(self.device(array), len(array)))

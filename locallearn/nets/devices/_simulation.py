@@ -202,6 +202,8 @@ class Simulation:
             )
         if outputs is not None and outputs < 1:
             raise ValueError(f"outputs is {outputs}, expected at least 1, or null")
+        if type(seed) is not int or seed < 0:
+            raise ValueError(f"seed is {seed!r}, expected a whole number of at least 0: it is the device's own")
         if callable(map) and (outputs is not None or options):
             raise ValueError(
                 "outputs and options belong to the maps that come along: a device of your own has what it has"

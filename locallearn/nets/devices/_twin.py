@@ -114,10 +114,13 @@ def _read(path: str | Path) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]
             f"the measurements are {str(path)!r}, and there is no such file: give a CSV with one measured pair per row, "
             "options={path: FILE}"
         )
-    with place.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row]
-    if rows and not _numbers(rows[0]):
-        rows = rows[1:]
+    try:
+        with place.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet may put a mark in front
+            rows = [row for row in csv.reader(file) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{place} is no CSV: {error}; save it as text in UTF-8, with commas") from error
+    if rows and not any(_numbers([value]) for value in rows[0]):
+        rows = rows[1:]  # names; a first row with some numbers is a pair with something missing
     if not rows:
         raise ValueError(f"{place} holds no measurements: give one pair per row")
     for i, row in enumerate(rows):
