@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locallearn.algorithms import ForwardGradient, TaskInfo
+from locallearn.audit import audit
 from locallearn.batch import Batch
 from locallearn.cost import measure_update
 from locallearn.functional.forward_gradient import estimate, relative_error, tangents
@@ -479,3 +480,12 @@ def test_what_cannot_be_learned_is_refused() -> None:
             ForwardGradient(**settings)
     with pytest.raises(ValueError, match="5 directions are more than the 3 entries"):
         estimate(torch.ones(5, 3), torch.ones(5), "projection")
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6, elementwise_affine=False), nn.GroupNorm(2, 6, affine=False)])
+def test_who_watches_changes_nothing(norm: nn.Module) -> None:
+    """PyTorch's derivatives of normalisation round in another order once something looks at its operations."""
+    net = Blocks({"first": nn.Sequential(nn.Linear(6, 6), norm, nn.ReLU()), "second": nn.Linear(6, 5)}, nn.Linear(5, 3))
+    batch = Batch(torch.randn(16, 6), torch.arange(16) % 3)
+    result = audit(_attached(net, batch, perturb="activities"), batch, batches=2, warmup=1)
+    assert result.confirmed, result.reason

@@ -447,6 +447,13 @@ def test_what_cannot_be_learned_is_refused() -> None:
         ({"guess": "local", "head_width": 5}, "head_width=5 is of hidden layers"),
         ({"guess": "local", "head": "mlp", "head_width": 0}, "head_width is 0, expected a whole number"),
         ({"guess": "local", "simulated": True, "chunk": 1}, "chunk is of passes that carry tangents"),
+        ({"guess": "local", "target": "local", "chunk": 2}, "target=local needs none: leave it out"),
+        ({"guess": "local", "simulated": "yes"}, "simulated is 'yes', expected true or false"),
+        ({"guess": "local", "head_norm": 1}, "head_norm is 1, expected true or false"),
+        ({"guess": "random", "perturb": "activities", "mask": True}, "guess=random puts none there: leave mask out"),
+        ({"guess": "local", "perturb": "activities", "groups": 2}, "only losses=local"),
+        ({"guess": "local", "losses": "local"}, "which are two rules"),
+        ({"losses": "local", "target": "next"}, "belong to a guess, and guess is null"),
     ):
         with pytest.raises(ValueError, match=words):
             ForwardGradient(**settings)

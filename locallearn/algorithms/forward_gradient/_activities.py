@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import jvp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from locallearn.algorithms._selection import each_loss
 from locallearn.algorithms.base import refuse_made_weights
@@ -23,6 +25,7 @@ _make: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
 OWNER = "forward gradients of activities"
 Layer = nn.Linear | GroupedLinear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 Change = Callable[[int, Tensor], Tensor]  # of the direction at the i-th call of a pass
+_TWO_ORDERS = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 class Call(NamedTuple):
@@ -287,7 +290,7 @@ class Activities:
         if self.mask:
             hooks += [m.register_forward_hook(mask) for m in self.blocks.modules() if type(m) is nn.ReLU]
         try:
-            with forward_ad.dual_level():
+            with _one_order(self.blocks), forward_ad.dual_level():
                 made, state = run(self.blocks, weights or {}, batch)
                 outputs, along = _unpack(made)
                 return outputs, along, calls, {name: _unpack(buffer).primal for name, buffer in state.items()}
@@ -304,6 +307,24 @@ class Activities:
         if along is None:  # nothing learns
             return losses(outputs), outputs.new_zeros(len(outputs))
         return cast(tuple[Tensor, Tensor], jvp(losses, (outputs,), (along,)))
+
+
+class _Passing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Does nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _one_order(blocks: Blocks) -> AbstractContextManager[Any]:
+    """Have derivatives of normalisation always round in the same order.
+
+    PyTorch writes them in place where nothing watches its operations, and in another order where something does; then a step
+    that is counted or audited would differ in its last bits. So something always watches, which costs a call per operation.
+    Of ``torch.func`` there is one order only.
+    """
+    found = any(isinstance(module, _TWO_ORDERS) for module in blocks.modules())
+    return _Passing() if found else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _read(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

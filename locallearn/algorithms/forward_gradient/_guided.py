@@ -77,7 +77,7 @@ class GuidedForwardGradient(ForwardGradient):
 
     Args:
         args: those of :class:`ForwardGradient`.
-        options: the same; ``tangents``, ``combine`` and, without random guesses, ``noise`` mean nothing here.
+        options: the same; ``tangents``, ``combine``, ``mask`` and, without random guesses, ``noise`` mean nothing here.
 
     Raises:
         ValueError: a setting that does not exist or means nothing beside the others; when attached, a network of one block,
@@ -111,6 +111,8 @@ class GuidedForwardGradient(ForwardGradient):
             raise ValueError(f"head_width is {self.head_width!r}, expected a whole number of at least 1")
         if self.simulated and self.chunk is not None:
             raise ValueError("chunk is of passes that carry tangents, and simulated=true has none: leave it out")
+        if self.target == "local" and self.chunk is not None:
+            raise ValueError("chunk is of passes that carry tangents, and target=local needs none: leave it out")
         self._compared = False
         self._space: OnOutputs | OnWeights = OnWeights() if self.perturb == "weights" else OnOutputs()
 

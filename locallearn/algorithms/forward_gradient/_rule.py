@@ -134,8 +134,13 @@ class ForwardGradient(_ByOptions):
             raise ValueError(
                 f"guess is {guess} and losses is local, which are two rules: guesses have their own local losses (target=local)"
             )
-        if mask not in (None, True, False):
+        if mask is not None and type(mask) is not bool:
             raise ValueError(f"mask is {mask!r}, expected true, false or null")
+        for name, switch in (("simulated", simulated), ("head_norm", head_norm)):
+            if type(switch) is not bool:
+                raise ValueError(f"{name} is {switch!r}, expected true or false")
+        if mask is not None and guess is not None:
+            raise ValueError(f"mask is of noise in front of ReLUs, and guess={guess} puts none there: leave mask out")
         if mask is not None and perturb == "weights":
             raise ValueError("mask is of noise in activities: leave it out under perturb=weights")
         self.perturb: Perturb = perturb
