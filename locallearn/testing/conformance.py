@@ -309,7 +309,12 @@ class AlgorithmConformance:
         first = batches[0]
         targets = first.targets.to(dtype) if first.targets.is_floating_point() else first.targets
         batch = first._replace(inputs=first.inputs.to(dtype), targets=targets)
-        plain_loop(algorithm, [batch], _sgd)
+        try:
+            plain_loop(algorithm, [batch], _sgd)
+        except ValueError as refusal:  # in one sentence, that names what it cannot learn in
+            if str(dtype) not in str(refusal):
+                raise
+            pytest.skip(str(refusal))
         assert all(p.dtype is dtype and bool(p.isfinite().all()) for p in algorithm.parameters())
         assert bool(algorithm.predict(batch.inputs, *batch.context).isfinite().all())
 

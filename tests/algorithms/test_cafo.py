@@ -426,7 +426,8 @@ def test_costs_are_those_of_the_formulas() -> None:
     [stage] = measured(predictor="ce", cache=True).stages
     assert stage.row_flops == 2 * cafo.predictor_macs(widths[1:], CLASSES)
     assert stage.once_flops + 16 * stage.fill_flops == 16 * 2 * forward
-    assert stage.cache_bytes == 16 * sum(widths[1:]) * 4 + 2 * 16
+    # What is kept with positions and flags, and the statistics that standardise it.
+    assert stage.cache_bytes == 16 * sum(widths[1:]) * 4 + 2 * 16 + 2 * sum(widths[1:]) * 4
     [stage] = measured(blocks="dfa", predictor="mse").stages
     dfa = 2 * forward + 3 * CLASSES * widths[-1] + CLASSES * widths[1]  # the head in both directions, e B_1
     assert stage.row_flops == 2 * (dfa + sum(cafo.gather_macs(size, CLASSES) for size in widths[1:]))

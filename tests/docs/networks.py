@@ -219,6 +219,11 @@ def refusal(rule: str, net: nn.Module, pieces: Cut) -> str:
         torch.optim.SGD(groups, lr=1e-3).step()
         algorithm.zero_grad(set_to_none=True)
         stepped.append(update.unit)
+    if not algorithm.units():  # a closed form: a pass for everything that is solved for
+        while not algorithm.finished:
+            list(algorithm.updates(batch))
+            algorithm.end_epoch()
+            stepped.append("pass")
     assert stepped, f"{rule} has stepped nothing"
     with torch.no_grad(), preserved(net):
         scores: Tensor = algorithm.eval().predict(main, *context)

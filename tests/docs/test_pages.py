@@ -73,7 +73,18 @@ def test_the_table_of_settings_is_complete() -> None:
     for group, name in (("schedule", "joint"), ("trainer", "default")):
         conf[group] = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text(encoding="utf-8"))
     for key, value in conf.items():
-        if key in ("compare", "tune", "report", "predict", "analyze", "distill", "bench", "schedule", "trainer"):
+        if key in (
+            "compare",
+            "tune",
+            "report",
+            "predict",
+            "analyze",
+            "distill",
+            "replay",
+            "bench",
+            "schedule",
+            "trainer",
+        ):
             wanted |= {f"{key}.{name}": one for name, one in value.items() if not name.startswith("_")}
         elif key not in ("defaults", "hydra"):
             wanted[key] = value
