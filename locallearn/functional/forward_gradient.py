@@ -59,8 +59,8 @@ def tangents(
 def _signs(shape: Sequence[int], generator: Generator | None, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """Random ±1: eight signs at a time are looked up for a random byte, which takes a fraction of a draw for each."""
     size = math.prod(shape)
-    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
-    signs = (bits & 1).to(dtype).mul_(2).sub_(1)
+    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device=device)
+    signs = torch.arange(256, device=device)[:, None].bitwise_and(places).ne(0).to(dtype).mul_(2).sub_(1)
     drawn = torch.randint(256, (-(-size // 8),), generator=generator, device=device, dtype=torch.int32)
     return F.embedding(drawn, signs).flatten()[:size].view(tuple(shape))
 
