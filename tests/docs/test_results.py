@@ -89,6 +89,7 @@ FORWARD_ONLY = (
     "forward_projection_fashion_mnist",
     "ridge_mnist",
     "physical_ff_vowels",
+    "zeroth_order_digits",
     "forward_gradient_cifar10_guesses",
 )
 
