@@ -156,7 +156,9 @@ def find_layers(blocks: Blocks, example: Batch, owner: str, *, last_alone: bool 
     found = main(output)
     if not last or layers[-1].place != len(blocks) or len(last) != 1 or last[0].numel() != found.numel():
         what = "ends in no linear layer"
-    elif not torch.equal(last[0].reshape(found.shape), found):
+    elif not torch.equal(last[0].reshape(found.shape), found) or not all(
+        _keeps(m, x) for m, x, _ in calls[max(i for i, call in enumerate(calls) if call[0] is layers[-1].module) + 1 :]
+    ):
         what = f"changes what its last linear layer {layers[-1].name!r} gives (an activation, a pooling?)"
     else:
         return layers
@@ -164,6 +166,16 @@ def find_layers(blocks: Blocks, example: Batch, owner: str, *, last_alone: bool 
         f"{owner} fits the network's output in closed form, and the readout of this network {what}: give it a readout that is "
         "linear"
     )
+
+
+def _keeps(module: nn.Module, given: Any) -> bool:
+    """Whether a module hands numbers on as they are, those of the other sign, too: a ReLU keeps what happens to be positive."""
+    if not isinstance(given, Tensor):
+        return True
+    turned = -given
+    with torch.no_grad():
+        made = module(turned.clone())
+    return made.numel() == turned.numel() and torch.equal(made.reshape(turned.shape), turned)
 
 
 def _refuse_unfit(name: str, module: nn.Module, given: Any, samples: int, owner: str) -> None:

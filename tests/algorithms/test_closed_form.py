@@ -454,6 +454,15 @@ def _readout(module: nn.Module | None) -> Blocks:
     return Blocks({"first": nn.Sequential(nn.Linear(6, 4), nn.ReLU())}, module)
 
 
+def test_an_activation_behind_the_readout_is_refused_although_all_scores_are_positive() -> None:
+    for inplace in (False, True):
+        linear = nn.Linear(4, 3)
+        nn.init.constant_(linear.bias, 9.0)
+        net = _readout(nn.Sequential(linear, nn.ReLU(inplace=inplace)))
+        with pytest.raises(ValueError, match="changes what its last linear layer"):
+            Ridge().attach(net, TaskInfo(Batch(torch.rand(2, 6), torch.arange(2)), 3, F.cross_entropy))
+
+
 @pytest.mark.parametrize(
     ("net", "says"),
     [
