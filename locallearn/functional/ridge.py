@@ -280,13 +280,21 @@ def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Solution:
     return Solution(weights, _residual(gram, weights, cross), good)
 
 
-def _refuse_singular(gram: Tensor, penalty: float, what: str) -> None:
-    values = torch.linalg.eigvalsh(gram)
-    rank = int((values > len(gram) * torch.finfo(gram.dtype).eps * values[-1].clamp_min(0)).sum())
-    raise Singular(
-        f"{what} have rank {rank} of {len(gram)} and λ is {penalty:g}, so the equations have no single solution: a λ above 0 "
-        "gives them one"
-    )
+def _regular(matrix: Tensor, wanted: Tensor, penalty: float, what: str) -> tuple[Tensor, float]:
+    """X of (A + λI) X = B, and its residual; A is overwritten. ``what`` A is made of, for the refusal of a singular one."""
+    _checked(matrix, wanted)
+    matrix.diagonal().add_(penalty)
+    factor, good = _factor(matrix)
+    if not good:
+        matrix.diagonal().sub_(penalty)
+        values = torch.linalg.eigvalsh(matrix)
+        rank = int((values > len(matrix) * torch.finfo(matrix.dtype).eps * values[-1].clamp_min(0)).sum())
+        raise Singular(
+            f"{what} have rank {rank} of {len(matrix)} and λ is {penalty:g}, so the equations have no single solution: a λ "
+            "above 0 gives them one"
+        )
+    found = torch.cholesky_solve(wanted, factor)
+    return found, _residual(matrix, found, wanted)
 
 
 def solve(moments: Moments, penalty: float, intercept: Intercept = "none") -> Fit:
@@ -298,14 +306,8 @@ def solve(moments: Moments, penalty: float, intercept: Intercept = "none") -> Fi
     """
     check_penalty(penalty)
     gram, cross = _equations(moments, intercept)
-    _checked(gram, cross)
-    gram.diagonal().add_(penalty)
-    factor, good = _factor(gram)
-    if not good:
-        gram.diagonal().sub_(penalty)
-        _refuse_singular(gram, penalty, f"the features of {int(moments.rows[1])} rows")
-    found = torch.cholesky_solve(cross, factor)
-    return Fit(*_with_intercept(found, moments, intercept), _residual(gram, found, cross))
+    found, residual = _regular(gram, cross, penalty, f"the features of {int(moments.rows[1])} rows")
+    return Fit(*_with_intercept(found, moments, intercept), residual)
 
 
 def _weighted(
@@ -348,15 +350,8 @@ def solve_rows(
         moments.gather(features, targets, weights)
         return solve(moments, penalty, intercept)
     x, y, mean, share = _weighted(features, targets, intercept, weights)
-    kernel = x @ x.T
-    _checked(kernel, y)
-    kernel.diagonal().add_(penalty)
-    factor, good = _factor(kernel)
-    if not good:
-        kernel.diagonal().sub_(penalty)
-        _refuse_singular(kernel, penalty, f"{len(x)} rows of {features.shape[1]} features")
-    dual = torch.cholesky_solve(y, factor)
-    found, residual = x.T @ dual, _residual(kernel, dual, y)
+    dual, residual = _regular(x @ x.T, y, penalty, f"{len(x)} rows of {features.shape[1]} features")
+    found = x.T @ dual
     if intercept == "penalised":
         return Fit(found[:-1], found[-1], residual)
     return Fit(found, share - mean @ found, residual)

@@ -326,3 +326,19 @@ def _check_chain(module: nn.Module, blocks: Blocks, example: Tensor) -> None:
         {"input": example},
         blocks._runnable,
     )
+
+
+def through(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Run these modules one after another."""
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def in_order(block: nn.Module) -> Iterator[nn.Module]:
+    """Modules that a block runs one after another: those of plain containers within it, too, and nothing that does nothing."""
+    if type(block) is nn.Sequential:
+        for child in block:
+            yield from in_order(child)
+    elif not isinstance(block, nn.Identity):
+        yield block

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from locallearn.algorithms.base import refuse_made_weights
 from locallearn.functional import pepita
+from locallearn.nets.blocks import in_order
 
 _ELEMENTWISE = (
     nn.ReLU,
@@ -55,21 +55,6 @@ class Layer(NamedTuple):
         return gradients
 
 
-def through(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Run these modules one after another."""
-    for module in modules:
-        x = module(x)
-    return x
-
-
-def _members(block: nn.Module) -> Iterator[nn.Module]:
-    if type(block) is nn.Sequential:
-        for child in block:
-            yield from _members(child)
-    elif not isinstance(block, nn.Identity):
-        yield block
-
-
 def taken_apart(name: str, block: nn.Module) -> Layer:
     """Split a block at its weights.
 
@@ -80,7 +65,7 @@ def taken_apart(name: str, block: nn.Module) -> Layer:
     activation: list[nn.Module] = []
     after: list[nn.Module] = []
     weights: nn.Linear | nn.Conv2d | None = None
-    for module in _members(block):
+    for module in in_order(block):
         if isinstance(module, nn.Linear | nn.Conv2d) and not any(map(is_lazy, module.parameters())):
             refuse_made_weights(name, module, "PEPITA")
             if weights is not None:

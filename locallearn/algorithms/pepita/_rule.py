@@ -20,10 +20,11 @@ from locallearn.algorithms.base import (
     refuse_made_weights,
 )
 from locallearn.algorithms.layer_local import feature_sizes
-from locallearn.algorithms.pepita._layers import Layer, taken_apart, through
+from locallearn.algorithms.pepita._layers import Layer, taken_apart
 from locallearn.algorithms.pepita._steps import STEPS
 from locallearn.batch import Batch
 from locallearn.functional import pepita
+from locallearn.nets.blocks import through
 from locallearn.precision import multiplying
 
 Variant = Literal["standard", "hebbian", "time_local"]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.algorithms.base import ParamGroup, TaskInfo, Update
-from locallearn.algorithms.physical_ff._layers import Layer, taken_apart, through
+from locallearn.algorithms.physical_ff._layers import Layer, taken_apart
 from locallearn.algorithms.physical_ff._rule import PhysicalFF
 from locallearn.batch import Batch
 from locallearn.functional import ffzero
+from locallearn.nets.blocks import through
 
 
 class FFZero(PhysicalFF, protocol="ffzero"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locallearn.algorithms.base import refuse_made_weights
-from locallearn.nets.blocks import NORMALISATIONS
+from locallearn.nets.blocks import NORMALISATIONS, in_order
 from locallearn.nets.devices import Measured
 
 Pointwise = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -39,13 +39,6 @@ class Layer(NamedTuple):
         return next((part for part in self.before if isinstance(part, Measured) and part.layer is not None), None)
 
 
-def through(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Run these modules one after another."""
-    for module in modules:
-        x = module(x)
-    return x
-
-
 def taken_apart(name: str, block: nn.Module, owner: str) -> Layer:
     """Split a block at its weights.
 
@@ -56,7 +49,7 @@ def taken_apart(name: str, block: nn.Module, owner: str) -> Layer:
     norm: list[nn.Module] = []
     after: list[nn.Module] = []
     weights: nn.Linear | nn.Conv2d | None = None
-    for module in _members(block):
+    for module in in_order(block):
         if isinstance(module, nn.Linear | nn.Conv2d):
             refuse_made_weights(name, module, owner)
             if weights is not None:
@@ -80,14 +73,6 @@ def taken_apart(name: str, block: nn.Module, owner: str) -> Layer:
     if weights is None:
         raise ValueError(f"block {name!r} has no nn.Linear or nn.Conv2d: put its layers into the block before it")
     return Layer(name, tuple(before), weights, tuple(norm), tuple(after))
-
-
-def _members(block: nn.Module) -> Iterator[nn.Module]:
-    if type(block) is nn.Sequential:
-        for child in block:
-            yield from _members(child)
-    elif not isinstance(block, nn.Identity):
-        yield block
 
 
 def pointwise(name: str, modules: Sequence[nn.Module], owner: str) -> Pointwise | None:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from locallearn.algorithms.base import ParamGroup, TaskInfo, Update
 from locallearn.algorithms.forward_forward.frame import LabelledGoodness
-from locallearn.algorithms.physical_ff._layers import pointwise, taken_apart, through
+from locallearn.algorithms.physical_ff._layers import pointwise, taken_apart
 from locallearn.algorithms.physical_ff._rule import PhysicalFF
 from locallearn.batch import Batch
 from locallearn.functional import forward_forward as ff
 from locallearn.functional import physical_ff
+from locallearn.nets.blocks import through
 
 
 class PhyLL(PhysicalFF, LabelledGoodness, protocol="phyll"):
