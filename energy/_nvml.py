@@ -55,19 +55,17 @@ class NvmlMeter(CounterMeter):
     def _connect(self) -> tuple[list[Counter], list[Reading]]:
         if self._devices is None and self._device is not None and not self._device.startswith("cuda"):
             return [], [Reading("nvml", "measured", None, _not_used(self._device))]
-        import pynvml
-
         try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
-            return [], [Reading("nvml", "measured", None, f"NVML did not start: {error} (is there an NVIDIA driver?)")]
+            pynvml = _started()
+        except UnreadableError as error:
+            return [], [Reading("nvml", "measured", None, str(error))]
         self._nvml = pynvml
         if self._devices is None and self._device is not None:
             return _watched([(cuda_number(self._device), partial(board_of, pynvml, self._device))], pynvml)
         try:
             visible = visible_boards(pynvml)
-        except pynvml.NVMLError as error:
-            return [], [Reading("nvml", "measured", None, f"NVML did not list the boards: {error}")]
+        except Exception as error:
+            return [], [Reading("nvml", "measured", None, f"NVML did not list the boards: {_said(error)}")]
         if not visible:
             hidden = "" if os.environ.get("CUDA_VISIBLE_DEVICES") is None else " that CUDA_VISIBLE_DEVICES lets through"
             return [], [Reading("nvml", "measured", None, f"no NVIDIA GPU{hidden}")]
@@ -83,6 +81,23 @@ class NvmlMeter(CounterMeter):
                 nvml.nvmlShutdown()
 
 
+def _started() -> Any:
+    """NVML's binding, started.
+
+    Raises:
+        UnreadableError: there is none, or no driver that answers it.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        raise UnreadableError("the package nvidia-ml-py is not installed: pip install nvidia-ml-py") from None
+    try:
+        pynvml.nvmlInit()
+    except Exception as error:
+        raise UnreadableError(f"NVML did not start: {_said(error)} (is there an NVIDIA driver?)") from None
+    return pynvml
+
+
 def board_of(nvml: Any, device: str) -> int:
     """NVML's index of the board that torch calls ``device`` (``cuda:1``); NVML must have been started.
 
@@ -96,12 +111,12 @@ def board_of(nvml: Any, device: str) -> int:
     except Exception as error:
         raise UnreadableError(f"CUDA does not tell which board {device} is: {error}") from None
     # A board that does not answer costs its own figures only: it is not the run's, or it will be missed below.
-    found = [(i, _try(nvml, nvml.nvmlDeviceGetHandleByIndex, i)) for i in range(nvml.nvmlDeviceGetCount())]
+    found = [(i, _try(nvml, "nvmlDeviceGetHandleByIndex", i)) for i in range(nvml.nvmlDeviceGetCount())]
     handles = [(index, handle) for index, handle in found if handle is not None]
     uuid = _bare(getattr(known, "uuid", None))
     if uuid:
         for index, handle in handles:
-            if _bare(_try(nvml, nvml.nvmlDeviceGetUUID, handle)) == uuid:
+            if _bare(_try(nvml, "nvmlDeviceGetUUID", handle)) == uuid:
                 return index
         for _, handle in handles:
             if uuid in map(_bare, _slices(nvml, handle)):
@@ -109,11 +124,15 @@ def board_of(nvml: Any, device: str) -> int:
     address = tuple(getattr(known, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
     if None not in address:
         for index, handle in handles:
-            pci = _try(nvml, nvml.nvmlDeviceGetPciInfo, handle)
+            pci = _try(nvml, "nvmlDeviceGetPciInfo", handle)
             if pci is not None and (pci.domain, pci.bus, pci.device) == address:
                 return index
     if not uuid and None in address:  # an old torch: the order of CUDA_VISIBLE_DEVICES is all there is
         return _visible_board(cuda_number(device), visible_boards(nvml))
+    if len(found) == len(handles) == 1:
+        ((index, handle),) = handles
+        if all(_try(nvml, ask, handle) is None for ask in ("nvmlDeviceGetUUID", "nvmlDeviceGetPciInfo")):
+            return index  # in some virtual machines a board tells neither; where there is one, it is the one
     raise UnreadableError(f"none of NVML's {len(found)} boards has the UUID or the PCI address of {device}")
 
 
@@ -154,8 +173,8 @@ def visible_boards(nvml: Any) -> list[int | None]:
 
 
 def _uuid(nvml: Any, index: int) -> str:
-    handle = _try(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
-    return "" if handle is None else _try(nvml, nvml.nvmlDeviceGetUUID, handle) or ""
+    handle = _try(nvml, "nvmlDeviceGetHandleByIndex", index)
+    return "" if handle is None else _try(nvml, "nvmlDeviceGetUUID", handle) or ""
 
 
 def used_indices(device: str | None) -> list[int] | None:
@@ -168,21 +187,21 @@ def used_indices(device: str | None) -> list[int] | None:
     """
     if device is not None and not device.startswith("cuda"):
         return []
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
+        pynvml = _started()
+    except UnreadableError as error:
         if device is None:
             return None
-        raise UnreadableError(f"NVML did not start, so which board {device} is is not known: {error}") from None
+        raise UnreadableError(f"which board {device} is is not known: {error}") from None
     try:
         if device is not None:
             return [board_of(pynvml, device)]
         return [index for index in visible_boards(pynvml) if index is not None]
-    except pynvml.NVMLError as error:
+    except UnreadableError:
+        raise
+    except Exception as error:
         which = "which boards CUDA shows" if device is None else f"which board {device} is"
-        raise UnreadableError(f"NVML failed after it had started, so {which} is not known: {error}") from None
+        raise UnreadableError(f"NVML failed after it had started, so {which} is not known: {_said(error)}") from None
     finally:
         with suppress(Exception):
             pynvml.nvmlShutdown()
@@ -204,9 +223,9 @@ def _bare(uuid: Any) -> str:
 def _slices(nvml: Any, handle: Any) -> list[str]:
     """UUIDs of a board's MIG slices."""
     found = []
-    for number in range(_try(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
-        part = _try(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
-        uuid = None if part is None else _try(nvml, nvml.nvmlDeviceGetUUID, part)
+    for number in range(_try(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+        part = _try(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, number)
+        uuid = None if part is None else _try(nvml, "nvmlDeviceGetUUID", part)
         found += [] if uuid is None else [uuid]
     return found
 
@@ -235,8 +254,9 @@ def _watched(
     for number, find in wanted:
         try:
             counter = _counter(nvml, number, find())
-        except (UnreadableError, nvml.NVMLError) as error:
-            unreadable.append(Reading(f"nvml:{number}", "measured", None, str(error)))
+        except Exception as error:  # whatever it is, the other boards are read all the same
+            reason = str(error) if isinstance(error, UnreadableError) else f"NVML failed: {_said(error)}"
+            unreadable.append(Reading(f"nvml:{number}", "measured", None, reason))
             continue
         if own not in (None, number):
             counter.flags = ("not the device of the run: this board was asked for by its number",)
@@ -247,21 +267,21 @@ def _watched(
 def _counter(nvml: Any, number: int, index: int) -> Counter:
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        name = nvml.nvmlDeviceGetName(handle)
-    except nvml.NVMLError as error:
-        raise UnreadableError(f"NVML does not open board {index}: {error}") from None
-    mig = _try(nvml, nvml.nvmlDeviceGetMigMode, handle)
+    except Exception as error:
+        raise UnreadableError(f"NVML does not open board {index}: {_said(error)}") from None
+    name = _try(nvml, "nvmlDeviceGetName", handle) or "board without a name"
+    mig = _try(nvml, "nvmlDeviceGetMigMode", handle)
     if mig is not None and mig[0] == nvml.NVML_DEVICE_MIG_ENABLE:
         raise UnreadableError(f"MIG is on: the counter of the {name} covers all its slices")
     read = partial(_joules, nvml, handle)
     read()
-    power_limit_mw = _try(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+    power_limit_mw = _try(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)
     max_w = _ABOVE_LIMIT * power_limit_mw / 1e3 if power_limit_mw else _MAX_W
     detail: Detail = {
         "name": name,
-        "uuid": _try(nvml, nvml.nvmlDeviceGetUUID, handle),
+        "uuid": _try(nvml, "nvmlDeviceGetUUID", handle),
         "nvml_index": index,
-        "driver": _try(nvml, nvml.nvmlSystemGetDriverVersion),
+        "driver": _try(nvml, "nvmlSystemGetDriverVersion"),
         "power_limit_w": None if power_limit_mw is None else power_limit_mw / 1e3,
     }
     return Counter(f"nvml:{number} {name}", read, detail=detail, observe=partial(_observe, nvml, handle), max_w=max_w)
@@ -270,27 +290,53 @@ def _counter(nvml: Any, number: int, index: int) -> Counter:
 def _joules(nvml: Any, handle: Any) -> float:
     try:
         millijoules = nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except nvml.NVMLError as error:
-        raise UnreadableError(f"NVML gives no energy counter: {error}") from None
-    if not isinstance(millijoules, int | float) or not 0 <= millijoules < _NOT_AVAILABLE_MJ:
+    except Exception as error:
+        raise UnreadableError(f"NVML gives no energy counter: {_said(error)}{_why(nvml, error)}") from None
+    # A board that has drawn nothing since its driver was loaded does not exist: some virtual machines show a 0.
+    if not isinstance(millijoules, int | float) or not 0 < millijoules < _NOT_AVAILABLE_MJ:
         raise UnreadableError(f"NVML gives no energy counter: it answers {millijoules!r}")
     return millijoules / 1e3
 
 
 def _observe(nvml: Any, handle: Any) -> Detail:
     """Temperature, clock, and how many other compute processes NVML lists (a container may not know itself)."""
-    processes = _try(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle)
+    processes = _try(nvml, "nvmlDeviceGetComputeRunningProcesses", handle)
     others = None if processes is None else sum(process.pid != os.getpid() for process in processes)
     return {
-        "temperature_c": _try(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
-        "sm_clock_mhz": _try(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+        "temperature_c": _try(nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
+        "sm_clock_mhz": _try(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
         "other_compute_processes": others,
     }
 
 
-def _try(nvml: Any, query: Callable[..., Any], *args: Any) -> Any:
-    """What NVML answers, or ``None`` where it does not."""
+def _try(nvml: Any, call: str, *args: Any) -> Any:
+    """What NVML answers, or ``None`` where it does not: a driver without the call, a binding that stumbles over its answer."""
     try:
-        return query(*args)
-    except nvml.NVMLError:
+        return getattr(nvml, call)(*args)
+    except Exception:
         return None
+
+
+# What an error of the counter means, by the end of its code's name; a text for the people who must do something.
+_CAUSES = {
+    "NOT_SUPPORTED": "a board before Volta, or a virtual machine or share of a board that is not shown it",
+    "NO_PERMISSION": "this user or container may not read it",
+    "FUNCTION_NOT_FOUND": "the driver is older than the call",
+    "GPU_IS_LOST": "the board has fallen off the bus: the machine must be started again",
+    "RESET_REQUIRED": "the board must be reset",
+}
+
+
+def _why(nvml: Any, error: Exception) -> str:
+    """A cause in brackets, where the code of the error tells one."""
+    value = getattr(error, "value", None)
+    found = [
+        text for name, text in _CAUSES.items() if value is not None and value == getattr(nvml, f"NVML_ERROR_{name}", 0)
+    ]
+    return f" ({found[0]})" if found else ""
+
+
+def _said(error: Exception) -> str:
+    """The error's own words, with its kind where it is none of NVML's."""
+    text = " ".join(str(error).split())
+    return text if "NVMLError" in type(error).__name__ and text else f"{type(error).__name__}: {text}"

@@ -101,9 +101,9 @@ def test_the_fake_answers_only_calls_that_the_real_library_has(nvml: FakeNvml, m
     monkeypatch.delitem(sys.modules, "pynvml")
     import pynvml
 
-    used = set(re.findall(r"nvml\.(\w+)", inspect.getsource(_nvml))) - {"nvml"}
+    used = set(re.findall(r"\b(?:nvml[A-Z]|NVML_[A-Z])\w+\b(?!\{)", inspect.getsource(_nvml))) - {"NVML_ERROR_"}
     assert len(used) > 10
-    assert [name for name in sorted(used) if name[:4].lower() == "nvml" and not hasattr(pynvml, name)] == []
+    assert [name for name in sorted(used) if not hasattr(pynvml, name)] == []
 
 
 def test_joules_of_one_board_with_a_pause(nvml: FakeNvml) -> None:
@@ -205,7 +205,7 @@ def test_a_board_lost_in_the_window_leaves_no_figure(nvml: FakeNvml) -> None:
 
 def test_a_counter_that_falls_leaves_no_figure(nvml: FakeNvml) -> None:
     with EnergyMonitor([NvmlMeter([0])]).window("w") as window:
-        nvml.millijoules[0] = 0
+        nvml.millijoules[0] = 5
     assert window.readings[0].reason == "the counter went backwards during the window"
 
 
@@ -359,12 +359,90 @@ def test_without_a_known_limit_no_board_draws_4_kw(nvml: FakeNvml, stopped: Any)
     assert "more than 4000 W can" in str(window.readings[0].reason)
 
 
-@pytest.mark.parametrize("answer", [None, -1, 2**64 - 1, 2**63, float("nan"), "many"])
+@pytest.mark.parametrize("answer", [None, -1, 0, 2**64 - 1, 2**63, float("nan"), "many"])
 def test_what_is_no_count_of_millijoules_leaves_no_figure(nvml: FakeNvml, answer: Any) -> None:
     with EnergyMonitor([NvmlMeter([0])]).window("w") as window:
         nvml.millijoules[0] = answer
     assert "NVML gives no energy counter: it answers" in str(window.readings[0].reason)
     assert "NVML gives no energy counter: it answers" in str(_read(NvmlMeter([0]))[0].reason)
+
+
+_CALLS = (
+    *("nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetUUID", "nvmlDeviceGetPciInfo"),
+    *("nvmlDeviceGetMaxMigDeviceCount", "nvmlDeviceGetMigMode", "nvmlDeviceGetName", "nvmlDeviceGetEnforcedPowerLimit"),
+    *("nvmlDeviceGetTotalEnergyConsumption", "nvmlSystemGetDriverVersion", "nvmlDeviceGetTemperature"),
+    *("nvmlDeviceGetClockInfo", "nvmlDeviceGetComputeRunningProcesses", "nvmlShutdown"),
+)
+_NEEDED = {"nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetTotalEnergyConsumption"}
+
+
+@pytest.mark.parametrize("call", _CALLS)
+@pytest.mark.parametrize("kind", [FakeNvml.NVMLError, AttributeError, OSError, ValueError])
+def test_whatever_a_call_raises_the_window_goes_on(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, call: str, kind: type[Exception]
+) -> None:
+    """Only what the figure is made of costs the figure, and then the words of the error are its reason."""
+
+    def fail(*args: Any) -> None:
+        raise kind("the words of the error")
+
+    _cuda(monkeypatch, uuid="aab2", pci_domain_id=0, pci_bus_id=17, pci_device_id=0)
+    monkeypatch.setattr(nvml, call, fail, raising=False)
+    (reading,) = _read_for("cuda:0", NvmlMeter())
+    if call in _NEEDED:
+        assert reading.joules is None
+        assert "the meter failed" not in str(reading.reason)
+        if call != "nvmlDeviceGetHandleByIndex":  # a board that does not answer is none of those that may be the run's
+            assert "the words of the error" in str(reading.reason)
+    else:
+        assert (reading.joules, reading.reason) == (0.0, None)
+
+
+def test_a_missing_binding_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "nvidia-ml-py is not installed" in str(_read(NvmlMeter())[0].reason)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("NOT_SUPPORTED", "before Volta, or a virtual machine"),
+        ("NO_PERMISSION", "may not read it"),
+        ("FUNCTION_NOT_FOUND", "older than the call"),
+        ("GPU_IS_LOST", "fallen off the bus"),
+        ("UNKNOWN", ""),
+    ],
+)
+def test_why_there_is_no_counter_is_told_apart(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, code: str, words: str
+) -> None:
+    """With the library's own error codes and words."""
+    with monkeypatch.context() as real:
+        real.delitem(sys.modules, "pynvml")
+        import pynvml
+    number = getattr(pynvml, f"NVML_ERROR_{code}")
+
+    def fail(handle: Any) -> None:
+        raise pynvml.NVMLError(number)
+
+    for name in _nvml._CAUSES:
+        monkeypatch.setattr(nvml, f"NVML_ERROR_{name}", getattr(pynvml, f"NVML_ERROR_{name}"), raising=False)
+    monkeypatch.setattr(nvml, "nvmlDeviceGetTotalEnergyConsumption", fail, raising=False)
+    reason = str(_read(NvmlMeter([0]))[0].reason)
+    assert reason.startswith(f"NVML gives no energy counter: {pynvml.NVMLError(number)}")
+    assert words in reason
+    assert ("(" in reason) == bool(words)
+
+
+@pytest.mark.parametrize(("boards", "found"), [(1, True), (2, False)])
+def test_a_single_board_that_tells_nothing_of_itself_is_the_one(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, boards: int, found: bool
+) -> None:
+    nvml.unsupported |= {"nvmlDeviceGetPciInfo", "nvmlDeviceGetUUID"}
+    nvml.millijoules = dict.fromkeys(range(boards), 1000)
+    _cuda(monkeypatch, uuid="dddd", pci_domain_id=0, pci_bus_id=99, pci_device_id=0)
+    (reading,) = _read_for("cuda:0", NvmlMeter())
+    assert (reading.joules is not None) == found
 
 
 def test_letting_go_of_nvml_costs_no_figure(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
