@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import signal
 import threading
@@ -45,6 +46,7 @@ def run(plan: Plan) -> Path:
         Exception: whatever stopped the run; the record says ``failed`` and why. The raised error has the folder as its
             ``run_folder``; it is still the part folder where not even the record could be written.
     """
+    gc.collect()  # Lightning's objects hold each other: what an earlier run left would stand in this one's peak of memory
     with multiplying(plan.matmul_precision):
         return _run(plan)
 

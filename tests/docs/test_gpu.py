@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).parents[2] / "docs" / "gpu.py"
 
 def _script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["gpu"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

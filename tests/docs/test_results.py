@@ -110,6 +110,73 @@ def test_rows_of_rules_that_never_go_backward_are_those_of_the_records() -> None
     assert sorted(found) == sorted([row[1], row[2], *row[5:]] for row in rows)
 
 
+def _groups(folder: str) -> dict[tuple[str, str], list[Record]]:
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in scan([DOCS / "records" / folder]).records:
+        groups.setdefault((record.algorithm, record.text("variant") or "\u2013"), []).append(record)
+    return groups
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _h200_rows(columns: int) -> dict[str, list[list[str]]]:
+    """Rows of the tables of that many columns about the GPU, by the folder of their records."""
+    after = PAGE.partition("## On a GPU")[2].partition("\n## ")[0]
+    rows: dict[str, list[list[str]]] = {}
+    for line in after.splitlines():
+        cells = [cell.strip(" *`") for cell in line.split("|")[1:-1]]
+        if len(cells) == columns and "(records/" in cells[-1]:
+            rows.setdefault(cells[-1].partition("(records/")[2].rstrip(")"), []).append(cells)
+    return rows
+
+
+def test_measured_joules_are_those_of_the_records() -> None:
+    rows = _h200_rows(9)
+    assert set(rows) == {"h200/joules_mnist", "h200/joules_cifar10"}
+    for folder, lines in rows.items():
+        found = []
+        for (algorithm, _), records in _groups(folder).items():
+            read = [next(one for one in record.data["energy"] if one["joules"]) for record in records]
+            costs = [record.data["cost"] for record in records]
+            joules = [_spread([one[key] for one in read], 0) for key in ("joules", "net_joules")]
+            seconds = _spread([cost["train_s"] for cost in costs], 1)
+            work = [f"{costs[0]['train_flops'] / 1e12:.2f}", f"{costs[0]['activation_peak_bytes'] / 2**20:.2f}"]
+            found.append([algorithm, _cell(_test_accuracies(records)), seconds, *joules, *work])
+        assert sorted(found) == sorted(line[1:-1] for line in lines)
+
+
+def test_ratios_of_measured_joules_are_those_of_the_records() -> None:
+    """Geometric means over pairs of one seed, with a t-interval of the logarithms by SciPy."""
+    told = " ".join(PAGE.partition("**Mono-Forward needs four fifths")[2].partition("\n\n")[0].split())
+    for folder in ("h200/joules_mnist", "h200/joules_cifar10"):
+        by_rule = {algorithm: {r.seed: r for r in records} for (algorithm, _), records in _groups(folder).items()}
+        gross = [
+            np.log(
+                [
+                    next(one["joules"] for one in by_rule[rule][seed].data["energy"] if one["joules"])
+                    for seed in sorted(by_rule["backprop"])
+                ]
+            )
+            for rule in ("mono_forward", "backprop")
+        ]
+        tested = scipy.stats.ttest_1samp(gross[0] - gross[1], 0.0).confidence_interval(0.95)
+        assert f"{np.exp(np.mean(gross[0] - gross[1])):.2f} times backpropagation's" in told
+        assert f"{np.exp(tested.low):.2f} to {np.exp(tested.high):.2f} on" in told
+
+
+def test_accuracies_on_a_gpu_are_those_of_the_records() -> None:
+    rows = _h200_rows(7)
+    folders = {f"h200/{path.name}" for path in (DOCS / "records" / "h200").iterdir()}
+    assert set(rows) == {folder for folder in folders if "joules" not in folder}
+    for folder, lines in rows.items():
+        found = [
+            [*names, _cell(_test_accuracies(records)), str(len(records))] for names, records in _groups(folder).items()
+        ]
+        assert sorted(found) == sorted([line[2], line[3], line[4], line[5]] for line in lines)
+
+
 def test_sparsity_is_that_of_the_analyses() -> None:
     found = json.loads((DOCS / "records" / "emergent_mnist" / "sparsity.json").read_text(encoding="utf-8"))
     names = {record.data["id"]: record.algorithm for record in scan([DOCS / "records" / "emergent_mnist"]).records}

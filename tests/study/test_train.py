@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -424,3 +426,22 @@ def test_compare_stops_when_the_user_says_so(make_plan: MakePlan, tmp_path: Path
         compare([("A", partial(make_plan, "backprop")), ("B", stopped), ("C", partial(make_plan, "backprop"))])
     statuses = sorted(str(_record(path)["status"]) for path in islice((tmp_path / "runs").iterdir(), 9))
     assert statuses == ["done", "interrupted"]
+
+
+def test_what_an_earlier_run_held_is_gone_when_the_next_one_trains(make_plan: MakePlan) -> None:
+    """Its data and network would stand in the next one's peak of allocated memory."""
+
+    def first() -> list[weakref.ref[object]]:
+        plan = make_plan("mono_forward")
+        run(plan)
+        return [weakref.ref(plan.data), weakref.ref(plan.algorithm)]
+
+    gc.disable()  # what happens to be collected in time is no proof
+    try:
+        left = first()
+        assert any(one() is not None for one in left)  # Lightning's objects hold each other
+        seen: list[object] = []
+        run(make_plan("backprop", progress=lambda *_: seen.append([one() for one in left])))
+    finally:
+        gc.enable()
+    assert seen == [[None, None]] * 2
