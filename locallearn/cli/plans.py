@@ -115,6 +115,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         checkpoint_s=checkpoint_s,
         keep_model=cfg.keep_model,
         resume=None if cfg.resume is None else folder_setting(cfg, "resume"),
+        init_from=None if cfg.get("init_from") is None else folder_setting(cfg, "init_from"),
     )
 
 

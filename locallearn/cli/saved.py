@@ -325,7 +325,7 @@ def build(record: Any, trust: bool, places: Mapping[str, Any], accelerator: str 
 
     cfg, choices = saved_settings(record, trust, places)
     # Nothing is logged or metered here, and the machine may be another one.
-    cfg.logger, cfg.meter, cfg.resume = None, {"idle_s": 0, "sources": {}}, None
+    cfg.logger, cfg.meter, cfg.resume, cfg.init_from = None, {"idle_s": 0, "sources": {}}, None, None
     asked = accelerator or str(cfg.trainer.accelerator)
     here = asked not in ("gpu", "cuda", "mps") or torch.cuda.is_available() or torch.backends.mps.is_available()
     cfg.trainer.accelerator, cfg.trainer.devices = asked if accelerator or here else "cpu", 1

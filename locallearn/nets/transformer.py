@@ -81,7 +81,6 @@ def char_transformer(
     heads: int = 4,
     mlp_ratio: float = 4.0,
     dropout: float = 0.0,
-    start: str | None = None,
 ) -> Blocks:
     """A transformer that reads a window of characters and scores the next one; a character sees those before it only.
 
@@ -96,11 +95,9 @@ def char_transformer(
         heads: of the attention; divides ``width``.
         mlp_ratio: hidden width of the perceptrons over ``width``.
         dropout: probability, of what attention and perceptron add.
-        start: ``model.pt`` of a run of the same network, whose weights it begins with: to be tuned to another task.
 
     Raises:
-        ValueError: no window of characters, a head that does not divide, sizes below 1, no probability, or a file that does
-            not hold such a network.
+        ValueError: no window of characters, a head that does not divide, sizes below 1, or no probability.
     """
     if len(input_shape) != 1:
         raise ValueError(
@@ -124,20 +121,7 @@ def char_transformer(
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
-    if start is not None:
-        _begin_with(net, start)
     return net
-
-
-def _begin_with(net: Blocks, start: str) -> None:
-    try:
-        kept = torch.load(start, map_location="cpu", weights_only=True)["state_dict"]
-        net.load_state_dict({name.removeprefix("net."): v for name, v in kept.items() if name.startswith("net.")})
-    except Exception as error:  # whatever the file is, it is not such a network
-        raise ValueError(
-            f"start is {start}, which holds no network like this one ({' '.join(str(error).split())[:200]}): name the model.pt "
-            "of a run with the same net settings"
-        ) from error
 
 
 class CharEmbedding(nn.Module):

@@ -70,6 +70,8 @@ class Plan:
         evaluate_test: read the test set at the end; a tuning trial must not.
         keep_model: keep what was trained in ``model.pt``.
         resume: folder of an interrupted run to go on from.
+        init_from: folder of a finished run, or its ``model.pt``, whose network's weights this one begins with; a readout of
+            other shape stays as it is drawn.
         progress: told ``(epoch, epochs, metrics)`` after every epoch.
     """
 
@@ -104,4 +106,5 @@ class Plan:
     evaluate_test: bool = True
     keep_model: bool = True
     resume: Path | None = None
+    init_from: Path | None = None
     progress: Callable[[int, int, dict[str, float]], None] | None = None

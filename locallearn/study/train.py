@@ -21,6 +21,7 @@ from locallearn.precision import multiplying
 from locallearn.records import Record, RunFolder, hardware, load_record, source, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask
 from locallearn.strategies.making import make_optimizers, make_schedulers
+from locallearn.study._beginning import begin_with
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
 from locallearn.study._costs import _Costs
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet, rehearse
@@ -121,9 +122,16 @@ def check(plan: Plan) -> None:
 
 
 def attached_task(plan: Plan) -> Any:
-    """The plan's task with its network and the algorithm attached, the network's weights drawn from the plan's seed."""
+    """The plan's task with its network and the algorithm attached, the network's weights drawn from the plan's seed.
+
+    Raises:
+        ValueError: the run that the weights are to come from has none that fit.
+    """
     torch.manual_seed(plan.seed)
-    task = plan.make_task(plan.make_net())
+    net = plan.make_net()
+    if plan.init_from is not None and plan.resume is None:  # a checkpoint has later weights
+        begin_with(net, plan.init_from)
+    task = plan.make_task(net)
     cast(LocalTask, task).use(plan.algorithm)
     return task
 

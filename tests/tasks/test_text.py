@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,15 +48,6 @@ def test_no_character_sees_a_later_one() -> None:
     for a, b in zip(net.features(x), net.features(other), strict=True):
         assert torch.allclose(a[:, :5], b[:, :5])
         assert not torch.allclose(a[:, 5:], b[:, 5:])
-
-
-def test_a_network_begins_with_another_ones_weights(tmp_path: Path) -> None:
-    first = char_transformer((8,), 97, width=16, heads=2)
-    torch.save({"state_dict": {f"net.{name}": v for name, v in first.state_dict().items()}}, tmp_path / "model.pt")
-    second = char_transformer((8,), 97, width=16, heads=2, start=str(tmp_path / "model.pt"))
-    assert all(torch.equal(v, second.state_dict()[name]) for name, v in first.state_dict().items())
-    with pytest.raises(ValueError, match="holds no network like this one"):
-        char_transformer((8,), 97, width=32, heads=2, start=str(tmp_path / "model.pt"))
 
 
 @pytest.mark.parametrize(
