@@ -13,7 +13,7 @@ from locallearn.records import Record
 from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, headline_metric, shared_notes
 from locallearn.statistics import Row, compare_table
 
-_BASELINE = "backprop"
+BASELINE = "backprop"
 _SHORT = {
     "train_s": "train",
     "train_flops": "training",
@@ -33,11 +33,11 @@ def terminal_table(records: Sequence[Record], width: int = 80) -> Table:
         records: of runs.
         width: of the terminal; where lines have to break, they break between words.
     """
-    rows = compare_table(records, _BASELINE)
-    shown = _selection(columns(rows), rows)
+    rows = compare_table(records, BASELINE)
+    shown = selection(columns(rows), rows)
     notes = shared_notes(rows)
     more = [f"{len(notes) - _NOTES} more notes are in the report."] if len(notes) > _NOTES else []
-    caption = Text("\n".join([LEGEND.format(baseline=_BASELINE), *notes[:_NOTES], *more]))
+    caption = Text("\n".join([LEGEND.format(baseline=BASELINE), *notes[:_NOTES], *more]))
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     if not any(row.records for row in rows):
         return Table("There is no finished run to show.")
@@ -45,7 +45,7 @@ def terminal_table(records: Sequence[Record], width: int = 80) -> Table:
     table.add_column("n", justify="right")
     for heading in _headings(shown):
         table.add_column(Text(heading), justify="right", overflow="fold")
-    places = [(name, list(members)) for name, members in groupby(rows, key=_place)]
+    places = [(name, list(members)) for name, members in groupby(rows, key=place)]
     for name, members in places:
         if len(places) == 1:
             table.title = Text(name)
@@ -93,11 +93,13 @@ def _heading(column: Column) -> str:
     return f"{title} ({column.qualifier})" if column.qualifier else title
 
 
-def _place(row: Row) -> str:
+def place(row: Row) -> str:
+    """What all rows of a section have in common: data set, network, mode and target."""
     return f"{row.place} · mode {row.terms}"
 
 
-def _selection(every: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+def selection(every: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """The figures that a table of moderate width has room for."""
     metrics = [headline_metric(every, quality) for quality in {row.metric for row in rows}]
     flops = "train_flops" if any(column.key == "train_flops" for column in every) else "update_flops"
     wanted = {"train_s", flops, "activation_peak_bytes", *(metric.key for metric in metrics if metric)}

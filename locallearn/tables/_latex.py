@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from itertools import zip_longest
+from textwrap import wrap
 
-from locallearn.tables._table import Line, Table
+from locallearn.tables._table import Column, Line, Table
 
+_MINUS = re.compile(r"(?<![\w.)-])-(?=\d)")  # a number's, not a hyphen
+_HEADING = 16  # characters in a line of a heading
 _DASH = "\0"  # stands for two hyphens of ours, while those of the text are kept apart
 _SIGNS = {
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
@@ -34,7 +39,8 @@ _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)
 
 def escaped(text: str) -> str:
     """``text`` so that LaTeX prints it; signs that it has no way to print become their nearest kin, or a question mark."""
-    return "".join(map(_sign, " ".join(text.split()))).replace("--", "-{}-").replace(_DASH, "--")
+    text = _MINUS.sub("\N{MINUS SIGN}", " ".join(text.split()))
+    return "".join(map(_sign, text)).replace("--", "-{}-").replace(_DASH, "--")
 
 
 def _sign(sign: str) -> str:
@@ -64,7 +70,7 @@ def latex(table: Table) -> str:
             group = line.group
             rows += [r"\midrule"] if place else []
             rows.append(rf"\multicolumn{{{wide}}}{{l}}{{\emph{{{escaped(group)}}}}} \\")
-        rows.append(f"{' & '.join(_cells(line, marks))} \\\\")
+        rows += _rows(line, marks)
     below = [
         *(rf"\textsuperscript{{{mark}}}~{escaped(note)}" for note, mark in marks.items()),
         *map(escaped, table.notes),
@@ -79,11 +85,11 @@ def latex(table: Table) -> str:
         [
             r"% needs \usepackage{booktabs}",
             r"\begin{table}",
-            r"\centering\small",
+            r"\centering\small\setlength{\tabcolsep}{4pt}",
             *([rf"\caption{{{escaped(table.title)}}}"] if table.title else []),
             rf"\begin{{tabular}}{{{''.join('r' if column.numeric else 'l' for column in table.columns)}}}",
             r"\toprule",
-            f"{' & '.join(escaped(column.heading) for column in table.columns)} \\\\",
+            f"{' & '.join(map(_heading, table.columns))} \\\\",
             r"\midrule",
             *rows,
             r"\bottomrule",
@@ -95,11 +101,23 @@ def latex(table: Table) -> str:
     )
 
 
-def _cells(line: Line, marks: dict[str, str]) -> list[str]:
-    cells = [escaped(cell.shown) for cell in line]
+def _rows(line: Line, marks: dict[str, str]) -> list[str]:
+    """A row for every line of the cells that have most of them, and some space below where there are several."""
+    cells = [[escaped(text) for text in cell.shown] for cell in line]
     if line.notes:
-        cells[0] += rf"\textsuperscript{{{','.join(dict.fromkeys(marks[note] for note in line.notes))}}}"
-    return cells
+        cells[0][0] += rf"\textsuperscript{{{','.join(dict.fromkeys(marks[note] for note in line.notes))}}}"
+    lines = [f"{' & '.join(row)} \\\\" for row in zip_longest(*cells, fillvalue="")]
+    return [*lines, r"\addlinespace"] if len(lines) > 1 else lines
+
+
+def _heading(column: Column) -> str:
+    """A heading, of several lines where it is much wider than what stands below it."""
+    lines = wrap(column.heading, _HEADING, break_long_words=False, break_on_hyphens=False) or [""]
+    side = "r" if column.numeric else "l"
+    if len(lines) == 1:
+        return escaped(lines[0])
+    text = r" \\ ".join(map(escaped, lines))
+    return rf"\begin{{tabular}}[b]{{@{{}}{side}@{{}}}}{text}\end{{tabular}}"
 
 
 def _ended(sentences: list[str]) -> list[str]:

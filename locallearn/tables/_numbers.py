@@ -28,10 +28,10 @@ def plus_minus(value: float, spread: float | None, *, join: str = " ± ") -> str
 def range_text(value: float, lo: float, hi: float) -> str:
     """``value`` with the ends of its interval, to the second digit of half the interval: ``-1.2 [-2.6, 0.2]``.
 
-    An interval of no width is left out.
+    An interval of no width, but for rounding, is left out.
     """
     half = (hi - lo) / 2
-    if not half or not math.isfinite(half):
+    if not half > 1e-12 * abs(value) or not math.isfinite(half):
         return _alone(value)
     place = _place(half)
     return f"{_at(value, place)} [{_at(lo, place)}, {_at(hi, place)}]"

@@ -20,7 +20,8 @@ class Cell:
 
     Attributes:
         value: for programs (CSV, JSON): as it is, not rounded. A number that is not finite is unknown.
-        text: for readers (Markdown, LaTeX): rounded, with spread or unit as the column wants it; ``None``: the value's own.
+        text: for readers (Markdown, LaTeX): rounded, with spread or unit as the column wants it, a line break where the cell
+            is to have two lines; ``None``: the value's own.
     """
 
     value: Value
@@ -32,9 +33,10 @@ class Cell:
         return None if isinstance(self.value, float) and not math.isfinite(self.value) else self.value
 
     @property
-    def shown(self) -> str:
-        """What readers see; a dash for what is unknown."""
-        return plain(self.known, UNKNOWN) if self.text is None else self.text
+    def shown(self) -> list[str]:
+        """What readers see, line by line; a dash for what is unknown."""
+        text = plain(self.known, UNKNOWN).replace("\n", " ") if self.text is None else self.text
+        return text.split("\n")
 
 
 @dataclass(frozen=True)

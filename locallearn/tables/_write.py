@@ -62,14 +62,13 @@ def write(table: Table, path: Path) -> Path:
 
 
 def _records(table: Table) -> list[dict[str, Any]]:
-    """One mapping per line, by the columns' keys, with its group and notes where any line has some."""
+    """One mapping per line, by the columns' keys, with its notes, and its group where any line has one."""
     grouped = any(line.group for line in table.lines)
-    noted = any(line.notes for line in table.lines)
     return [
         {
             **({"group": line.group} if grouped else {}),
             **{column.key: cell.known for column, cell in zip(table.columns, line, strict=True)},
-            **({"notes": list(line.notes)} if noted else {}),
+            "notes": list(line.notes),
         }
         for line in table.lines
     ]
@@ -79,7 +78,8 @@ def _csv(table: Table) -> str:
     records = _records(table)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([_defused(name) for name in (records[0] if records else [column.key for column in table.columns])])
+    head = records[0] if records else [*(column.key for column in table.columns), "notes"]
+    writer.writerow([_defused(name) for name in head])
     for record in records:
         writer.writerow([_field(value) for value in record.values()])
     return file.getvalue()
@@ -112,7 +112,7 @@ def _markdown(table: Table) -> str:
         if line.group != group:
             group = line.group
             rows.append([f"*{_marked_down(group)}*", *("" for _ in table.columns[1:])])
-        cells = [_marked_down(cell.shown) for cell in line]
+        cells = ["<br>".join(map(_marked_down, cell.shown)) for cell in line]
         if line.notes:
             cells[0] += f" <sup>{','.join(dict.fromkeys(marks[note] for note in line.notes))}</sup>"
         rows.append(cells)

@@ -36,7 +36,7 @@ def _table() -> Table:
     lines = [
         Line([ODD, Cell(0.9723456, "97.2 ± 1.1"), 3], group="own", notes=("Seed 3 failed: 5 % of a_b.", "Shared.")),
         Line(["[1] plain", None, math.nan], group="own", notes=("Shared.",)),
-        Line(["=1+1", Cell(-0.5, "-0.5"), 2.5], group="target 0.9"),
+        Line(["=1+1", Cell(-0.5, "-0.5\n-1.0 [-2, 3]"), 2.5], group="target 0.9"),
     ]
     return Table("One & only", COLUMNS, lines, ["Mean ± deviation."])
 
@@ -65,12 +65,12 @@ def test_json_is_strict_and_holds_the_same() -> None:
     assert [column["unit"] for column in found["columns"]] == ["", "%", ""]
 
 
-def test_a_table_without_lines_keeps_its_headings_and_one_without_notes_has_no_column_for_them() -> None:
+def test_a_table_without_lines_keeps_its_headings() -> None:
     empty = Table("", COLUMNS, [])
-    assert render(empty, "csv") == "rule,acc,s\n"
+    assert render(empty, "csv") == "rule,acc,s,notes\n"
     assert json.loads(render(empty, "json"))["rows"] == []
     assert "footnotesize" not in render(empty, "tex")
-    assert render(Table("", COLUMNS, [Line(["a", 1, 2])]), "csv") == "rule,acc,s\na,1,2\n"
+    assert render(Table("", COLUMNS, [Line(["a", 1, 2])]), "csv") == "rule,acc,s,notes\na,1,2,\n"
 
 
 def _markdown_cells(line: str) -> list[str]:
@@ -84,6 +84,7 @@ def test_markdown_has_as_many_cells_in_every_row_and_marks_every_note_once() -> 
     assert _markdown_cells(rows[0]) == ["Rule", "Accuracy (%)", "Seconds"]
     assert _markdown_cells(rows[1]) == ["---", "---:", "---:"]
     assert text.count("<sup>b</sup> Shared.") == 1
+    assert _markdown_cells(rows[-1])[1] == r"-0.5<br>-1.0 \[-2, 3\]"
     assert rows[3].count("<sup>a,b</sup>") == rows[4].count("<sup>b</sup>") == 1
     for sign in "*_<[`":  # none is left bare
         assert not re.search(rf"(?<!\\)\{sign}(?!/?sup>)", _markdown_cells(rows[3])[0].partition(" <sup>")[0]), sign
@@ -92,7 +93,8 @@ def test_markdown_has_as_many_cells_in_every_row_and_marks_every_note_once() -> 
 # What may stand in our LaTeX: commands by name, and environments that have to be closed in turn.
 _WORDS = """
 caption centering small begin end toprule midrule bottomrule multicolumn emph textsuperscript par smallskip linewidth
-footnotesize raggedright textbackslash textasciitilde textasciicircum textasciigrave textless textgreater textbar pm times
+footnotesize raggedright setlength tabcolsep tabular addlinespace
+textbackslash textasciitilde textasciicircum textasciigrave textless textgreater textbar pm times
 cdot geq leq dots infty rightarrow surd nabla circ cong approx neq alpha beta gamma delta epsilon zeta eta theta iota kappa
 lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"""
 _KNOWN = set(_WORDS.split())
@@ -119,6 +121,11 @@ def _strict(text: str) -> list[list[str]]:
             assert open_ones.pop() == name
     assert not open_ones
     inside = body.partition(r"\toprule")[2].partition(r"\bottomrule")[0]
+    inside = re.sub(
+        r"\\begin\{tabular\}\[b\]\{@\{\}[lr]@\{\}\}(.*?)\\end\{tabular\}",
+        lambda found: found[1].replace(r"\\", ""),
+        inside,
+    )
     lines = [line.removesuffix(r"\\") for line in inside.splitlines() if line.endswith(r"\\")]
     return [re.split(r"(?<!\\)&", line) for line in lines if "multicolumn" not in line]
 
@@ -129,6 +136,7 @@ def test_latex_passes_a_strict_reader() -> None:
     assert rows[0][1].strip() == r"Accuracy (\%)"
     assert rows[1][1].strip() == r"97.2 $\pm$ 1.1"
     assert rows[2][0].startswith("{[}1{]} plain")  # else it would be the space before the row
+    assert [row[1].strip() for row in rows[3:]] == ["$-$0.5", "$-$1.0 {[}$-$2, 3{]}"]  # two lines of one cell
 
 
 def test_the_strict_reader_can_fail() -> None:
