@@ -17,8 +17,8 @@ _READERS = ("md", "tex")
 _NOTE = (
     "Mean ± standard deviation over the seeds that finished, to the second digit of the latter. Below it, against {baseline} "
     "and paired by seed: the difference of a metric, the ratio of a cost (geometric mean, "
-    f"{TIMES}), with its 95 % t-interval. p: of sign flips, two-sided, in brackets after Holm's correction over the rules; with "
-    f"n seeds it cannot fall below 2/2ⁿ. {UNKNOWN}: unknown."
+    f"{TIMES}), with its 95 % t-interval. p: of sign flips, two-sided, in brackets after Holm's correction over the rules; "
+    f"with n seeds it cannot fall below 2/2ⁿ. {UNKNOWN}: unknown."
 )
 _CENSORED = f"{AT_LEAST}: not every run reached the target, and those that did not count with all that they spent."
 # Units of figures as they are recorded, by the ends of their names.

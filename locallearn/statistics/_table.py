@@ -146,7 +146,7 @@ def _newest(group: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[Record, 
 
 def _reference(group: _Group, groups: Sequence[_Group], baseline: str) -> tuple[_Group | None, tuple[str, ...]]:
     """The baseline of a group, and what must be said of it."""
-    variants = (group.variant, "")
+    variants: tuple[str, ...] = (group.variant, "")
     if group.algorithm == baseline:  # a control of it is compared with what it is a control of
         told = group.variant.split(", ")
         variants = (", ".join(word for word in told if not word.startswith(_CONTROLS)),)

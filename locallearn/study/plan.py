@@ -71,6 +71,7 @@ class Plan:
         keep_model: keep what was trained in ``model.pt``.
         resume: folder of an interrupted run to go on from.
         progress: told ``(epoch, epochs, metrics)`` after every epoch.
+        workers: processes that train at once on this machine, of which this is one; for the record.
     """
 
     names: dict[str, str]
@@ -105,3 +106,4 @@ class Plan:
     keep_model: bool = True
     resume: Path | None = None
     progress: Callable[[int, int, dict[str, float]], None] | None = None
+    workers: int = 1

@@ -16,7 +16,7 @@ Example:
 from locallearn.tables._latex import escaped
 from locallearn.tables._numbers import plus_minus, range_text
 from locallearn.tables._table import Cell, Column, Line, Table, Value
-from locallearn.tables._write import FORMATS, kind_of, render, write
+from locallearn.tables._write import FORMATS, check_place, kind_of, render, write
 
 __all__ = [
     "FORMATS",
@@ -25,6 +25,7 @@ __all__ = [
     "Line",
     "Table",
     "Value",
+    "check_place",
     "escaped",
     "kind_of",
     "plus_minus",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,23 @@ def kind_of(path: Path) -> str:
     if kind not in _WRITERS:
         raise ValueError(f"{path} is no name for a table, expected one that ends in .{', .'.join(FORMATS)}")
     return kind
+
+
+def check_place(path: Path) -> None:
+    """Whether a table can be written to ``path``: makes its folder, and writes and removes an empty file in it.
+
+    Raises:
+        ValueError: its suffix stands for no format, or it cannot be written; the sentence says why.
+    """
+    kind_of(path)
+    if path.is_dir():
+        raise ValueError(f"a table cannot be written to {path}, which is a folder; give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"a table cannot be written to {path} ({error.strerror}); give another place") from None
 
 
 def write(table: Table, path: Path) -> Path:
