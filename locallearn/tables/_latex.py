@@ -105,7 +105,7 @@ def _rows(line: Line, marks: dict[str, str]) -> list[str]:
     """A row for every line of the cells that have most of them, and some space below where there are several."""
     cells = [[escaped(text) for text in cell.shown] for cell in line]
     if line.notes:
-        cells[0][0] += rf"\textsuperscript{{{','.join(dict.fromkeys(marks[note] for note in line.notes))}}}"
+        cells[0][0] += rf"\textsuperscript{{{line.marks(marks)}}}"
     lines = [f"{' & '.join(row)} \\\\" for row in zip_longest(*cells, fillvalue="")]
     return [*lines, r"\addlinespace"] if len(lines) > 1 else lines
 

@@ -75,6 +75,10 @@ class Line:
     group: str = ""
     notes: Sequence[str] = ()
 
+    def marks(self, of: Mapping[str, str]) -> str:
+        """The marks of its notes, in order."""
+        return ",".join(mark for note, mark in of.items() if note in self.notes)
+
     def __iter__(self) -> Iterator[Cell]:
         return (cell if isinstance(cell, Cell) else Cell(cell) for cell in self.cells)
 

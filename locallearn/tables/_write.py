@@ -132,7 +132,7 @@ def _markdown(table: Table) -> str:
             rows.append([f"*{_marked_down(group)}*", *("" for _ in table.columns[1:])])
         cells = ["<br>".join(map(_marked_down, cell.shown)) for cell in line]
         if line.notes:
-            cells[0] += f" <sup>{','.join(dict.fromkeys(marks[note] for note in line.notes))}</sup>"
+            cells[0] += f" <sup>{line.marks(marks)}</sup>"
         rows.append(cells)
     lines = [
         *([f"**{_marked_down(table.title)}**", ""] if table.title else []),
