@@ -83,12 +83,9 @@ class _Pool:
         try:
             for worker in self.workers:
                 worker.process.terminate()
+                worker.pipe.close()  # it gets no further plan, and what it says now reaches nobody
             for worker in self.workers:
-                while worker.process.is_alive():
-                    with contextlib.suppress(EOFError, OSError):
-                        while worker.pipe.poll(0.1):  # a full pipe would keep it from ending
-                            worker.pipe.recv()
-                    worker.process.join(0.05)
+                worker.process.join()
         except KeyboardInterrupt:
             for worker in self.workers:
                 worker.process.kill()
