@@ -17,7 +17,7 @@ LAYERS = [
     {"cli"},
     {"study"},
     {"report"},
-    {"records", "statistics"},
+    {"records", "statistics", "tables"},
     {"tasks"},
     {"strategies"},
     {"local"},

@@ -8,11 +8,24 @@ from typing import Any
 
 from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings
 
+CONTROLS = {
+    "backprop": "backprop",
+    "deep_supervision": "deep_supervision",
+    "checkpointed": "backprop(checkpoint=auto)",
+    "accumulated": "backprop(accumulate=4)",
+}
+"""What ``compare.controls`` adds, by its names there."""
+# Settings that make a control of backpropagation, and of which kind.
+_SAVES = {"algorithm.checkpoint": "checkpointed", "algorithm.accumulate": "accumulated", "algorithm.keep": "partial"}
+
 
 class Arm:
     """One of the algorithms that are compared: ``NAME``, or ``NAME(KEY=VALUE,...)`` with settings of its own.
 
     A key without a dot is one of the algorithm's.
+
+    Attributes:
+        inherits: of a control: the arm whose ``compare.overrides`` are its own, too.
 
     Raises:
         UsageError: it cannot be read, or it sets the seed.
@@ -23,6 +36,7 @@ class Arm:
         if found is None:
             raise UsageError(f"{text!r} is no algorithm to compare: write NAME or NAME(KEY=VALUE,...)")
         self.text = text
+        self.inherits: str | None = None
         self.algorithm: str = found[1]
         parts = re.split(r",(?![^\[{(]*[\]})])", found[2]) if found[2] else []  # commas outside of brackets
         check_words(parts)
@@ -75,7 +89,7 @@ def arms_of(command: str, words: Sequence[str]) -> tuple[Any, dict[str, str], li
         )
     arms = [Arm(text) for text in algorithms]
     if command == "compare":
-        arms += _controls(arms, shared)
+        arms += _without_device(arms, shared)
     return base, choices, arms, shared
 
 
@@ -89,7 +103,45 @@ def _baseline(algorithm: str, net: Any) -> list[str]:
     return ["backprop(net.differentiable=true)"] if simulated and not rounds else []
 
 
-def _controls(arms: Sequence[Arm], shared: Sequence[str]) -> list[Arm]:
+def controls_of(wanted: Any, arms: Sequence[Arm]) -> dict[str, Arm]:
+    """The controls to add, by name: of those that are asked for (``true``: all) the ones that no arm is yet.
+
+    Where the list has backpropagation with settings of its own, checkpointing and accumulation are those of that one.
+
+    Raises:
+        UsageError: something else is asked for.
+    """
+    names = list(CONTROLS) if wanted is True else [] if wanted is False or wanted is None else wanted
+    if isinstance(names, str) or not isinstance(names, Sequence) or not set(map(str, names)) <= set(CONTROLS):
+        raise UsageError(
+            f"compare.controls is {wanted}, expected true for all, false for none, or a list of {', '.join(CONTROLS)}"
+        )
+    plain = next((arm for arm in arms if _control(arm) == "backprop"), Arm("backprop"))
+    there = {_control(arm) for arm in arms}
+    return {name: _made(name, plain) for name in dict.fromkeys(names) if name not in there}
+
+
+def _control(arm: Arm) -> str | None:
+    """Which of the controls an arm is."""
+    if arm.algorithm != "backprop":
+        return arm.algorithm if arm.algorithm in CONTROLS else None
+    keys = {word.partition("=")[0] for word in arm.settings}
+    found = [name for key, name in _SAVES.items() if key in keys]
+    return "backprop" if not found else found[0] if len(found) == 1 else None
+
+
+def _made(name: str, plain: Arm) -> Arm:
+    control = Arm(CONTROLS[name])
+    if control.algorithm != "backprop" or name == "backprop":
+        return control
+    if plain.settings:
+        own = [word.removeprefix("algorithm.") for word in (*plain.settings, *control.settings)]
+        control = Arm(f"backprop({','.join(own)})")
+    control.inherits = plain.text
+    return control
+
+
+def _without_device(arms: Sequence[Arm], shared: Sequence[str]) -> list[Arm]:
     """Arms that nobody may leave out: what a physical device adds is only told beside the same network without it."""
     found: dict[str, Arm] = {}
     without = False

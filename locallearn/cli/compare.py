@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from locallearn.cli.arms import Arm, arms_of, distinct
+from locallearn.cli.arms import Arm, arms_of, controls_of, distinct
+from locallearn.cli.mistakes import explain
+from locallearn.cli.outputs import outputs_of
 from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan
 from locallearn.cli.saved import recovered, reindexed
 from locallearn.cli.settings import UsageError, compose_settings
-from locallearn.cli.terminal import Progress, printing
+from locallearn.cli.terminal import Progress
 
 
 def compare(words: list[str]) -> int:
-    """Train several algorithms with several seeds, print a table, write a report."""
+    """Train several algorithms with several seeds, print a table, write a report and tables."""
     from omegaconf import OmegaConf
 
-    from locallearn.records import load_record
-    from locallearn.report import check_place, terminal_table, write_report
+    from locallearn.records import load_record, recover
     from locallearn.study.compare import compare as run_all
     from locallearn.study.train import Interrupted, check
 
@@ -29,49 +30,93 @@ def compare(words: list[str]) -> int:
             raise UsageError(f"compare runs the seeds of compare.seeds, so {word} has no place here: take it out")
     base, _, arms, shared = arms_of("compare", words)
     seeds, overrides = base.compare.seeds, base.compare.overrides or {}
-    _check_compare(arms, seeds, overrides, base.compare.resume)
+    controls = controls_of(base.compare.controls, arms)
+    every = [*arms, *controls.values()]
+    _check_compare(every, seeds, overrides, base.compare.resume)
     if base.resume is not None:
         raise UsageError(
             "resume goes with train: locallearn train resume=FOLDER; to go on with a comparison: compare.resume=true"
         )
     runs_dir = folder_setting(base, "runs_dir")
-    report = Path(str(base.compare.report or runs_dir / "report.html")).expanduser()
+    outputs = outputs_of(base, runs_dir / "report.html")
+    workers = _workers(base.compare)
     recovered(runs_dir)
     earlier = _earlier(runs_dir) if base.compare.resume else {}
     plans, done = [], []
     first: dict[str, Any] = {}
+    command = command_line("compare", words)
     for seed in seeds:  # A B A B: heat and neighbours weigh on all algorithms alike
-        for arm in arms:
-            own = list(overrides.get(arm.text, []))
+        for arm in every:
+            own = list(overrides.get(arm.text if arm.text in overrides else arm.inherits or arm.text, []))
             matched = ["schedule.patience=null"] if base.compare.mode == "matched" else []
             cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *matched, *own])
+            if workers > 1 and cfg.meter.sources:
+                raise UsageError(
+                    f"compare.workers is {workers}, but {', '.join(cfg.meter.sources)} would count the joules of all runs that "
+                    "go on at once for each of them: set meter=none, or compare.workers=1"
+                )
             if earlier:
                 before = earlier.get(_signature(OmegaConf.to_container(cfg, resolve=True), choices["algorithm"]))
                 if before is not None and before.status == "done":
                     done.append(before)
                     continue
                 cfg.resume = None if before is None else str(before.path)
-            make = partial(make_plan, cfg, choices, command_line("compare", words), arm)
-            plans.append((f"{arm.text} seed {seed}", make))
+            make = partial(make_plan, cfg, choices, command, arm)
+            plans.append((arm, f"{arm.text} seed {seed}", make))
             first.setdefault(arm.text, make)
-    for make in first.values():
-        check(make())  # a mistake in the settings is told before anything is trained
-    check_place(report)  # and so is a place that cannot be written to; it makes the folder, so it comes last
+    for arm in arms:
+        if arm.text in first:
+            check(first[arm.text]())  # a mistake in the settings is told before anything is trained
+    left_out = _impossible(controls, first, words, named=base.compare.controls is not True)
+    outputs.check()  # so is a place that cannot be written to; it makes the folder, so it comes last
     try:
         with Progress() as show:
-            folders, problems = run_all(plans, show)
+            todo = [(name, make) for arm, name, make in plans if arm not in left_out]
+            folders, problems = run_all(todo, show, workers)
     except Interrupted:
         print("locallearn: interrupted; the same command with compare.resume=true goes on", file=sys.stderr)
         return 130
-    records = [*done, *(load_record(folder) for folder in folders)]
+    records = [*done, *map(load_record, folders)]
+    if problems and workers > 1:  # a killed process has left the folder of its run
+        killed = map(load_record, recover(runs_dir))
+        records += [record for record in killed if record.text("command") == command]
     reindexed(runs_dir)
-    write_report(records, report, title="locallearn compare")  # before anything is printed, which may fail
-    console = printing()
-    console.print(terminal_table(records, console.width))
-    for problem in problems:
-        print(f"locallearn: {problem}", file=sys.stderr)
-    print(report)
+    outputs.give(records, "locallearn compare", problems)
     return 1 if problems else 0
+
+
+def _workers(settings: Any) -> int:
+    """How many runs go on at once, found good."""
+    workers = settings.workers
+    if type(workers) is not int or workers < 1:
+        raise UsageError(f"compare.workers is {workers}, expected a whole number of at least 1")
+    if workers > 1 and settings.mode == "target":
+        raise UsageError(
+            f"compare.workers is {workers}, but in mode target seconds and joules until the target are the question, and "
+            "runs that go on at once take them from each other: set compare.workers=1"
+        )
+    return workers
+
+
+def _impossible(controls: Mapping[str, Arm], first: Mapping[str, Any], words: Sequence[str], named: bool) -> list[Arm]:
+    """Controls that cannot be run on this network: said and left out, or refused where they were asked for by name."""
+    from locallearn.study.train import check
+
+    found = []
+    for name, arm in controls.items():
+        if arm.text not in first:
+            continue
+        try:
+            check(first[arm.text]())
+        except Exception as error:
+            code, sentence = explain(error, words)
+            if code != 2:
+                raise
+            if named:
+                raise UsageError(f"the control {name} cannot be run here: {sentence}") from error
+            print(f"locallearn: the control {name} is left out: {sentence}", file=sys.stderr)
+            found.append(arm)
+    return found
 
 
 def _earlier(runs_dir: Path) -> dict[str, Any]:
@@ -117,8 +162,6 @@ def _signature(config: Any, algorithm: str) -> str:
 
 
 def _check_compare(arms: Sequence[Arm], seeds: Any, overrides: Any, resume: Any) -> None:
-    from collections.abc import Mapping
-
     if not distinct(seeds, int):
         raise UsageError(f"compare.seeds is {seeds}, expected different whole numbers: a repeated seed is no spread")
     for seed in seeds:

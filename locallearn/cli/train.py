@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from locallearn.cli.mistakes import explain
+from locallearn.cli.outputs import Outputs, outputs_of
 from locallearn.cli.plans import command_line, make_plan
 from locallearn.cli.saved import PLACES, read_places, run_folder, saved_settings
 from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings
@@ -25,7 +27,8 @@ def train(words: list[str]) -> int:
     if resumed is None and trust:
         raise UsageError("--trust is for the settings of a record, with resume=FOLDER: take it out")
     cfg, choices = resumed or compose_settings(settings)
-    return _train_once(cfg, choices, words)
+    _train_once(cfg, choices, words)
+    return 0
 
 
 def _resumed(words: list[str], trust: bool) -> tuple[Any, dict[str, str]] | None:
@@ -60,7 +63,8 @@ def _resumed(words: list[str], trust: bool) -> tuple[Any, dict[str, str]] | None
     return cfg, choices
 
 
-def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> int:
+def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> Path:
+    """Train one run; tell what it reached, and where it is."""
     from rich.console import Console
 
     from locallearn.records import load_record
@@ -81,20 +85,23 @@ def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> int:
             "What the device adds is only told beside the same network without it: net.device=null (compare runs both)"
         )
     print(folder)
-    return 0
+    return folder
 
 
 def _sweep(words: list[str]) -> int:
-    """``train -m``: Hydra's own sweeper and launcher call one run per combination."""
+    """``train -m``: Hydra's own sweeper and launcher call one run per combination; then the table of all of them."""
     import tempfile
 
     import hydra
     from omegaconf import OmegaConf
 
+    from locallearn.records import load_record
     from locallearn.study.train import Interrupted
 
     check_words(words)
     codes: list[int] = []
+    folders: list[Path] = []
+    outputs: list[Outputs] = []
 
     @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
     def job(cfg: Any) -> None:
@@ -103,14 +110,19 @@ def _sweep(words: list[str]) -> int:
         runtime = HydraConfig.get()
         choices = {group: str(name) for group, name in runtime.runtime.choices.items() if group in GROUPS}
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+        if not outputs:  # a place that cannot be written to is told before anything is trained
+            outputs.append(outputs_of(cfg, None))
+            outputs[0].check()
         try:
-            codes.append(_train_once(cfg, choices, list(runtime.overrides.task)))
+            folders.append(_train_once(cfg, choices, list(runtime.overrides.task)))
         except Interrupted as error:
             raise KeyboardInterrupt from error  # anything less Hydra keeps to itself until the sweep is over
         except Exception as error:  # one bad combination must not end the sweep
             code, sentence = explain(error, runtime.overrides.task)
             print(f"locallearn: {sentence}", file=sys.stderr)
             codes.append(code)
+            folder = getattr(error, "run_folder", None)
+            folders.extend([] if folder is None else [folder])
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     with tempfile.TemporaryDirectory() as aside:  # for a file that the sweeper leaves where it runs
@@ -119,4 +131,8 @@ def _sweep(words: list[str]) -> int:
             job()
         except KeyboardInterrupt as stop:
             raise stop.__cause__ or stop from None
+    if folders:
+        outputs[0].give(list(map(load_record, folders)), "locallearn train -m")
+        if outputs[0].report is None:
+            print(f"locallearn: a page of all runs there: locallearn report {folders[0].parent}", file=sys.stderr)
     return max(codes, default=0)

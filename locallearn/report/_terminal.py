@@ -13,7 +13,7 @@ from locallearn.records import Record
 from locallearn.report._columns import AT_LEAST, LEGEND, UNKNOWN, Column, columns, headline_metric, shared_notes
 from locallearn.statistics import Row, compare_table
 
-_BASELINE = "backprop"
+BASELINE = "backprop"
 _SHORT = {
     "train_s": "train",
     "train_flops": "training",
@@ -21,6 +21,7 @@ _SHORT = {
     "activation_peak_bytes": "peak activ.",
 }
 _NOTES = 12
+_RULE = 32
 
 
 def terminal_table(records: Sequence[Record], width: int = 80) -> Table:
@@ -33,19 +34,22 @@ def terminal_table(records: Sequence[Record], width: int = 80) -> Table:
         records: of runs.
         width: of the terminal; where lines have to break, they break between words.
     """
-    rows = compare_table(records, _BASELINE)
-    shown = _selection(columns(rows), rows)
+    rows = compare_table(records, BASELINE)
+    shown = selection(columns(rows), rows)
     notes = shared_notes(rows)
     more = [f"{len(notes) - _NOTES} more notes are in the report."] if len(notes) > _NOTES else []
-    caption = Text("\n".join([LEGEND.format(baseline=_BASELINE), *notes[:_NOTES], *more]))
+    caption = Text("\n".join([LEGEND.format(baseline=BASELINE), *notes[:_NOTES], *more]))
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     if not any(row.records for row in rows):
         return Table("There is no finished run to show.")
-    table.add_column("rule", no_wrap=True, max_width=32)
+    places = [(name, list(members)) for name, members in groupby(rows, key=place)]
+    longest = max(len(row.label) for row in rows)
+    named = max(len(name) for name, _ in places) if len(places) > 1 else 0
+    rule = max(min(longest, max(_RULE, width // 3)), min(named, _RULE))  # longer ones break between words
+    table.add_column("rule", width=rule, overflow="fold")
     table.add_column("n", justify="right")
     for heading in _headings(shown):
         table.add_column(Text(heading), justify="right", overflow="fold")
-    places = [(name, list(members)) for name, members in groupby(rows, key=_place)]
     for name, members in places:
         if len(places) == 1:
             table.title = Text(name)
@@ -63,13 +67,11 @@ def _fit(table: Table, width: int) -> None:
     lines = [
         [line for text in (column.header, *column.cells) for line in str(text).splitlines()] for column in table.columns
     ]
-    taken = [
-        min(max(map(len, found)), column.max_width or width) for found, column in zip(lines, table.columns, strict=True)
-    ]
+    taken = [column.width or max(map(len, found)) for found, column in zip(lines, table.columns, strict=True)]
     over = sum(taken) + 2 * len(taken) - width
     for column, found, most in reversed(list(zip(table.columns, lines, taken, strict=True))):
         least = max(len(word) for line in found for word in line.split(" "))
-        if over > 0 and not column.no_wrap:
+        if over > 0 and column.width is None:
             column.width = max(least, most - over)
             over -= most - column.width
 
@@ -93,11 +95,13 @@ def _heading(column: Column) -> str:
     return f"{title} ({column.qualifier})" if column.qualifier else title
 
 
-def _place(row: Row) -> str:
+def place(row: Row) -> str:
+    """What all rows of a section have in common: data set, network, mode and target."""
     return f"{row.place} · mode {row.terms}"
 
 
-def _selection(every: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+def selection(every: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """The figures that a table of moderate width has room for."""
     metrics = [headline_metric(every, quality) for quality in {row.metric for row in rows}]
     flops = "train_flops" if any(column.key == "train_flops" for column in every) else "update_flops"
     wanted = {"train_s", flops, "activation_peak_bytes", *(metric.key for metric in metrics if metric)}

@@ -20,7 +20,7 @@ _FREE_SETTINGS = frozenset(
 _LATER = {"trainer.channels_last": False, "trainer.compile": None, "trainer.compile_backend": "inductor"}
 # Packages that decide no number of a run.
 _IDLE_PACKAGES = frozenset({"hydra-core", "optuna", "plotly"})
-_MACHINE = ("cpu", "machine", "usable_cores", "threads", "gpus")
+_MACHINE = ("cpu", "machine", "usable_cores", "threads", "workers", "gpus")
 
 
 # ------------------------------------------------------------------------------------------- settings

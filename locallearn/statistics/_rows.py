@@ -92,8 +92,10 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The rule, with its variant where there is one."""
-        return self.algorithm if self.variant is None else f"{self.algorithm} · {self.variant}"
+        """The rule, with its variant where there is one; controls of memory by their names."""
+        if self.variant is None:
+            return self.algorithm
+        return f"{self.algorithm} · {', '.join(map(_spoken, self.variant.split(', ')))}"
 
     @property
     def place(self) -> str:
@@ -133,3 +135,11 @@ class Row:
         """Whether every seed finished and, where there was a target, reached it: else means are those of survivors."""
         censored = any(figure.censored for figure in self.figures.values())
         return not self.missing and not censored
+
+
+def _spoken(setting: str) -> str:
+    """What a reader calls it."""
+    if setting == "checkpoint=auto":
+        return "checkpointed"
+    name, _, parts = setting.partition("=")
+    return f"accumulated, {parts} parts" if name == "accumulate" and parts.isdecimal() else setting

@@ -32,6 +32,9 @@ _MACHINE_BOUND = (
 _WHOLE_TRAINING = ("train_s", "validation_s", "co2_g", "energy_j/", "energy_net_j/", "samples", "train_flops")
 _TO_TARGET = ("target/seconds", "target/joules", "target/samples")
 
+# Settings of the baseline that make a control of it: what becomes of its memory, or of the samples it learns from.
+_CONTROLS = ("checkpoint=", "accumulate=", "keep=", "keep_by=")
+
 # Data set, network, task, mode, target.
 _Section = tuple[str, str, str, str, float | None]
 
@@ -64,7 +67,8 @@ def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list
     which its rows name. Of several finished runs with the same group and seed the newest is taken, and a note says so; they
     are never pooled. A seed without a finished run stands in :attr:`Row.missing`. Benchmarks are left out. The baseline is
     the group of the same data set, network, task, mode and target whose rule is ``baseline``, of the same variant or of
-    none; of several the one whose settings differ least from the row's, and then a note names it.
+    none; of several the one whose settings differ least from the row's, and then a note names it. The baseline's own
+    controls (checkpointed, accumulated) are compared with it, too.
 
     Runs are paired by seed. Figures of a machine (seconds, joules, grams) are paired only where both ran on the same one.
     Costs to a target that not everybody reached, and costs of such trainings, are not compared at all. p-values are
@@ -142,12 +146,18 @@ def _newest(group: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[Record, 
 
 def _reference(group: _Group, groups: Sequence[_Group], baseline: str) -> tuple[_Group | None, tuple[str, ...]]:
     """The baseline of a group, and what must be said of it."""
+    variants: tuple[str, ...] = (group.variant, "")
+    if group.algorithm == baseline:  # a control of it is compared with what it is a control of
+        told = group.variant.split(", ")
+        variants = (", ".join(word for word in told if not word.startswith(_CONTROLS)),)
+        if variants == (group.variant,):
+            return None, ()
     found = [
         other
         for other in groups
-        if other.section == group.section and other.algorithm == baseline and other.variant in (group.variant, "")
+        if other.section == group.section and other.algorithm == baseline and other.variant in variants
     ]
-    if not found or group.algorithm == baseline:
+    if not found:
         return None, ()
     chosen = min(
         found,
@@ -183,6 +193,12 @@ def _own_notes(group: _Group, figures: Mapping[str, Figure]) -> tuple[str, ...]:
     if unlike:
         told = [f"{name} {_by_value(name, known, group.done)}" for name in unlike]
         notes.append(f"Its runs were not made alike, and their means pool over it: {_listed(told)}.")
+    shared = {_whole(record.part("hardware"), "workers") for record in group.done} - {None}
+    if shared:
+        notes.append(
+            f"Its seconds are those of a machine that {_listed([str(n) for n in sorted(shared)])} processes shared "
+            "(compare.workers)."
+        )
     for record in group.done:
         if len(machines(record)) > 1:
             notes.append(
@@ -205,15 +221,15 @@ def _own_notes(group: _Group, figures: Mapping[str, Figure]) -> tuple[str, ...]:
 def _cut_short(records: Sequence[Record]) -> list[str]:
     """What made trainings smaller than they sound: fewer samples, or a cap that came before patience."""
     notes = []
-    limits = {_whole(record, "dataset", "limit_train") for record in records} - {None}
+    limits = {_setting(record, "dataset", "limit_train") for record in records} - {None}
     if limits:
         notes.append(
             f"It learned from {_listed([f'{n:,}' for n in sorted(limits)])} training samples alone (dataset.limit_train)."
         )
     capped = [
-        (_whole(record, "trainer", "max_epochs"), record.data.get("epochs"))
+        (_setting(record, "trainer", "max_epochs"), record.data.get("epochs"))
         for record in records
-        if record.text("mode") == "own" and _whole(record, "schedule", "patience") is not None
+        if record.text("mode") == "own" and _setting(record, "schedule", "patience") is not None
     ]
     caps = [
         cap
@@ -230,9 +246,12 @@ def _cut_short(records: Sequence[Record]) -> list[str]:
     return notes
 
 
-def _whole(record: Record, group: str, name: str) -> Any:
+def _setting(record: Record, group: str, name: str) -> Any:
     """A setting of a run that is a whole number; ``None``: it is none, or not there."""
-    part = record.part("config").get(group)
+    return _whole(record.part("config").get(group), name)
+
+
+def _whole(part: Any, name: str) -> Any:
     value = part.get(name) if isinstance(part, Mapping) else None
     return value if type(value) is int else None
 

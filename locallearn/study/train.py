@@ -263,7 +263,11 @@ def _start(plan: Plan, task: LocalTask, trainer: pl.Trainer, earlier: _Earlier |
         "command": plan.command,
         "versions": versions(),
         "source": source(),
-        "hardware": {**hardware(gpus), "threads": torch.get_num_threads()},
+        "hardware": {
+            **hardware(gpus),
+            "threads": torch.get_num_threads(),
+            **({"workers": plan.workers} if plan.workers > 1 else {}),
+        },
         "resumed_from": None if earlier is None else earlier.record.id,
         "cost": {"params": params, "extra_params": algorithm.added_parameters},
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,13 +121,37 @@ def test_a_sweep_runs_every_combination_and_leaves_nothing_but_records(
     ]
     assert all(record["status"] == "done" for record in found)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    assert outcome.out.split() == [f"runs/{record['id']}" for record in found]
+    lines = outcome.out.splitlines()
+    assert lines[:4] == [f"runs/{record['id']}" for record in found]
+    table = "\n".join(lines[4:])  # as compare prints it
+    assert "digits · mlp · mode own" in table
+    ratio = found[2]["cost"]["train_flops"] / found[0]["cost"]["train_flops"]
+    assert f"{ratio:.2f}\N{MULTIPLICATION SIGN}" in table
+    assert outcome.err.splitlines()[-1] == "locallearn: a page of all runs there: locallearn report runs"
 
 
 def test_one_bad_combination_does_not_end_a_sweep(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
     outcome = cli("train", "-m", "optimizer=sgd", "optimizer.lr=1e30,1e-2")
     assert outcome.code == 1
     assert [record["status"] for record in read_records(tmp_path / "runs")] == ["failed", "done"]
+    rows = [line.strip() for line in outcome.out.splitlines()]  # the swept setting names the rows, the failed one too
+    assert any(re.match(r"mono_forward · optimizer.lr=1e\+30 +0 of 1 ", row) for row in rows)
+    assert any(re.match(r"mono_forward · optimizer.lr=0.01 +1 +[0-9]", row) for row in rows)
+
+
+def test_a_sweep_writes_tables_and_a_page_where_they_are_asked_for(cli: Cli, tmp_path: Path) -> None:
+    words = ["algorithm=backprop", "seed=0,1", "compare.table=[sweep.csv,sweep.tex]", "compare.report=page.html"]
+    outcome = cli("train", "-m", *words)
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-3:] == ["sweep.csv", "sweep.tex", "page.html"]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "sweep.csv").read_text(encoding="utf-8"), newline="")))
+    assert {(row["rule"], row["n"]) for row in rows} == {("backprop", "2")}
+    assert "\\toprule" in (tmp_path / "sweep.tex").read_text(encoding="utf-8")
+    assert "<html" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    refused = cli("train", "-m", "seed=0,1", "compare.table=sweep.xlsx", "runs_dir=none")
+    assert refused.code == 2
+    assert "sweep.xlsx is no name for a table" in refused.err
+    assert not (tmp_path / "none").exists()
 
 
 def test_ctrl_c_ends_a_sweep(
