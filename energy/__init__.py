@@ -16,7 +16,7 @@ from locallearn.energy._codecarbon import CodeCarbonMeter
 from locallearn.energy._meter import Meter, Quality, Reading
 from locallearn.energy._nvml import NvmlMeter
 from locallearn.energy._rapl import RaplMeter
-from locallearn.energy._replay import ReplayMeter
+from locallearn.energy._replay import PowerReplayMeter, ReplayMeter
 from locallearn.energy._window import EnergyMonitor, Window
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "EnergyMonitor",
     "Meter",
     "NvmlMeter",
+    "PowerReplayMeter",
     "Quality",
     "RaplMeter",
     "Reading",
