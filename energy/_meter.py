@@ -151,6 +151,7 @@ class Counter:
         flags: of every reading.
         by: what the figure is made by, where that is not the source's own counter.
         remarks: flags that come up while it is watched.
+        quality: of its readings, where that is another one than its meter's.
     """
 
     source: str
@@ -163,6 +164,7 @@ class Counter:
     flags: tuple[str, ...] = ()
     by: str = ""
     remarks: Callable[[], tuple[str, ...]] = tuple
+    quality: Quality | None = None
     _joules: float = 0.0
     _last_j: float | None = None
     _last_s: float = 0.0
@@ -195,6 +197,7 @@ class Counter:
         """What was counted; once a read has failed there is no figure, since a part of the window is missing."""
         joules = self._joules if self._reason is None else None
         flags = (*self.flags, *self.remarks())
+        quality = self.quality or quality
         return Reading(self.source, quality, joules, self._reason, dict(self.detail), flags, by=self.by)
 
     def _doubt(self, gained_j: float, seconds: float) -> str | None:
@@ -265,6 +268,11 @@ class CounterMeter(Meter):
         self._ticker: Ticker | None = None
         self._opened = False
         self._counting = False
+
+    @property
+    def counters(self) -> tuple[Counter, ...]:
+        """The counters that can be read, from ``open`` on."""
+        return tuple(self._counters)
 
     @abstractmethod
     def _connect(self) -> tuple[list[Counter], list[Reading]]:

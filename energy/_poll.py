@@ -75,7 +75,12 @@ class Integral:
 
 def sampler(settings: dict[str, Any]) -> Callable[[], float]:
     """What gives watts; ``kind`` says of which device, the rest is that function's arguments."""
-    kinds: dict[str, Callable[..., Callable[[], float]]] = {"nvml": _nvml, "amd": _amd, "replay": _replay}
+    kinds: dict[str, Callable[..., Callable[[], float]]] = {
+        "nvml": _nvml,
+        "amd": _amd,
+        "jetson": _jetson,
+        "replay": _replay,
+    }
     arguments = dict(settings)
     return kinds[arguments.pop("kind")](**arguments)
 
@@ -93,6 +98,23 @@ def _amd(number: int, call: str) -> Callable[[], float]:
 
     boards = AMDGPUs()
     return lambda: float(getattr(boards, call)(number)) / 1e3
+
+
+def jetson_rails() -> dict[str, Any]:
+    """What measures the power of each rail of a Jetson board, by zeus's name of it.
+
+    The public way would start a process of zeus's own, which outlives a parent that is killed, and whose answers are
+    late by a sample.
+    """
+    from zeus.device.soc.jetson import Jetson
+
+    rails: dict[str, Any] = Jetson._discover_available_metrics(object.__new__(Jetson))
+    return rails
+
+
+def _jetson(rail: str) -> Callable[[], float]:
+    sensor = jetson_rails()[rail]
+    return lambda: float(sensor.measure_power()) / 1e3
 
 
 def _replay(trace: Sequence[tuple[float, float]]) -> Callable[[], float]:
