@@ -16,8 +16,10 @@ from locallearn.energy._codecarbon import CodeCarbonMeter
 from locallearn.energy._meter import Meter, Quality, Reading
 from locallearn.energy._nvml import NvmlMeter
 from locallearn.energy._rapl import RaplMeter
-from locallearn.energy._replay import ReplayMeter
+from locallearn.energy._replay import PowerReplayMeter, ReplayMeter
+from locallearn.energy._survey import Survey, survey
 from locallearn.energy._window import EnergyMonitor, Window
+from locallearn.energy._zeus import ZeusMeter
 
 if TYPE_CHECKING:
     from locallearn.energy._callback import EnergyCallback
@@ -28,11 +30,15 @@ __all__ = [
     "EnergyMonitor",
     "Meter",
     "NvmlMeter",
+    "PowerReplayMeter",
     "Quality",
     "RaplMeter",
     "Reading",
     "ReplayMeter",
+    "Survey",
     "Window",
+    "ZeusMeter",
+    "survey",
 ]
 
 

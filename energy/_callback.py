@@ -130,7 +130,8 @@ class EnergyCallback(Callback):
             self._window.pause()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+        # Later callbacks have not ended yet: the device is as it was, but idle.
+        self._close(idle=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._window is not None and self._window.is_open:
@@ -165,10 +166,10 @@ class EnergyCallback(Callback):
             raise RuntimeError("EnergyCallback saw a training hook before on_train_start")
         return self._window
 
-    def _close(self) -> None:
+    def _close(self, idle: bool = False) -> None:
         self._validation_began_s = None
         if self._window is not None:
-            self._window.close()
+            self._window.close(idle)
 
     def _totals(self) -> _Totals:
         if self._window is None:
@@ -176,6 +177,10 @@ class EnergyCallback(Callback):
         window = self._window
         now = _Totals(window.seconds, self._validation_seconds, window.co2_g, window.readings)
         return now if self._earlier is None else _add(self._earlier, now)
+
+
+_DOUBTS = ("sampling_error_j", "net_error_j", "samples")
+"""Of the details of a reading, those that add up as its joules do."""
 
 
 def _add(earlier: _Totals, now: _Totals) -> _Totals:
@@ -197,8 +202,14 @@ def _add_readings(before: Reading | None, after: Reading | None) -> Reading:
         part = "before" if before is None else "after"
         return replace(known, joules=None, net_joules=None, reason=f"not metered in the part {part} the resume")
     joules = _sum(before.joules, after.joules)
+    doubts = {
+        key: before.detail[key] + after.detail[key]  # type: ignore[operator]  # numbers, both
+        for key in _DOUBTS
+        if before.detail.get(key) is not None and after.detail.get(key) is not None
+    }
     return replace(
         after,
+        detail={**after.detail, **doubts},
         joules=joules,
         net_joules=_sum(before.net_joules, after.net_joules),
         reason=None if joules is not None else after.reason or f"before the resume: {before.reason}",

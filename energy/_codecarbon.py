@@ -6,6 +6,7 @@ table's power and its memory figure a constant by size, up to 40 % off a wall me
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -353,7 +354,14 @@ def _quiet() -> Iterator[list[str]]:
     # Importing the package sets up its logger, so that comes first.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import codecarbon.external.logger
+        # Where amdsmi is installed and no driver of AMD's is, both complain as they are imported.
+        disabled = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with redirect_stdout(io.StringIO()):
+                import codecarbon.external.logger
+        finally:
+            logging.disable(disabled)
 
         logger = codecarbon.external.logger.logger
         kept = list(logger.handlers)

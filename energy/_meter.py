@@ -149,6 +149,9 @@ class Counter:
         max_w: watts that the source cannot draw on average; ``None`` where nothing bounds it.
         clock: monotonic seconds.
         flags: of every reading.
+        by: what the figure is made by, where that is not the source's own counter.
+        remarks: flags that come up while it is watched.
+        quality: of its readings, where that is another one than its meter's.
     """
 
     source: str
@@ -159,6 +162,9 @@ class Counter:
     max_w: float | None = None
     clock: Callable[[], float] = monotonic_s
     flags: tuple[str, ...] = ()
+    by: str = ""
+    remarks: Callable[[], tuple[str, ...]] = tuple
+    quality: Quality | None = None
     _joules: float = 0.0
     _last_j: float | None = None
     _last_s: float = 0.0
@@ -184,10 +190,15 @@ class Counter:
             self._joules += gained_j
             self._last_s, self._last_j = now_s, now_j
 
+    def close(self) -> None:
+        """Let go of what the counter alone holds; it is not read again."""
+
     def reading(self, quality: Quality) -> Reading:
         """What was counted; once a read has failed there is no figure, since a part of the window is missing."""
         joules = self._joules if self._reason is None else None
-        return Reading(self.source, quality, joules, self._reason, dict(self.detail), self.flags)
+        flags = (*self.flags, *self.remarks())
+        quality = self.quality or quality
+        return Reading(self.source, quality, joules, self._reason, dict(self.detail), flags, by=self.by)
 
     def _doubt(self, gained_j: float, seconds: float) -> str | None:
         """Why a gain cannot be what the source drew in these seconds; ``None`` if it can."""
@@ -258,6 +269,11 @@ class CounterMeter(Meter):
         self._opened = False
         self._counting = False
 
+    @property
+    def counters(self) -> tuple[Counter, ...]:
+        """The counters that can be read, from ``open`` on."""
+        return tuple(self._counters)
+
     @abstractmethod
     def _connect(self) -> tuple[list[Counter], list[Reading]]:
         """The counters that can be read, and a reading with its reason for each that cannot."""
@@ -304,7 +320,11 @@ class CounterMeter(Meter):
             self._ticker.stop()
             self._ticker = None
         self._opened = False
-        self._disconnect()
+        try:
+            for counter in self._counters:
+                counter.close()
+        finally:
+            self._disconnect()
 
     def readings(self) -> list[Reading]:
         """See :meth:`Meter.readings`."""

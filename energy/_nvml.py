@@ -1,4 +1,4 @@
-"""NVML: the energy counter of NVIDIA boards (Volta and later).
+"""NVML: the energy counter of NVIDIA boards (Volta and later), else an integral of their power.
 
 Calls and units: https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html
 """
@@ -6,18 +6,25 @@ Calls and units: https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQuerie
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from locallearn.energy._meter import Counter, CounterMeter, Detail, Reading, UnreadableError
+from locallearn.energy._power import POLL_S, PowerCounter
 
 _TICK_S = 0.1
 # An average may stand above the enforced limit for a while, hence twice that; where NVML tells none, more than any
 # board draws.
 _ABOVE_LIMIT = 2.0
 _MAX_W = 4000.0
+# A counter that has not moved after so long is believed not to count: the slowest seen moves every 0.1 s.
+_STILL_S = 1.0
+_LOOK_S = 0.005
+# NVML's power is a mean over the second before on Ampere and later, so it is late by half of that.
+_POWER_LAG_S = 0.5
 # NVML's "not available" is -1 in an unsigned number of 64 bits.
 _NOT_AVAILABLE_MJ = 2**63
 
@@ -30,21 +37,33 @@ class NvmlMeter(CounterMeter):
     measures the boards that ``CUDA_VISIBLE_DEVICES`` lets through, by index and by UUID. Indices there are taken in PCI
     order, which is CUDA's own order on boards of one model; on mixed boards set ``CUDA_DEVICE_ORDER=PCI_BUS_ID``.
 
-    A gain that is more than twice the board's power limit could give in the time leaves no figure.
+    A gain that is more than twice the board's power limit could give in the time leaves no figure. Of a board that has
+    no counter, or one that stands still, the power is integrated by a process of its own; the reading then says so, and
+    how wrong it may be. Other processes on the board are noted: what they draw is in the figure.
 
     Args:
-        devices: boards as torch numbers them (``cuda:0`` is 0), whatever a run computes on; ``None``: the run's own,
-            or every visible one.
+        devices: boards as torch numbers them (``cuda:0`` is 0) or by their UUID (``GPU-…``, or its beginning),
+            whatever a run computes on; ``None``: the run's own, or every visible one.
+        poll_s: seconds between two samples of a power.
 
     Raises:
-        ValueError: ``devices`` is empty, or holds a negative or repeated number.
+        ValueError: ``devices`` is empty, or holds a negative number, something twice, or text that is no UUID;
+            ``poll_s`` is not positive.
     """
 
-    def __init__(self, devices: Sequence[int] | None = None) -> None:
+    def __init__(self, devices: Sequence[int | str] | None = None, poll_s: float = POLL_S) -> None:
         super().__init__("measured", tick_s=_TICK_S)
-        if devices is not None and (not devices or min(devices) < 0 or len(set(devices)) < len(devices)):
-            raise ValueError(f"devices={list(devices)} was given; wanted are distinct numbers from 0, or None for all")
+        if devices is not None:
+            wanted = [_bare(device) if isinstance(device, str) else device for device in devices]
+            bad = [device for device in wanted if device == "" or (isinstance(device, int) and device < 0)]
+            if not wanted or bad or len(set(wanted)) < len(wanted):
+                raise ValueError(
+                    f"devices={list(devices)} was given; wanted are distinct numbers from 0 or UUIDs (GPU-...), or None for all"
+                )
+        if not 0 < poll_s < float("inf"):
+            raise ValueError(f"poll_s={poll_s} was given; wanted are seconds above 0")
         self._devices = None if devices is None else list(devices)
+        self._poll = poll_s
         self._device: str | None = None
         self._nvml: Any = None
 
@@ -60,18 +79,25 @@ class NvmlMeter(CounterMeter):
         except UnreadableError as error:
             return [], [Reading("nvml", "measured", None, str(error))]
         self._nvml = pynvml
+        boards = _Boards(pynvml, self._poll, self._device)
         if self._devices is None and self._device is not None:
-            return _watched([(cuda_number(self._device), partial(board_of, pynvml, self._device))], pynvml)
+            return boards.watched([(str(cuda_number(self._device)), partial(board_of, pynvml, self._device))])
         try:
             visible = visible_boards(pynvml)
         except Exception as error:
             return [], [Reading("nvml", "measured", None, f"NVML did not list the boards: {_said(error)}")]
-        if not visible:
+        if self._devices is None and not visible:
             hidden = "" if os.environ.get("CUDA_VISIBLE_DEVICES") is None else " that CUDA_VISIBLE_DEVICES lets through"
             return [], [Reading("nvml", "measured", None, f"no NVIDIA GPU{hidden}")]
-        numbers = range(len(visible)) if self._devices is None else self._devices
-        own = None if self._device is None else cuda_number(self._device) if self._device.startswith("cuda") else -1
-        return _watched([(number, partial(_visible_board, number, visible)) for number in numbers], pynvml, own)
+        named = range(len(visible)) if self._devices is None else self._devices
+        return boards.watched(
+            [
+                (f"GPU-{_bare(name)[:8]}", partial(_named_board, pynvml, name))
+                if isinstance(name, str)
+                else (str(name), partial(_visible_board, name, visible))
+                for name in named
+            ]
+        )
 
     def _disconnect(self) -> None:
         nvml, self._nvml = self._nvml, None
@@ -239,52 +265,115 @@ def _visible_board(number: int, visible: Sequence[int | None]) -> int:
     return index
 
 
-def _watched(
-    wanted: Sequence[tuple[int, Callable[[], int]]], nvml: Any, own: int | None = None
-) -> tuple[list[Counter], list[Reading]]:
-    """Counters of the boards that can be read, and readings with the reason for the others.
+def _named_board(nvml: Any, uuid: str) -> int:
+    """NVML's index of the board with a UUID, or with one that begins so."""
+    known = [_bare(_uuid(nvml, index)) for index in range(nvml.nvmlDeviceGetCount())]
+    found = [index for index, name in enumerate(known) if name.startswith(_bare(uuid))]
+    if len(found) != 1:
+        told = ", ".join(name for name in known if name) or "none tells its UUID"
+        raise UnreadableError(f"{len(found)} of NVML's {len(known)} boards have a UUID that begins {uuid}: {told}")
+    return found[0]
+
+
+class _Boards:
+    """Makes the counters of boards.
 
     Args:
-        wanted: torch's number of each device, and what finds NVML's index of its board.
         nvml: started.
-        own: number of the run's own device; ``None`` where there is no run.
+        poll_s: seconds between two samples of a power.
+        device: what the run computes on; ``None`` where there is no run.
     """
-    counters: list[Counter] = []
-    unreadable: list[Reading] = []
-    for number, find in wanted:
+
+    def __init__(self, nvml: Any, poll_s: float, device: str | None) -> None:
+        self._nvml = nvml
+        self._poll_s = poll_s
+        self._device = device
+
+    def watched(self, wanted: Sequence[tuple[str, Callable[[], int]]]) -> tuple[list[Counter], list[Reading]]:
+        """Counters of the boards that can be read, and readings with the reason for the others.
+
+        Args:
+            wanted: name of each board, and what finds NVML's index of it.
+        """
+        counters: dict[int, Counter] = {}
+        unreadable: list[Reading] = []
+        own = self._own() if self._device is not None else None
+        for name, find in wanted:
+            try:
+                index = find()
+                if index in counters:
+                    raise UnreadableError(f"it is the same board as {counters[index].source}")
+                counters[index] = self._counter(name, index, own)
+            except Exception as error:  # whatever it is, the other boards are read all the same
+                reason = str(error) if isinstance(error, UnreadableError) else f"NVML failed: {_said(error)}"
+                unreadable.append(Reading(f"nvml:{name}", "measured", None, reason))
+        return list(counters.values()), unreadable
+
+    def _own(self) -> int:
+        """NVML's index of the run's own board; -1 where it has none."""
+        if self._device is None or not self._device.startswith("cuda"):
+            return -1
         try:
-            counter = _counter(nvml, number, find())
-        except Exception as error:  # whatever it is, the other boards are read all the same
-            reason = str(error) if isinstance(error, UnreadableError) else f"NVML failed: {_said(error)}"
-            unreadable.append(Reading(f"nvml:{number}", "measured", None, reason))
-            continue
-        if own not in (None, number):
-            counter.flags = ("not the device of the run: this board was asked for by its number",)
-        counters.append(counter)
-    return counters, unreadable
+            return board_of(self._nvml, self._device)
+        except Exception:  # then by the order in which CUDA shows them
+            with suppress(Exception):
+                return _visible_board(cuda_number(self._device), visible_boards(self._nvml))
+            return -1
+
+    def _counter(self, name: str, index: int, own: int | None) -> Counter:
+        nvml = self._nvml
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        except Exception as error:
+            raise UnreadableError(f"NVML does not open board {index}: {_said(error)}") from None
+        model = _try(nvml, "nvmlDeviceGetName", handle) or "board without a name"
+        mig = _try(nvml, "nvmlDeviceGetMigMode", handle)
+        if mig is not None and mig[0] == nvml.NVML_DEVICE_MIG_ENABLE:
+            raise UnreadableError(f"MIG is on: the counter of the {model} covers all its slices")
+        power_limit_mw = _try(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)
+        detail: Detail = {
+            "name": model,
+            "uuid": _try(nvml, "nvmlDeviceGetUUID", handle),
+            "nvml_index": index,
+            "driver": _try(nvml, "nvmlSystemGetDriverVersion"),
+            "power_limit_w": None if power_limit_mw is None else power_limit_mw / 1e3,
+        }
+        neighbours = _Neighbours(nvml, handle, own == index)
+        common: dict[str, Any] = {
+            "detail": detail,
+            "observe": partial(_observe, nvml, handle, neighbours),
+            "remarks": neighbours.remarks,
+            "max_w": _ABOVE_LIMIT * power_limit_mw / 1e3 if power_limit_mw else _MAX_W,
+            "flags": ()
+            if own is None or own == index
+            else ("not the device of the run: this board was asked for by its number or UUID",),
+        }
+        source = f"nvml:{name} {model}"
+        read = partial(_joules, nvml, handle)
+        try:
+            still = _stands_still(read)
+            why = f"its energy counter does not move ({_STILL_S:g} s)" if still else ""
+        except UnreadableError as error:
+            still, why = True, str(error)
+        if not still:
+            return Counter(source, read, **common)
+        try:
+            sampled = {"kind": "nvml", "index": index}
+            counter = PowerCounter.of(source, sampled, every_s=self._poll_s, lag_s=_POWER_LAG_S, **common)
+        except UnreadableError as error:
+            raise UnreadableError(f"{why}; nor can its power be integrated: {error}") from None
+        detail["instead_of"] = why
+        return counter
 
 
-def _counter(nvml: Any, number: int, index: int) -> Counter:
-    try:
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    except Exception as error:
-        raise UnreadableError(f"NVML does not open board {index}: {_said(error)}") from None
-    name = _try(nvml, "nvmlDeviceGetName", handle) or "board without a name"
-    mig = _try(nvml, "nvmlDeviceGetMigMode", handle)
-    if mig is not None and mig[0] == nvml.NVML_DEVICE_MIG_ENABLE:
-        raise UnreadableError(f"MIG is on: the counter of the {name} covers all its slices")
-    read = partial(_joules, nvml, handle)
-    read()
-    power_limit_mw = _try(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)
-    max_w = _ABOVE_LIMIT * power_limit_mw / 1e3 if power_limit_mw else _MAX_W
-    detail: Detail = {
-        "name": name,
-        "uuid": _try(nvml, "nvmlDeviceGetUUID", handle),
-        "nvml_index": index,
-        "driver": _try(nvml, "nvmlSystemGetDriverVersion"),
-        "power_limit_w": None if power_limit_mw is None else power_limit_mw / 1e3,
-    }
-    return Counter(f"nvml:{number} {name}", read, detail=detail, observe=partial(_observe, nvml, handle), max_w=max_w)
+def _stands_still(read: Callable[[], float]) -> bool:
+    """Whether a counter that can be read does not count."""
+    first_j = read()
+    for _ in range(round(_STILL_S / _LOOK_S)):
+        time.sleep(_LOOK_S)
+        if read() != first_j:
+            return False
+    return _STILL_S > 0
 
 
 def _joules(nvml: Any, handle: Any) -> float:
@@ -298,14 +387,63 @@ def _joules(nvml: Any, handle: Any) -> float:
     return millijoules / 1e3
 
 
-def _observe(nvml: Any, handle: Any) -> Detail:
-    """Temperature, clock, and how many other compute processes NVML lists (a container may not know itself)."""
-    processes = _try(nvml, "nvmlDeviceGetComputeRunningProcesses", handle)
-    others = None if processes is None else sum(process.pid != os.getpid() for process in processes)
+class _Neighbours:
+    """Who else computes on a board, as far as NVML tells: all that were seen while it was watched.
+
+    In a container NVML tells the numbers that processes have outside, if it lists them at all; then this one is not
+    found by its own, and one of those listed is taken for it.
+
+    Args:
+        nvml: started.
+        handle: the board's.
+        own: whether this process computes on it.
+    """
+
+    def __init__(self, nvml: Any, handle: Any, own: bool) -> None:
+        self._nvml = nvml
+        self._handle = handle
+        self._own = own
+        self._seen: dict[int, str] = {}
+        self.others: int | None = None
+
+    def look(self) -> Detail:
+        """What to note of them."""
+        listed = _try(self._nvml, "nvmlDeviceGetComputeRunningProcesses", self._handle)
+        if listed is not None:
+            pids = {process.pid for process in listed}
+            others = {process.pid: self._told(process) for process in listed if process.pid != os.getpid()}
+            self._seen |= others
+            if self._own and os.getpid() not in pids:
+                # Not even this process is listed, or under another number.
+                if pids:
+                    self.others = max(self.others or 0, len(pids) - 1)
+            else:
+                self.others = len(self._seen)
+        return {
+            "other_compute_processes": self.others,
+            "compute_processes_seen": "; ".join(self._seen.values()) or None,
+        }
+
+    def remarks(self) -> tuple[str, ...]:
+        """A flag where there were any."""
+        if not self.others:
+            return ()
+        several = "1 other process" if self.others == 1 else f"{self.others} other processes"
+        return (f"{several} computed on this board: what it drew for them is in the figure",)
+
+    def _told(self, process: Any) -> str:
+        name = _try(self._nvml, "nvmlSystemGetProcessName", process.pid)
+        memory = getattr(process, "usedGpuMemory", None)
+        used = f", {memory / 2**20:.0f} MiB" if isinstance(memory, int) else ""
+        return f"{os.path.basename(str(name)) if name else 'a process'} ({process.pid}{used})"
+
+
+def _observe(nvml: Any, handle: Any, neighbours: _Neighbours) -> Detail:
+    """Temperature, clock, and other processes."""
     return {
         "temperature_c": _try(nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
         "sm_clock_mhz": _try(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
-        "other_compute_processes": others,
+        **neighbours.look(),
     }
 
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 from types import TracebackType
 
 from locallearn.energy._guard import GuardedMeter
-from locallearn.energy._meter import Meter, Reading, monotonic_s
+from locallearn.energy._meter import Detail, Meter, Reading, monotonic_s
 
 _TICKS = 100
+# Idle power that changes by more than this share of itself is told.
+_DRIFT = 0.05
 
 
 class EnergyMonitor:
@@ -21,12 +23,17 @@ class EnergyMonitor:
         meters: read over every window.
         synchronise: called before every read of a clock or counter, to wait for a device's queue, e.g.
             ``torch.cuda.synchronize``.
-        idle_s: before each window, watch the idle machine for this many seconds, so that readings also get a net
-            figure; 0 does without.
+        idle_s: before and after each window, watch the idle machine for this many seconds, so that readings also get a
+            net figure; 0 does without.
         clock: monotonic seconds; replaced in tests.
+        cooldown_s: before each window, and before its idle power is watched, let everything rest for this many seconds,
+            so that windows one after another begin equally warm.
+
+    Attributes:
+        wait: lets seconds pass; whoever wants to cut that short puts another one here.
 
     Raises:
-        ValueError: ``idle_s`` is negative or not finite, or one meter is given twice.
+        ValueError: ``idle_s`` or ``cooldown_s`` is negative or not finite, or one meter is given twice.
     """
 
     def __init__(
@@ -35,16 +42,20 @@ class EnergyMonitor:
         synchronise: Callable[[], None] | None = None,
         idle_s: float = 0.0,
         clock: Callable[[], float] = monotonic_s,
+        cooldown_s: float = 0.0,
     ) -> None:
-        if not 0 <= idle_s < float("inf"):
-            raise ValueError(f"idle_s={idle_s} was given; wanted are seconds, 0 or more")
+        for name, seconds in (("idle_s", idle_s), ("cooldown_s", cooldown_s)):
+            if not 0 <= seconds < float("inf"):
+                raise ValueError(f"{name}={seconds} was given; wanted are seconds, 0 or more")
         if len({id(meter) for meter in meters}) < len(meters):
             raise ValueError("one meter was given twice: give each meter once")
         self.meters = tuple(meters)
         self.synchronise = synchronise
         self.idle_s = idle_s
+        self.cooldown_s = cooldown_s
         self.clock = clock
         self.device: str | None = None
+        self.wait: Callable[[float], object] = lambda seconds: time.sleep(seconds)
 
     def use(self, device: str) -> None:
         """Measure what belongs to ``device``, as torch names it (``cpu``, ``cuda:0``), in the windows opened from now on."""
@@ -81,9 +92,10 @@ class Window:
         self._meters = [GuardedMeter(meter) for meter in monitor.meters]
         # Coarse meters take longest to switch: they stand outside, so that the fine ones and the clock miss it.
         self._outside_in = sorted(self._meters, key=lambda meter: -meter.tick_s)
-        self._idle: list[list[Reading]] = []
-        self._idle_co2_g: list[float | None] = []
-        self._idle_seconds = 0.0
+        self._before: list[list[Reading]] = []
+        self._before_co2_g: list[float | None] = []
+        self._idle_w: list[dict[str, float]] = [{}, {}]  # before and after, by source
+        self._idle_seconds = [0.0, 0.0]
         self._seconds = 0.0
         self._clock_went_back = False
         self._resumed_at_s: float | None = None
@@ -98,10 +110,10 @@ class Window:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(idle=kind is None)
 
     def open(self) -> None:
-        """Open the meters, watch the idle machine if that is wanted, and start to count.
+        """Open the meters, let everything rest and watch the idle machine if that is wanted, and start to count.
 
         A meter that fails, here or later, has no figures and a reason; the others go on.
 
@@ -120,25 +132,40 @@ class Window:
             for guarded in self._meters:
                 guarded.open(self._monitor.device)
             self._refuse_same_sources()
-            self._watch_idle()
+            if self._monitor.cooldown_s > 0 and self._meters:
+                self._monitor.wait(self._monitor.cooldown_s)
+            self._watch_idle(0)
+            self._before = [meter.readings() for meter in self._meters]
+            self._before_co2_g = [meter.co2_g for meter in self._meters]
             self.resume()
         except BaseException:
             self._release()
             raise
 
-    def close(self) -> None:
-        """Stop counting, take the final readings and let the meters go. Closing again does nothing."""
+    def close(self, idle: bool = True) -> None:
+        """Stop counting, watch the idle machine again, and let the meters go. Closing again does nothing.
+
+        Args:
+            idle: ``False`` does without the second look at the idle machine, where something has gone wrong.
+        """
         if not self._opened:
             return
         try:
             self.pause()
-            by_meter, co2_g = self._by_meter(), self.co2_g
+            ended, co2_g = [meter.readings() for meter in self._meters], self.co2_g
+            try:
+                if idle:
+                    self._watch_idle(1)
+            finally:  # whoever does not wait for it has the figures all the same
+                self._opened = False
+                by_meter = self._by_meter(ended)
+                self._final, self._final_co2_g = [reading for readings in by_meter for reading in readings], co2_g
         finally:
             self._release()
         # Letting go may have gone wrong, too.
         pairs = zip(self._meters, by_meter, strict=True)
         self._final = [reading for meter, readings in pairs for reading in meter.failed(readings)]
-        lost = any(b is not None and m.co2_g is None for m, b in zip(self._meters, self._idle_co2_g, strict=True))
+        lost = any(b is not None and m.co2_g is None for m, b in zip(self._meters, self._before_co2_g, strict=True))
         self._final_co2_g = None if lost else co2_g
 
     def resume(self) -> None:
@@ -200,7 +227,7 @@ class Window:
         if not self._opened:
             return self._final_co2_g
         total_g: float | None = None
-        for meter, before_g in zip(self._meters, self._idle_co2_g, strict=False):
+        for meter, before_g in zip(self._meters, self._before_co2_g, strict=False):
             now_g = meter.co2_g
             if now_g is None and before_g is None:
                 continue  # it never knew any
@@ -229,12 +256,21 @@ class Window:
         self._clock_went_back |= passed_s < 0
         return max(0.0, passed_s)
 
-    def _by_meter(self) -> list[list[Reading]]:
+    def _by_meter(self, ended: list[list[Reading]] | None = None) -> list[list[Reading]]:
+        """Readings of every meter, less what was counted before the window; ``ended``: what it showed at its end."""
         seconds = self.seconds
+        now = ended or [meter.readings() for meter in self._meters]
         return [
-            [self._finish(meter, reading, seconds, idle) for reading, idle in zip(meter.readings(), idles, strict=True)]
-            for meter, idles in zip(self._meters, self._idle, strict=bool(self._idle))
+            [
+                self._finish(meter, reading, seconds, before)
+                for reading, before in zip(readings, self._before_of(number, readings), strict=True)
+            ]
+            for number, (meter, readings) in enumerate(zip(self._meters, now, strict=True))
         ]
+
+    def _before_of(self, number: int, readings: list[Reading]) -> list[Reading]:
+        """What a meter showed when counting began; of a window that never did, what it shows."""
+        return self._before[number] if self._before else readings
 
     def _refuse_same_sources(self) -> None:
         sources = [reading.source for meter in self._meters if meter.works for reading in meter.readings()]
@@ -242,15 +278,23 @@ class Window:
             if sources.count(source) > 1:
                 raise ValueError(f"two meters both report {source!r}: keep one, or give each a source of its own")
 
-    def _watch_idle(self) -> None:
-        if self._monitor.idle_s > 0:
-            self._switch_on()
-            began_s = self._monitor.clock()
-            time.sleep(self._monitor.idle_s)
-            self._idle_seconds = self._since(began_s)
-            self._switch_off()
-        self._idle = [meter.readings() for meter in self._meters]
-        self._idle_co2_g = [meter.co2_g for meter in self._meters]
+    def _watch_idle(self, when: int) -> None:
+        """Before (0) or after (1) the window."""
+        if self._monitor.idle_s <= 0 or not self._meters:
+            return
+        first = [meter.readings() for meter in self._meters]
+        self._switch_on()
+        began_s = self._monitor.clock()
+        self._monitor.wait(self._monitor.idle_s)
+        seconds = self._since(began_s)
+        self._switch_off()
+        if seconds <= 0:
+            return
+        self._idle_seconds[when] = seconds
+        for meter, earlier in zip(self._meters, first, strict=True):
+            for then, now in zip(earlier, meter.readings(), strict=True):
+                if then.joules is not None and now.joules is not None and now.joules >= then.joules:
+                    self._idle_w[when][now.source] = (now.joules - then.joules) / seconds
 
     def _switch_on(self) -> None:
         if self._monitor.synchronise is not None:
@@ -262,24 +306,49 @@ class Window:
         for meter in reversed(self._outside_in):
             meter.pause()
 
-    def _finish(self, meter: GuardedMeter, reading: Reading, seconds: float, idle: Reading) -> Reading:
+    def _finish(self, meter: GuardedMeter, reading: Reading, seconds: float, before: Reading) -> Reading:
         """The reading less what was counted before the window, with its net figure and its flags."""
         if reading.joules is None:
             return reading
-        if idle.joules is None or reading.joules < idle.joules:
-            before = "nothing" if idle.joules is None else f"{idle.joules:g} J"
-            return reading.without_figure(f"the meter showed {before} when counting began and {reading.joules:g} J now")
-        joules = reading.joules - idle.joules
+        if before.joules is None or reading.joules < before.joules:
+            showed = "nothing" if before.joules is None else f"{before.joules:g} J"
+            return reading.without_figure(f"the meter showed {showed} when counting began and {reading.joules:g} J now")
+        joules = reading.joules - before.joules
         flags = list(self._time_flags(meter.tick_s, seconds))
         if joules == 0 and seconds > 0:
             flags.append("the counter did not move during the window")
-        idle_w = idle.joules / self._idle_seconds if self._idle_seconds else None
+        idle_w, detail, remark = self._idle_of(reading.source, seconds)
         return replace(
             reading,
             joules=joules,
             net_joules=None if idle_w is None or self._clock_went_back else joules - idle_w * seconds,
-            detail=reading.detail if idle_w is None else {**reading.detail, "idle_w": idle_w},
-            flags=(*flags, *reading.flags),
+            detail={**reading.detail, **detail},
+            flags=(*flags, *remark, *reading.flags),
+        )
+
+    def _idle_of(self, source: str, seconds: float) -> tuple[float | None, Detail, tuple[str, ...]]:
+        """Idle watts of a source, what the record says of them, and a flag where they are in doubt."""
+        before_w, after_w = (watts.get(source) for watts in self._idle_w)
+        known = [watts for watts in (before_w, after_w) if watts is not None]
+        if not known:
+            return None, {}, ()
+        idle_w = sum(known) / len(known)
+        detail: Detail = {"idle_w": idle_w, "idle_before_w": before_w, "idle_after_w": after_w}
+        if before_w is None or after_w is None:
+            when = "before" if after_w is None else "after"
+            # While a window is open it cannot be otherwise.
+            return idle_w, detail, () if self._opened else (f"idle power was watched {when} the window only",)
+        doubt_j = abs(after_w - before_w) / 2 * seconds
+        detail |= {"idle_drift_w": after_w - before_w, "net_error_j": doubt_j}
+        if abs(after_w - before_w) <= _DRIFT * idle_w:
+            return idle_w, detail, ()
+        return (
+            idle_w,
+            detail,
+            (
+                f"idle power went from {before_w:.3g} W before to {after_w:.3g} W after: the net figure is sure to "
+                f"{doubt_j:.3g} J only",
+            ),
         )
 
     def _time_flags(self, tick_s: float, seconds: float) -> Iterator[str]:
@@ -287,5 +356,6 @@ class Window:
             yield "the clock went back during the window: the seconds are too few"
         if seconds < _TICKS * tick_s:
             yield f"the window of {seconds:.1f} s is shorter than {_TICKS} ticks of {tick_s:g} s: rough"
-        if self._idle_seconds and self._idle_seconds < _TICKS * tick_s:
-            yield f"idle power was watched for {self._idle_seconds:.1f} s only: the net figure is rough"
+        watched_s = max(self._idle_seconds)
+        if watched_s and watched_s < _TICKS * tick_s:
+            yield f"idle power was watched for {watched_s:.1f} s only: the net figure is rough"

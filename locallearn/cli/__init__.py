@@ -27,6 +27,7 @@ locallearn: train networks without backpropagation through the whole network, an
   locallearn audit                   prove or refute what an algorithm claims about locality
   locallearn bench                   alternated speed and memory measurements
   locallearn data                    which data sets are here, and where files are looked for
+  locallearn meters                  what this machine can measure of joules, how well, and why the rest is missing
 
 Settings are GROUP=NAME or KEY=VALUE (Hydra); all but report, predict, analyze, distill and replay take the same ones:
   algorithm= dataset= net= optimizer= schedule= trainer= meter= logger= task= experiment=

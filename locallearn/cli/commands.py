@@ -8,11 +8,12 @@ from locallearn.cli.bench import bench
 from locallearn.cli.compare import compare
 from locallearn.cli.data import data
 from locallearn.cli.distill import distill
+from locallearn.cli.meters import meters
 from locallearn.cli.predict import predict
 from locallearn.cli.replay import replay
 from locallearn.cli.report import report
 from locallearn.cli.train import train
 from locallearn.cli.tune import tune
 
-COMMANDS = (train, predict, analyze, distill, replay, compare, tune, report, audit, bench, data)
+COMMANDS = (train, predict, analyze, distill, replay, compare, tune, report, audit, bench, data, meters)
 """What the command line knows, in the order of the help."""

@@ -101,6 +101,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         meters=list(make(cfg.meter.sources).values()),
         idle_s=cfg.meter.idle_s,
         warmup_steps=cfg.meter.get("warmup_steps", 0),  # older records have none
+        cooldown_s=cfg.meter.get("cooldown_s", 0),
         runs_dir=folder_setting(cfg, "runs_dir"),
         max_epochs=max_epochs,
         trainer={str(k): v for k, v in trainer.items()},
@@ -165,8 +166,10 @@ def _check_numbers(cfg: Any, max_epochs: Any, probe_samples: Any, checkpoint_s: 
     check_seed("seed", cfg.seed)
     if type(cfg.keep_model) is not bool:
         raise UsageError(f"keep_model is {cfg.keep_model}, expected true or false")
-    if type(cfg.meter.idle_s) not in (int, float) or cfg.meter.idle_s < 0:
-        raise UsageError(f"meter.idle_s is {cfg.meter.idle_s}, expected seconds, 0 for no idle measurement")
+    for key, without in (("idle_s", "idle measurement"), ("cooldown_s", "rest")):
+        seconds = cfg.meter.get(key, 0)
+        if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
+            raise UsageError(f"meter.{key} is {seconds}, expected seconds, 0 for no {without}")
     warmup = cfg.meter.get("warmup_steps", 0)
     if type(warmup) is not int or warmup < 0:
         raise UsageError(f"meter.warmup_steps is {warmup}, expected a whole number, 0 for no warm-up")

@@ -152,6 +152,10 @@ class _Keeper(pl.Callback):
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
+    def wait(self, seconds: float) -> None:
+        """Let seconds pass, until somebody asks to stop."""
+        self._stop.wait(seconds)
+
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

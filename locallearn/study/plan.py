@@ -48,7 +48,9 @@ class Plan:
         scheduler_interval: ``epoch`` or ``step``: when it advances.
         schedule: stages and stopping rule.
         meters: sources of joules, new ones for every run.
-        idle_s: seconds to watch the idle machine before training, for net joules; 0 leaves net empty.
+        idle_s: seconds to watch the idle machine before training and after it, for net joules; 0 leaves net empty.
+        cooldown_s: seconds in which everything rests before the meters start, so that runs one after another begin equally
+            warm.
         warmup_steps: steps of every stage on a copy before the meters start, so that what only a first step costs is not
             measured; weights, order of data and draws are the same with and without.
         runs_dir: where the record goes.
@@ -104,6 +106,7 @@ class Plan:
     probe_samples: int = 1000
     checkpoint_s: float = 300.0
     warmup_steps: int = 0
+    cooldown_s: float = 0.0
     evaluate_test: bool = True
     keep_model: bool = True
     resume: Path | None = None

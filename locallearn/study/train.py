@@ -54,12 +54,15 @@ def run(plan: Plan) -> Path:
 
 def _run(plan: Plan) -> Path:
     earlier = None if plan.resume is None else _Earlier.read(plan.resume)
-    energy = EnergyCallback(EnergyMonitor(plan.meters, idle_s=plan.idle_s))
+    monitor = EnergyMonitor(plan.meters, idle_s=plan.idle_s, cooldown_s=plan.cooldown_s)
+    energy = EnergyCallback(monitor)
     probes = _Probes(plan)
     costs = _Costs(plan)
     recorder = _Recorder(plan, energy, probes, costs)
     kept = trajectory_of(plan, recorder)
-    task, trainer = _prepared(plan, [costs, probes, energy, *kept, recorder, plan.schedule, _Keeper(plan, recorder)])
+    keeper = _Keeper(plan, recorder)
+    monitor.wait = keeper.wait
+    task, trainer = _prepared(plan, [costs, probes, energy, *kept, recorder, plan.schedule, keeper])
     if earlier is not None:
         earlier.check(task)
     plan.data.prepare_data()

@@ -26,7 +26,7 @@ def test_help_fits_a_screen_and_shows_three_examples(words: list[str], capsys: p
     assert max(map(len, lines)) <= 120
     examples = text.partition("Examples:")[2].partition("\n\n")[0].strip().splitlines()
     assert len(examples) >= 3
-    for command in ("train", "compare", "report", "audit", "bench", "data"):
+    for command in ("train", "compare", "report", "audit", "bench", "data", "meters"):
         assert f"  locallearn {command}" in text
 
 

@@ -98,6 +98,8 @@ _TRAIN: list[tuple[list[str], tuple[str, ...]]] = [
     (["schedule.patience=1.5"], ("schedule.patience is 1.5", "whole number")),
     (["schedule.monitor=foo"], ("'foo'", "validation/loss")),
     (["meter.idle_s=abc"], ("meter.idle_s is abc", "seconds")),
+    (["meter.cooldown_s=-1"], ("meter.cooldown_s is -1", "seconds")),
+    (["meter=measured", "meter.sources.nvml.devices=[GPU-]"], ("meter.sources.nvml", "UUIDs")),
     # what does not go together
     (["schedule.cache=true"], ("cache", "joint")),
     (["algorithm=backprop", "schedule=sequential"], ("Backprop", "schedule=joint")),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from locallearn.energy import _codecarbon
+from locallearn.energy import _codecarbon, _nvml
 
 
 @dataclass
@@ -20,6 +20,12 @@ class FakeClock:
 
     def pass_by(self, seconds: float) -> None:
         self.now_s += seconds
+
+
+@pytest.fixture(autouse=True)
+def counters_that_stand_still_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML's fake counters move when a test says so."""
+    monkeypatch.setattr(_nvml, "_STILL_S", 0.0)
 
 
 @pytest.fixture

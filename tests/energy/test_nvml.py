@@ -31,6 +31,7 @@ class FakeNvml:
         self.slices: dict[int, list[str]] = {}
         self.unsupported: set[str] = set()
         self.no_driver = False
+        self.processes = [os.getpid(), 1]
 
     def _need(self, call: str) -> None:
         if not self.started:
@@ -68,9 +69,9 @@ class FakeNvml:
             "nvmlDeviceGetTemperature": lambda handle, sensor: 41,
             "nvmlDeviceGetClockInfo": lambda handle, clock: 1980,
             "nvmlDeviceGetComputeRunningProcesses": lambda handle: [
-                SimpleNamespace(pid=os.getpid()),
-                SimpleNamespace(pid=1),
+                SimpleNamespace(pid=pid, usedGpuMemory=2**29) for pid in self.processes
             ],
+            "nvmlSystemGetProcessName": lambda pid: "/usr/bin/python3",
         }
         if call not in answers:
             raise AttributeError(call)
@@ -124,6 +125,7 @@ def test_joules_of_one_board_with_a_pause(nvml: FakeNvml) -> None:
         "temperature_c": 41,
         "sm_clock_mhz": 1980,
         "other_compute_processes": 1,
+        "compute_processes_seen": "python3 (1, 512 MiB)",
     }
     assert "shorter than 100 ticks of 0.1 s" in reading.flags[0]
     assert nvml.started == 0
@@ -329,6 +331,56 @@ def test_boards_that_are_asked_for_are_measured_and_marked(nvml: FakeNvml) -> No
     assert all("not the device" in str(reading.flags) for reading in _read_for("cpu", NvmlMeter([0, 1])))
 
 
+@pytest.mark.parametrize("uuid", ["GPU-aab2", "aab", "gpu-AAB2"])
+def test_boards_are_named_by_uuid_too(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, uuid: str) -> None:
+    """Whatever CUDA shows, and beside the run's own."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    _cuda(monkeypatch, uuid="ccc3")
+    named, own = _read_for("cuda:0", NvmlMeter([uuid, 0]))
+    assert (named.detail["uuid"], own.detail["uuid"]) == ("GPU-aab2", "GPU-ccc3")
+    assert named.source == f"nvml:GPU-{uuid.lower().removeprefix('gpu-')} NVIDIA H200"
+    assert "not the device of the run" in str(named.flags)
+    assert "not the device of the run" not in str(own.flags)
+
+
+@pytest.mark.parametrize(("uuid", "found"), [("GPU-aa", "2 of"), ("GPU-zz", "0 of")])
+def test_a_uuid_must_be_one_boards(nvml: FakeNvml, uuid: str, found: str) -> None:
+    (reading,) = _read(NvmlMeter([uuid]))
+    assert str(reading.reason).startswith(f"{found} NVML's 3 boards have a UUID that begins {uuid}: aaa1, aab2, ccc3")
+
+
+def test_one_board_named_twice_is_measured_once(nvml: FakeNvml) -> None:
+    first, second = _read(NvmlMeter([1, "GPU-aab2"]))
+    assert first.joules == 0.0
+    assert "the same board as nvml:1" in str(second.reason)
+
+
+def test_other_processes_are_noted_though_they_have_ended(nvml: FakeNvml) -> None:
+    nvml.processes = [os.getpid()]
+    with EnergyMonitor([NvmlMeter([0])]).window("w") as window:
+        nvml.processes = [os.getpid(), 7]
+        assert window.readings[0].detail["other_compute_processes"] == 1
+        nvml.processes = [os.getpid(), 8]
+        window.pause()
+        assert window.readings[0].detail["other_compute_processes"] == 2
+        nvml.processes = [os.getpid()]
+    (reading,) = window.readings
+    assert reading.detail["compute_processes_seen"] == "python3 (7, 512 MiB); python3 (8, 512 MiB)"
+    assert "2 other processes computed on this board: what it drew for them is in the figure" in reading.flags
+
+
+@pytest.mark.parametrize(("listed", "others"), [([], None), ([31], 0), ([31, 32], 1)])
+def test_in_a_container_one_of_the_listed_processes_is_this_one(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, listed: list[int], others: int | None
+) -> None:
+    """Numbers are those outside."""
+    nvml.processes = listed
+    _cuda(monkeypatch, uuid="aab2")
+    (reading,) = _read_for("cuda:0", NvmlMeter())
+    assert reading.detail["other_compute_processes"] == others
+    assert any("computed on this board" in flag for flag in reading.flags) == bool(others)
+
+
 def test_a_device_that_cuda_does_not_know(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(device: Any) -> None:
         raise RuntimeError("invalid device ordinal")
@@ -455,7 +507,7 @@ def test_letting_go_of_nvml_costs_no_figure(nvml: FakeNvml, monkeypatch: pytest.
     assert _read(NvmlMeter([0]))[0].joules == 0.0
 
 
-@pytest.mark.parametrize("devices", [[], [-1], [0, 0]])
+@pytest.mark.parametrize("devices", [[], [-1], [0, 0], [""], ["GPU-"], ["GPU-a", "a"]])
 def test_bad_devices_are_refused(devices: list[int]) -> None:
     with pytest.raises(ValueError, match="distinct numbers"):
         NvmlMeter(devices)

@@ -118,17 +118,98 @@ def test_the_device_is_waited_for_before_every_reading(clock: Any) -> None:
     assert len(waits) >= 2
 
 
-def test_idle_power_is_taken_off(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def _idle(clock: Any, monkeypatch: pytest.MonkeyPatch, watts: tuple[float, float, float], **options: Any) -> Any:
+    """A window of 5 s, whose source draws the first watts for 30 s before, the second in it, the third after."""
     monkeypatch.setattr("locallearn.energy._window.time.sleep", clock.pass_by)
-    # 2 W during the 30 s before, 12 W after.
-    meter = ReplayMeter([(0, 0), (30, 60), (1000, 60 + 12 * 970)], clock=clock)
-    with EnergyMonitor([meter], idle_s=30, clock=clock).window("w") as window:
+    before_w, in_it_w, after_w = watts
+    points = [(0.0, 0.0), (30.0, 30 * before_w), (35.0, 30 * before_w + 5 * in_it_w)]
+    points.append((1e4, points[-1][1] + (1e4 - 35) * after_w))
+    return EnergyMonitor([ReplayMeter(points, clock=clock)], idle_s=30, clock=clock, **options).window("w")
+
+
+def test_idle_power_is_taken_off(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _idle(clock, monkeypatch, (2, 12, 2)) as window:
         clock.pass_by(5)
+        assert window.readings[0].net_joules == pytest.approx(50.0)  # already, by what was seen before
+        assert window.readings[0].flags == ()
     (reading,) = window.readings
     assert window.seconds == 5.0
     assert reading.joules == pytest.approx(60.0)
     assert reading.net_joules == pytest.approx(50.0)
-    assert reading.detail["idle_w"] == pytest.approx(2.0)
+    assert reading.flags == ()
+    assert {key: value for key, value in reading.detail.items() if value is not None} == pytest.approx(
+        {"idle_w": 2.0, "idle_before_w": 2.0, "idle_after_w": 2.0, "idle_drift_w": 0.0, "net_error_j": 0.0}, abs=1e-9
+    )
+
+
+def test_idle_power_that_drifts_is_told(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm board: 2 W before, 4 W after; 3 W in the mean, of which each might be the right one."""
+    with _idle(clock, monkeypatch, (2, 12, 4)) as window:
+        clock.pass_by(5)
+    (reading,) = window.readings
+    assert reading.joules == pytest.approx(60.0)
+    assert reading.net_joules == pytest.approx(60 - 5 * 3)
+    assert reading.detail["idle_drift_w"] == pytest.approx(2.0)
+    assert reading.detail["net_error_j"] == pytest.approx(5.0)
+    assert reading.flags == ("idle power went from 2 W before to 4 W after: the net figure is sure to 5 J only",)
+
+
+def test_a_little_drift_is_no_flag(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _idle(clock, monkeypatch, (2, 12, 2.08)) as window:
+        clock.pass_by(5)
+    assert window.readings[0].flags == ()
+    assert window.readings[0].detail["idle_drift_w"] == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize("how", ["exception", "no wait"])
+def test_without_a_second_look_the_first_counts(clock: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    window = _idle(clock, monkeypatch, (2, 12, 100))
+    window.open()
+    clock.pass_by(5)
+    if how == "exception":
+        window.__exit__(KeyError, KeyError(), None)
+    else:
+        window.close(idle=False)
+    (reading,) = window.readings
+    assert reading.net_joules == pytest.approx(50.0)
+    assert reading.flags == ("idle power was watched before the window only",)
+    assert clock() == 1035.0
+
+
+def test_ctrl_c_during_the_second_look_keeps_the_figures(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = _idle(clock, monkeypatch, (2, 12, 100))
+    window.open()
+    clock.pass_by(5)
+
+    def stop(seconds: float) -> None:
+        clock.pass_by(seconds / 2)
+        raise KeyboardInterrupt
+
+    window._monitor.wait = stop
+    with pytest.raises(KeyboardInterrupt):
+        window.close()
+    (reading,) = window.readings
+    assert (reading.joules, reading.net_joules) == (pytest.approx(60.0), pytest.approx(50.0))
+    assert not window.is_open
+    assert not any(meter.in_use for meter in window._monitor.meters)
+
+
+def test_everything_rests_before_idle_power_is_watched(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 s of cooling down at 100 W, which nobody is to see."""
+    monkeypatch.setattr("locallearn.energy._window.time.sleep", clock.pass_by)
+    meter = ReplayMeter([(0, 0), (20, 2000), (50, 2060), (55, 2120), (1e4, 2120 + 2 * (1e4 - 55))], clock=clock)
+    with EnergyMonitor([meter], idle_s=30, clock=clock, cooldown_s=20).window("w") as window:
+        clock.pass_by(5)
+    (reading,) = window.readings
+    assert (reading.joules, reading.net_joules) == (pytest.approx(60.0), pytest.approx(50.0))
+    assert window.seconds == 5.0
+
+
+def test_nothing_rests_where_nothing_is_measured(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locallearn.energy._window.time.sleep", clock.pass_by)
+    with EnergyMonitor([], idle_s=30, clock=clock, cooldown_s=20).window("w"):
+        pass
+    assert clock() == 1000.0
 
 
 def test_idle_co2_is_taken_off(stopped: Any, tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +356,8 @@ def test_bad_monitors_are_refused(constant: Any) -> None:
     meter = ReplayMeter(constant(1.0))
     with pytest.raises(ValueError, match="idle_s=-1"):
         EnergyMonitor([meter], idle_s=-1)
+    with pytest.raises(ValueError, match="cooldown_s=inf"):
+        EnergyMonitor([meter], cooldown_s=float("inf"))
     with pytest.raises(ValueError, match="twice"):
         EnergyMonitor([meter, meter])
 

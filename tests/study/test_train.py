@@ -21,6 +21,7 @@ from torch import Tensor
 
 from locallearn.algorithms.base import Update
 from locallearn.batch import Batch
+from locallearn.energy import PowerReplayMeter, ReplayMeter
 from locallearn.records import COST_COLUMNS, Metric, Record, load_record
 from locallearn.strategies import Diverged, Schedule
 from locallearn.study.compare import compare
@@ -295,6 +296,24 @@ def test_the_best_weights_are_kept(make_plan: MakePlan) -> None:
     accuracies = [m.value for m in load_record(folder).metrics() if m.name == "validation/accuracy"]
     assert len(accuracies) == 4
     assert _record(folder)["validation"]["accuracy"] == max(value or 0.0 for value in accuracies)
+
+
+def test_joules_net_of_idle_before_and_after_are_in_the_record(make_plan: MakePlan) -> None:
+    """Of a counter, and of a power that a process of its own integrates, both as much as 50 W."""
+    meters = [
+        ReplayMeter([(0, 0), (1e6, 50e6)], source="counter"),
+        PowerReplayMeter([(0, 50), (1e6, 50)], source="power", every_s=0.01),
+    ]
+    plan = make_plan("backprop", meters=meters, idle_s=0.1, cooldown_s=0.05)
+    energy = load_record(run(plan)).data["energy"]
+    assert [reading["source"] for reading in energy] == ["counter", "power"]
+    for reading in energy:
+        assert reading["detail"]["idle_before_w"] == pytest.approx(50, rel=0.2)
+        assert reading["detail"]["idle_after_w"] == pytest.approx(50, rel=0.2)
+        assert abs(reading["net_joules"]) < 0.5 * reading["joules"]
+    assert energy[1]["by"] == "power integrated over samples 0.01 s apart"
+    assert energy[1]["detail"]["sampling_error_j"] >= 0
+    assert energy[1]["detail"]["samples"] >= 2
 
 
 def test_target_stops_and_says_what_it_cost(make_plan: MakePlan) -> None:
