@@ -12,6 +12,7 @@ from typing import Any
 from locallearn.records import ANALYSIS, Record, plain_file
 from locallearn.report._charts import Chart, Figure, figure_of, plain_text, ramp
 from locallearn.report._columns import UNKNOWN
+from locallearn.report._styles import Styles
 from locallearn.statistics import Row
 
 _NOISE = 0.44
@@ -91,9 +92,7 @@ class Likeness:
     part: str
 
 
-def read_analyses(
-    rows: Sequence[Row], style: Mapping[str, tuple[str, str]]
-) -> tuple[list[Analysis], list[Likeness], list[str]]:
+def read_analyses(rows: Sequence[Row], style: Styles) -> tuple[list[Analysis], list[Likeness], list[str]]:
     """Analyses of the runs of a page and of several of them together; a sentence for each that cannot be used."""
     runs: dict[str, tuple[Row, Record]] = {record.id: (row, record) for row in rows for record in row.records}
     found: list[Analysis] = []
@@ -123,14 +122,14 @@ def read_analyses(
 # ------------------------------------------------------------------------------------------- from files
 
 
-def _analysis(data: Mapping[str, Any], row: Row, record: Record, style: Mapping[str, tuple[str, str]]) -> Analysis:
+def _analysis(data: Mapping[str, Any], row: Row, record: Record, style: Styles) -> Analysis:
     if data.get("run") != record.id:
         raise ValueError(f"it is about the run {str(data.get('run'))[:100]!r}")
     passes = data.get("passes")
     if not isinstance(passes, dict) or not passes or not passes.keys() <= _SHOWN.keys():
         raise ValueError("passes are missing or unknown")
     shown = [_shown(label, part) for label, part in passes.items()]
-    colour, symbol = style[row.label]
+    colour, symbol, _ = style[row.label]
     return Analysis(
         record,
         f"{row.label}, seed {record.seed}",

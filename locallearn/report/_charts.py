@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -15,14 +16,10 @@ from locallearn.report._columns import (
     headline_metric,
     ratio_text,
 )
+from locallearn.report._styles import Styles
 from locallearn.statistics import Figure as Numbers
 from locallearn.statistics import PairedDifference, Row, is_cost
 
-# Okabe and Ito's palette, which colour-blind people can tell apart; the baseline is grey, and every rule has its own
-# marker too, so that colour is never the only sign.
-_BASELINE = ("#808080", "square")
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_SYMBOLS = ("circle", "diamond", "triangle-up", "star", "hexagon", "cross", "triangle-down", "x", "pentagon")
 _RAMP = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
 
 Figure = dict[str, Any]
@@ -50,42 +47,36 @@ class Chart:
     height: int
 
 
-def styles(rows: Sequence[Row], baseline: str) -> dict[str, tuple[str, str]]:
-    """Colour and marker for every label on the page, the same in every chart."""
-    plain = sorted({row.label for row in rows if row.algorithm == baseline})[:1]  # of several the first
-    chosen = dict.fromkeys(plain, _BASELINE)
-    for i, label in enumerate(sorted({row.label for row in rows} - chosen.keys())):
-        chosen[label] = (_COLOURS[i % len(_COLOURS)], _SYMBOLS[i % len(_SYMBOLS)])
-    return chosen
-
-
 # ------------------------------------------------------------------------------------------- quality against cost
 
 
-def cost_charts(rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str, tuple[str, str]]) -> list[Chart]:
-    """The headline metric against energy and against time, with the Pareto front."""
+def cost_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles) -> list[Chart]:
+    """The headline metric against energy, time and bytes, each with its Pareto front."""
     metric = headline_metric(shown, rows[0].metric)
-    time = next((column for column in shown if column.key == "train_s"), None)
     if metric is None:
         return []
-    return [_cost_chart(rows, cost, metric, style) for cost in (best_energy(shown, rows), time) if cost is not None]
+    by_key = {column.key: column for column in shown}
+    # What the device's allocator really held, where there is such a figure; else what the graphs keep alive.
+    memory = by_key.get("allocated_peak_bytes") or by_key.get("activation_peak_bytes")
+    costs = (best_energy(shown, rows), by_key.get("train_s"), memory)
+    return [_cost_chart(rows, cost, metric, style) for cost in costs if cost is not None]
 
 
-def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Mapping[str, tuple[str, str]]) -> Chart:
+def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Styles) -> Chart:
     known = [row for row in rows if cost.key in row.figures and metric.key in row.figures]
     front, verdicts = pareto(known, cost, metric)
     data: list[Figure] = [_front_line(front)]
     table = []
     for row, verdict in zip(known, verdicts, strict=True):
-        colour, symbol = style[row.label]
+        colour, symbol, _ = style[row.label]
         x, y = row.figures[cost.key], row.figures[metric.key]
         seeds = [seed for seed in x.by_seed if seed in y.by_seed]
         told = f"{row.seeds} seeds, {verdict}"
         common = {
             "type": "scatter",
             "mode": "markers",
-            "legendgroup": plain_text(row.label),
             "name": plain_text(row.label),
+            "meta": plain_text(row.label),
         }
         if len(seeds) > 1:
             data.append(
@@ -139,10 +130,10 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Mappin
     return Chart(
         f"{metric.title} against {lower(cost.title)}",
         note,
-        figure_of(data, layout),
+        figure_of(data, layout, "point"),
         header,
         table,
-        380 + 7 * len(known),
+        400,
     )
 
 
@@ -217,9 +208,7 @@ def _front_line(front: Sequence[tuple[float, float]]) -> Figure:
 # ------------------------------------------------------------------------------------------- paired with the baseline
 
 
-def paired_charts(
-    rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str, tuple[str, str]], baseline: str
-) -> list[Chart]:
+def paired_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles, baseline: str) -> list[Chart]:
     """The difference in the headline metric and the ratios in cost, paired by seed, with their intervals and tests."""
     metric, energy = headline_metric(shown, rows[0].metric), best_energy(shown, rows)
     by_key = {column.key: column for column in shown}
@@ -240,9 +229,7 @@ class _Point:
     interval: tuple[float, float] | None
 
 
-def _difference_chart(
-    rows: Sequence[Row], metric: Column, style: Mapping[str, tuple[str, str]], baseline: str
-) -> Chart:
+def _difference_chart(rows: Sequence[Row], metric: Column, style: Styles, baseline: str) -> Chart:
     unit = "percentage points" if metric.unit == "%" else metric.unit
     points = []
     for row in rows:
@@ -257,7 +244,7 @@ def _difference_chart(
     return replace(chart, note=f"Lower is better: left of the line a rule beats {baseline}.") if metric.lower else chart
 
 
-def _ratio_chart(rows: Sequence[Row], cost: Column, style: Mapping[str, tuple[str, str]], baseline: str) -> Chart:
+def _ratio_chart(rows: Sequence[Row], cost: Column, style: Styles, baseline: str) -> Chart:
     points = []
     for row in rows:
         pair = _pair(row, cost)
@@ -277,14 +264,14 @@ def _interval_chart(
     title: str,
     axis: str,
     points: Sequence[_Point],
-    style: Mapping[str, tuple[str, str]],
+    style: Styles,
     reference: float,
     write: Callable[[float], str],
 ) -> Chart:
     """Dots with intervals, one line per rule, and a line where there is no difference."""
     data, table = [], []
     for point in points:
-        colour, symbol = style[point.label]
+        colour, symbol, _ = style[point.label]
         ends, pair = point.interval, point.pair
         span = f"[{write(ends[0])}, {write(ends[1])}]" if ends else f"none, n = {pair.n}"
         # What is the same for every seed (a count, say) is no sample of anything.
@@ -297,13 +284,14 @@ def _interval_chart(
                 "type": "scatter",
                 "mode": "markers",
                 "x": [point.middle],
-                "y": [plain_text(point.label)],
+                "y": [wrapped(point.label)],
                 "error_x": _bar(point.middle, ends, 1.0, colour),
                 "marker": {"color": colour, "symbol": symbol + ("" if ends else "-open"), "size": 11},
                 "text": [
                     f"<b>{plain_text(point.label)}</b><br>{write(point.middle)}<br>95 % interval {span}{said}<br>n = {pair.n}"
                 ],
                 "hovertemplate": "%{text}<extra></extra>",
+                "meta": plain_text(point.label),
                 "showlegend": False,
             }
         )
@@ -325,23 +313,25 @@ def _p(p: float | None) -> str:
 # ------------------------------------------------------------------------------------------- memory
 
 
-def memory_charts(rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str, tuple[str, str]]) -> list[Chart]:
+def memory_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles) -> list[Chart]:
     """Bars of the peak bytes, from zero."""
     wanted = ("activation_peak_bytes", "allocated_peak_bytes")
     return [_bar_chart(rows, column, style) for column in shown if column.key in wanted]
 
 
-def _bar_chart(rows: Sequence[Row], column: Column, style: Mapping[str, tuple[str, str]]) -> Chart:
+def _bar_chart(rows: Sequence[Row], column: Column, style: Styles) -> Chart:
     known = [row for row in rows if column.key in row.figures]
     data = [
         {
             "type": "bar",
             "orientation": "h",
             "x": [scaled(row.figures[column.key].summary.mean, column)],
-            "y": [plain_text(row.label)],
+            "y": [wrapped(row.label)],
+            "meta": plain_text(row.label),
             "marker": {"color": style[row.label][0]},
             "text": [column.number(row.figures[column.key].summary.mean)],
             "textposition": "auto",
+            "textangle": 0,
             "hovertemplate": "%{y}<br>%{x}<extra></extra>",
             "showlegend": False,
         }
@@ -360,8 +350,16 @@ def _bar_chart(rows: Sequence[Row], column: Column, style: Mapping[str, tuple[st
 # ------------------------------------------------------------------------------------------- small parts
 
 
-def figure_of(data: Sequence[Figure], layout: Figure) -> Figure:
-    return {"data": list(data), "layout": layout}
+def figure_of(data: Sequence[Figure], layout: Figure, labels: str = "") -> Figure:
+    """A figure for Plotly.
+
+    Args:
+        data: its traces; ``meta`` of a trace is the label of the row that it is about, by which the page filters.
+        layout: what is not as in every chart.
+        labels: where the page writes the traces' names: ``end`` (of their lines), ``point`` (beside their last points), or
+            nowhere but in the legend.
+    """
+    return {"data": list(data), "layout": layout, **({"labels": labels} if labels else {})}
 
 
 def error_bar(figure: Numbers, scale: float, colour: str) -> Figure:
@@ -379,6 +377,11 @@ def _bar(middle: float | None, interval: tuple[float, float] | None, scale: floa
 def plain_text(text: str) -> str:
     """Text for Plotly, which reads some markup in labels; one line of it."""
     return escape(" ".join(text.split()))
+
+
+def wrapped(text: str, width: int = 24) -> str:
+    """Text for a category of an axis, in lines of about ``width`` signs: a long name must leave room for the chart."""
+    return "<br>".join(escape(line) for line in textwrap.wrap(" ".join(text.split()), width)[:4]) or plain_text(text)
 
 
 def scaled(value: float | None, column: Column) -> float | None:

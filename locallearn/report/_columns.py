@@ -18,9 +18,12 @@ LEGEND = (
     f"paired by seed; {UNKNOWN} is unknown."
 )
 
+PER_SAMPLE = "sample_energy_j/"
+"""Beginning of the names of joules per sample, by source."""
+
 _SECONDS = ((1.0, "s"), (3600.0, "h"))
 _BYTES = ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"))
-_PREFIXES = ((1e-3, "m"), (1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P"))
+_PREFIXES = ((1e-6, "µ"), (1e-3, "m"), (1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P"))
 _COUNTS = ((1.0, ""), (1e3, "thousand"), (1e6, "million"), (1e9, "billion"))
 _PERCENTAGES = ("accuracy", "auc")
 _LONG = 1e15  # numbers with more digits are shown with an exponent
@@ -31,19 +34,21 @@ def _si(unit: str) -> tuple[tuple[float, str], ...]:
     return tuple((size, prefix + unit) for size, prefix in _PREFIXES)
 
 
+_FLOPS = _si("FLOP")[2:]
+
 # Units of a figure without a heading of its own, by the end of its name.
-_ENDS = {"_s": _SECONDS, "_j": _si("J"), "_g": _si("g"), "_flops": _si("FLOP")[1:], "_bytes": _BYTES, "": _COUNTS}
+_ENDS = {"_s": _SECONDS, "_j": _si("J"), "_g": _si("g"), "_flops": _FLOPS, "_bytes": _BYTES, "": _COUNTS}
 
 # Heading and units of the figures with fixed names, in the order of the headline table.
 _COSTS: dict[str, tuple[str, tuple[tuple[float, str], ...]]] = {
     "train_s": ("Training time", _SECONDS),
     "energy": ("Energy", _si("J")),
-    "train_flops": ("Training FLOPs", _si("FLOP")[1:]),
-    "update_flops": ("Update FLOPs", _si("FLOP")[1:]),
+    "train_flops": ("Training FLOPs", _FLOPS),
+    "update_flops": ("Update FLOPs", _FLOPS),
     "activation_peak_bytes": ("Peak activations", _BYTES),
     "allocated_peak_bytes": ("Peak allocated", _BYTES),
-    "once_flops": ("FLOPs done once", _si("FLOP")[1:]),
-    "inference_flops": ("Inference FLOPs", _si("FLOP")[1:]),
+    "once_flops": ("FLOPs done once", _FLOPS),
+    "inference_flops": ("Inference FLOPs", _FLOPS),
     "state_bytes": ("Weights and buffers", _BYTES),
     "gradient_bytes": ("Peak gradients", _BYTES),
     "optimizer_bytes": ("Optimizer state", _BYTES),
@@ -125,6 +130,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         if name == "energy":
             costs += [_energy(key, title, units, rows) for key in _ordered(keys, "energy_j/", set())]
             costs += [_energy(key, "Energy net of idle", units, rows) for key in _ordered(keys, "energy_net_j/", set())]
+            costs += [_energy(key, "Energy per sample", units, rows) for key in _ordered(keys, PER_SAMPLE, set())]
         elif name in keys:
             costs.append(_column(name, title, units, rows))
     for name in COST_COLUMNS:

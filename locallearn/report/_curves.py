@@ -18,15 +18,16 @@ from locallearn.report._charts import (
     rounded,
 )
 from locallearn.report._columns import UNKNOWN, Column, metric_column, significant
+from locallearn.report._styles import Style, Styles
 from locallearn.statistics import Row
 
 LOSS, SECONDS, PASSES = "validation/loss", "cost/train_s", "cost/forward_passes"
 """Curves of a run: two that it logged, and one that is worked out from its record (:func:`passes_by`)."""
+JOULES = "cost/energy_j/"
+"""Beginning of the names of further ones: joules by source."""
 
 
-def metric_chart(
-    rows: Sequence[Row], curves: Sequence[Curves], style: Mapping[str, tuple[str, str]], points: int
-) -> Chart | None:
+def metric_chart(rows: Sequence[Row], curves: Sequence[Curves], style: Styles, points: int) -> Chart | None:
     """The validation metric over epochs: the mean over seeds, and the range of the seeds behind it."""
     name = f"validation/{rows[0].metric.name}"
     metric = metric_column(name, rows)
@@ -36,23 +37,30 @@ def metric_chart(
         if name not in known:
             continue
         series[row.label] = known[name]
-        data += _band(row.label, known[name], metric, style[row.label][0], points)
+        data += _band(row.label, known[name], metric, style[row.label], points)
     if not series:
         return None
     layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": plain_text(lower(metric.heading))}}}
     header, table = _curve_table(
         series,
         points,
-        lambda values: f"{100 * mean_of(values):.2f}" if metric.unit == "%" else significant(mean_of(values)),
+        lambda values: _value(metric, values),
     )
     note = "Mean over the seeds that reached the epoch; the band spans them."
-    return Chart(f"{metric.title} over epochs", note, figure_of(data, layout), header, table, 360 + 7 * len(series))
+    return Chart(
+        f"{metric.title} over epochs", note, figure_of(data, layout, "end"), header, table, _height(len(series))
+    )
 
 
-def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, colour: str, points: int) -> list[Figure]:
+def _height(lines: int) -> int:
+    """Room for the names of so many lines beside their ends, up to where only the legend can name them."""
+    return max(360, min(620, 120 + 16 * lines))
+
+
+def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, look: Style, points: int) -> list[Figure]:
     epochs = thin(sorted(values), points)
     factor = 1 / metric.scale
-    line = {"type": "scatter", "mode": "lines", "x": epochs, "legendgroup": plain_text(label)}
+    line = {"type": "scatter", "mode": "lines", "x": epochs, "meta": plain_text(label)}
     edge = {**line, "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
     band = [
         {**edge, "y": [rounded(factor * max(values[epoch])) for epoch in epochs]},
@@ -60,14 +68,14 @@ def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, col
             **edge,
             "y": [rounded(factor * min(values[epoch])) for epoch in epochs],
             "fill": "tonexty",
-            "fillcolor": f"{colour}2e",
+            "fillcolor": f"{look.colour}2e",
         },
     ]
     mean = {
         **line,
         "name": plain_text(label),
         "y": [rounded(factor * mean_of(values[epoch])) for epoch in epochs],
-        "line": {"color": colour, "width": 2},
+        "line": {"color": look.colour, "width": 2, "dash": look.dash},
         "hovertemplate": "%{fullData.name}<br>epoch %{x}: "
         + ("%{y:.2f} %" if metric.unit == "%" else "%{y:.4g}")
         + "<extra></extra>",
@@ -76,6 +84,8 @@ def _band(label: str, values: Mapping[int, Sequence[float]], metric: Column, col
     return [*(band if spread else []), _dotted_when_single(mean, epochs)]
 
 
+_WIDE = 8  # curves whose numbers stand side by side
+
 # What a training has cost by an epoch: the curve's name, and how the axis is headed.
 _SPENT = {
     SECONDS: "training time (s)",
@@ -83,67 +93,99 @@ _SPENT = {
 }
 
 
-def loss_charts(
-    rows: Sequence[Row], curves: Sequence[Curves], style: Mapping[str, tuple[str, str]], points: int
-) -> list[Chart]:
+def loss_charts(rows: Sequence[Row], curves: Sequence[Curves], style: Styles, points: int) -> list[Chart]:
     """The validation loss against what the training had cost by then.
 
     Drawn where a rule without a backward pass is among the rows.
     """
     if all(row.newest.text("locality") != "forward-only" for row in rows):
         return []
-    return [chart for spent in _SPENT if (chart := _loss_chart(rows, curves, style, points, spent)) is not None]
+    loss = Column(LOSS, "Validation loss", "", 1.0, 4, lower=True)
+    found = (_spent_chart(rows, curves, style, points, loss, spent, axis) for spent, axis in _SPENT.items())
+    return [chart for chart in found if chart is not None]
 
 
-def _loss_chart(
-    rows: Sequence[Row], curves: Sequence[Curves], style: Mapping[str, tuple[str, str]], points: int, spent: str
+def spent_charts(
+    rows: Sequence[Row], curves: Sequence[Curves], style: Styles, points: int, energy: Column | None
+) -> list[Chart]:
+    """The validation metric against seconds, and against the joules of the source that the charts show.
+
+    Args:
+        rows: of a section.
+        curves: of every row.
+        style: of every label.
+        points: most points of a line.
+        energy: the source's column, ``None`` for none.
+    """
+    metric = metric_column(f"validation/{rows[0].metric.name}", rows)
+    spent = {SECONDS: "training time (s)"}
+    if energy is not None:
+        source = energy.key.partition("/")[2]
+        spent[f"{JOULES}{source}"] = f"joules ({energy.title.partition(', ')[2]})"
+    found = (_spent_chart(rows, curves, style, points, metric, name, axis) for name, axis in spent.items())
+    return [chart for chart in found if chart is not None]
+
+
+def _spent_chart(
+    rows: Sequence[Row],
+    curves: Sequence[Curves],
+    style: Styles,
+    points: int,
+    metric: Column,
+    spent: str,
+    axis: str,
 ) -> Chart | None:
+    """A figure of the validation part against what a training had cost by then, both as means over seeds."""
     data: list[Figure] = []
     table = []
+    pick = min if metric.lower else max
     for row, known in zip(rows, curves, strict=True):
-        losses, costs = known.get(LOSS, {}), known.get(spent, {})
-        epochs = thin(sorted(losses.keys() & costs.keys()), points)
+        values, costs = known.get(metric.key, {}), known.get(spent, {})
+        # Where some seeds have ended already, both means would be of others than before.
+        seeds = max((len(of) for of in values.values()), default=0)
+        both = [epoch for epoch in sorted(values.keys() & costs.keys()) if len(values[epoch]) == len(costs[epoch])]
+        epochs = thin(both, points)
         if not epochs:
             continue
-        colour, symbol = style[row.label]
-        x = [rounded(mean_of(costs[epoch])) for epoch in epochs]
-        y = [rounded(mean_of(losses[epoch])) for epoch in epochs]
+        colour, symbol, dash = style[row.label]
         trace = {
             "type": "scatter",
             "mode": "lines+markers",
             "name": plain_text(row.label),
-            "x": x,
-            "y": y,
-            "line": {"color": colour, "width": 2},
+            "meta": plain_text(row.label),
+            "x": [rounded(mean_of(costs[epoch])) for epoch in epochs],
+            "y": [rounded(mean_of(values[epoch]) / metric.scale) for epoch in epochs],
+            "line": {"color": colour, "width": 2, "dash": dash},
             "marker": {"color": colour, "symbol": symbol, "size": 6},
             "hovertemplate": "%{fullData.name}<br>%{x:.4g}: %{y:.4g}<extra></extra>",
         }
         data.append(trace)
-        seeds = max(len(losses[epoch]) for epoch in epochs)
-        last = epochs[-1]
-        best = min(epochs, key=lambda epoch: mean_of(losses[epoch]))
-        table.append(
-            (
-                *(row.label, str(seeds), significant(mean_of(losses[best])), significant(mean_of(costs[best]))),
-                *(significant(mean_of(losses[last])), significant(mean_of(costs[last]))),
-            )
-        )
+        last, best = epochs[-1], pick(epochs, key=lambda epoch: mean_of(values[epoch]))
+        told = [text for at in (best, last) for text in (_value(metric, values[at]), significant(mean_of(costs[at])))]
+        table.append((row.label, str(seeds), *told))
     if not data:
         return None
     xs = [value for trace in data for value in trace["x"] if value]
-    wide = bool(xs) and max(xs) / min(xs) > 30
-    axis = _SPENT[spent]
+    wide = bool(xs) and min(xs) > 0 and max(xs) / min(xs) > 30
+    name = lower(metric.title)
     layout = {
-        "xaxis": {"title": {"text": axis}, "type": "log" if wide else "linear"},
-        "yaxis": {"title": {"text": "validation loss"}},
+        "xaxis": {"title": {"text": plain_text(axis)}, "type": "log" if wide else "linear"},
+        "yaxis": {"title": {"text": plain_text(name if metric.key == LOSS else lower(metric.heading))}},
     }
-    note = "Mean over seeds, a marker for every validation."
+    note = "Mean over the seeds that reached the epoch, a marker for every validation."
     if spent == PASSES:
         note += (
             " A forward pass is the operations (FLOPs) of inference on every training sample once, as far as counted."
         )
-    header = ("Rule", "Seeds", "Lowest loss", f"At {axis}", "Last loss", f"At {axis}")
-    return Chart(f"Validation loss against {axis}", note, figure_of(data, layout), header, table, 360 + 7 * len(data))
+    best_of = "Lowest loss" if metric.key == LOSS else f"{'Lowest' if metric.lower else 'Highest'} {name}"
+    last_of = "Last loss" if metric.key == LOSS else f"Last {name}"
+    header = ("Rule", "Seeds", best_of, f"At {axis}", last_of, f"At {axis}")
+    figure = figure_of(data, layout, "end")
+    return Chart(f"{metric.title} against {axis}", note, figure, header, table, _height(len(data)))
+
+
+def _value(metric: Column, values: Sequence[float]) -> str:
+    return f"{100 * mean_of(values):.2f}" if metric.unit == "%" else significant(mean_of(values))
 
 
 def passes_by(record: Record, step: int) -> float | None:
@@ -170,8 +212,11 @@ def passes_by(record: Record, step: int) -> float | None:
     return passes if 0 <= passes < float("inf") else None
 
 
-def block_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
-    """Loss of every block and further unit and probe accuracy of every block over epochs, mean over seeds."""
+def block_charts(row: Row, curves: Curves, points: int, whose: str = "") -> list[Chart]:
+    """Loss of every block and further unit and probe accuracy of every block over epochs, mean over seeds.
+
+    ``whose`` stands in the titles instead of the row's label.
+    """
     charts = []
     units = {
         name.removeprefix("unit/").removesuffix("/loss"): of for name, of in curves.items() if name.startswith("unit/")
@@ -187,11 +232,11 @@ def block_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
             title = "local loss per block and unit" if series else "loss per unit"
             series |= units
         if series:
-            charts.append(_block_chart(f"{row.label}: {title}", axis, series, factor, points))
+            charts.append(_block_chart(f"{whose or row.label}: {title}", axis, series, factor, points))
     return charts
 
 
-def layer_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
+def layer_charts(row: Row, curves: Curves, points: int, whose: str = "") -> list[Chart]:
     """The rule's own figures of every layer over epochs, mean over seeds: one chart per figure, latest values below."""
     figures: dict[str, dict[str, Mapping[int, Sequence[float]]]] = {}
     for name, values in curves.items():
@@ -202,7 +247,7 @@ def layer_charts(row: Row, curves: Curves, points: int) -> list[Chart]:
     for figure, series in figures.items():
         words = figure.replace("_", " ")
         axis = f"{words} (degrees)" if words.endswith("angle") else words
-        chart = _block_chart(f"{row.label}: {words} per layer", axis, series, 1.0, points, "layer")
+        chart = _block_chart(f"{whose or row.label}: {words} per layer", axis, series, 1.0, points, "layer")
         latest = [
             (layer, str(max(values)), significant(mean_of(values[max(values)]))) for layer, values in series.items()
         ]
@@ -233,7 +278,7 @@ def _block_chart(
         data.append(_dotted_when_single(trace, epochs))
     layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": plain_text(axis)}}}
     header, table = _curve_table(series, points, lambda values: significant(factor * mean_of(values)))
-    return Chart(title, "", figure_of(data, layout), header, table, 330 + 5 * len(series))
+    return Chart(title, "", figure_of(data, layout, "end"), header, table, _height(len(series)))
 
 
 def _block_names(row: Row, curves: Curves) -> list[str]:
@@ -247,7 +292,15 @@ def _block_names(row: Row, curves: Curves) -> list[str]:
 def _curve_table(
     series: Mapping[str, Mapping[int, Sequence[float]]], points: int, write: Callable[[Sequence[float]], str]
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The numbers of curves: a line per epoch, or of many curves a line each with some of the epochs."""
     epochs = thin(sorted({epoch for values in series.values() for epoch in values}), points)
+    if len(series) > _WIDE and len(epochs) > _WIDE:
+        some = thin(epochs, _WIDE)
+        turned = [
+            (name, *(write(values[epoch]) if epoch in values else UNKNOWN for epoch in some))
+            for name, values in series.items()
+        ]
+        return ("Curve", *(f"Epoch {epoch}" for epoch in some)), turned
     table = [(str(epoch), *(write(v[epoch]) if epoch in v else UNKNOWN for v in series.values())) for epoch in epochs]
     return ("Epoch", *series), table
 

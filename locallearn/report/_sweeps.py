@@ -7,17 +7,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from locallearn.report._charts import Chart, Figure, error_bar, figure_of, lower, plain_text, ramp, scaled
+from locallearn.report._charts import Chart, Figure, error_bar, figure_of, lower, plain_text, ramp, scaled, wrapped
 from locallearn.report._columns import UNKNOWN, Column, headline_metric, significant
+from locallearn.report._styles import Styles
 from locallearn.statistics import Row
 
 _PARTS = ("algorithm", "net", "optimizer", "dataset", "trainer", "schedule", "task")
 _LEAST = 3  # values of a setting that make a curve
 _MOST = 8  # charts of a section
+_LINES, _AXES = 300, 8  # of parallel coordinates
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
 
-def sweep_charts(rows: Sequence[Row], shown: Sequence[Column], style: Mapping[str, tuple[str, str]]) -> list[Chart]:
+def sweep_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles) -> list[Chart]:
     """The headline metric against a setting of which a rule has three values or more, all others being equal.
 
     Accuracy against a device's noise or drift, say.
@@ -32,7 +34,120 @@ def sweep_charts(rows: Sequence[Row], shown: Sequence[Column], style: Mapping[st
         ]
         for key, name, points in _curves(algorithm, members):
             lines.setdefault(key, []).append((name, points))
-    return [_chart(key, named, metric, style) for key, named in list(lines.items())[:_MOST]]
+    charts = [_chart(key, named, metric, style) for key, named in list(lines.items())[:_MOST]]
+    for algorithm in dict.fromkeys(row.algorithm for row in rows):
+        together = [
+            (row.label, dict(_settings(row)), value)
+            for row in rows
+            if row.algorithm == algorithm
+            and metric.key in row.figures
+            and (value := scaled(row.figures[metric.key].centre, metric)) is not None
+        ]
+        chart = parallel_chart(f"{algorithm}: settings together", together, metric.heading, metric.lower)
+        charts += [chart] if chart is not None else []
+    return charts
+
+
+def parallel_chart(
+    title: str, points: Sequence[tuple[str, Mapping[str, Any], float]], metric: str, lower_is_better: bool
+) -> Chart | None:
+    """Parallel coordinates: a line per experiment through its settings and its figure, warm for good ones.
+
+    Drawn from four experiments on in which two settings or more differ; lines and points alone, so that it can be written as
+    a vector picture.
+
+    Args:
+        title: of the chart.
+        points: name, settings and figure of every experiment.
+        metric: heading of the figure.
+        lower_is_better: whether less of it is better.
+    """
+    points = [point for point in points if math.isfinite(point[2])][:_LINES]
+    keys = list(dict.fromkeys(key for _, settings, _ in points for key in settings))
+    differ = [
+        key
+        for key in keys
+        if len({_told(settings.get(key)) for _, settings, _ in points}) > 1 and "seed" not in key.rpartition(".")[2]
+    ][:_AXES]
+    if len(points) < 4 or len(differ) < 2:
+        return None
+    places, marks = [], []
+    for number, key in enumerate(differ):
+        place, ends = _axis([settings.get(key) for _, settings, _ in points])
+        places.append(place)
+        marks += [(number, at, text) for at, text in ends]
+    values = [value for *_, value in points]
+    low, high = min(values), max(values)
+    marks += [(len(differ), 0.0, significant(low)), (len(differ), 1.0, significant(high))]
+    # The best ones are drawn last, above the others.
+    order = sorted(range(len(points)), key=lambda i: values[i], reverse=lower_is_better)
+    data: list[Figure] = []
+    for rank, i in enumerate(order):
+        share = (values[i] - low) / (high - low) if high > low else 0.5
+        good = 1 - share if lower_is_better else share
+        told = "<br>".join(plain_text(f"{key} = {_told(points[i][1].get(key))}") for key in differ)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": plain_text(points[i][0]),
+                "meta": plain_text(points[i][0]),
+                "x": list(range(len(differ) + 1)),
+                "y": [*(place[i] for place in places), share],
+                "line": {"color": ramp(round(99 * good), 100), "width": 2.5 if rank >= len(order) - 3 else 1.2},
+                "opacity": 1.0 if rank >= len(order) - 3 else 0.55,
+                "text": [f"<b>{plain_text(points[i][0])}</b><br>{told}<br>{significant(values[i])}"]
+                * (len(differ) + 1),
+                "hovertemplate": "%{text}<extra></extra>",
+                "showlegend": False,
+            }
+        )
+    names = [*(key.rpartition(".")[2] if _once(key, differ) else key for key in differ), metric]
+    layout = {
+        "xaxis": {
+            "tickvals": list(range(len(names))),
+            "ticktext": [wrapped(name, 14) for name in names],
+            "range": [-0.25, len(names) - 0.5],
+        },
+        "yaxis": {"visible": False, "range": [-0.08, 1.08]},
+        "annotations": [
+            {
+                **{"x": x, "y": y, "text": plain_text(_cut(text)), "showarrow": False, "font": {"size": 11}},
+                **{"xanchor": "left", "xshift": 4, "yshift": 7 if y > 0.5 else -7},
+            }
+            for x, y, text in marks
+        ],
+    }
+    table = [
+        (name, *(_told(settings.get(key)) for key in differ), significant(value)) for name, settings, value in points
+    ]
+    note = "A line per experiment; warm colours are better, and the three best lines are drawn thick."
+    return Chart(title, note, figure_of(data, layout), ("Experiment", *names), table, 380)
+
+
+def _axis(values: Sequence[Any]) -> tuple[list[float | None], list[tuple[float, str]]]:
+    """Places between 0 and 1 for values of a setting, and what to write where: numbers on a scale, words in order."""
+    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
+    if len(numbers) == len([v for v in values if v is not None]) and len(set(numbers)) > 1:
+        low, high = min(numbers), max(numbers)
+        wide = low > 0 and high / low > 20
+        scale = math.log if wide else float
+        span = scale(high) - scale(low)
+        if math.isfinite(span) and span > 0:
+            found = [None if v is None else (scale(float(v)) - scale(low)) / span for v in values]
+            return found, [(0.0, f"{low:g}"), (1.0, f"{high:g}")]
+    words = list(dict.fromkeys(_told(v) for v in values))
+    step = 1 / max(1, len(words) - 1)
+    told = [(i * step, word) for i, word in enumerate(words)] if len(words) <= 8 else []
+    return [words.index(_told(v)) * step for v in values], told
+
+
+def _once(key: str, keys: Sequence[str]) -> bool:
+    return sum(other.rpartition(".")[2] == key.rpartition(".")[2] for other in keys) == 1
+
+
+def _cut(text: str, most: int = 14) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _settings(row: Row) -> Iterator[tuple[str, Any]]:
@@ -81,12 +196,12 @@ def _chart(
     key: str,
     lines: Sequence[tuple[str, list[tuple[float, Row]]]],
     metric: Column,
-    style: Mapping[str, tuple[str, str]],
+    style: Styles,
 ) -> Chart:
     data: list[Figure] = []
     table = []
     for number, (name, points) in enumerate(lines):
-        colour, symbol = style[points[0][1].label]
+        colour, symbol, _ = style[points[0][1].label]
         data.append(
             {
                 "type": "scatter",
@@ -112,9 +227,7 @@ def _chart(
     }
     note = f"Means with 95 % t-intervals over the seeds; all settings but {key} are equal along a line."
     header = ("Rule", setting, "Seeds", metric.heading, "95 % interval")
-    return Chart(
-        f"{metric.title} against {setting}", note, figure_of(data, layout), header, table, 360 + 7 * len(lines)
-    )
+    return Chart(f"{metric.title} against {setting}", note, figure_of(data, layout, "end"), header, table, 380)
 
 
 def _bars(points: Sequence[tuple[float, Row]], metric: Column, colour: str) -> Figure:

@@ -10,7 +10,7 @@ import pytest
 from locallearn.records import Record
 from locallearn.report import write_report
 from locallearn.report._analysis import read_analyses
-from tests.report.test_browser import BROWSER, NASTY, dom, drawn
+from tests.report.test_browser import BROWSER, NASTY, dom, drawn, placed
 from tests.report.test_page import Page
 
 Make = Callable[..., Record]
@@ -246,8 +246,7 @@ def test_a_browser_draws_all_of_it_and_runs_nothing_that_a_file_holds(make: Make
     page = write_report(records, tmp_path / "r.html", title="Safe")
     text = dom(page, tmp_path / "profile", 20_000)
     assert "<title>Safe</title>" in text
-    places = page.read_text().partition('<script type="application/json"')[0].count("data-chart=")
-    assert drawn(text) == places
+    assert drawn(text) == placed(page)
     assert (
         text.count('class="hm"') >= 2 * (2 + 6) + 2
     )  # per run: two passes by class, three pictures of two layers; two matrices

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from locallearn.report._charts import styles
 from locallearn.report._columns import columns
 from locallearn.report._curves import LOSS, PASSES, SECONDS, loss_charts, passes_by
-from locallearn.report._page import _read_curves
+from locallearn.report._files import read_curves
+from locallearn.report._styles import styles
 from locallearn.report._sweeps import estimate_charts, sweep_charts
 from locallearn.statistics import compare_table
 
@@ -23,7 +23,7 @@ def _cost(**more):
 
 def _charts(records):
     rows = compare_table(records, "backprop")
-    curves, problems = _read_curves(rows)
+    curves, _, problems = read_curves(rows)
     assert not problems
     return loss_charts(rows, curves, styles(rows, "backprop"), 50)
 
@@ -85,7 +85,7 @@ def test_accuracy_is_drawn_against_a_setting_with_three_values(make) -> None:
 
 def test_what_else_differs_makes_lines_of_its_own(make) -> None:
     runs = [_sweep(make, noise, 0.9 - noise * skip, skip=skip) for noise in (0.0, 0.1, 0.2) for skip in (1, 2)]
-    [chart] = _swept(runs)
+    chart, _ = _swept(runs)
     assert {line["name"]: line["y"][-1] for line in chart.figure["data"]} == {
         "physical_ff · skip=1": pytest.approx(70.0),
         "physical_ff · skip=2": pytest.approx(50.0),

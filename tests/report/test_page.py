@@ -1,4 +1,6 @@
 import base64
+import gzip
+import hashlib
 import json
 import math
 import re
@@ -69,6 +71,15 @@ class Page(HTMLParser):
         return dict(zip(head, line, strict=True))
 
 
+def unpacked(page: Page) -> str:
+    """Plotly's script as the page's own script unpacks it, which the policy allows."""
+    script = gzip.decompress(base64.b64decode(page.scripts[1])).decode()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    assert f"'sha256-{digest}'" in str(policy)
+    return script
+
+
 @pytest.fixture
 def show(tmp_path: Path) -> Callable[..., Page]:
     def run(records: Sequence[Record], **options: Any) -> Page:
@@ -110,9 +121,10 @@ def test_every_chart_has_a_place_a_name_and_its_numbers(make: Make, show: Callab
     places = [attrs for tag, attrs in page.tags if "data-chart" in attrs]
     assert [int(str(place["data-chart"])) for place in places] == list(range(len(page.charts)))
     assert all(place["role"] == "img" and place["aria-label"] for place in places)
-    # 2 cost, 5 paired, 1 memory, 1 accuracy, 2 rules x 2 block charts; and as many tables, one headline, one of runs
-    assert len(page.charts) == 13
-    assert len(page.tables) == 15
+    # 3 cost, 5 paired, 1 memory, 1 energy, 1 accuracy, 2 charts of blocks for 2 rules and for each of their 3 runs; and as many
+    # tables, one headline, one of runs
+    assert len(page.charts) == 11 + 2 * 2 * (1 + 3)
+    assert len(page.tables) == len(page.charts) + 2
     for chart in page.charts:
         assert any(trace["x"] for trace in chart["data"])
 
@@ -132,14 +144,14 @@ def test_points_and_intervals_are_those_of_the_statistics(make: Make, show: Call
     assert mean["error_x"]["arrayminus"] == pytest.approx([x - interval[0] / 1000])
     (front,) = [t for t in energy["data"] if t["name"] == "Pareto front"]
     assert front["x"] == pytest.approx([x])  # the cheaper rule is as good, so backprop is not on the front
-    difference = page.charts[2]
+    difference = page.charts[3]
     assert [t["y"] for t in difference["data"]] == [["mono_forward"]]
     assert difference["data"][0]["x"] == pytest.approx([0.0])
 
 
 def test_blocks_are_drawn_in_the_networks_order_and_epochs_are_means(make: Make, show: Callable[..., Page]) -> None:
     page = show([make("mono_forward", seed, logged=3 + seed, blocks=["b", "a"]) for seed in (0, 1)])
-    loss, probe = page.charts[-2:]
+    loss, probe = page.charts[-6:-4]  # behind them those of either run
     assert [trace["name"] for trace in loss["data"]] == ["b", "a"]
     assert loss["data"][0]["x"] == [0, 1, 2, 3]
     assert loss["data"][0]["y"] == [1.0, 0.5, pytest.approx(1 / 3, rel=1e-4), 0.25]
@@ -153,7 +165,7 @@ def test_nothing_a_record_holds_becomes_markup(make: Make, show: Callable[..., P
     wild += [make("backprop", 0, energy=energy, blocks=[NASTY], **extra), make(NASTY, 1, status="failed", error=NASTY)]
     page = show(wild, title=NASTY, problems=[NASTY])
     plain = show([make("mono_forward", 0), make("backprop", 0)])
-    known = {tag for tag, _ in plain.tags} | {"nav", "ul", "li", "a"}
+    known = {tag for tag, _ in plain.tags} | {"nav", "ul", "li", "a", "b"}
     assert {tag for tag, _ in page.tags} <= known
     assert len(page.scripts) == len(plain.scripts) == 3
     assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
@@ -169,11 +181,16 @@ def test_the_page_fetches_nothing(make: Make, tmp_path: Path) -> None:
     page = Page(text)
     assert not [attrs for _, attrs in page.tags if {"src", "srcset", "data"} & set(attrs)]
     assert not [attrs for tag, attrs in page.tags if tag == "link"]
-    assert all(str(attrs["href"]).startswith("#") for tag, attrs in page.tags if tag == "a")
+    links = {str(attrs["href"]) for tag, attrs in page.tags if tag == "a"}
+    (folder,) = {
+        link for link in links if not link.startswith("#")
+    }  # nothing but the way to the run, which needs a click
+    assert (tmp_path / folder / "record.json").is_file()
     (policy,) = [attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
     assert policy is not None
     assert policy.startswith("default-src 'none'")
-    assert text.count("plotly.js v") == 1
+    assert "plotly.js v" not in text
+    assert unpacked(page).count("plotly.js v") == 1
 
 
 def test_the_page_holds_no_address_and_names_its_buttons(make: Make, tmp_path: Path) -> None:
@@ -181,6 +198,7 @@ def test_the_page_holds_no_address_and_names_its_buttons(make: Make, tmp_path: P
     text = write_report(
         [make(a, s) for a in ("mono_forward", "backprop") for s in (0, 1, 2)], tmp_path / "r.html"
     ).read_text()
+    text += unpacked(Page(text))
     assert not re.findall(r"\b(?:https?|wss?|ftp):(?://|\\/\\/).{0,40}", text)
     assert not re.findall(r"""["'`(=]\s*//[a-z0-9-]+\.[a-z]{2,}""", text)
     assert text.count("http:\\u002f\\u002fwww.w3.org/2000/svg") > 1  # names of namespaces are no addresses, and needed
@@ -287,7 +305,12 @@ def test_sections_for_every_data_set_net_and_mode(make: Make, show: Callable[...
     )
     anchors = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
     assert len(anchors) == 4
-    assert [str(attrs["href"])[1:] for tag, attrs in page.tags if tag == "a"][1:] == anchors
+    linked = [str(attrs["href"]) for tag, attrs in page.tags if tag == "a"]
+    assert [link[1:] for link in linked if re.fullmatch(r"#s\d", link)] == anchors
+    # Each of them has its line at first glance.
+    assert [line[0].split(" | ")[0] for line in page.tables[0][1:]] == [
+        *("digits · cnn", "digits · mlp", "digits · mlp", "mnist · mlp")
+    ]
     heads = [table[0] for table in page.tables if "Time to target | s" in table[0]]
     assert len(heads) == 1
     assert "Target accuracy | %" in heads[0]
@@ -422,7 +445,7 @@ def test_a_metric_that_should_be_small_is_the_headline_with_four_digits(make: Ma
     assert "Validation MSE over epochs" in page.text
     assert "Test MSE: difference to backprop" in page.text
     assert "Lower is better: left of the line a rule beats backprop." in page.text
-    cost, difference = page.charts[0], page.charts[2]
+    cost, difference = page.charts[0], page.charts[3]
     assert cost["layout"]["yaxis"]["title"]["text"] == "Test MSE (lower is better)"
     assert difference["data"][0]["x"] == pytest.approx([0.01])
     (line,) = [c for c in page.charts if c["layout"]["yaxis"].get("title", {}).get("text", "").startswith("validation")]
@@ -510,7 +533,8 @@ def test_figures_of_layers_have_a_chart_each_with_the_latest_values_below(
         return make("x", seed, curves={"validation/accuracy": [0.5, 0.6], **angles, "layer/a/norm_ratio": [0.5]})
 
     page = show([run(0), run(2)])
-    angle, ratio = page.charts[-2:]
+    angle, ratio = page.charts[-6:-4]  # behind them those of either run
+    assert [(t["name"], t["y"]) for t in page.charts[-2]["data"]] == [("b.0", [88.0, 58.0]), ("a", [88.0, 59.0])]
     assert "Alignment" in page.text
     assert "x: weight angle per layer" in page.text
     assert angle["layout"]["yaxis"]["title"]["text"] == "weight angle (degrees)"

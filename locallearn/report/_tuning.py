@@ -1,0 +1,335 @@
+"""Searches of ``locallearn tune``: how the best value came about, trial by trial, and which settings mattered."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from locallearn.records import Record, plain_file
+from locallearn.report._charts import Chart, figure_of, plain_text, ramp, wrapped
+from locallearn.report._columns import UNKNOWN, metric_title, significant
+from locallearn.report._sweeps import parallel_chart
+
+_FOLDER = "tune"
+_TRIALS = 2000  # of a study, as far as they are drawn
+_SHOWN = 40  # lines of a table of trials
+_PERCENTAGES = ("accuracy", "auc")
+_MARKERS = {"PRUNED": "x", "FAIL": "triangle-down-open", "COMPLETE": "circle"}
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search as the page shows it.
+
+    Attributes:
+        name: its heading.
+        sentence: what it found, with how many trials.
+        charts: history, importances, settings of its trials.
+        command: what was typed, empty where the file does not say.
+        records: names of the runs of its trials.
+        best: heading and lines of the table of the best settings.
+    """
+
+    name: str
+    sentence: str
+    charts: Sequence[Chart]
+    command: str
+    records: frozenset[str]
+    best: tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def read_searches(records: Sequence[Record]) -> tuple[list[Search], list[str]]:
+    """The searches beside runs, and a sentence for each file that cannot be used."""
+    paths: dict[Path, None] = {}
+    for parent in {record.path.parent for record in records}:
+        for place in (parent / _FOLDER, *([parent] if parent.name == _FOLDER else [])):
+            paths.update(dict.fromkeys(sorted(place.glob("*/tune.json"))))
+    return _read(list(paths))
+
+
+def _read(paths: Sequence[Path]) -> tuple[list[Search], list[str]]:
+    found: list[Search] = []
+    problems: list[str] = []
+    for path in sorted(paths):
+        try:
+            data = json.loads(plain_file(path).decode("utf-8"))
+            if not isinstance(data, dict) or data.get("schema") != 1:
+                raise ValueError("it is no search that this version of locallearn has written")
+            found.append(_search(data))
+        except FileNotFoundError:
+            continue
+        except (ValueError, RecursionError, OverflowError) as error:
+            problems.append(f"{path} is left out ({str(error)[:200]}); locallearn tune writes it anew.")
+    return found, problems
+
+
+def _search(data: Mapping[str, Any]) -> Search:
+    objectives = [one for one in _list(data.get("objectives")) if isinstance(one, Mapping)] or [{}]
+    studies = [one for one in _list(data.get("studies")) if isinstance(one, Mapping)]
+    if not studies:
+        raise ValueError("it has no studies")
+    name = _text(objectives[0].get("name")) or "value"
+    share = 100.0 if name in _PERCENTAGES else 1.0
+    lower = objectives[0].get("direction") == "minimize"
+    unit = " (%)" if share == 100.0 else ""
+    title = f"{metric_title(name)}{unit}"
+    charts = [_history(studies, title, share, lower)]
+    if len(objectives) > 1:
+        charts.append(_objectives(studies, objectives))
+    charts += [*_importances(studies), *_parallels(studies, title, share, lower)]
+    place = " · ".join(filter(None, (_text(data.get(key)) for key in ("dataset", "net"))))
+    best: list[tuple[str, ...]] = []
+    said = []
+    for study in studies:
+        trials = list(_trials(study))
+        chosen = [one for one in trials if one["number"] in _list(study.get("best"))]
+        for one in chosen[:12]:
+            values = ", ".join(significant(_number(v)) for v in _list(one.get("values")))
+            settings = ", ".join(f"{key}={value}" for key, value in _params(one).items()) or UNKNOWN
+            best.append((_rule(study), str(one["number"]), values, settings, _text(study.get("experiment")) or UNKNOWN))
+        counts = {state: sum(one.get("state") == state for one in trials) for state in ("COMPLETE", "PRUNED", "FAIL")}
+        value = _value(chosen[0]) if len(objectives) == 1 and chosen else None
+        ended = f"{sum(counts.values())} trials, {counts['PRUNED']} pruned, {counts['FAIL']} failed"
+        top = "" if value is None else f" best {metric_title(name)} {_shown(value, share)}"
+        said.append(f"{_rule(study)}:{top} ({ended}, {_hours(_number(study.get('seconds')))})")
+    budget = data.get("budget")
+    trials_each = _number(budget.get("trials")) if isinstance(budget, Mapping) else None
+    sentence = f"{'; '.join(said)}. " + (
+        f"Every rule has a budget of {trials_each:.0f} trials"
+        if trials_each is not None
+        else "The budget is not recorded"
+    )
+    sentence += f", sampler {_text(data.get('sampler')) or 'unknown'}, pruner {_text(data.get('pruner')) or 'unknown'}."
+    if data.get("finished") is not True:
+        sentence += " The search has not ended: its budget is not used up."
+    sentence += " Values are of the validation part; the highest of many is flattered by luck."
+    records = frozenset(
+        name
+        for study in studies
+        for one in _trials(study)
+        for name in _list(one.get("records"))
+        if isinstance(name, str)
+    )
+    header = ("Rule", "Trial", "Value" if len(objectives) == 1 else "Values", "Settings", "Experiment file")
+    return Search(
+        f"Tuning: {place or _text(data.get('search'))}",
+        sentence,
+        charts,
+        _text(data.get("command")),
+        records,
+        (header, best),
+    )
+
+
+def _history(studies: Sequence[Mapping[str, Any]], title: str, share: float, lower: bool) -> Chart:
+    """Every trial's value in the order of the trials, and the best so far as a line."""
+    data: list[dict[str, Any]] = []
+    table: list[tuple[str, ...]] = []
+    for i, study in enumerate(studies):
+        colour, rule = ramp(i, len(studies)), plain_text(_rule(study))
+        best: float | None = None
+        line: list[tuple[int, float]] = []
+        for state, symbol in _MARKERS.items():
+            points = [
+                (one["number"], v)
+                for one in _trials(study)
+                if one.get("state") == state and (v := _value(one)) is not None
+            ]
+            if points:
+                word = {"PRUNED": ", pruned", "FAIL": ", failed"}.get(state, "")
+                data.append(
+                    {
+                        "type": "scatter",
+                        "mode": "markers",
+                        "name": f"{rule}{word}",
+                        "x": [number for number, _ in points],
+                        "y": [share * value for _, value in points],
+                        "marker": {"color": colour, "symbol": symbol, "size": 6, "opacity": 0.6},
+                        "hovertemplate": "%{fullData.name}<br>trial %{x}: %{y:.4g}<extra></extra>",
+                    }
+                )
+        for one in _trials(study):
+            value = _value(one)
+            if (
+                value is not None
+                and one.get("state") == "COMPLETE"
+                and (best is None or (value < best if lower else value > best))
+            ):
+                best = value
+            if best is not None:
+                line.append((one["number"], share * best))
+            if len(table) < _SHOWN * len(studies):
+                table.append(
+                    (
+                        *(f"{_rule(study)}, {one['number']}", (_text(one.get("state")) or UNKNOWN).lower()),
+                        *(
+                            UNKNOWN if value is None else _shown(value, share),
+                            significant(_number(one.get("seconds")), 3),
+                        ),
+                        ", ".join(f"{key}={value}" for key, value in _params(one).items()) or UNKNOWN,
+                        _text(one.get("error")) or "",
+                    )
+                )
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": f"{rule}, best so far",
+                "x": [number for number, _ in line],
+                "y": [value for _, value in line],
+                "line": {"color": colour, "width": 2, "shape": "hv"},
+                "hoverinfo": "skip",
+            }
+        )
+    layout = {"xaxis": {"title": {"text": "trial"}}, "yaxis": {"title": {"text": plain_text(f"validation {title}")}}}
+    header = ("Trial", "State", f"Validation {title}", "Seconds", "Settings", "Error")
+    note = "A mark per trial, a cross where it was pruned (its last value before), the line the best so far."
+    return Chart("History of the search", note, figure_of(data, layout, "end"), header, table, 400)
+
+
+def _objectives(studies: Sequence[Mapping[str, Any]], objectives: Sequence[Mapping[str, Any]]) -> Chart:
+    """Two objectives against each other, the set of those that no other beats filled."""
+    names = [metric_title(_text(one.get("name")) or "value") for one in objectives[:2]]
+    data, table = [], []
+    for i, study in enumerate(studies):
+        best = _list(study.get("best"))
+        for chosen in (False, True):
+            points = []
+            for one in _trials(study):
+                values = [_number(v) for v in _list(one.get("values"))[:2]]
+                if len(values) == 2 and None not in values and (one["number"] in best) == chosen:
+                    points.append((one["number"], *values))
+            if not points:
+                continue
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": plain_text(f"{_rule(study)}{', Pareto set' if chosen else ''}"),
+                    "x": [point[2] for point in points],
+                    "y": [point[1] for point in points],
+                    "text": [f"trial {point[0]}" for point in points],
+                    "marker": {
+                        "color": ramp(i, len(studies)),
+                        "symbol": "circle" if chosen else "circle-open",
+                        "size": 9,
+                    },
+                    "hovertemplate": "%{fullData.name}<br>%{text}<extra></extra>",
+                }
+            )
+            if chosen:
+                table += [(f"{_rule(study)}, {p[0]}", significant(p[1]), significant(p[2])) for p in points[:_SHOWN]]
+    layout = {"xaxis": {"title": {"text": plain_text(names[1])}}, "yaxis": {"title": {"text": plain_text(names[0])}}}
+    return Chart(
+        "Both objectives", "Filled marks are the Pareto set.", figure_of(data, layout), ("Trial", *names), table, 400
+    )
+
+
+def _importances(studies: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    data, table, settings = [], [], 0
+    for i, study in enumerate(studies):
+        by_objective = study.get("importances")
+        for objective, shares in by_objective.items() if isinstance(by_objective, Mapping) else ():
+            known = (
+                [(str(k)[:80], v) for k, w in shares.items() if (v := _number(w)) is not None]
+                if isinstance(shares, Mapping)
+                else []
+            )
+            known = sorted(known, key=lambda pair: -pair[1])[:15]
+            if not known:
+                continue
+            settings = max(settings, len(known))
+            many = isinstance(by_objective, Mapping) and len(by_objective) > 1
+            name = f"{_rule(study)}, {objective}" if many else _rule(study)
+            data.append(
+                {
+                    "type": "bar",
+                    "orientation": "h",
+                    "name": plain_text(name),
+                    "x": [100 * share for _, share in known],
+                    "y": [wrapped(key) for key, _ in known],
+                    "marker": {"color": ramp(i, len(studies))},
+                    "hovertemplate": "%{fullData.name}<br>%{y}: %{x:.1f} %<extra></extra>",
+                }
+            )
+            table += [(key, name, f"{100 * share:.1f} %") for key, share in known]
+    if not data:
+        return []
+    layout = {
+        "xaxis": {"title": {"text": "share of the variation (%)"}, "rangemode": "tozero"},
+        "yaxis": {"autorange": "reversed", "type": "category"},
+        "barmode": "group",
+    }
+    note = "How much of the trials' variation each setting explains; of few trials it says little."
+    header = ("Setting", "Search", "Importance")
+    return [
+        Chart(
+            "Importance of settings", note, figure_of(data, layout), header, table, 140 + 34 * settings + 10 * len(data)
+        )
+    ]
+
+
+def _parallels(studies: Sequence[Mapping[str, Any]], title: str, share: float, lower: bool) -> Iterator[Chart]:
+    for study in studies:
+        points = [
+            (f"trial {one['number']}", _params(one), share * value)
+            for one in _trials(study)
+            if one.get("state") == "COMPLETE" and (value := _value(one)) is not None
+        ]
+        chart = parallel_chart(f"{_rule(study)}: settings of all trials", points, title, lower)
+        if chart is not None:
+            yield chart
+
+
+def _trials(study: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for one in _list(study.get("trials"))[:_TRIALS]:
+        if isinstance(one, Mapping) and type(one.get("number")) is int:
+            yield one
+
+
+def _rule(study: Mapping[str, Any]) -> str:
+    return _text(study.get("algorithm")) or "unknown rule"
+
+
+def _value(trial: Mapping[str, Any]) -> float | None:
+    values = _list(trial.get("values"))
+    return _number(values[0]) if values else None
+
+
+def _params(trial: Mapping[str, Any]) -> dict[str, Any]:
+    params = trial.get("params")
+    return {str(k)[:80]: v for k, v in params.items()} if isinstance(params, Mapping) else {}
+
+
+def _shown(value: float, share: float) -> str:
+    return f"{100 * value:.2f} %" if share == 100.0 else significant(value)
+
+
+def _hours(seconds: float | None) -> str:
+    if seconds is None:
+        return "time unknown"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 600
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(value: Any) -> str:
+    return value[:500].encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+        return None
+    return float(value) if math.isfinite(value) else None

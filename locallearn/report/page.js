@@ -1,0 +1,332 @@
+"use strict";
+(() => {
+  const $ = (selector, from = document) => [...from.querySelectorAll(selector)];
+  const make = (name, set = {}, ...inner) => {
+    const element = Object.assign(document.createElement(name), set);
+    element.append(...inner);
+    return element;
+  };
+  const charts = JSON.parse(document.getElementById("charts").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const drawn = new Set();
+
+  // ---------------------------------------------------------------- charts
+  // Colours come from the style sheet, so that the charts follow the page between light and dark.
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const template = () => {
+    const axis = {gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"),
+      automargin: true, title: {standoff: 10}};
+    return {layout: {
+      font: {family: getComputedStyle(document.body).fontFamily, size: 12.5, color: colour("--fg")},
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", xaxis: axis, yaxis: axis,
+      hoverlabel: {bgcolor: colour("--bg"), bordercolor: colour("--line"), font: {color: colour("--fg")},
+        align: "left"},
+      showlegend: false, margin: {l: 12, r: 16, t: 12, b: 12},
+      modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("--muted"), activecolor: colour("--fg")},
+      hovermode: "closest"}};
+  };
+  // The wanted buttons by name: a later version's new ones (this one's uploads the chart) stay away.
+  const show = (place, figure, layout) => Plotly.react(place, figure, layout, {responsive: true, displaylogo: false,
+      showSendToCloud: false, plotlyServerURL: "", showLink: false, showEditInChartStudio: false,
+      modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]]});
+
+  const short = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
+  const plain = (text) => new DOMParser().parseFromString(text, "text/html").body.textContent;
+  const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const pen = document.createElement("canvas").getContext("2d");
+  const width = (text) => {
+    pen.font = "12px " + getComputedStyle(document.body).fontFamily;
+    return pen.measureText(text).width;
+  };
+  // Where in pixels of the drawn plot a value lies.
+  const scale = (axis, length, upward) => (value) => {
+    const at = axis.type === "log" ? Math.log10(value) : value;
+    const share = (at - axis.range[0]) / (axis.range[1] - axis.range[0]);
+    return length * (upward ? 1 - share : share);
+  };
+
+  // Names beside the ends of lines: moved apart where they would overlap, left to the legend where there is no room.
+  const endLabels = (place, traces) => {
+    const lines = traces.filter((t) => t.type === "scatter" && t.mode.includes("lines") && t.name &&
+      t.showlegend !== false && t.visible !== false && t.y.some((y) => y !== null) && t.name !== "Pareto front");
+    const names = lines.map((t) => short(plain(t.name), 30));
+    const room = Math.max(0, ...names.map(width)) + 14;
+    const plot = place.querySelector(".nsewdrag");
+    if (!lines.length || !plot || place.clientWidth < 480 || room > 0.42 * place.clientWidth) return null;
+    const height = Number(plot.getAttribute("height"));
+    if (lines.length * 15 > height) return null;
+    const y = scale(place.layout.yaxis, height, true);
+    const spots = lines.map((t, i) => {
+      const known = t.y.map((v, k) => [t.x[k], v]).filter(([, v]) => v !== null);
+      return {name: names[i], colour: t.line.color, at: y(known[known.length - 1][1])};
+    }).filter((s) => Number.isFinite(s.at)).sort((a, b) => a.at - b.at);
+    spots.forEach((s, i) => { s.to = Math.max(8, s.at, i ? spots[i - 1].to + 15 : 0); });
+    for (let i = spots.length - 1, most = height - 4; i >= 0; i--, most = spots[i + 1].to - 15) {
+      spots[i].to = Math.min(spots[i].to, most);
+    }
+    return {room, notes: spots.map((s) => ({xref: "paper", yref: "paper", x: 1, y: 1 - s.to / height, xanchor: "left",
+      yanchor: "middle", xshift: 6, showarrow: false, text: escape(s.name), font: {size: 12, color: s.colour}}))};
+  };
+
+  // Names beside points: the first of some places around the point that is free.
+  const pointLabels = (place, traces) => {
+    const points = traces.filter((t) => t.type === "scatter" && t.mode === "markers" && t.text && t.visible !== false);
+    const plot = place.querySelector(".nsewdrag");
+    if (!points.length || !plot || place.clientWidth < 480 || points.length > 40) return null;
+    const [w, h] = ["width", "height"].map((side) => Number(plot.getAttribute(side)));
+    const x = scale(place.layout.xaxis, w, false), y = scale(place.layout.yaxis, h, true);
+    const taken = [];
+    for (const t of points) {
+      const [px, py] = [x(t.x[0]), y(t.y[0])];
+      taken.push([px - 7, py - 7, px + 7, py + 7]);
+    }
+    const free = (box) => box[0] >= 0 && box[2] <= w && box[1] >= 0 && box[3] <= h &&
+      taken.every((o) => box[2] <= o[0] || o[2] <= box[0] || box[3] <= o[1] || o[3] <= box[1]);
+    const notes = [];
+    for (const t of points) {
+      const name = short(plain(t.name), 34), wide = width(name) + 6;
+      const [px, py] = [x(t.x[0]), y(t.y[0])];
+      let found = null;
+      // Aslant first: straight beside or above a point run its error bars.
+      for (const far of [12, 24, 40, 60, 84, 110]) {
+        for (const [dx, dy] of [[1, -1], [-1, -1], [1, 1], [-1, 1], [0, -2], [0, 2], [1, 0], [-1, 0]]) {
+          const cx = px + dx * (Math.min(far, 30) - 4 + wide / 2), cy = py + dy * far;
+          const box = [cx - wide / 2, cy - 9, cx + wide / 2, cy + 9];
+          if (!found && free(box)) found = {box, ax: cx - px, ay: cy - py, far};
+        }
+      }
+      if (!found) return null;
+      taken.push(found.box);
+      const log = (axis, v) => (axis.type === "log" ? Math.log10(v) : v);
+      const at = {x: log(place.layout.xaxis, t.x[0]), y: log(place.layout.yaxis, t.y[0]), text: escape(name),
+        font: {size: 12, color: t.marker.color}, borderpad: 1};
+      // A name far from its point is led there by a line.
+      notes.push(found.far <= 24 ? {...at, showarrow: false, xshift: found.ax, yshift: -found.ay}
+        : {...at, showarrow: true, ax: found.ax, ay: found.ay, arrowhead: 0, arrowwidth: 0.8, arrowcolor: t.marker.color,
+          standoff: 6});
+    }
+    return {room: 16, notes};
+  };
+
+  const labelled = (place, figure, traces, base) => {
+    const found = figure.labels === "end" ? endLabels(place, traces)
+      : figure.labels === "point" ? pointLabels(place, traces) : null;
+    place.toggleAttribute("data-labelled", Boolean(found));
+    if (!found) return;
+    const layout = {...base, annotations: [...(figure.layout.annotations || []), ...found.notes],
+      margin: {...template().layout.margin, ...(figure.layout.margin || {}), r: found.room}};
+    // The ranges that the places were worked out for.
+    for (const axis of ["xaxis", "yaxis"]) {
+      layout[axis] = {...base[axis], range: [...place.layout[axis].range], autorange: false};
+    }
+    show(place, traces, layout);
+  };
+
+  const draw = async (place) => {
+    const figure = charts[Number(place.dataset.chart)];
+    drawn.add(place);
+    place.dataset.drawn = "yes";
+    const shown = labelsShown(place);
+    const traces = figure.data.map((t) => ({...t, visible: !shown || t.meta === undefined || shown.has(t.meta)}));
+    // Plotly writes into what it is given.
+    const base = () => ({...JSON.parse(JSON.stringify(figure.layout)), template: template()});
+    await show(place, traces, base());
+    labelled(place, figure, traces, base());
+  };
+
+  let wide = innerWidth, timer = 0;
+  addEventListener("resize", () => {
+    if (innerWidth === wide) return;
+    wide = innerWidth;
+    clearTimeout(timer);
+    timer = setTimeout(() => drawn.forEach(draw), 250);
+  });
+
+  // ---------------------------------------------------------------- filters
+  const facets = {dataset: "Data set", net: "Network", rule: "Rule", mode: "Mode", device: "Device", seed: "Seed"};
+  const rows = $("tr[data-rule]");
+  const chosen = Object.fromEntries(Object.keys(facets).map((key) => [key, new Set()]));
+  let words = [];
+  const values = (row, key) => row.dataset[key].split("\t");
+  const fits = (row) => Object.entries(chosen).every(([key, set]) => !set.size || values(row, key).some((v) => set.has(v))) &&
+    words.every((word) => (row.dataset.find + " " + row.textContent).toLowerCase().includes(word));
+  let filtering = false;
+  const labelsShown = (place) => {
+    const section = place.closest("section[data-place]");
+    if (!filtering || !section) return null;
+    return new Set($("tr[data-label]", section).filter((row) => !row.hidden).map((row) => row.dataset.label));
+  };
+  const whole = (table) => {
+    table.classList.remove("short");
+    const button = table.parentElement.nextElementSibling;
+    if (button && button.matches("button.all")) button.remove();
+  };
+  const apply = () => {
+    filtering = words.length > 0 || Object.values(chosen).some((set) => set.size);
+    for (const row of rows) row.hidden = !fits(row);
+    // Rows that fit must not stand behind a button.
+    if (filtering) $("table.short").forEach(whole);
+    let comparisons = 0, kept = 0;
+    for (const section of $("section[data-place]")) {
+      const own = $("tr[data-rule]", section);
+      section.hidden = own.length > 0 && own.every((row) => row.hidden);
+      comparisons += section.hidden ? 0 : 1;
+      kept += own.filter((row) => !row.hidden).length;
+      for (const line of $(`tr[data-section="${section.id}"]`)) line.hidden = section.hidden;
+    }
+    status.textContent = filtering ? `${kept} rows in ${comparisons} comparisons` : "";
+    status.title = "Means are over all seeds of a row; choosing seeds narrows rows and lists of runs.";
+    for (const place of drawn) if (place.closest("section") && !place.closest("section").hidden) draw(place);
+    try { sessionStorage.setItem(key, JSON.stringify([search.value, Object.entries(chosen).map(([k, s]) => [k, [...s]])])); }
+    catch { /* a browser that keeps nothing for files */ }
+  };
+  const key = "locallearn " + location.pathname;
+  const search = make("input", {type: "search", placeholder: "Search rules, settings, runs"});
+  search.setAttribute("aria-label", "Search rules, settings and runs");
+  const status = make("output");
+  const menus = [];
+  const filter = document.getElementById("filter");
+  if (filter && rows.length > 1) {
+    let before = ["", []];
+    try { before = JSON.parse(sessionStorage.getItem(key)) || before; } catch { /* the same */ }
+    search.value = before[0];
+    words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    search.addEventListener("input", () => { words = search.value.toLowerCase().split(/\s+/).filter(Boolean); apply(); });
+    filter.append(search);
+    for (const [key, title] of Object.entries(facets)) {
+      const counts = new Map();
+      for (const row of rows) for (const v of values(row, key)) counts.set(v, (counts.get(v) || 0) + 1);
+      if (counts.size < 2) continue;
+      for (const [k, set] of before[1]) if (k === key) set.filter((v) => counts.has(v)).forEach((v) => chosen[key].add(v));
+      const summary = make("summary", {textContent: title});
+      const mark = () => {
+        summary.textContent = chosen[key].size ? `${title}: ${chosen[key].size}` : title;
+        summary.classList.toggle("on", chosen[key].size > 0);
+      };
+      const sorted = [...counts.keys()].sort((a, b) => a.localeCompare(b, "en", {numeric: true}));
+      const menu = make("div", {className: "menu"}, ...sorted.map((value) => {
+        const box = make("input", {type: "checkbox", checked: chosen[key].has(value)});
+        box.addEventListener("change", () => { chosen[key][box.checked ? "add" : "delete"](value); mark(); apply(); });
+        return make("label", {}, box, ` ${value}`);
+      }));
+      mark();
+      const details = make("details", {}, summary, menu);
+      details.addEventListener("toggle", () => { if (details.open) menus.forEach((m) => { if (m !== details) m.open = false; }); });
+      menus.push(details);
+      filter.append(details);
+    }
+    const reset = make("button", {type: "button", textContent: "Show all"});
+    reset.addEventListener("click", () => {
+      search.value = "";
+      words = [];
+      Object.values(chosen).forEach((set) => set.clear());
+      menus.forEach((menu) => { menu.querySelectorAll("input").forEach((box) => { box.checked = false; }); });
+      menus.forEach((menu) => {
+        const summary = menu.querySelector("summary");
+        summary.classList.remove("on");
+        summary.textContent = summary.textContent.replace(/: \d+$/, "");
+      });
+      apply();
+    });
+    filter.append(reset, status);
+    filter.hidden = false;
+    document.addEventListener("click", (event) => { menus.forEach((m) => { if (!m.contains(event.target)) m.open = false; }); });
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") menus.forEach((m) => { if (m.open) { m.open = false; m.querySelector("summary").focus(); } });
+    });
+    if (words.length || before[1].some(([, set]) => set.length)) apply();
+  }
+
+  // ---------------------------------------------------------------- tables
+  const number = (text) => {
+    const found = text.replace(/[≥,\s]/g, "").match(/^[-+−]?\d*\.?\d+(e[-+]?\d+)?/i);
+    return found ? Number(found[0].replace("−", "-")) : NaN;
+  };
+  const sorter = (table, column, th) => () => {
+    const body = table.tBodies[0], up = th.getAttribute("aria-sort") === "descending";
+    const told = (row) => { const cell = row.cells[column]; return cell ? cell.textContent.trim() : ""; };
+    const lines = [...body.rows].map((row) => [row, told(row), number(told(row))]);
+    const numeric = lines.filter(([, , n]) => !Number.isNaN(n)).length >= lines.length / 2;
+    const sign = up ? 1 : -1;
+    lines.sort(([, a, m], [, b, n]) => {
+      if (!numeric) return -sign * a.localeCompare(b, "en", {numeric: true});
+      if (Number.isNaN(m) || Number.isNaN(n)) return Number.isNaN(m) - Number.isNaN(n);
+      return sign * (m - n);
+    });
+    body.append(...lines.map(([row]) => row));
+    for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+    th.setAttribute("aria-sort", up ? "ascending" : "descending");
+  };
+  const prepare = (table) => {
+    if (table.dataset.ready || !table.tHead) return;
+    table.dataset.ready = "yes";
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((th, column) => {
+      const button = make("button", {className: "sort", type: "button"}, ...th.childNodes);
+      button.addEventListener("click", sorter(table, column, th));
+      th.append(button);
+    });
+    if (table.classList.contains("cards")) {
+      const titles = heads.map((th) => [...th.querySelector("button").childNodes].map((n) => n.textContent).join(", "));
+      for (const row of table.tBodies[0].rows) for (const cell of row.cells) {
+        if (cell.tagName === "TD") cell.dataset.h = titles[cell.cellIndex];
+      }
+    }
+    const button = table.parentElement.nextElementSibling;
+    if (table.dataset.columns !== undefined && heads.some((th) => th.classList.contains("off"))) {
+      const boxes = heads.slice(2).map((th, i) => {
+        const box = make("input", {type: "checkbox", checked: !th.classList.contains("off")});
+        box.addEventListener("change", () => {
+          for (const row of table.rows) row.cells[i + 2].classList.toggle("off", !box.checked);
+        });
+        return make("label", {}, box, " " + [...th.querySelector("button").childNodes].map((n) => n.textContent).join(", "));
+      });
+      (button && button.matches("button.all") ? button : table.parentElement).after(make("details", {}, make("summary", {textContent: "Choose columns"}),
+        make("div", {className: "choices"}, ...boxes)));
+    }
+  };
+  for (const button of $("button.all")) button.addEventListener("click", () => whole(button.previousElementSibling.firstChild));
+  const opened = (details) => $("table", details).forEach(prepare);
+  $("details").forEach((d) => d.addEventListener("toggle", () => { if (d.open) opened(d); }));
+
+  // ---------------------------------------------------------------- choices, and everything that can wait
+  for (const choose of $("select.choose")) {
+    const show = () => {
+      for (const place of choose.closest(".chooser").querySelectorAll("[data-choice]")) {
+        place.hidden = place.dataset.choice !== choose.value;
+      }
+    };
+    choose.addEventListener("change", show);
+    show();
+  }
+  // Plotly's script is kept compressed and read after the page is on the screen.
+  const library = async () => {
+    const kept = document.getElementById("library");
+    const bytes = Uint8Array.from(atob(kept.textContent), (sign) => sign.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = make("script", {textContent: await new Response(stream).text()});
+    kept.remove();
+    document.head.append(script);
+  };
+  const places = $("[data-chart]");
+  // Charts are drawn when they come near the window: a page of hundreds opens at once.
+  const watcher = new IntersectionObserver((seen) => {
+    for (const entry of seen) if (entry.isIntersecting) { watcher.unobserve(entry.target); draw(entry.target); }
+  }, {rootMargin: "900px"});
+  const lines = new IntersectionObserver((seen) => {
+    for (const entry of seen) if (entry.isIntersecting) { lines.unobserve(entry.target); prepare(entry.target); }
+  }, {rootMargin: "900px"});
+  requestAnimationFrame(() => setTimeout(async () => {
+    $("table").filter((table) => !table.closest("details")).forEach((table) => lines.observe(table));
+    await library();
+    places.forEach((place) => watcher.observe(place));
+  }));
+  addEventListener("beforeprint", () => places.forEach((place) => {
+    if (window.Plotly && place.offsetParent && !drawn.has(place)) draw(place);
+  }));
+  dark.addEventListener("change", () => drawn.forEach(draw));
+
+  // ---------------------------------------------------------------- a page that is written again and again
+  const every = Number(document.documentElement.dataset.watch || 0);
+  if (every) setInterval(() => { if (!document.hidden && document.activeElement !== search) location.reload(); }, 1000 * every);
+})();
