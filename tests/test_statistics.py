@@ -277,6 +277,14 @@ def test_a_setting_that_came_later_sets_older_runs_apart_only_where_it_is_used()
     assert len(compare_table([older, faster])) == 2
 
 
+def test_settings_of_other_commands_set_no_run_apart() -> None:
+    older = run("mono", 0, 0.5)
+    newer = run("mono", 1, 0.6, analyze={"tau": 1.0}, distill={"seed": 0}, keep_model=False, task={"views": 1})
+    (row,) = compare_table([older, newer])
+    assert row.notes == ()
+
+
+
 def test_variants_stand_apart_and_share_the_plain_baseline() -> None:
     records = [record("backprop", 0, 0.5), record("mono", 0, 0.6), record("mono", 0, 0.7, variant="sequential")]
     rows = by_label(compare_table(records))

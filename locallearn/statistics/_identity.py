@@ -13,11 +13,18 @@ _FREE_SETTINGS = frozenset(
     {
         *("data_dir", "dataset.data_dir", "runs_dir", "resume"),
         *("meter", "logger", "trainer.probe_samples", "trainer.checkpoint_s"),
-        *("compare", "tune", "report", "bench", "hydra"),
+        *("compare", "tune", "report", "bench", "predict", "analyze", "distill", "replay", "keep_model", "hydra"),
     }
 )
 # Settings that came later, and what older records had in their place.
-_LATER = {"trainer.channels_last": False, "trainer.compile": None, "trainer.compile_backend": "inductor"}
+_LATER: dict[str, Any] = {
+    **{"algorithm.accumulate": 1, "algorithm.checkpoint": None},
+    **{"algorithm.keep": 1, "algorithm.keep_after": None, "algorithm.keep_by": "loss"},
+    **{"dataset.drop_last": False, "dataset.exclude": [], "net.batch_norm": False, "net.device": None, "net.dropout": 0},
+    **{"net.skips": True, "init_from": None, "scheduler_interval": "epoch", "task.label_smoothing": 0, "task.views": 1},
+    **{"trainer.channels_last": False, "trainer.compile": None, "trainer.compile_backend": "inductor"},
+    "trainer.check_val_every_n_epoch": 1,
+}
 # Packages that decide no number of a run.
 _IDLE_PACKAGES = frozenset({"hydra-core", "optuna", "plotly"})
 _MACHINE = ("cpu", "machine", "usable_cores", "threads", "workers", "gpus")
