@@ -11,7 +11,7 @@ from typing import Any
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import command_line, make_plan
 from locallearn.cli.saved import PLACES, read_places, run_folder, saved_settings
-from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings
+from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings, located
 from locallearn.cli.terminal import Progress
 
 
@@ -94,6 +94,7 @@ def _sweep(words: list[str]) -> int:
     from locallearn.study.train import Interrupted
 
     check_words(words)
+    words = located(words)
     codes: list[int] = []
 
     @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
