@@ -68,8 +68,8 @@ class Arm:
 def arms_of(command: str, words: Sequence[str]) -> tuple[Any, dict[str, str], list[Arm], list[str]]:
     """The settings with the choices made in them, the algorithms to compare, and the words that hold for all of those.
 
-    Where none are listed, they are backpropagation and the one that ``algorithm=`` or ``experiment=`` names; settings of
-    ``algorithm`` are then that one's own.
+    Where none are listed, by a word or by the experiment's file, they are backpropagation and the one that ``algorithm=`` or
+    ``experiment=`` names; settings of ``algorithm`` are then that one's own.
     """
     listed = any(word.startswith(f"{command}.algorithms=") for word in words)
     named = [word for word in words if word.startswith("algorithm=")]
@@ -78,7 +78,10 @@ def arms_of(command: str, words: Sequence[str]) -> tuple[Any, dict[str, str], li
         raise UsageError(f"{command}.algorithms names the algorithms, so {named[0]} has no place here: take it out")
     base, choices = compose_settings([word for word in words if not (listed and word in own)])  # those are the arms'
     algorithms, shared = base[command].algorithms, list(words)
-    if not listed and (named or any(word.startswith("experiment=") for word in words)):
+    experiment = any(word.startswith("experiment=") for word in words)
+    if experiment and not (listed or named):  # whose file may list them
+        listed = algorithms != compose_settings([])[0][command].algorithms
+    if not listed and (named or experiment):
         settings = ",".join(word.removeprefix("algorithm.") for word in own)
         text = f"{choices['algorithm']}({settings})" if own else choices["algorithm"]
         algorithms = list(dict.fromkeys([*_baseline(choices["algorithm"], base.net), text]))
@@ -90,7 +93,23 @@ def arms_of(command: str, words: Sequence[str]) -> tuple[Any, dict[str, str], li
     arms = [Arm(text) for text in algorithms]
     if command == "compare":
         arms += _without_device(arms, shared)
+        if base.tune.seeds is not None:  # an experiment that tune wrote
+            refuse_shared(base.tune.seeds, base.compare.seeds)
     return base, choices, arms, shared
+
+
+def refuse_shared(tuned: Sequence[int], compared: Any) -> None:
+    """Settings that were chosen on a seed look better on it than they are.
+
+    Raises:
+        UsageError: a seed is in both.
+    """
+    both = [seed for seed in tuned if isinstance(compared, Sequence) and seed in compared]
+    if both:
+        raise UsageError(
+            f"seed {both[0]} is both tuned on (tune.seeds {list(tuned)}) and compared (compare.seeds {list(compared)}), where "
+            "what was tuned looks better than it is: set compare.seeds or tune.seeds to others"
+        )
 
 
 def _baseline(algorithm: str, net: Any) -> list[str]:

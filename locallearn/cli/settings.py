@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +25,8 @@ GROUPS = (
     "experiment",
 )
 
+_PLACES = "hydra.searchpath="
+
 
 class UsageError(Exception):
     """The user asked for something that cannot be done; the message is one sentence."""
@@ -37,6 +43,7 @@ def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
     from omegaconf import open_dict
 
     check_words(overrides)
+    overrides = located(overrides)
     experiment = [word for word in overrides if word.startswith("experiment=")]
     of_algorithm = [word for word in overrides if re.match(r"[+~]*algorithm\b", word)]
     with initialize_config_module("locallearn.conf", version_base="1.3"):
@@ -47,7 +54,8 @@ def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
             raise
         choices = {group: str(name) for group, name in cfg.hydra.runtime.choices.items() if group in GROUPS}
         chosen = experiment and any(word.startswith("algorithm=") for word in of_algorithm)
-        if chosen and _algorithm_of(*experiment) != choices["algorithm"]:
+        places = [word for word in overrides if word.startswith(_PLACES)]
+        if chosen and _algorithm_of(*experiment, *places) != choices["algorithm"]:
             cfg.algorithm = compose("config", of_algorithm).algorithm
     with open_dict(cfg):
         del cfg["hydra"]
@@ -60,6 +68,53 @@ def _algorithm_of(*experiment: str) -> str:
     from hydra import compose
 
     return str(compose("config", list(experiment), return_hydra_config=True).hydra.runtime.choices["algorithm"])
+
+
+def located(words: Sequence[str]) -> list[str]:
+    """The same words, but an experiment that is named by its file is one that Hydra finds.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    found: list[str] = []
+    for word in words:
+        key, _, name = word.partition("=")
+        own = key == "experiment" and name.endswith((".yaml", ".yml"))
+        found.append(f"experiment={_staged(name)}" if own else word)
+    if found == list(words):
+        return found
+    given = [word for word in found if word.startswith(_PLACES)]
+    further = [text for text in (word.partition("=")[2].strip("[] ") for word in given) if text]
+    return [
+        *(word for word in found if word not in given),
+        f"{_PLACES}[{','.join([*further, f'file://{_staging()}'])}]",
+    ]
+
+
+def _staged(file: str) -> str:
+    """An experiment's file, put where Hydra finds it; the name that it has there."""
+    try:
+        content = Path(file).expanduser().read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"experiment={file} cannot be read ({error.strerror}): an experiment is one of {', '.join(options('experiment'))}, "
+            "or a file"
+        ) from None
+    # A name of its own, so that no experiment of locallearn stands for it, and another one when the content changes.
+    digest, stem = hashlib.sha256(content).hexdigest()[:8], re.sub(r"[^A-Za-z0-9_]", "_", Path(file).stem)
+    staged = _staging() / "experiment" / f"own_{digest}_{stem}.yaml"
+    staged.parent.mkdir(exist_ok=True)
+    if not staged.is_file():
+        staged.write_bytes(content)
+    return staged.stem
+
+
+@cache
+def _staging() -> Path:
+    """A folder for this process, where Hydra finds experiments that are somebody's own files."""
+    folder = tempfile.mkdtemp(prefix="locallearn-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def check_words(overrides: Sequence[str]) -> None:

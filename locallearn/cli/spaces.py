@@ -1,4 +1,4 @@
-"""``tune.space``: what a search may draw, read from the settings and checked against what they take."""
+"""What a search may draw, from ``tune.space`` or ``conf/tune``, read and checked against what the settings take."""
 
 from __future__ import annotations
 
@@ -7,51 +7,150 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from locallearn.cli.settings import UsageError, hints_of
+from locallearn.cli.settings import UsageError, hints_of, located
 
 _DEFAULT: dict[str, Any] = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
-_RANGE = "{low:NUMBER,high:NUMBER}, with log:true, step:NUMBER or type:int if wanted, or {choices:[VALUE,...]}"
+_RANGE = (
+    "{low:NUMBER,high:NUMBER}, with log:true, step:NUMBER or type:int if wanted, or {choices:[VALUE,...]}, either with "
+    "when:{SETTING:VALUE} if wanted"
+)
 _PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
 _NOT_TEXT = ("true", "false", "null", "nan", "inf")
 
 
-def read_space(given: Any, configs: Sequence[Any]) -> dict[str, Any]:
+def space_of(
+    algorithm: str, given: Any, words: Sequence[str], configs: Sequence[Any], choices: Mapping[str, str]
+) -> dict[str, Any]:
+    """The space of one algorithm: ``tune.space``, else that of ``conf/tune`` in its name.
+
+    Args:
+        algorithm: its name.
+        given: ``tune.space``.
+        words: the settings as they were typed: they may name further folders with a ``tune`` folder in them.
+        configs: composed settings, the algorithm's own first; see :func:`read_space`.
+        choices: names chosen in the groups of settings.
+
+    Raises:
+        UsageError: see :func:`read_space`.
+    """
+    if given is not None:
+        return read_space(given, configs, choices)
+    own = _file(algorithm, words)
+    space = {**(_file("default", words) or _DEFAULT), **(own or {})}
+    return read_space({key: part for key, part in space.items() if part is not None}, configs, choices, of=algorithm)
+
+
+def _file(name: str, words: Sequence[str]) -> dict[str, Any] | None:
+    """What stands in ``tune/NAME.yaml``, here or in a folder that the settings name."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import MissingConfigException
+    from omegaconf import OmegaConf
+
+    places = [word for word in located(words) if word.startswith("hydra.searchpath=")]
+    with initialize_config_module("locallearn.conf", version_base="1.3"):
+        try:
+            found = compose("config", [*places, f"+tune@found={name}"]).found
+        except MissingConfigException:
+            return None
+    space: Any = OmegaConf.to_container(found, resolve=True)
+    return dict(space)
+
+
+def read_space(
+    given: Any, configs: Sequence[Any], choices: Mapping[str, str] | None = None, of: str | None = None
+) -> dict[str, Any]:
     """Ranges and choices by setting.
+
+    Conditions on settings that are not searched are those of the settings as they are: what does not hold is left out. Where a
+    setting has a list, one of it may be left.
 
     Args:
         given: ``tune.space``; ``None`` for the learning rate.
-        configs: the composed settings of every algorithm: whether a setting takes whole numbers is looked up there.
+        configs: the composed settings, the algorithm's own first: whether a setting takes whole numbers is looked up there.
+        choices: names chosen in the groups of settings.
+        of: the algorithm whose file this is; ``None``: it was typed.
 
     Raises:
         UsageError: something that is neither a range nor choices, or does not go with its setting.
     """
     from omegaconf import OmegaConf
 
+    where = "tune.space" if of is None else f"tune/{of}.yaml"
     space = OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given
     if space is None:
         space = _DEFAULT
     if not isinstance(space, Mapping) or not space:
-        raise UsageError(f"tune.space is {space}, expected ranges by setting: {{optimizer.lr:{{low:1e-4,high:1e-2}}}}")
-    return {str(key): _part(str(key), part, configs) for key, part in space.items()}
+        raise UsageError(f"{where} is {space}, expected ranges by setting: {{optimizer.lr:{{low:1e-4,high:1e-2}}}}")
+    found: dict[str, Any] = {}
+    for key, parts in space.items():
+        name = str(key)
+        several = parts if isinstance(parts, list) else [parts]
+        kept = [
+            (part, when)
+            for part, when in ((part, _when(f"{where}.{name}", part)) for part in several)
+            if all(_is(parent, values, configs, choices or {}) for parent, values in when if parent not in space)
+        ]
+        if len(kept) > 1:
+            raise UsageError(
+                f"{where}.{name} has {len(kept)} ranges that hold at once: give each of them a when of its own"
+            )
+        for part, when in kept:
+            searched = tuple((parent, values) for parent, values in when if parent in space)
+            found[name] = _part(f"{where}.{name}", name, part, configs, searched)
+    if not found:
+        raise UsageError(f"{where} has nothing to search with these settings: none of its conditions holds")
+    return found
 
 
-def _part(key: str, part: Any, configs: Sequence[Any]) -> Any:
+def _when(where: str, part: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The conditions of a part."""
+    if not isinstance(part, Mapping) or "when" not in part:
+        return ()
+    when = part["when"]
+    if not isinstance(when, Mapping) or not when:
+        raise UsageError(f"{where}.when is {when}, expected settings with a value or a list of them: {{optimizer:sgd}}")
+    try:
+        return tuple(
+            (str(parent), tuple(map(written, values if isinstance(values, list) else [values])))
+            for parent, values in when.items()
+        )
+    except ValueError as error:
+        raise UsageError(f"{where}.when: {error}") from None
+
+
+def _is(parent: str, values: Sequence[str], configs: Sequence[Any], choices: Mapping[str, str]) -> bool:
+    """Whether a setting that is not searched has one of these values."""
+    from omegaconf import OmegaConf
+
+    if parent in choices:
+        return choices[parent] in values
+    if not configs:
+        return False
+    try:
+        value = OmegaConf.select(configs[0], parent)
+        return written(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value) in values
+    except Exception:  # no such setting
+        return False
+
+
+def _part(
+    where: str, key: str, part: Any, configs: Sequence[Any], when: tuple[tuple[str, tuple[str, ...]], ...]
+) -> Any:
     from locallearn.study.space import Choices, Range
 
-    where = f"tune.space.{key}"
     if not isinstance(part, Mapping):
         raise UsageError(f"{where} is {part}, expected {_RANGE}")
     try:
-        if set(part) == {"choices"} and isinstance(part["choices"], list):
-            return Choices(tuple(written(value) for value in part["choices"]))
-        if not {"low", "high"} <= set(part) <= {"low", "high", "log", "step", "type"}:
+        if "choices" in part and set(part) <= {"choices", "when"} and isinstance(part["choices"], list):
+            return Choices(tuple(written(value) for value in part["choices"]), when)
+        if not {"low", "high"} <= set(part) <= {"low", "high", "log", "step", "type", "when"}:
             raise UsageError(f"{where} is {part}, expected {_RANGE}")
         _check_part(where, part)
         whole = _whole(key, part, configs)
         numbers = {name: part[name] for name in ("low", "high", "step") if part.get(name) is not None}
         if whole:
             numbers = {name: int(value) if float(value).is_integer() else value for name, value in numbers.items()}
-        return Range(**numbers, log=part.get("log", False), whole=whole)
+        return Range(**numbers, log=part.get("log", False), whole=whole, when=when)
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from None
 

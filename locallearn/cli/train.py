@@ -13,7 +13,7 @@ from locallearn.cli.mistakes import explain
 from locallearn.cli.outputs import Outputs, outputs_of
 from locallearn.cli.plans import command_line, make_plan
 from locallearn.cli.saved import PLACES, read_places, run_folder, saved_settings
-from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings
+from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings, located
 from locallearn.cli.terminal import Progress
 
 
@@ -99,6 +99,7 @@ def _sweep(words: list[str]) -> int:
     from locallearn.study.train import Interrupted
 
     check_words(words)
+    words = located(words)
     codes: list[int] = []
     folders: list[Path] = []
     outputs: list[Outputs] = []

@@ -1,35 +1,60 @@
-"""``locallearn tune``: a search, and the best settings as commands that run them."""
+"""``locallearn tune``: a search, and the best settings as experiments and commands that run them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from locallearn.cli.arms import Arm, arms_of
+from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import command_line, folder_setting, make_plan
-from locallearn.cli.settings import UsageError, compose_settings
-from locallearn.cli.spaces import quoted, read_space
+from locallearn.cli.searching import check_numbers, fixed_words, maker_of, objectives_of, seeds_of
+from locallearn.cli.settings import UsageError, check_words, compose_settings, located
+from locallearn.cli.spaces import space_of
 from locallearn.cli.terminal import Progress, printing
+from locallearn.cli.tuned import write_experiments
+
+# Settings of where a run computes and what watches it: not found by a search, but typed for it.
+_HERE = (
+    *("runs_dir=", "data_dir=", "keep_model=", "hydra.searchpath=", "trainer.accelerator=", "trainer.devices="),
+    *("meter=", "meter.", "logger=", "logger."),
+)
 
 
 def tune(words: list[str]) -> int:
-    """Search settings on equal budgets, on validation data only."""
+    """Search settings on equal budgets, on validation data only; with ``-m`` one process per combination."""
+    if "-m" in words or "--multirun" in words:
+        return _launched([word for word in words if word not in ("-m", "--multirun")])
+    return _search(words)
+
+
+def _search(words: list[str], helping: bool = False) -> int:
+    """Take part in a search; a process that only helps another one says nothing of what was found."""
     from locallearn.study.space import corners
-    from locallearn.study.train import Interrupted, check
-    from locallearn.study.tune import study_name
+    from locallearn.study.train import Interrupted, attached_task, check
+    from locallearn.study.tune import PRUNERS, SAMPLERS, History, Options, masked, study_name
     from locallearn.study.tune import tune as search
 
     base, chosen, several, shared = arms_of("tune", words)
     arms = {arm.text: arm for arm in several}
-    if type(base.tune.trials) is not int or base.tune.trials < 1:
-        raise UsageError(f"tune.trials is {base.tune.trials}, expected a whole number of at least 1")
+    check_numbers(base.tune)
     if base.resume is not None:
         raise UsageError("resume goes with train; an interrupted search goes on when tune is called again")
     runs_dir = folder_setting(base, "runs_dir")
-    fixed = [
-        word for word in shared if not word.startswith(("tune.trials=", "tune.algorithms=", "runs_dir=", "data_dir="))
-    ]
+    seeds = seeds_of(base, words)
+    shared = [word for word in shared if not word.startswith("seed=")]
+    sampler_name, sampler = maker_of("sampler", base.tune.sampler, SAMPLERS)
+    pruner_name, pruner = maker_of("pruner", base.tune.pruner, PRUNERS)
+    if base.tune.objectives is not None and len(base.tune.objectives) > 1 and pruner_name != "none":
+        raise UsageError(
+            f"tune.pruner={pruner_name} goes with one objective, and tune.objectives are {list(base.tune.objectives)}: a trial "
+            "may be behind in one and ahead in another; take one of both out"
+        )
+    storage = base.tune.storage or runs_dir / "tune.sqlite"
+    command = command_line("tune", _unnamed(words, masked))
 
     def compose(algorithm: str, settings: Sequence[str] = ()) -> Any:
         return compose_settings([*shared, *arms[algorithm].overrides, *settings])
@@ -38,49 +63,193 @@ def tune(words: list[str]) -> int:
         cfg, choices = compose(algorithm, settings)
         # Trials have a folder of their own: a report on runs_dir must not mix them with what they were searched for.
         cfg.runs_dir = str(runs_dir / "tune")
-        return make_plan(cfg, choices, command_line("tune", words), arms[algorithm])
+        cfg.tune.storage = None if cfg.tune.storage is None else masked(cfg.tune.storage)
+        return make_plan(cfg, choices, command, arms[algorithm])
 
-    space = read_space(base.tune.space, [compose(name)[0] for name in arms])
-    for name in arms:  # a mistake in the settings, or in what may be drawn, is told before anything is trained
-        for place, point in enumerate(corners(space)):
+    composed = {name: compose(name) for name in arms}
+    spaces = {
+        name: space_of(
+            arm.algorithm,
+            base.tune.space,
+            shared,
+            [composed[name][0], *(cfg for cfg, _ in composed.values())],
+            composed[name][1],
+        )
+        for name, arm in arms.items()
+    }
+    for name in (
+        () if helping else arms
+    ):  # a mistake in the settings, or in what may be drawn, is told before anything is trained
+        for place, point in enumerate(corners(spaces[name])):
             try:
                 check(make(name, point))
             except RuntimeError:  # too large for this machine, say: a trial of the search may fail
                 if place == 0:
                     raise
+    task = attached_task(make(next(iter(arms)), []))
+    objectives = objectives_of(
+        base.tune.objectives, task.metric, task.maximise, base.tune.workers, bool(base.meter.sources)
+    )
+    name = study_name(chosen["dataset"], chosen["net"], fixed_words(shared, seeds, base.tune.objectives))
+    about = {
+        "search": name,
+        **{key: chosen[key] for key in ("dataset", "net", "task")},
+        "command": command,
+        "storage": masked(str(storage)),
+        "budget": {"trials": base.tune.trials, "timeout_s": base.tune.timeout},
+        "seeds": seeds,
+        "sampler": sampler_name,
+        "pruner": pruner_name,
+    }
+    options = Options(
+        seeds=seeds,
+        objectives=objectives,
+        sampler=sampler,
+        pruner=pruner,
+        timeout_s=base.tune.timeout,
+        heartbeat_s=base.tune.heartbeat,
+        by=None if base.tune.worker is None else str(base.tune.worker),
+        history=History(runs_dir / "tune" / name, about),
+    )
     try:
-        with Progress() as show:
+        with _helpers(words, base.tune.workers), nullcontext() if helping else Progress() as show:
             found = search(
                 list(arms),
                 make,
-                space,
+                spaces,
                 base.tune.trials,
-                runs_dir / "tune.sqlite",
-                study_name(chosen["dataset"], chosen["net"], fixed),
+                storage,
+                name,
                 show=show,
                 say=lambda sentence: print(f"locallearn: {sentence}", file=sys.stderr),
+                options=options,
             )
     except Interrupted:
-        print("locallearn: interrupted; the same command goes on where the search stopped", file=sys.stderr)
+        if not helping:
+            print("locallearn: interrupted; the same command goes on where the search stopped", file=sys.stderr)
         return 130
-    return _recommend(found, arms, shared)
+    if helping:
+        return 0
+    return _recommend(found, arms, shared, runs_dir / "tune" / name, seeds, spaces)
 
 
-def _recommend(found: Sequence[Any], arms: dict[str, Arm], shared: Sequence[str]) -> int:
-    """Print the best settings of every algorithm, as commands that run them; 1 where one has none."""
-    from rich.table import Table
-    from rich.text import Text
+def _unnamed(words: Sequence[str], masked: Any) -> list[str]:
+    """The words without a password in them."""
+    key = "tune.storage="
+    return [
+        f"{key}{masked(word.removeprefix(key).strip(chr(34) + chr(39)))}" if word.startswith(key) else word
+        for word in words
+    ]
 
-    metric = next((best.metric for best in found if best.metric is not None), "metric")
-    table = Table(title=f"best of {found[0].trials} trials each, by validation {metric}", title_justify="left")
-    for heading in ("algorithm", "trials", f"validation {metric}", "settings"):
-        table.add_column(heading, overflow="fold")
+
+@contextmanager
+def _helpers(words: Sequence[str], workers: int) -> Iterator[None]:
+    """Further processes that search along, and end when this one does."""
+    import multiprocessing
+    import os
+
+    import torch
+
+    if workers == 1:
+        yield
+        return
+    threads = torch.get_num_threads()
+    share = max(1, threads // workers)
+    boards = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(boards)))
+    context = multiprocessing.get_context("spawn")
+    own = [word for word in words if not word.startswith("tune.workers=")]
+    processes = [
+        context.Process(target=_help, args=(own, share, visible.split(",")[place % boards] if boards > 1 else None))
+        for place in range(1, workers)
+    ]
+    torch.set_num_threads(share)
+    try:
+        for process in processes:
+            process.start()
+        yield
+    except BaseException:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+        raise
+    finally:
+        torch.set_num_threads(threads)
+        for process in processes:
+            if process.pid is not None:
+                process.join()
+
+
+def _help(words: list[str], threads: int, board: str | None) -> None:
+    """A process of ``tune.workers``, on a board of its own where there are several."""
+    import os
+
+    import torch
+
+    if board is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = board
+    torch.set_num_threads(threads)
+    try:
+        sys.exit(_search(words, helping=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        code, sentence = explain(error, words)
+        print(f"locallearn: a worker ended: {sentence}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _launched(words: list[str]) -> int:
+    """``tune -m``: Hydra's launcher starts the processes of one search, here or wherever it does."""
+    import os
+    import tempfile
+
+    import hydra
+
+    check_words(words)
+    words = located(words)
+    places = [word for word in words if word.startswith("hydra.searchpath=")]
+    codes: list[int] = []
+
+    @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
+    def job(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        own = [*HydraConfig.get().overrides.task, *places]
+        try:
+            codes.append(_search(own))
+        except Exception as error:
+            code, sentence = explain(error, own)
+            print(f"locallearn: {sentence}", file=sys.stderr)
+            codes.append(code)
+        if codes[-1] == 130:
+            raise KeyboardInterrupt  # anything less Hydra keeps to itself until all have run
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    with tempfile.TemporaryDirectory() as aside:  # for a file that the sweeper leaves where it runs
+        sys.argv = ["locallearn", "--multirun", f"hydra.sweep.dir={aside}", *words]
+        job()
+    return max(codes, default=0)
+
+
+def _recommend(
+    found: Sequence[Any],
+    arms: dict[str, Arm],
+    shared: Sequence[str],
+    folder: Path,
+    seeds: Sequence[int],
+    spaces: Mapping[str, Mapping[str, Any]],
+) -> int:
+    """Print the best settings of every algorithm, and commands that run them; 1 where one has none."""
     good = [best for best in found if best.value is not None]
+    own = [word for word in shared if not word.startswith(("tune.", "report.", "bench."))]
+    files = write_experiments(folder, good, arms, own, seeds)
+    _table(found, seeds, spaces)
     for best in found:
-        value = "none" if best.value is None else f"{best.value:.4f}"
-        table.add_row(best.algorithm, str(best.trials), value, Text(" ".join(best.settings)))
-    printing().print(table)
-    for best in found:
+        for name, shares in best.importances.items():
+            if shares:
+                told = ", ".join(f"{key} {share:.2f}" for key, share in shares.items())
+                print(f"importance for {name}, {best.algorithm}: {told}")
         if best.failures:
             all_or_some = "all" if best.value is None else str(len(best.failures))
             advice = "; nothing can be recommended, search elsewhere" if best.value is None else ""
@@ -89,21 +258,39 @@ def _recommend(found: Sequence[Any], arms: dict[str, Arm], shared: Sequence[str]
                 f"e.g. {best.failures[0]}{advice}",
                 file=sys.stderr,
             )
-    own = [word for word in shared if not word.startswith(("tune.", "compare.", "report.", "bench."))]
+    here = [word for word in own if word.startswith(_HERE)]
     for best in good:
-        print(command_line("train", [*own, *arms[best.algorithm].overrides, *best.settings]))
+        print(command_line("train", [f"experiment={files[best.algorithm][0]}", *here]))
     if good:
-        print(f"to compare them: locallearn compare ...{_overrides(good)}")
+        compared = [
+            word
+            for word in own
+            if word.startswith("compare.") and not word.startswith(("compare.algorithms=", "compare.overrides="))
+        ]
+        print(command_line("compare", [f"experiment={files[good[-1].algorithm][0]}", *here, *compared]))
     return 0 if len(good) == len(found) else 1
 
 
-def _overrides(good: Sequence[Any]) -> str:
-    """What ``compare`` takes to run the best settings, ready for a shell."""
-    import shlex
+def _table(found: Sequence[Any], seeds: Sequence[int], spaces: Mapping[str, Mapping[str, Any]]) -> None:
+    """What every algorithm reached, from how many trials and settings; of several objectives a row for each of the best."""
+    from rich.table import Table
+    from rich.text import Text
 
-    named = [best for best in good if "(" not in best.algorithm]  # Hydra's dictionaries take plain words as keys
-    kept = ",".join(f"{best.algorithm}:[{','.join(map(quoted, best.settings))}]" for best in named)
-    own = [quoted(f"{best.algorithm[:-1]},{','.join(best.settings)})") for best in good if best not in named]
-    return (f" {shlex.quote(f'compare.overrides={{{kept}}}')}" if named else "") + (
-        f" and in compare.algorithms: {shlex.quote(','.join(own))}" if own else ""
-    )
+    metric = next((best.metric for best in found if best.metric is not None), "metric")
+    costs = list(found[0].importances)[1:]
+    title = f"best of {found[0].trials} trials each, by validation {metric}"
+    title += f", mean over {len(seeds)} seeds" if len(seeds) > 1 else ""
+    title += f"; Pareto set with {', '.join(costs)}" if costs else ""
+    table = Table(title=title, title_justify="left")
+    headings = ("algorithm", "trials", "pruned", "seconds", "searched", f"validation {metric}", *costs, "settings")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for best in found:
+        searched = len(spaces[best.algorithm])
+        about = [best.algorithm, str(best.trials), str(best.pruned), f"{best.seconds:.0f}", str(searched)]
+        if not best.points:
+            table.add_row(*about, "none")
+        for place, point in enumerate(best.points):
+            values = [f"{point.values[0]:.4f}", *(f"{value:.4g}" for value in point.values[1:])]
+            table.add_row(*(about if place == 0 else [""] * len(about)), *values, Text(" ".join(point.settings)))
+    printing().print(table)

@@ -32,7 +32,7 @@ class Worker:
             for left in self._storage.parent.glob(f"{glob.escape(self._file('').name)}*"):
                 self.is_at_work(left.name.rpartition(".")[2])
             self._own = os.open(self._file(self.name), os.O_CREAT | os.O_RDWR)
-            _lock(self._own)
+            lock(self._own)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,7 +45,7 @@ class Worker:
         """No other worker is in here meanwhile."""
         folder = os.open(self._storage.parent, os.O_RDONLY)
         try:
-            _lock(folder)
+            lock(folder)
             yield
         finally:
             os.close(folder)
@@ -61,7 +61,7 @@ class Worker:
         except FileNotFoundError:
             return False
         try:
-            if not _lock(other, wait=False):
+            if not lock(other, wait=False):
                 return True
             with suppress(FileNotFoundError):
                 self._file(name).unlink()
@@ -73,8 +73,8 @@ class Worker:
         return self._storage.parent / f".{self._storage.name}.{name}"
 
 
-def _lock(descriptor: int, wait: bool = True) -> bool:
-    """Whether the lock was got; it ends when the descriptor is closed."""
+def lock(descriptor: int, wait: bool = True) -> bool:
+    """Whether the lock of the operating system was got; it ends when the descriptor is closed."""
     try:
         import fcntl
     except ImportError:  # not a POSIX system: one process at a time, then

@@ -1,4 +1,4 @@
-"""What a search may draw from: ranges of numbers, and choices."""
+"""What a search may draw from: ranges of numbers and choices, some of them only where others were drawn."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from decimal import Decimal
 from typing import TypeAlias
 
 import optuna
+
+When: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
+"""Settings, and what has to have been drawn for each of them: ``(("optimizer", ("sgd", "muon")),)``."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Range:
         log: search on a logarithmic scale.
         step: distance between the values; ``None``: 1 for whole numbers, else none.
         whole: draw whole numbers only.
+        when: drawn only where all of these hold; empty: always.
 
     Raises:
         ValueError: an empty or endless range, a logarithmic one that does not stay above zero or has steps, a step that
@@ -32,6 +36,7 @@ class Range:
     log: bool = False
     step: float | None = None
     whole: bool = False
+    when: When = ()
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high < math.inf or (self.log and self.low <= 0):
@@ -72,11 +77,16 @@ class Range:
 class Choices:
     """Values that a setting may take in a search, as they stand behind the equals sign: ``("adam", "[8,8]", "null")``.
 
+    Attributes:
+        values: all of them.
+        when: drawn only where all of these hold; empty: always.
+
     Raises:
         ValueError: fewer than two, or one of them twice.
     """
 
     values: tuple[str, ...]
+    when: When = ()
 
     def __post_init__(self) -> None:
         if len(self.values) < 2 or len(set(self.values)) < len(self.values):
@@ -109,9 +119,67 @@ def words(drawn: Mapping[str, object]) -> list[str]:
     return [f"{key}={text(value)}" for key, value in drawn.items()]
 
 
+def ordered(space: Space) -> dict[str, Range | Choices]:
+    """The same space, every setting behind those that its drawing depends on.
+
+    Raises:
+        ValueError: a condition on something that is not in the space, is a range, or never has the value; or conditions
+            that lead back to where they started.
+    """
+    for key, part in space.items():
+        for parent, values in part.when:
+            known = space.get(parent)
+            if not isinstance(known, Choices):
+                raise ValueError(
+                    f"{key} is drawn when {parent} is {' or '.join(values)}, but no choices of it are searched"
+                )
+            strange = [value for value in values if value not in known.values]
+            if strange:
+                raise ValueError(
+                    f"{key} is drawn when {parent} is {strange[0]}, which is none of its choices {', '.join(known.values)}"
+                )
+    placed: dict[str, Range | Choices] = {}
+    while len(placed) < len(space):
+        free = [key for key in space if key not in placed and all(parent in placed for parent, _ in space[key].when)]
+        if not free:
+            raise ValueError(
+                f"the conditions of {', '.join(key for key in space if key not in placed)} go round in a circle"
+            )
+        placed.update((key, space[key]) for key in free)
+    return placed
+
+
+def holds(part: Range | Choices, drawn: Mapping[str, object]) -> bool:
+    """Whether a setting is to be drawn where these have been drawn already."""
+    return all(drawn.get(parent) in values for parent, values in part.when)
+
+
 def corners(space: Space) -> list[list[str]]:
-    """Settings that reach every end and every choice of a space: all first ones, all last ones, and each other one."""
+    """Settings that reach every end and every choice of a space: all first ones, all last ones, and each one left out."""
+    space = ordered(space)
+    points = [_point(space, {key: part.extremes[end] for key, part in space.items()}) for end in (0, -1)]
+    reached = {pair for point in points for pair in point.items()}
     first = {key: part.extremes[0] for key, part in space.items()}
-    last = {key: part.extremes[-1] for key, part in space.items()}
-    between = [{**first, key: value} for key, part in space.items() for value in part.extremes[1:-1]]
-    return [words(point) for point in (first, last, *between)]
+    for key, part in space.items():
+        for value in part.extremes:
+            if (key, value) not in reached:
+                points.append(_point(space, {**first, **_ancestors(space, key), key: value}))
+                reached.update(points[-1].items())
+    return [words(point) for point in points]
+
+
+def _ancestors(space: Space, key: str) -> dict[str, str]:
+    """What has to be drawn for ``key`` to be drawn."""
+    found: dict[str, str] = {}
+    for parent, values in space[key].when:
+        found |= {**_ancestors(space, parent), parent: values[0]}
+    return found
+
+
+def _point(space: Space, wanted: Mapping[str, str]) -> dict[str, str]:
+    """Those of the wanted values whose conditions hold."""
+    point: dict[str, str] = {}
+    for key, part in space.items():
+        if holds(part, point):
+            point[key] = wanted[key]
+    return point

@@ -77,7 +77,7 @@ def _run(plan: Plan) -> Path:
         if plan.keep_model:
             folder.write_with(MODEL, partial(_save_model, task))
     except (Interrupted, KeyboardInterrupt) as error:
-        _end(folder, "interrupted", "stopped by the user or the system", error)
+        _end(folder, "interrupted", str(error) or "stopped by the user or the system", error)
         raise
     except BaseException as error:
         _end(folder, "failed", _sentence(error), error)

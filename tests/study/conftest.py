@@ -14,9 +14,11 @@ from locallearn.algorithms import Backprop, DeepSupervision, ForwardForward, For
 from locallearn.algorithms.base import Algorithm
 from locallearn.nets import mlp
 from locallearn.strategies import Schedule
+from locallearn.study import tune as tuning
 from locallearn.study.train import Plan
 from locallearn.tasks.classification import Classification
 from locallearn.tasks.images import ImageData
+from tests.study.tuning import FakeRecord, FakeRuns
 
 MakePlan = Callable[..., Plan]
 
@@ -62,3 +64,12 @@ def make_plan(tmp_path: Path) -> MakePlan:
 def algorithm(request: pytest.FixtureRequest) -> str:
     """Every learning rule, one after another."""
     return str(request.param)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
+    """Trials of ``tune`` that are answered by ``runs.answer`` instead of being trained."""
+    fake = FakeRuns()
+    monkeypatch.setattr(tuning, "run", fake.run)
+    monkeypatch.setattr(tuning, "load_record", FakeRecord)
+    return fake

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
-import shlex
 import signal
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,74 +17,21 @@ import optuna
 import pytest
 import torch
 
-from locallearn.cli import main
-from locallearn.cli.settings import UsageError, compose_settings
+from locallearn.cli.settings import UsageError
 from locallearn.records import load_record
 from locallearn.strategies import Diverged
-from locallearn.study import tune as module
 from locallearn.study._workers import Worker
 from locallearn.study.train import Plan
 from locallearn.study.tune import Best, Range, study_name, tune
 from locallearn.tasks.classification import Classification
 from tests.study.conftest import MakePlan
-
-RATE = {"optimizer.lr": Range(1e-4, 1e-1, log=True)}
-Answer = Callable[[str, dict[str, float]], float]
-
-
-@dataclass
-class FakePlan:
-    """What ``tune`` knows of a plan."""
-
-    algorithm: str
-    settings: dict[str, float]
-    evaluate_test: bool = True
-
-
-@dataclass
-class FakeRuns:
-    """Stands for training: answers every trial by a formula, and notes what was asked."""
-
-    answer: Answer = lambda algorithm, settings: 0.5
-    asked: list[FakePlan] = field(default_factory=list)
-
-    def make(self, algorithm: str, settings: Sequence[str]) -> Any:
-        return FakePlan(algorithm, {key: float(value) for key, _, value in (s.partition("=") for s in settings)})
-
-    def run(self, plan: FakePlan) -> float:
-        self.asked.append(plan)
-        return self.answer(plan.algorithm, plan.settings)
-
-    @property
-    def order(self) -> list[str]:
-        return [plan.algorithm for plan in self.asked]
-
-    def values(self, key: str = "optimizer.lr") -> list[float]:
-        return [plan.settings[key] for plan in self.asked]
-
-
-class _FakeRecord:
-    """``accuracy`` is what the fake run returned: a value of the metric, or the folder ``None`` of one that diverged."""
-
-    maximise = True
-
-    def __init__(self, accuracy: float | None) -> None:
-        self.data = {"validation": {"accuracy": accuracy}, "metric": {"name": "accuracy", "maximise": self.maximise}}
-        self.path = Path("a-run")
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
-    fake = FakeRuns()
-    monkeypatch.setattr(module, "run", fake.run)
-    monkeypatch.setattr(module, "load_record", _FakeRecord)
-    return fake
+from tests.study.tuning import RATE, Answer, FakeRecord, FakeRuns, asked_for, ended, search, worker
 
 
 def _tune(
     runs: FakeRuns, storage: Path, trials: int, algorithms: Sequence[str] = ("a", "b"), **other: Any
 ) -> list[Best]:
-    return tune(algorithms, runs.make, other.pop("space", RATE), trials, storage / "tune.sqlite", "study", **other)
+    return search(runs, storage / "tune.sqlite", trials, algorithms, **other)
 
 
 # -- budgets ----------------------------------------------------------------------------------------------------------
@@ -206,7 +149,7 @@ def test_studies_with_other_settings_do_not_mix() -> None:
 def test_the_best_trial_of_an_error_is_the_smallest(
     runs: FakeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_FakeRecord, "maximise", False)
+    monkeypatch.setattr(FakeRecord, "maximise", False)
     answers = iter([0.3, 0.2, math.nan])
     runs.answer = lambda algorithm, settings: next(answers)
     [best] = _tune(runs, tmp_path, 3, algorithms=["a"])
@@ -334,32 +277,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 
 
 def _worker(runs: FakeRuns, folder: Path, trials: int, answer: Answer) -> int:
-    """Number of a process that searches, and notes what it was asked for in a file of its own."""
-
-    def noted(algorithm: str, settings: dict[str, float]) -> float:
-        with (folder / f"asked-{os.getpid()}").open("a") as file:
-            file.write(f"{algorithm} {settings['optimizer.lr']!r}\n")
-        return answer(algorithm, settings)
-
     (folder / "search").mkdir(exist_ok=True)
-    process = os.fork()
-    if process:
-        return process
-    code = 3
-    try:
-        runs.answer = noted
-        found = _tune(runs, folder / "search", trials)
-        code = 0 if [best.trials for best in found] == [trials, trials] else 4
-    finally:
-        os._exit(code)
-
-
-def _asked(folder: Path) -> list[str]:
-    return [line for file in sorted(folder.glob("asked-*")) for line in file.read_text().splitlines()]
-
-
-def _end(process: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return worker(runs, folder, folder / "search" / "tune.sqlite", trials, answer)
 
 
 @forks
@@ -371,8 +290,8 @@ def test_processes_share_a_budget_and_draw_differently(runs: FakeRuns, tmp_path:
         return settings["optimizer.lr"]
 
     workers = [_worker(runs, tmp_path, 3, answer) for _ in range(3)]
-    assert [_end(worker) for worker in workers] == [0, 0, 0]
-    asked = _asked(tmp_path)
+    assert [ended(worker) for worker in workers] == [0, 0, 0]
+    asked = asked_for(tmp_path)
     assert len(asked) == 6
     for algorithm in ("a", "b"):
         assert len({line for line in asked if line.startswith(algorithm)}) == 3
@@ -431,11 +350,11 @@ def test_a_killed_trial_is_neither_lost_nor_counted_twice(runs: FakeRuns, tmp_pa
     while not (tmp_path / "killed").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     second = _worker(runs, tmp_path, 2, killed)
-    while len(_asked(tmp_path)) < 4 and time.monotonic() < deadline:
+    while len(asked_for(tmp_path)) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(first, signal.SIGKILL)
-    assert [_end(first), _end(second)] == [-signal.SIGKILL, 0]
-    asked = _asked(tmp_path)
+    assert [ended(first), ended(second)] == [-signal.SIGKILL, 0]
+    asked = asked_for(tmp_path)
     assert (len(asked), len(set(asked))) == (5, 4)
     study = optuna.load_study(study_name="a-study", storage=f"sqlite:///{tmp_path / 'search' / 'tune.sqlite'}")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
@@ -443,7 +362,7 @@ def test_a_killed_trial_is_neither_lost_nor_counted_twice(runs: FakeRuns, tmp_pa
 
 
 @forks
-def test_a_trial_that_kills_its_process_is_given_up_in_the_end(runs: FakeRuns, tmp_path: Path) -> None:
+def test_a_trial_that_kills_its_process_is_given_up_in_theended(runs: FakeRuns, tmp_path: Path) -> None:
     """As the system does when the machine's memory is out; it must not be the end of every search to come."""
 
     def fatal(algorithm: str, settings: dict[str, float]) -> float:
@@ -451,7 +370,7 @@ def test_a_trial_that_kills_its_process_is_given_up_in_the_end(runs: FakeRuns, t
             os.kill(os.getpid(), signal.SIGKILL)
         return 0.5
 
-    assert [_end(_worker(runs, tmp_path, 1, fatal)) for _ in range(4)] == [-signal.SIGKILL] * 3 + [0]
+    assert [ended(_worker(runs, tmp_path, 1, fatal)) for _ in range(4)] == [-signal.SIGKILL] * 3 + [0]
     good, bad = _tune(runs, tmp_path / "search", 1)
     assert (good.value, bad.value) == (0.5, None)
     assert bad.failures == ("trial 1: its process died 3 times",)
@@ -516,129 +435,3 @@ def test_trials_judge_validation_data_and_never_read_the_test_set(
         [done[record.id]] if record.status == "done" else [0.0] for record in records
     ]
     assert [trial.user_attrs["record"] for trial in study.trials] == [record.id for record in records]
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-SMALL = ("meter=none", "net.hidden=[8,8]", "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.probe_samples=0")
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder and a wide terminal."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["locallearn"])
-    monkeypatch.setenv("COLUMNS", "200")
-    return tmp_path
-
-
-def test_the_command_prints_what_compare_accepts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    space = "tune.space={optimizer.lr:{low:1e-3,high:1e-2,log:true},optimizer.weight_decay:{low:0,high:1e-4}}"
-    assert main(["tune", *SMALL, "tune.trials=2", space, "tune.algorithms=[mono_forward,backprop]"]) == 0
-    out = capsys.readouterr().out
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in (here / "runs" / "tune").glob("*/record.json")]
-    found.sort(key=lambda record: str(record["started"]))
-    assert [record["algorithm"] for record in found] == ["mono_forward", "backprop"] * 2
-    assert all(record["test"] == {} for record in found)
-    assert sorted(path.name for path in (here / "runs").iterdir()) == ["tune", "tune.sqlite"]
-    *_, command, overrides = shlex.split(out.splitlines()[-1].partition(": ")[2])
-    assert command == "..."
-    cfg, _ = compose_settings(["compare.algorithms=[mono_forward,backprop]", overrides])
-    for name in ("mono_forward", "backprop"):
-        best = max((r for r in found if r["algorithm"] == name), key=lambda r: float(r["validation"]["accuracy"]))
-        assert f"{best['validation']['accuracy']:.4f}" in out
-        own = best["config"]["optimizer"]
-        words = list(cfg.compare.overrides[name])
-        assert sorted(words) == [f"optimizer.lr={own['lr']!r}", f"optimizer.weight_decay={own['weight_decay']!r}"]
-        tuned, _ = compose_settings(words)  # as compare does for every run
-        assert (tuned.optimizer.lr, tuned.optimizer.weight_decay) == (own["lr"], own["weight_decay"])
-
-
-def test_whole_numbers_steps_and_choices(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the search draws is what the settings take, and what it prints can be pasted into a shell."""
-    space = (
-        "tune.space={dataset.batch_size:{low:16,high:64,step:16},optimizer.weight_decay:{low:0,high:1},"
-        "net.hidden:{choices:[[8],[8,8]]},trainer.gradient_clip_val:{choices:[null,1]},optimizer:{choices:[adam,sgd]}}"
-    )
-    words = ["runs_dir=my runs?", "dataset.limit_train=100", *SMALL]
-    assert main(["tune", *words, "tune.trials=4", space, "tune.algorithms=[backprop]"]) == 0
-    out = capsys.readouterr().out
-    records = [load_record(path.parent) for path in (here / "my runs?" / "tune").glob("*/record.json")]
-    configs = [record.data["config"] for record in records]
-    assert len(configs) == 4
-    assert all(type(config["dataset"]["batch_size"]) is int for config in configs)
-    assert {config["dataset"]["batch_size"] for config in configs} <= {16, 32, 48, 64}
-    assert all(type(config["optimizer"]["weight_decay"]) is float for config in configs)
-    assert all(config["net"]["hidden"] in ([8], [8, 8]) for config in configs)
-    assert {config["trainer"]["gradient_clip_val"] for config in configs} <= {None, 1}
-    program, command, *printed = shlex.split(out.splitlines()[-2])
-    assert (program, command) == ("locallearn", "train")
-    best = max(records, key=lambda record: float(record.data["validation"]["accuracy"]))
-    again, choices = compose_settings(printed)
-    assert choices["algorithm"] == "backprop"
-    for group in ("dataset", "net", "optimizer", "trainer"):
-        assert again[group] == best.data["config"][group], group
-    assert again.runs_dir == "my runs?"
-    overrides = shlex.split(out.splitlines()[-1])[-1]
-    tuned, _ = compose_settings(list(compose_settings([overrides])[0].compare.overrides["backprop"]))
-    assert tuned.net.hidden == best.data["config"]["net"]["hidden"]
-
-
-def test_nothing_is_recommended_where_all_diverged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    space = "tune.space={optimizer.lr:{low:1e29,high:1e30}}"
-    words = ["dataset.limit_train=200", "tune.trials=2", space, "tune.algorithms=[backprop]"]
-    assert main(["tune", *SMALL, "optimizer=sgd", *words]) == 1
-    out, err = capsys.readouterr()
-    assert "to compare them" not in out
-    assert "locallearn train" not in out
-    assert "all of the 2 trials of backprop failed or diverged" in err
-    assert "nothing can be recommended" in err
-
-
-@pytest.mark.parametrize(
-    ("words", "wanted"),
-    [
-        (
-            ["tune.space={dataset.batch_size:{low:16.5,high:64}}"],
-            "tune.space.dataset.batch_size: whole numbers are drawn",
-        ),
-        (["tune.space={dataset.batch_size:{low:16,high:64,step:7}}"], "steps of 7 do not lead from 16 to 64"),
-        (
-            ["tune.space={dataset.batch_size:{low:16,high:64,type:float}}"],
-            "dataset.batch_size is 16.0, expected a whole",
-        ),
-        (["tune.space={dataset.batch_size:{low:0,high:64}}"], "batch_size"),
-        (["tune.space={optimizer.lr:{low:0.1,high:1,log:true,step:0.1}}"], "take out log, or step=0.1"),
-        (["tune.space={optimizer.lr:{low:0.1,high:1,type:text}}"], "type is 'text', expected int or float"),
-        (["tune.space={optimizer.lr:{low:0.1,high:1,log:1}}"], "log is 1, expected true or false"),
-        (["tune.space={optimizer.lr:{low:true,high:1}}"], "low is True, expected a number"),
-        (["tune.space={optimizer.lr:{low:0.1,high:1,choices:[1]}}"], "tune.space.optimizer.lr is {"),
-        (["tune.space={optimizer.lr:{choices:[0.1,0.2,0.1]}}"], "the choices are 0.1, 0.2, 0.1; expected"),
-        (["tune.space={optimizer.lr:{choices:[0.1]}}"], "expected at least two"),
-        (["tune.space={optimizer.lr:{choices:[0.1,0.2,much]}}"], "optimizer.lr is 'much'"),
-        (["tune.space={optimizer:{choices:[adam,none]}}"], "there is no optimizer 'none'"),
-        (["tune.trials=0"], "tune.trials is 0"),
-        (["tune.trials=abc"], "tune.trials is abc"),
-        (["tune.space={optimizer.lr:{low:1e-2,high:1e-3}}"], "from 0.01 to 0.001"),
-        (["tune.space={optimizer.lr:{low:1e-2}}"], "tune.space.optimizer.lr is {'low': 0.01}"),
-        (["tune.space={optimizer.lr:{low:1e-3,high:abc}}"], "tune.space.optimizer.lr.high is 'abc', expected a number"),
-        (["tune.space={optimizer.lr:3}"], "tune.space.optimizer.lr is 3"),
-        (["tune.space=[1]"], "tune.space is [1]"),
-        (["tune.space={optimizer.lrr:{low:1e-3,high:1e-2}}"], "'optimizer.lrr'; did you mean optimizer.lr?"),
-        (["tune.algorithms=backprop"], "expected a list"),
-        (["tune.algorithms=[nope]"], "'nope'"),
-        (["resume=somewhere"], "resume goes with train"),
-        (["runs_dir=null"], "runs_dir is None"),
-        # Only the second algorithm refuses it: told before the first one has been trained.
-        (["tune.algorithms=[mono_forward,backprop]", "schedule=sequential"], "Backprop trains all of its units"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_trained(
-    words: list[str], wanted: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["tune", *SMALL, *words]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert wanted in err
-    assert err.count("\n") == 1
-    assert list(here.iterdir()) == []
