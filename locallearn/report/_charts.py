@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
@@ -53,7 +53,8 @@ class Chart:
 def cost_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles) -> list[Chart]:
     """The headline metric against energy, time and bytes, each with its Pareto front."""
     metric = headline_metric(shown, rows[0].metric)
-    if metric is None:
+    # One point is no comparison; its numbers stand in the table.
+    if metric is None or sum(metric.key in row.figures for row in rows) < 2:
         return []
     by_key = {column.key: column for column in shown}
     # What the device's allocator really held, where there is such a figure; else what the graphs keep alive.
@@ -117,10 +118,8 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Styles
                 *(cost.number(x.centre), cost.interval(x), verdict),
             )
         )
-    xs = [row.figures[cost.key].centre or 0.0 for row in known]
-    wide = bool(xs) and min(xs) > 0 and max(xs) / min(xs) > 20
     layout = {
-        "xaxis": {"title": {"text": plain_text(cost.heading)}, "type": "log" if wide else "linear"},
+        "xaxis": cost_axis(cost.heading, [scaled(row.figures[cost.key].centre, cost) for row in known], 20),
         "yaxis": {"title": {"text": plain_text(metric.heading)}},
     }
     header = ("Rule", "Seeds", metric.heading, "95 % interval", cost.heading, "95 % interval", "Pareto front")
@@ -303,7 +302,7 @@ def _interval_chart(
     }
     heading = axis[:1].upper() + axis[1:]
     header = ("Rule", "Pairs", heading, "95 % interval", "Sign-flip p", "Smallest possible p", "p after Holm")
-    return Chart(title, "", figure_of(data, layout), header, table, 130 + 36 * len(points))
+    return Chart(title, "", figure_of(data, layout), header, table, 100 + rows_height(point.label for point in points))
 
 
 def _p(p: float | None) -> str:
@@ -316,7 +315,8 @@ def _p(p: float | None) -> str:
 def memory_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles) -> list[Chart]:
     """Bars of the peak bytes, from zero."""
     wanted = ("activation_peak_bytes", "allocated_peak_bytes")
-    return [_bar_chart(rows, column, style) for column in shown if column.key in wanted]
+    found = [column for column in shown if column.key in wanted]
+    return [_bar_chart(rows, c, style) for c in found if sum(c.key in row.figures for row in rows) > 1]
 
 
 def _bar_chart(rows: Sequence[Row], column: Column, style: Styles) -> Chart:
@@ -344,7 +344,7 @@ def _bar_chart(rows: Sequence[Row], column: Column, style: Styles) -> Chart:
     }
     table = [(row.label, str((f := row.figures[column.key]).summary.n), column.summary(f)) for row in known]
     header = ("Rule", "Seeds", column.heading)
-    return Chart(column.title, "", figure_of(data, layout), header, table, 120 + 36 * len(known))
+    return Chart(column.title, "", figure_of(data, layout), header, table, 90 + rows_height(row.label for row in known))
 
 
 # ------------------------------------------------------------------------------------------- small parts
@@ -382,6 +382,31 @@ def plain_text(text: str) -> str:
 def wrapped(text: str, width: int = 24) -> str:
     """Text for a category of an axis, in lines of about ``width`` signs: a long name must leave room for the chart."""
     return "<br>".join(escape(line) for line in textwrap.wrap(" ".join(text.split()), width)[:4]) or plain_text(text)
+
+
+def rows_height(labels: Iterable[str], least: int = 36) -> int:
+    """Pixels for a category axis with these labels, some of which take several lines."""
+    return sum(max(least, 17 * (wrapped(label).count("<br>") + 1) + 8) for label in labels)
+
+
+def cost_axis(title: str, values: Sequence[float | None], times: float) -> Figure:
+    """An axis of costs: logarithmic where they are all above 0 and the largest is more than ``times`` the least.
+
+    Its marks are at 1, 2 and 5 or, over many decades, at powers of ten: left alone, Plotly writes digits between them.
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    axis: Figure = {"title": {"text": plain_text(title)}}
+    if not known or min(known) <= 0 or max(known) / min(known) <= times:
+        return axis
+    low, high = math.floor(math.log10(min(known))) - 1, math.ceil(math.log10(max(known))) + 1
+    steps = (1, 2, 5) if high - low <= 4 else (1,)
+    every = max(1, (high - low) // 8)
+    marks = [step * 10.0**power for power in range(low, high + 1, every) for step in steps]
+    return axis | {"type": "log", "tickvals": marks, "ticktext": [_mark(mark) for mark in marks]}
+
+
+def _mark(value: float) -> str:
+    return f"{value:,.0f}" if 1 <= value < 1e6 else f"{value:g}"
 
 
 def scaled(value: float | None, column: Column) -> float | None:

@@ -10,6 +10,7 @@ from locallearn.report._charts import (
     Chart,
     Curves,
     Figure,
+    cost_axis,
     figure_of,
     lower,
     mean_of,
@@ -165,11 +166,9 @@ def _spent_chart(
         table.append((row.label, str(seeds), *told))
     if not data:
         return None
-    xs = [value for trace in data for value in trace["x"] if value]
-    wide = bool(xs) and min(xs) > 0 and max(xs) / min(xs) > 30
     name = lower(metric.title)
     layout = {
-        "xaxis": {"title": {"text": plain_text(axis)}, "type": "log" if wide else "linear"},
+        "xaxis": cost_axis(axis, [value for trace in data for value in trace["x"] if value], 30),
         "yaxis": {"title": {"text": plain_text(name if metric.key == LOSS else lower(metric.heading))}},
     }
     note = "Mean over the seeds that reached the epoch, a marker for every validation."

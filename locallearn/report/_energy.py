@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from locallearn.report._charts import Chart, figure_of, plain_text, scaled, wrapped
+from locallearn.report._charts import Chart, cost_axis, figure_of, plain_text, rows_height, scaled, wrapped
 from locallearn.report._columns import PER_SAMPLE, UNKNOWN, Column, quality
 from locallearn.statistics import Figure, Row, summarise, t_interval
 
@@ -65,7 +65,13 @@ def energy_charts(rows: Sequence[Row], shown: Sequence[Column]) -> list[Chart]:
                 "y": [wrapped(row.label) for row in known],
                 "marker": {
                     "color": _SHADES[number % len(_SHADES)],
-                    "pattern": {"shape": "" if measured else "/", "fgcolor": "#fff", "size": 6, "solidity": 0.25},
+                    "pattern": {
+                        "shape": "" if measured else "/",
+                        "fillmode": "overlay",
+                        "fgcolor": "#fff",
+                        "size": 6,
+                        "solidity": 0.25,
+                    },
                 },
                 "hovertemplate": "%{y}<br>%{fullData.name}<br>%{x:.4g} " + unit.unit + "<extra></extra>",
             }
@@ -77,10 +83,8 @@ def energy_charts(rows: Sequence[Row], shown: Sequence[Column]) -> list[Chart]:
                 for one in (column, net, each)
             ]
             table.append((row.label, source, word, str(row.figures[column.key].summary.n), *said))
-    positive = [x for trace in data for x in trace["x"] if x and x > 0]
-    wide = bool(positive) and max(positive) / min(positive) > 50
     layout = {
-        "xaxis": {"title": {"text": f"joules per run ({unit.unit})"}, "type": "log" if wide else "linear"},
+        "xaxis": cost_axis(f"joules per run ({unit.unit})", [x for trace in data for x in trace["x"] if x], 50),
         "yaxis": {"autorange": "reversed", "type": "category"},
         "barmode": "group",
         "bargap": 0.3,
@@ -90,7 +94,7 @@ def energy_charts(rows: Sequence[Row], shown: Sequence[Column]) -> list[Chart]:
     if kinds == {"modelled"}:
         note += " Nothing here was measured: these joules follow from time and an assumed power."
     header = ("Rule", "Source", "Quality", "Runs", "Joules per run", "Net of idle", "Joules per sample")
-    height = 130 + sum(max(26, 14 * len(columns)) + 10 for _ in rows)
+    height = 100 + rows_height((row.label for row in rows), 14 * len(columns) + 14)
     return [Chart("Energy by source", note, figure_of(data, layout), header, table, height)]
 
 

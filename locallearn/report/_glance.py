@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from locallearn.report._charts import lower
 from locallearn.report._columns import UNKNOWN, Column, quality, ratio_text
 from locallearn.report._html import Book, scrolled
 from locallearn.report._section import Section
@@ -42,7 +43,7 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
         what = (
             ""
             if metric is None
-            else f"<small>{escape(metric.title.lower() if not metric.lower else metric.heading)}</small>"
+            else f"<small>{escape(lower(metric.heading if metric.lower else metric.title))}</small>"
         )
         difference, picture = _difference(section, style, reach)
         ratios = (

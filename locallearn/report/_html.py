@@ -42,7 +42,7 @@ class Book:
         """A table of its own, which is written as a file, too."""
         known = list(lines)
         self.tables.append((self.section, title, header, known))
-        return plain_table(header, known, title)
+        return plain_table(header, known, title, "cards wide")
 
     def _figure(self, chart: Chart) -> str:
         number = len(self.charts)
@@ -129,14 +129,14 @@ def _sign(trace: Mapping[str, Any]) -> str:
 _HALF = ' opacity=".85"'
 
 
-def plain_table(header: Sequence[str], lines: Iterable[Sequence[str]], label: str) -> str:
+def plain_table(header: Sequence[str], lines: Iterable[Sequence[str]], label: str, names: str = "") -> str:
     """A table of texts that can be sorted."""
     head = "".join(f'<th scope="col">{escape(word)}</th>' for word in header)
     body = "".join(
         f'<tr><th scope="row">{escape(line[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in line[1:])}</tr>'
         for line in lines
     )
-    return scrolled(f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>", label)
+    return scrolled(f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>", label, names)
 
 
 def scrolled(inner: str, label: str, names: str = "", attributes: str = "") -> str:

@@ -119,7 +119,7 @@ def unfinished(records: Sequence[Record], problems: Sequence[str], page: Path) -
         parts.append(
             '<h2 id="unfinished">Runs that did not finish</h2>'
             "<p class='note'>They are in no mean above; their rules' rows count them.</p>"
-            + scrolled(f"{head}<tbody>{lines}</tbody>", "Runs that did not finish", "wide")
+            + scrolled(f"{head}<tbody>{lines}</tbody>", "Runs that did not finish", "cards wide")
         )
     if words:
         items = "".join(f"<li>{escape(word)}</li>" for word in words)

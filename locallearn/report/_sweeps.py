@@ -7,7 +7,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from locallearn.report._charts import Chart, Figure, error_bar, figure_of, lower, plain_text, ramp, scaled, wrapped
+from locallearn.report._charts import (
+    Chart,
+    Figure,
+    cost_axis,
+    error_bar,
+    figure_of,
+    lower,
+    plain_text,
+    ramp,
+    scaled,
+    wrapped,
+)
 from locallearn.report._columns import UNKNOWN, Column, headline_metric, significant
 from locallearn.report._styles import Styles
 from locallearn.statistics import Row
@@ -220,9 +231,8 @@ def _chart(
             table.append((name, f"{value:g}", str(row.seeds), metric.number(figure.centre), metric.interval(figure)))
     setting = key.partition(".")[2] if key.startswith("algorithm.") else key
     values = [value for _, points in lines for value, _ in points]
-    wide = min(values) > 0 and max(values) / min(values) > 20
     layout = {
-        "xaxis": {"title": {"text": plain_text(setting)}, "type": "log" if wide else "linear"},
+        "xaxis": cost_axis(setting, values, 20),
         "yaxis": {"title": {"text": plain_text(lower(metric.heading))}},
     }
     note = f"Means with 95 % t-intervals over the seeds; all settings but {key} are equal along a line."
@@ -284,8 +294,8 @@ def estimate_charts(bench: Mapping[str, Any]) -> list[Chart]:
             said = [UNKNOWN if value is None else significant(value) for value in (spread, theory)]
             table.append((name, f"{count:g}", significant(error), *said))
     layout = {
-        "xaxis": {"title": {"text": "directions"}, "type": "log"},
-        "yaxis": {"title": {"text": "relative squared error"}, "type": "log"},
+        "xaxis": {"type": "log"} | cost_axis("directions", [x for trace in data for x in trace["x"]], 1),
+        "yaxis": {"type": "log"} | cost_axis("relative squared error", [y for trace in data for y in trace["y"]], 1),
     }
     header = ("Rule", "Directions", "Relative squared error", "Standard error", "Theory")
     note = "Means with standard errors; dotted lines are theory."

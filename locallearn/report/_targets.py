@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from locallearn.report._charts import Chart, figure_of, plain_text, wrapped
+from locallearn.report._charts import Chart, cost_axis, figure_of, plain_text, rows_height, wrapped
 from locallearn.report._columns import AT_LEAST, Column
 from locallearn.report._styles import Styles
 from locallearn.statistics import Row
@@ -58,12 +58,9 @@ def _chart(rows: Sequence[Row], column: Column, style: Styles) -> Chart:
             for seed, value in figure.by_seed.items()
         )
         table.append((row.label, str(figure.arrivals or ""), column.summary(figure), each))
-    wide = bool(values) and min(values) > 0 and max(values) / min(values) > 30
+    axis = cost_axis(column.heading, values, 30)
     layout = {
-        "xaxis": {
-            "title": {"text": plain_text(column.heading)},
-            **({"type": "log"} if wide else {"rangemode": "tozero"}),
-        },
+        "xaxis": axis if "type" in axis else axis | {"rangemode": "tozero"},
         "yaxis": {"type": "category", "autorange": "reversed"},
     }
     note = (
@@ -71,6 +68,5 @@ def _chart(rows: Sequence[Row], column: Column, style: Styles) -> Chart:
         "run's cost is larger by an unknown amount, and a mean that counts it is a least value."
     )
     header = ("Rule", "Reached", f"Mean, {column.qualifier or 'samples'}", "Every seed")
-    return Chart(
-        f"{column.title}, seed by seed", note, figure_of(data, layout), header, table, 130 + 38 * max(1, len(table))
-    )
+    height = 100 + rows_height((line[0] for line in table), 38)
+    return Chart(f"{column.title}, seed by seed", note, figure_of(data, layout), header, table, height)

@@ -32,6 +32,7 @@ def draw(chart: Chart, stem: Path) -> list[Path]:
         Both files.
     """
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -43,9 +44,13 @@ def draw(chart: Chart, stem: Path) -> list[Path]:
     }
     paths = []
     with matplotlib.rc_context(look):
+        figure = Figure(figsize=(6.4, max(2.2, chart.height / 110)), layout="constrained")
+        _draw(figure, chart.figure)
+        # The layout is worked out once for both files.
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         for end, canvas in (("svg", FigureCanvasSVG), ("pdf", FigureCanvasPdf)):
-            figure = Figure(figsize=(6.4, max(2.2, chart.height / 110)), layout="constrained")
-            _draw(figure, chart.figure)
             path = stem.with_name(f"{stem.name}.{end}")
             when = {"Date": None} if end == "svg" else {"CreationDate": None, "ModDate": None}
             canvas(figure).print_figure(path, metadata=when)

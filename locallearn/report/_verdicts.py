@@ -140,7 +140,7 @@ def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row]) -> str:
     said = []
     for word, column, pair in cost_ratios(rival, shown, rows):
         text = ratio_text(pair.ratio)
-        if pair.ratio_lo is not None and pair.ratio_hi is not None and pair.ratio_lo != pair.ratio_hi:
+        if pair.ratio_lo is not None and pair.ratio_hi is not None and pair.ratio_hi / pair.ratio_lo > 1.005:
             text += f" [{ratio_text(pair.ratio_lo).rstrip(TIMES)}, {ratio_text(pair.ratio_hi).rstrip(TIMES)}]"
         if word == "joules":
             source = column.key.partition("/")[2]

@@ -15,7 +15,7 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const template = () => {
     const axis = {gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"),
-      automargin: true, title: {standoff: 10}};
+      automargin: true, ticks: "outside", ticklen: 6, tickcolor: "rgba(0,0,0,0)", title: {standoff: 10}};
     return {layout: {
       font: {family: getComputedStyle(document.body).fontFamily, size: 12.5, color: colour("--fg")},
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", xaxis: axis, yaxis: axis,
@@ -37,6 +37,16 @@
   const width = (text) => {
     pen.font = "12px " + getComputedStyle(document.body).fontFamily;
     return pen.measureText(text).width;
+  };
+  // A title in as many lines as it needs; its type is larger than that of names.
+  const inLines = (text, room) => {
+    const lines = [""];
+    for (const word of text.split(" ")) {
+      const longer = `${lines[lines.length - 1]} ${word}`.trim();
+      if (width(longer) * 1.25 <= room || !lines[lines.length - 1]) lines[lines.length - 1] = longer;
+      else lines.push(word);
+    }
+    return lines.map(escape).join("<br>");
   };
   // Where in pixels of the drawn plot a value lies.
   const scale = (axis, length, upward) => (value) => {
@@ -112,14 +122,14 @@
     const found = figure.labels === "end" ? endLabels(place, traces)
       : figure.labels === "point" ? pointLabels(place, traces) : null;
     place.toggleAttribute("data-labelled", Boolean(found));
-    if (!found) return;
+    if (!found) return null;
     const layout = {...base, annotations: [...(figure.layout.annotations || []), ...found.notes],
       margin: {...template().layout.margin, ...(figure.layout.margin || {}), r: found.room}};
     // The ranges that the places were worked out for.
     for (const axis of ["xaxis", "yaxis"]) {
       layout[axis] = {...base[axis], range: [...place.layout[axis].range], autorange: false};
     }
-    show(place, traces, layout);
+    return show(place, traces, layout);
   };
 
   const draw = async (place) => {
@@ -129,9 +139,21 @@
     const shown = labelsShown(place);
     const traces = figure.data.map((t) => ({...t, visible: !shown || t.meta === undefined || shown.has(t.meta)}));
     // Plotly writes into what it is given.
-    const base = () => ({...JSON.parse(JSON.stringify(figure.layout)), template: template()});
+    place.dataset.height ||= place.style.height;
+    const base = () => {
+      const layout = {...JSON.parse(JSON.stringify(figure.layout)), template: template()};
+      for (const [axis, room] of [["xaxis", place.clientWidth - 110], ["yaxis", place.clientHeight - 90]]) {
+        const title = layout[axis] && layout[axis].title;
+        if (title && title.text) title.text = inLines(plain(title.text), room);
+        // Every further line below the plot makes it as much higher: Plotly would push the title up into the marks.
+        const lines = title && title.text && axis === "xaxis" ? title.text.split("<br>").length - 1 : 0;
+        if (axis === "xaxis") place.style.height = `${parseFloat(place.dataset.height) + 20 * lines}px`;
+      }
+      return layout;
+    };
     await show(place, traces, base());
-    labelled(place, figure, traces, base());
+    await labelled(place, figure, traces, base());
+    place.dataset.settled = "yes";
   };
 
   let wide = innerWidth, timer = 0;
@@ -270,6 +292,7 @@
       const titles = heads.map((th) => [...th.querySelector("button").childNodes].map((n) => n.textContent).join(", "));
       for (const row of table.tBodies[0].rows) for (const cell of row.cells) {
         if (cell.tagName === "TD") cell.dataset.h = titles[cell.cellIndex];
+        cell.classList.toggle("none", cell.textContent === "–");
       }
     }
     const button = table.parentElement.nextElementSibling;

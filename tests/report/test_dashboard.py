@@ -1,0 +1,369 @@
+"""What the page answers: verdicts, fronts, targets, energy, searches, students; its files; and how it stands in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from locallearn.cli import report as command
+from locallearn.records import Record
+from locallearn.report import write_report
+from locallearn.report._columns import AT_LEAST, TIMES, UNKNOWN, columns
+from locallearn.report._distilled import read_distilled
+from locallearn.report._energy import energy_charts, per_sample
+from locallearn.report._styles import styles
+from locallearn.report._sweeps import parallel_chart
+from locallearn.report._targets import target_charts
+from locallearn.report._verdicts import verdict
+from locallearn.statistics import compare_table
+from tests.report.browser import BROWSER, OVERLAPS, Tab, browser
+from tests.report.varied import RULES, many, search, students, varied
+
+Make = Callable[..., Record]
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is on the PATH")
+
+
+# -- sentences --------------------------------------------------------------------------------------------------------
+def _verdict(make: Make, accuracies: dict[str, Sequence[float]], **values: Any) -> str:
+    made = [
+        make(rule, seed, test={"accuracy": accuracy}, **values)
+        for rule, of in accuracies.items()
+        for seed, accuracy in enumerate(of)
+    ]
+    rows = compare_table(made, "backprop")
+    return verdict(rows, columns(rows), "backprop").sentence
+
+
+def test_a_certain_win_says_by_how_much_and_at_what_cost(make: Make) -> None:
+    said = _verdict(make, {"backprop": (0.90, 0.91, 0.92), "mono_forward": (0.95, 0.961, 0.97)})
+    assert said.startswith(
+        "mono_forward beats backprop by 5.03 points in test accuracy (95 % interval [+4.89, +5.18], 3 pairs)"
+    )
+    assert f"0.750{TIMES} the time" in said
+    assert f"0.767{TIMES} the joules (nvml, measured)" in said
+    assert f"0.345{TIMES} the memory" in said
+
+
+def test_what_the_interval_holds_is_not_called_a_win(make: Make) -> None:
+    said = _verdict(make, {"backprop": (0.90, 0.91, 0.92), "mono_forward": (0.91, 0.905, 0.925)})
+    assert "mono_forward and backprop cannot be told apart in test accuracy: +0.33 points" in said
+    assert "beats" not in said
+    two = _verdict(make, {"backprop": (0.90, 0.91), "mono_forward": (0.99, 0.99)}, dataset="other")
+    assert "nothing is certain" in two
+    assert "beats" not in two
+
+
+def test_nobody_reaches_the_baseline(make: Make) -> None:
+    rules = {"backprop": (0.95, 0.96, 0.97), "a": (0.90, 0.911, 0.92), "b": (0.8, 0.81, 0.82)}
+    said = _verdict(make, rules)
+    assert said.startswith("No rule reaches backprop in test accuracy: a, the closest, lies 4.97 points behind")
+
+
+def test_without_a_baseline_intervals_are_compared(make: Make) -> None:
+    apart = _verdict(make, {"a": (0.90, 0.911, 0.92), "b": (0.8, 0.81, 0.82)})
+    assert "a has the highest test accuracy of 2 rows" in apart
+    assert "lies apart from that of b" in apart
+    assert "There is no backprop to compare with." in apart
+    assert "overlaps that of b" in _verdict(make, {"a": (0.90, 0.91, 0.92), "b": (0.89, 0.9, 0.93)}, dataset="other")
+    small = {"task": "reconstruction", "metric": {"name": "mse", "maximise": False}, "net": "autoencoder"}
+    rows = compare_table(
+        [make(a, s, test={"mse": v}, **small) for a, v in (("a", 0.02), ("b", 0.01)) for s in (0, 1, 2)]
+    )
+    assert "b has the lowest test MSE of 2 rows" in verdict(rows, columns(rows), "backprop").sentence
+
+
+def test_the_top_names_what_failed_and_every_comparison_has_a_line(tmp_path: Path) -> None:
+    page = write_report(varied(tmp_path / "runs"), tmp_path / "r.html").read_text(encoding="utf-8")
+    top = page.partition("<main")[0]
+    assert "4 runs did not finish" in top
+    assert "layer3&#x27; diverged" in top
+    assert page.count('<tr data-section="') == page.count('<section id="s') == 6
+    assert "36 finished runs, 9 rules, 6 comparisons" in top
+
+
+# -- styles -----------------------------------------------------------------------------------------------------------
+def test_rules_have_hues_and_settings_markers_and_dashes(make: Make) -> None:
+    made = [make(f"rule{i}", 0, variant=v) for i in range(9) for v in ("a", "b", "c")] + [make("backprop", 0)]
+    rows = compare_table(made, "backprop")
+    found = styles(rows, "backprop")
+    hues = {row.algorithm: {found[r.label].colour for r in rows if r.algorithm == row.algorithm} for row in rows}
+    assert all(len(of) == 1 for of in hues.values())
+    assert len({next(iter(of)) for of in hues.values()}) == 10
+    for i in range(9):
+        own = [found[row.label] for row in rows if row.algorithm == f"rule{i}"]
+        assert len({style.symbol for style in own}) == len({style.dash for style in own}) == 3
+
+
+# -- charts -----------------------------------------------------------------------------------------------------------
+def test_runs_that_never_arrived_are_drawn_as_such(make: Make) -> None:
+    def run(seed: int, seconds: float | None) -> Record:
+        reached = {} if seconds is None else {"seconds": seconds}
+        return make(
+            "x",
+            seed,
+            energy=[],
+            cost={"train_s": 45 * (1 + seed / 50)},
+            mode="target",
+            target={"accuracy": 0.97, **reached},
+        )
+
+    rows = compare_table([run(0, 10.0), run(1, 12.0), run(2, None)])
+    chart, *_ = target_charts(rows, columns(rows), styles(rows, "backprop"))
+    arrived, censored = chart.figure["data"]
+    assert (arrived["x"], censored["x"]) == ([10.0, 12.0], [pytest.approx(45.0 * 1.04)])
+    assert censored["marker"]["symbol"] == "triangle-right-open"
+    assert chart.table == [
+        ("x", "2 of 3 reached", f"{AT_LEAST} 22.9", f"10.0 (seed 0), 12.0 (seed 1), {AT_LEAST} 46.8 (seed 2)")
+    ]
+
+
+def test_joules_stand_by_source_and_per_sample(make: Make) -> None:
+    cost = {"train_s": 10.0, "samples": 500, "energy_j": {"nvml": 50.0, "model": 5.0}}
+    energy = [
+        {"source": "nvml", "quality": "measured", "joules": 50.0, "reason": None},
+        {"source": "model", "quality": "modelled", "by": "time", "joules": 5.0, "reason": None},
+    ]
+    rows = [per_sample(row) for row in compare_table([make("x", s, cost=cost, energy=energy) for s in (0, 1, 2)])]
+    assert rows[0].figures["sample_energy_j/nvml"].centre == pytest.approx(0.1)
+    (chart,) = energy_charts(rows, columns(rows))
+    hatched = {trace["name"]: trace["marker"]["pattern"]["shape"] for trace in chart.figure["data"]}
+    assert hatched == {"nvml, measured": "", "model, modelled (time)": "/"}
+    assert {line[1]: line[4:] for line in chart.table} == {
+        "nvml": ("50 J", UNKNOWN, "100 mJ"),
+        "model": ("5 J", UNKNOWN, "10.0 mJ"),
+    }
+    none = [per_sample(row) for row in compare_table([make("y", 0, cost={**cost, "samples": 0}, energy=energy)])]
+    assert not any(key.startswith("sample_energy_j") for key in none[0].figures)
+
+
+def test_parallel_coordinates_have_a_scale_per_setting() -> None:
+    points = [
+        (f"run {i}", {"optimizer.lr": lr, "net.kind": kind}, 90.0 + i)
+        for i, (lr, kind) in enumerate([(1e-4, "a"), (1e-3, "b"), (1e-2, "a"), (1e-2, "c")])
+    ]
+    chart = parallel_chart("t", points, "accuracy", False)
+    assert chart is not None
+    drawn = {trace["name"]: trace["y"] for trace in chart.figure["data"]}
+    assert drawn["run 1"] == pytest.approx(
+        [0.5, 0.5, 1 / 3]
+    )  # half way on a logarithmic scale, the second of three words
+    assert drawn["run 3"] == pytest.approx([1.0, 1.0, 1.0])
+    assert [trace["name"] for trace in chart.figure["data"]][-1] == "run 3"  # the best is drawn above the others
+    assert parallel_chart("t", points[:3], "accuracy", False) is None
+    assert parallel_chart("t", [(n, {"optimizer.lr": s["optimizer.lr"]}, v) for n, s, v in points], "a", False) is None
+
+
+# -- searches and students --------------------------------------------------------------------------------------------
+def test_a_search_has_its_history_importances_and_best_settings(make: Make, tmp_path: Path) -> None:
+    record = make("backprop", 0)
+    path = search(tmp_path / "runs")
+    text = write_report([record], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Every rule has a budget of 30 trials, sampler tpe, pruner median." in text
+    charts = json.loads(text.partition('id="charts">')[2].partition("</script>")[0])
+    (history,) = [c for c in charts if c["layout"]["xaxis"].get("title", {}).get("text") == "trial"]
+    data = json.loads(path.read_text(encoding="utf-8"))
+    trials = data["studies"][0]["trials"]
+    best = max(t["values"][0] for t in trials if t["state"] == "COMPLETE")
+    line = next(t for t in history["data"] if t["name"] == "backprop, best so far")
+    assert line["y"][-1] == pytest.approx(100 * best)
+    assert all(a <= b for a, b in zip(line["y"], line["y"][1:], strict=False))
+    assert {"backprop, pruned", "backprop"} <= {t["name"] for t in history["data"]}
+    (shares,) = [c for c in charts if "share of the variation" in str(c["layout"])]
+    assert shares["data"][0]["x"] == pytest.approx([80.0, 15.0, 5.0])
+
+
+def test_trials_are_in_no_comparison(make: Make, tmp_path: Path) -> None:
+    kept, trial = make("backprop", 0), make("backprop", 1000, dataset="other")
+    path = search(tmp_path / "runs")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["studies"][0]["trials"][0]["records"] = [trial.id]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    text = write_report([kept, trial], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "1 finished run, 1 rule, 1 comparison" in text
+    assert "1 trial of tuning is in no comparison." in text
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["", "[]", '{"schema": 2}', '{"schema": 1, "studies": 7}', '{"schema": 1, "studies": [{"trials": [1, {}]}]}'],
+)
+def test_a_search_or_students_that_cannot_be_read_stop_nothing(broken: str, make: Make, tmp_path: Path) -> None:
+    record = make("backprop", 0)
+    for path in (search(tmp_path / "runs"), students(record)):
+        path.write_text(broken, encoding="utf-8")
+    text = write_report([record], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"{students(record)} is left out" in text
+    assert "backprop" in text
+
+
+def test_students_of_every_depth_have_a_line(make: Make) -> None:
+    record = make("backprop", 0)
+    students(record)
+    ((chart,), problems) = read_distilled(compare_table([record]))
+    assert not problems
+    assert [line[:2] for line in chart.table] == [
+        *(("teacher", "0"), ("svd, 0.25 of the size", "1"), ("svd, 0.25 of the size", "2")),
+        *(("snnk, 0.25 of the size", "1"), ("snnk, 0.25 of the size", "2")),
+    ]
+    assert chart.table[1] == (
+        *("svd, 0.25 of the size", "1", "97.00", "97.00", "1.00", "700,000"),
+        *(f"0.429{TIMES}", f"0.5{TIMES}", f"0.6{TIMES}"),
+    )
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+def test_every_figure_is_a_vector_and_every_table_a_file(make: Make, tmp_path: Path) -> None:
+    few = {"cost": {"train_s": 3.0}, "energy": [], "curves": {"validation/accuracy": [0.5, 0.9]}}
+    made = [make(rule, seed, **few) for rule in ("backprop", "mono_forward") for seed in (0, 1, 2)]
+    text = write_report(made, tmp_path / "r.html", figures=True).read_text(encoding="utf-8")
+    folder = tmp_path / "r_figures"
+    charts = text.partition('<script type="application/json"')[0].count("data-chart=")
+    assert charts == 4
+    for end in ("svg", "pdf"):
+        assert len(list(folder.glob(f"*.{end}"))) == charts
+    for path in folder.glob("*.svg"):
+        root = ElementTree.parse(path).getroot()
+        assert root.tag.endswith("svg")
+        assert root.findall(".//{http://www.w3.org/2000/svg}path")
+    assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
+    assert (
+        len(list(folder.glob("*.csv"))) == len(list(folder.glob("*.tex"))) == charts + 2
+    )  # the headline, and the runs
+    assert all(r"\toprule" in path.read_text(encoding="utf-8") for path in folder.glob("*.tex"))
+    links = [link for link in re.findall(r'href="([^"#]+)"', text) if link.startswith("r_figures")]
+    assert len(links) == 4 * charts
+    assert all((tmp_path / link).is_file() for link in links)
+    time_chart = next(path for path in folder.glob("*accuracy-against-training-time.svg"))
+    assert "mono_forward" in time_chart.read_text(encoding="utf-8")  # names stay text
+
+
+def test_watch_writes_the_page_again_when_records_change(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make("backprop", 0)
+    page, seen = tmp_path / "runs" / "report.html", []
+
+    def look(_: float) -> None:
+        """Between two looks something changes, and at last the user ends it."""
+        seen.append(page.read_text(encoding="utf-8"))
+        if len(seen) == 1:
+            make("mono_forward", 0)
+        elif len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", look)
+    with pytest.raises(KeyboardInterrupt):
+        command.report(["--watch", str(tmp_path / "runs")])
+    assert 'data-watch="5"' in seen[0]
+    assert "1 finished run," in seen[0]
+    assert "2 finished runs," in seen[1]
+    assert seen[2] == seen[1]
+    monkeypatch.undo()
+    assert command.report([str(tmp_path / "runs")]) == 0
+    assert "data-watch" not in page.read_text(encoding="utf-8").partition("<head>")[0]
+
+
+# -- in a browser -----------------------------------------------------------------------------------------------------
+def _rows(tab: Tab) -> set[str]:
+    """Rules of the rows that are to be seen."""
+    shown = "[...document.querySelectorAll('section[data-place] tr[data-rule]')].filter((row) => row.checkVisibility())"
+    return set(tab.run(f"{shown}.map((row) => row.dataset.rule)"))
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_forty_varied_runs_stand_without_overlaps_and_requests(width: int, tmp_path: Path) -> None:
+    page = write_report(varied(tmp_path / "runs"), tmp_path / "r.html")
+    assert page.stat().st_size < 3_000_000
+    with browser() as tab:
+        tab.open(page, width)
+        tab.draw_all()
+        found = tab.run(OVERLAPS)
+        assert found["texts"] > 1500
+        assert found["overlaps"] == []
+        assert found["beyond"] == []
+        assert not found["sideways"]
+        # A table scrolls in no direction in a wide window, and never downwards.
+        assert width < 600 or found["tables"] == []
+        assert tab.asked() == {page.as_uri()}
+        assert tab.complaints() == []
+
+
+@needs_browser
+def test_a_thousand_runs_open_and_are_filtered_sorted_and_chosen(tmp_path: Path) -> None:
+    page = write_report(many(tmp_path / "runs"), tmp_path / "r.html")
+    assert page.stat().st_size < 10_000_000
+    with browser() as tab:
+        tab.open(page, 1280)
+        tab.wait("document.querySelector('[data-section]')")
+        assert _rows(tab) == set(RULES)
+        # by rule, with the keyboard's means: labels and boxes
+        tab.run(
+            "[...document.querySelectorAll('#filter label')].find((l) => l.textContent.trim() === 'pepita')"
+            ".querySelector('input').click()"
+        )
+        assert _rows(tab) == {"pepita"}
+        tab.run("[...document.querySelectorAll('#filter button')].find((b) => b.textContent === 'Show all').click()")
+        assert _rows(tab) == set(RULES)
+        # by text
+        tab.run("found = document.querySelector('[type=search]'); found.value = 'cafo data_3'; null")
+        tab.run("found.dispatchEvent(new Event('input'))")
+        assert _rows(tab) == {"cafo"}
+        assert tab.run("[...document.querySelectorAll('[data-section]')].filter((r) => !r.hidden).length") == 1
+        assert tab.run("document.querySelector('#filter output').textContent").endswith("in 1 comparisons")
+        tab.run("[...document.querySelectorAll('#filter button')].find((b) => b.textContent === 'Show all').click()")
+        # sorted by a column, up and down
+        values = "[...document.querySelectorAll('.glance tbody tr')].map((r) => parseFloat(r.cells[2].textContent))"
+        click = "document.querySelectorAll('.glance thead th')[2].querySelector('button').click()"
+        tab.run(click)
+        down = tab.run(values)
+        tab.run(click)
+        assert (down, tab.run(values)) == (sorted(down, reverse=True), sorted(down))
+        assert tab.run(OVERLAPS)["overlaps"] == []
+        assert tab.asked() == {page.as_uri()}
+        assert tab.complaints() == []
+
+
+@needs_browser
+def test_columns_and_runs_are_chosen_and_names_stand_at_the_lines(make: Make, tmp_path: Path) -> None:
+    made = [
+        make(
+            rule,
+            seed,
+            cost={
+                "train_s": 3.0,
+                **{f"{n}_bytes": 1e6 for n in ("state", "gradient", "optimizer", "cache", "activation_peak")},
+                **dict.fromkeys(("params", "extra_params", "samples", "inference_flops", "update_flops"), 7e6),
+            },
+        )
+        for rule in ("backprop", "x")
+        for seed in (0, 1)
+    ]
+    page = write_report(made, tmp_path / "r.html")
+    with browser() as tab:
+        tab.open(page, 1280)
+        tab.draw_all()
+        headings = (
+            "[...document.querySelectorAll('table[data-columns] thead th')].filter((t) => t.checkVisibility()).length"
+        )
+        before = tab.run(headings)
+        tab.run("document.querySelector('.choices').parentElement.open = true")
+        tab.run("[...document.querySelectorAll('.choices input')].find((b) => !b.checked).click()")
+        assert tab.run(headings) == before + 1
+        drawn = "document.querySelectorAll('.chooser .main-svg').length"
+        assert tab.run("document.querySelectorAll('.chooser [data-choice]:not([hidden])').length") == 1
+        tab.run(
+            "(() => { const s = document.querySelector('.choose'); s.value = '2'; s.dispatchEvent(new Event('change')); })()"
+        )
+        assert tab.run("document.querySelector('.chooser [data-choice]:not([hidden])').dataset.choice") == "2"
+        tab.draw_all()
+        assert tab.run(drawn) > 0
+        assert tab.run("document.querySelectorAll('.chart[data-labelled] .annotation-text').length") > 4
+        # What can be done with a mouse can be done with the keyboard: all of it is a button, a box, a list or a summary.
+        assert tab.run("document.querySelectorAll('[onclick], div[tabindex]:not(.scroll)').length") == 0
