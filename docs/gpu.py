@@ -97,6 +97,28 @@ def moonshot(rule: str) -> Words:
     return accuracy("backprop_cifar10_resnet18", [rule], *FAST, "trainer.max_epochs=30")
 
 
+def _study() -> list[tuple[str, int, Words]]:
+    """Rules and backpropagation on the rules' own networks, with joules: to a target first, then to their own end."""
+    # Rates by `locallearn tune`, six trials each (docs/study.md); those of CIFAR-10 and of CaFo are the experiments'.
+    tuned = 'compare.overrides={backprop:["optimizer.lr=0.0013385"],mono_forward:["optimizer.lr=0.0088399"]}'
+    mono, adam = ["backprop", "mono_forward"], "backprop(optimizer=adam,optimizer.lr=0.0013385)"
+    target, own = "compare.mode=target", ("compare.mode=own", "scheduler=null", "schedule.patience=5")
+    every = "trainer.check_val_every_n_epoch=1"
+    grey = ("dataset.name=fashion_mnist", "trainer.max_epochs=30", every)
+
+    def pair(experiment: str, rules: Sequence[str], *settings: str) -> Words:
+        return compared(experiment, rules, *METERED, *settings, seeds=THREE)
+
+    return [
+        ("cifar10_target", 80, pair("mono_forward_cifar10", mono, target, "compare.target=0.58")),
+        ("mnist_target", 140, pair("mono_forward_mnist", mono, tuned, target, "compare.target=0.98")),
+        ("ff_target", 200, pair("forward_forward_mnist", [adam, "forward_forward"], target, "compare.target=0.95")),
+        ("cafo_target", 200, pair("cafo_cifar10_ce", ["backprop", "cafo"], *grey, target, "compare.target=0.87")),
+        ("mnist_own", 300, pair("mono_forward_mnist", mono, tuned, *own)),
+        ("cifar10_own", 300, pair("mono_forward_cifar10", mono, *own)),
+    ]
+
+
 def queue() -> list[Entry]:
     """Everything, the most valuable first."""
     resnet = ("net=resnet18", "dataset=cifar10", "dataset.drop_last=true", "trainer.precision=bf16-mixed")
@@ -108,14 +130,15 @@ def queue() -> list[Entry]:
     ten = "trainer.max_epochs=10"
     return [
         # -- seconds, bytes, joules: alone ---------------------------------------------------------------------------------
-        Entry("resnet18_step", 40, ("bench", *resnet, "dataset.batch_size=512", last, *step), alone=True),
+        Entry("resnet18_step", 30, ("bench", *resnet, "dataset.batch_size=512", last, *step), alone=True),
         Entry(
             "joules_mnist",
-            120,
+            145,
             compared("mono_forward_mnist", mono, *METERED, "trainer.max_epochs=12", seeds=THREE),
             alone=True,
         ),
-        Entry("joules_cifar10", 120, compared("mono_forward_cifar10", mono, *METERED, seeds=THREE), alone=True),
+        Entry("joules_cifar10", 145, compared("mono_forward_cifar10", mono, *METERED, seeds=THREE), alone=True),
+        *(Entry(f"study_{name}", seconds, words, alone=True) for name, seconds, words in _study()),
         # -- small grey images: the longest first --------------------------------------------------------------------------
         Entry("ff_4x2000", 300, accuracy("forward_forward_mnist_4x2000", forward)),
         Entry("ff_4x2000_unsupervised", 300, accuracy("forward_forward_mnist_unsupervised", forward)),

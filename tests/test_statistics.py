@@ -284,7 +284,6 @@ def test_settings_of_other_commands_set_no_run_apart() -> None:
     assert row.notes == ()
 
 
-
 def test_variants_stand_apart_and_share_the_plain_baseline() -> None:
     records = [record("backprop", 0, 0.5), record("mono", 0, 0.6), record("mono", 0, 0.7, variant="sequential")]
     rows = by_label(compare_table(records))

@@ -20,7 +20,13 @@ _FREE_SETTINGS = frozenset(
 _LATER: dict[str, Any] = {
     **{"algorithm.accumulate": 1, "algorithm.checkpoint": None},
     **{"algorithm.keep": 1, "algorithm.keep_after": None, "algorithm.keep_by": "loss"},
-    **{"dataset.drop_last": False, "dataset.exclude": [], "net.batch_norm": False, "net.device": None, "net.dropout": 0},
+    **{
+        "dataset.drop_last": False,
+        "dataset.exclude": [],
+        "net.batch_norm": False,
+        "net.device": None,
+        "net.dropout": 0,
+    },
     **{"net.skips": True, "init_from": None, "scheduler_interval": "epoch", "task.label_smoothing": 0, "task.views": 1},
     **{"trainer.channels_last": False, "trainer.compile": None, "trainer.compile_backend": "inductor"},
     "trainer.check_val_every_n_epoch": 1,
