@@ -101,7 +101,11 @@ def _study() -> list[tuple[str, int, Words]]:
     """Rules and backpropagation on the rules' own networks, with joules: to a target first, then to their own end."""
     # Rates by `locallearn tune`, six trials each (docs/study.md); those of CIFAR-10 and of CaFo are the experiments'.
     tuned = 'compare.overrides={backprop:["optimizer.lr=0.0013385"],mono_forward:["optimizer.lr=0.0088399"]}'
-    mono, adam = ["backprop", "mono_forward"], "backprop(optimizer=adam,optimizer.lr=0.0013385)"
+    adam = (
+        'compare.overrides={backprop:["optimizer=adam","~optimizer.momentum","optimizer.weight_decay=0",'
+        '"optimizer.lr=0.0013385"]}'
+    )
+    mono, forward = ["backprop", "mono_forward"], ["backprop", "forward_forward"]
     target, own = "compare.mode=target", ("compare.mode=own", "scheduler=null", "schedule.patience=5")
     every = "trainer.check_val_every_n_epoch=1"
     grey = ("dataset.name=fashion_mnist", "trainer.max_epochs=30", every)
@@ -112,7 +116,7 @@ def _study() -> list[tuple[str, int, Words]]:
     return [
         ("cifar10_target", 80, pair("mono_forward_cifar10", mono, target, "compare.target=0.58")),
         ("mnist_target", 140, pair("mono_forward_mnist", mono, tuned, target, "compare.target=0.98")),
-        ("ff_target", 200, pair("forward_forward_mnist", [adam, "forward_forward"], target, "compare.target=0.95")),
+        ("ff_target", 200, pair("forward_forward_mnist", forward, adam, target, "compare.target=0.95")),
         ("cafo_target", 200, pair("cafo_cifar10_ce", ["backprop", "cafo"], *grey, target, "compare.target=0.87")),
         ("mnist_own", 300, pair("mono_forward_mnist", mono, tuned, *own)),
         ("cifar10_own", 300, pair("mono_forward_cifar10", mono, *own)),

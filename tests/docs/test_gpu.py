@@ -7,10 +7,13 @@ import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 from locallearn.cli.arms import arms_of
+from locallearn.cli.plans import make_plan
 from locallearn.cli.settings import compose_settings
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "gpu.py"
@@ -35,11 +38,14 @@ def test_entries_have_a_name_each() -> None:
 
 
 @pytest.mark.parametrize("entry", gpu.queue(), ids=lambda entry: entry.name)
-def test_the_settings_of_every_arm_compose(entry: object) -> None:
-    command, *words = entry.words  # type: ignore[attr-defined]
-    _, _, arms, shared = arms_of(command, list(words))
+def test_every_arm_can_be_made(entry: Any) -> None:
+    """Its settings compose, and make a run's objects and its optimizer."""
+    command, *words = gpu.rehearsed(entry.words)
+    base, _, arms, shared = arms_of(command, [*words, "trainer.accelerator=cpu", "meter=none"])
     for arm in arms:
-        compose_settings([*shared, *arm.overrides])
+        own = (base.compare.overrides or {}).get(arm.text, [])
+        cfg, choices = compose_settings([*shared, *arm.overrides, *own])
+        make_plan(cfg, choices, "", arm).optimizer([torch.nn.Parameter(torch.zeros(1))])
 
 
 def test_a_rehearsal_leaves_records_in_one_archive_and_is_not_repeated(
