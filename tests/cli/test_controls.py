@@ -43,7 +43,9 @@ def test_controls_are_added_once(wanted: Any, there: list[str], added: list[str]
 
 def test_a_word_that_is_no_control_is_refused() -> None:
     for wanted in ("all", ["memory"], 3, {"backprop": 1, "x": 2}):
-        with pytest.raises(UsageError, match="expected true for all, false for none, or a list of backprop, deep_superv"):
+        with pytest.raises(
+            UsageError, match="expected true for all, false for none, or a list of backprop, deep_superv"
+        ):
             controls_of(wanted, [Arm("backprop")])
 
 
@@ -83,7 +85,9 @@ def test_a_control_that_cannot_be_run_is_left_out_in_one_sentence_or_refused_whe
     assert outcome.code == 0
     told = [line for line in outcome.err.splitlines() if line.startswith("locallearn: ")]
     assert len(told) == 1
-    assert told[0].startswith("locallearn: the control accumulated is left out: accumulate is 4, but a graph is one batch")
+    assert told[0].startswith(
+        "locallearn: the control accumulated is left out: accumulate is 4, but a graph is one batch"
+    )
     assert [(r["algorithm"], r["variant"]) for r in read_records(tmp_path / "runs")] == [
         *(("backprop", None), ("deep_supervision", None), ("backprop", "checkpoint=auto")),
     ]
