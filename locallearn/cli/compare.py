@@ -21,10 +21,6 @@ def compare(words: list[str]) -> int:
     """Train several algorithms with several seeds, print a table, write a report and tables."""
     from omegaconf import OmegaConf
 
-    from locallearn.records import load_record, recover
-    from locallearn.study.compare import compare as run_all
-    from locallearn.study.train import Interrupted, check
-
     for word in words:
         if word.startswith("seed="):
             raise UsageError(f"compare runs the seeds of compare.seeds, so {word} has no place here: take it out")
@@ -40,6 +36,10 @@ def compare(words: list[str]) -> int:
     runs_dir = folder_setting(base, "runs_dir")
     outputs = outputs_of(base, runs_dir / "report.html")
     workers = _workers(base.compare)
+    from locallearn.records import load_record, recover  # these take seconds, and a mistake is told before
+    from locallearn.study.compare import compare as run_all
+    from locallearn.study.train import Interrupted, check
+
     recovered(runs_dir)
     earlier = _earlier(runs_dir) if base.compare.resume else {}
     plans, done = [], []

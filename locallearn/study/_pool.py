@@ -49,6 +49,7 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     task: int | None = None
+    ready: bool = False
 
 
 class _Pool:
@@ -63,10 +64,10 @@ class _Pool:
         self.problems: dict[int, str] = {}
 
     def run(self) -> None:
-        """Until every plan has run."""
+        """Until every plan has run; who has none left, or comes too late for one, is not waited for."""
         for _ in range(min(self.count, len(self.tasks))):
             self._start()
-        while self.workers:
+        while self.workers and len(self.folders.keys() | self.problems.keys()) < len(self.tasks):
             ready = wait([end for worker in self.workers for end in (worker.pipe, worker.process.sentinel)])
             for worker in [one for one in self.workers if one.pipe in ready or one.process.sentinel in ready]:
                 try:
@@ -82,7 +83,8 @@ class _Pool:
         """Have those who are still at work stop between two batches, and wait for them; a second Ctrl-C waits no longer."""
         try:
             for worker in self.workers:
-                worker.process.terminate()
+                if worker.task is not None or not worker.ready:  # else it is ending by itself
+                    worker.process.terminate()
                 worker.pipe.close()  # it gets no further plan, and what it says now reaches nobody
             for worker in self.workers:
                 worker.process.join()
@@ -100,7 +102,7 @@ class _Pool:
         self.workers.append(_Worker(process, ours))
 
     def _heard(self, worker: _Worker, kind: str, *what: Any) -> None:
-        task = worker.task
+        task, worker.ready = worker.task, True
         if kind == "progress":
             if self.show is not None and task is not None:
                 self.show(self.names[task], *what)
@@ -176,9 +178,9 @@ def _work(pipe: Connection, threads: int, workers: int) -> None:
     """Take plans and run them until there are none, or nobody is there to give any."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C is for the parent, which tells us in its turn
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         pipe.send(("ready", None, None))
         while packed := pipe.recv_bytes():
             pipe.send(_ran(pickle.loads(packed), pipe, workers))
