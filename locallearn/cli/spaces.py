@@ -61,8 +61,8 @@ def read_space(
 ) -> dict[str, Any]:
     """Ranges and choices by setting.
 
-    Conditions on settings that are not searched are those of the settings as they are: what does not hold is left out. Where a
-    setting has a list, one of it may be left.
+    Conditions on settings that are not searched are those of the settings as they are: what does not hold is left out. Of a
+    list the first entry counts whose conditions hold.
 
     Args:
         given: ``tune.space``; ``None`` for the learning rate.
@@ -90,11 +90,12 @@ def read_space(
             for part, when in ((part, _when(f"{where}.{name}", part)) for part in several)
             if all(_is(parent, values, configs, choices or {}) for parent, values in when if parent not in space)
         ]
-        if len(kept) > 1:
+        if len(several) > 1 and any(parent in space for _, when in kept for parent, _ in when):
             raise UsageError(
-                f"{where}.{name} has {len(kept)} ranges that hold at once: give each of them a when of its own"
+                f"{where}.{name} is a list, of which the first counts whose conditions hold: they cannot be on what is "
+                "searched, too"
             )
-        for part, when in kept:
+        for part, when in kept[:1]:
             searched = tuple((parent, values) for parent, values in when if parent in space)
             found[name] = _part(f"{where}.{name}", name, part, configs, searched)
     if not found:

@@ -229,7 +229,8 @@ class _Database:
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats, since 2021
                 self.base = self._database = RDBStorage(
                     self._url.render_as_string(hide_password=False),
-                    engine_kwargs={"poolclass": NullPool},  # many workers, of which few ask for something at a time
+                    # Few connections are kept, since there may be many workers; they may have ended when they are needed again.
+                    engine_kwargs={"pool_size": 2, "pool_pre_ping": True},
                     heartbeat_interval=self._heartbeat_s,
                     grace_period=_GRACE * self._heartbeat_s,
                 )

@@ -121,6 +121,61 @@ def test_whole_numbers_steps_and_choices(here: Path, capsys: pytest.CaptureFixtu
     assert _same(_compared(shlex.split(out.splitlines()[-1])[2:])["backprop"], best.data["config"])
 
 
+def test_two_objectives_two_seeds_and_a_launcher(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two jobs of Hydra's launcher are one search; its Pareto set is printed and written."""
+    words = ["tune.algorithms=[backprop]", "tune.trials=2", "tune.seeds=[7,8]", "dataset.limit_train=100", *SMALL]
+    space = "tune.space={net.hidden:{choices:[[4],[64,64]]}}"
+    assert main(["tune", "-m", "tune.worker=one,two", *words, space, "tune.objectives=[accuracy,flops]"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Pareto set with train_flops") == 2
+    history = _history(here / "runs")
+    [study] = history["studies"]
+    assert [trial["worker"] for trial in study["trials"]] == ["one"] * 2
+    for trial in study["trials"]:
+        records = [load_record(here / "runs" / "tune" / name) for name in trial["records"]]
+        assert [record.seed for record in records] == [7, 8]
+        for place, name in enumerate(("validation/accuracy", "train_flops")):
+            assert trial["values"][place] == pytest.approx(sum(float(r.figures()[name] or 0) for r in records) / 2)
+    files = sorted(path.name for path in (here / "runs" / "tune" / history["search"]).glob("*.yaml"))
+    others = [f"backprop-{number}.yaml" for number in study["best"][1:]]
+    assert files == sorted(["backprop.yaml", *others])
+
+
+def test_an_experiment_is_taken_from_a_file(here: Path) -> None:
+    (here / "mono_forward_mnist.yaml").write_text(
+        "# @package _global_\ndefaults:\n- override /algorithm: pepita\nalgorithm: {dropout: 0.5}\n"
+        "net: {hidden: [3]}\ncompare: {algorithms: [pepita, ridge]}\n",
+        encoding="utf-8",
+    )
+    words = [f"experiment={here}/mono_forward_mnist.yaml"]  # whose name is that of one of locallearn's
+    cfg, choices = compose_settings(words)
+    assert (choices["algorithm"], choices["dataset"], cfg.net.hidden, cfg.algorithm.dropout) == (
+        "pepita",
+        "digits",
+        [3],
+        0.5,
+    )
+    cfg, choices = compose_settings([*words, "algorithm=backprop"])
+    assert (choices["algorithm"], cfg.net.hidden) == ("backprop", [3])
+    assert "dropout" not in cfg.algorithm
+    assert [arm.text for arm in arms_of("compare", words)[2]] == ["pepita", "ridge"]
+    assert [arm.text for arm in arms_of("tune", words)[2]] == ["backprop", "pepita"]
+    assert [arm.text for arm in arms_of("compare", [*words, "algorithm=mono_forward"])[2]] == [
+        "backprop",
+        "mono_forward",
+    ]
+
+
+@pytest.mark.slow
+def test_workers_of_one_command_share_its_search(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tune.algorithms=[backprop,mono_forward]", "tune.trials=4", "trainer.max_epochs=8", "tune.workers=2"]
+    assert main(["tune", *SMALL, *words]) == 0
+    assert capsys.readouterr().out.count("locallearn compare") == 1
+    history = _history(here / "runs")
+    assert [[trial["number"] for trial in study["trials"]] for study in history["studies"]] == [[0, 1, 2, 3]] * 2
+    assert len(list((here / "runs" / "tune").glob("*/record.json"))) == 8
+
+
 def test_nothing_is_recommended_where_all_diverged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = "tune.space={optimizer.lr:{low:1e29,high:1e30}}"
     words = ["dataset.limit_train=200", "tune.trials=2", space, "tune.algorithms=[backprop]"]

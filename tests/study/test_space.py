@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
-from locallearn.cli.settings import UsageError, compose_settings
-from locallearn.cli.spaces import read_space, written
+from locallearn.cli.settings import UsageError, check_types, compose_settings
+from locallearn.cli.spaces import read_space, space_of, written
 from locallearn.study.space import Choices, Range, corners, text, words
 
 NOBODY: Any = ()
@@ -146,3 +150,75 @@ def test_a_setting_says_whether_it_takes_whole_numbers() -> None:
     assert read_space({"dataset.batch_size": {"low": 1e1, "high": 1e2}}, [config]) == {
         "dataset.batch_size": Range(10, 100, whole=True)
     }
+
+
+# -- spaces by algorithm ------------------------------------------------------------------------------------------------
+
+CONF = Path(__file__).parents[2] / "conf"
+NAMES = sorted(path.stem for path in (CONF / "tune").glob("*.yaml") if path.stem != "default")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_searched_of_an_algorithm_are_its_settings(name: str) -> None:
+    """Under the settings that each entry's conditions ask for, both ends are taken."""
+    spaces = yaml.safe_load((CONF / "tune" / f"{name}.yaml").read_text(encoding="utf-8"))
+    for key, parts in spaces.items():
+        for part in parts if isinstance(parts, list) else [parts]:
+            if part is None:
+                continue
+            when = [f"{k}={v[0] if isinstance(v, list) else v}" for k, v in part.get("when", {}).items()]
+            config, choices = compose_settings([f"algorithm={name}", *when])
+            space = space_of(name, None, [], [config], choices)
+            assert key in space
+            for end in space[key].extremes:
+                made = compose_settings([f"algorithm={name}", *when, f"{key}={end}"])[0]
+                check_types(OmegaConf.to_container(made, resolve=True))
+                if key.startswith("algorithm."):
+                    instantiate(made.algorithm, _convert_="all")
+
+
+def test_a_space_is_found_by_name_and_by_the_settings_as_they_are(tmp_path: Path) -> None:
+    rate = {"adam": Range(1e-4, 1e-2, log=True), "sgd": Range(1e-3, 1.0, log=True)}
+    for optimizer, wanted in rate.items():
+        config, choices = compose_settings([f"optimizer={optimizer}", "algorithm=backprop"])
+        assert space_of("backprop", None, [], [config], choices) == {"optimizer.lr": wanted}
+    folder = tmp_path / "tune"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("optimizer.lr: null\nalgorithm.x: {low: 1, high: 3}\n", encoding="utf-8")
+    words = [f"hydra.searchpath=[file://{tmp_path}]"]
+    assert space_of("mine", None, words, [config], choices) == {"algorithm.x": Range(1, 3, whole=True)}
+    assert space_of("mine", {"y": {"low": 0.5, "high": 3}}, words, [config], choices) == {"y": Range(0.5, 3)}
+
+
+def test_corners_reach_what_is_drawn_on_conditions_only() -> None:
+    space = {
+        "momentum": Range(0.1, 0.9, when=(("optimizer", ("sgd", "muon")),)),
+        "optimizer": Choices(("adam", "sgd", "muon")),
+        "nesterov": Choices(("true", "false"), when=(("optimizer", ("sgd",)),)),
+    }
+    points = [dict(word.split("=") for word in point) for point in corners(space)]
+    for point in points:
+        assert ("momentum" in point) == (point["optimizer"] != "adam")
+        assert ("nesterov" in point) == (point["optimizer"] == "sgd")
+    for key, values in {
+        "momentum": {"0.1", "0.9"},
+        "optimizer": {"adam", "sgd", "muon"},
+        "nesterov": {"true", "false"},
+    }.items():
+        assert {point[key] for point in points if key in point} == values
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ({"x": Range(0, 1, when=(("y", ("1",)),)), "y": Range(0, 1)}, "no choices of it are searched"),
+        ({"x": Range(0, 1, when=(("y", ("c",)),)), "y": Choices(("a", "b"))}, "which is none of its choices a, b"),
+        (
+            {"x": Choices(("a", "b"), when=(("y", ("a",)),)), "y": Choices(("a", "b"), when=(("x", ("a",)),))},
+            "the conditions of x, y go round in a circle",
+        ),
+    ],
+)
+def test_conditions_that_cannot_be_kept(space: dict[str, Range | Choices], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        corners(space)

@@ -155,6 +155,8 @@ def test_a_killed_trial_is_run_again_with_its_settings(runs: FakeRuns, storage: 
 def _killed_often(runs: FakeRuns, storage: str, folder: Path, trials: int, kills: int) -> None:
     """Kill the older of two processes and start another one, until so many are dead: most in the middle of a trial."""
     draw = random.Random(0)
+    with shared(storage):  # what is imported here, not every process has to
+        pass
 
     def answer(algorithm: str, settings: dict[str, float]) -> float:
         time.sleep(0.2)
@@ -174,7 +176,7 @@ def _killed_often(runs: FakeRuns, storage: str, folder: Path, trials: int, kills
 
 def test_kills_at_any_moment_lose_no_trial_and_double_none(runs: FakeRuns, storage: str, tmp_path: Path) -> None:
     kills = 20 if storage.startswith("postgresql") else 3
-    trials = 3 * kills
+    trials = 2 * kills
     _killed_often(runs, storage, tmp_path, trials, kills)
     asked = asked_for(tmp_path)
     lost = double = 0
