@@ -5,11 +5,12 @@ Files and units: https://docs.kernel.org/power/powercap/powercap.html
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from locallearn.energy._meter import Counter, CounterMeter, Reading, UnreadableError
+from locallearn.energy._meter import Counter, CounterMeter, Detail, Reading, UnreadableError
 
 _TICK_S = 0.1
 # The smallest range seen is 65 kJ, a minute at the power that is thought possible below.
@@ -18,6 +19,9 @@ _POLL_S = 10.0
 # or one so high that it means none, more than any processor draws.
 _ABOVE_LIMIT = 2.0
 _MAX_W = 1000.0
+# Others' part of the processors' time that is flagged.
+_OTHERS = 0.1
+_OTHERS_S = 1.0
 
 
 class RaplMeter(CounterMeter):
@@ -29,13 +33,17 @@ class RaplMeter(CounterMeter):
     power limit (1000 W where none is stated) could give in the time, and a time in which the counter may have wrapped
     more than once, leave no figure.
 
+    How much of the processors' time went to other processes is noted: what they draw is in the figure.
+
     Args:
         root: the powercap folder.
+        stat: where the system counts the processors' time.
     """
 
-    def __init__(self, root: Path = Path("/sys/class/powercap")) -> None:
+    def __init__(self, root: Path = Path("/sys/class/powercap"), stat: Path = Path("/proc/stat")) -> None:
         super().__init__("measured", tick_s=_TICK_S, poll_s=_POLL_S)
         self._root = root
+        self._stat = stat
 
     def _connect(self) -> tuple[list[Counter], list[Reading]]:
         counters: list[Counter] = []
@@ -44,6 +52,7 @@ class RaplMeter(CounterMeter):
             domains = _domains(self._root)
         except UnreadableError as error:
             return [], [Reading("rapl", "measured", None, str(error))]
+        others = _Others(self._stat)
         for source, folder in domains.items():
             try:
                 _microjoules(folder / "energy_uj")
@@ -53,13 +62,57 @@ class RaplMeter(CounterMeter):
                 continue
             counters.append(
                 Counter(
-                    source, partial(_joules, folder), wraps_at_j or None, {"domain": folder.name}, max_w=_max_w(folder)
+                    source,
+                    partial(_joules, folder),
+                    wraps_at_j or None,
+                    {"domain": folder.name},
+                    others.look,
+                    max_w=_max_w(folder),
+                    remarks=others.remarks,
                 )
             )
         return counters, unreadable
 
     def _disconnect(self) -> None:
         """Nothing is held."""
+
+
+class _Others:
+    """How the processors' time was shared, from the making of this on.
+
+    Of this process's children those count as its own that have ended and were waited for.
+    """
+
+    def __init__(self, stat: Path) -> None:
+        self._stat = stat
+        self._began = self._times_s()
+        self._machine_s = self._own_s = 0.0
+
+    def look(self) -> Detail:
+        """What to note."""
+        now = self._times_s()
+        if now is None or self._began is None:
+            return {}
+        self._machine_s, self._own_s = (later - earlier for later, earlier in zip(now, self._began, strict=True))
+        return {"cpu_s_of_machine": self._machine_s, "cpu_s_of_run": self._own_s}
+
+    def remarks(self) -> tuple[str, ...]:
+        """A flag where others took much of it."""
+        others_s = self._machine_s - self._own_s
+        if others_s < _OTHERS_S or others_s < _OTHERS * self._machine_s:
+            return ()
+        share = others_s / self._machine_s
+        return (f"other processes took {share:.0%} of the processors' time: what these drew for them is in the figure",)
+
+    def _times_s(self) -> tuple[float, float] | None:
+        """Seconds that all processors were busy, and that this process was computing."""
+        try:
+            ticks = [int(text) for text in _text(self._stat).splitlines()[0].split()[1:9]]
+        except (UnreadableError, ValueError, IndexError):
+            return None
+        own = os.times()
+        busy = sum(ticks) - sum(ticks[3:5])  # idle, and waiting for a disk
+        return busy / os.sysconf("SC_CLK_TCK"), own.user + own.system + own.children_user + own.children_system
 
 
 def _joules(folder: Path) -> float:

@@ -89,10 +89,6 @@ def _instantiation(error: Exception) -> str:
     cause = error.__cause__
     key = re.search(r"full_key: (\S+)", str(error))
     at = f"{key.group(1)}: " if key else ""
-    missing = re.search(r"No module named '([^']+)'|Requirement '([\w-]+)", str(cause))
-    if missing and at == "logger: ":
-        name = missing.group(1) or missing.group(2)
-        return f"{at}{name} is not installed; loggers are extras: pip install 'locallearn[tensorboard,wandb,mlflow]'"
     unknown = re.search(r"unexpected keyword argument '([^']+)'", str(cause))
     if unknown:
         return f"{at}there is no setting {unknown.group(1)!r} here"

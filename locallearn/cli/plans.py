@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from locallearn.cli.arms import Arm
+from locallearn.cli.loggers import logger_maker
 from locallearn.cli.settings import UsageError, accepted, check_arguments, check_types
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -107,7 +108,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         trainer={str(k): v for k, v in trainer.items()},
         matmul_precision=matmul_precision,
         **execution,
-        logger=make(cfg.logger) if cfg.logger else None,
+        logger=logger_maker(config["logger"]),
         config={str(k): v for k, v in config.items()},
         command=command,
         mode=cfg.compare.mode,

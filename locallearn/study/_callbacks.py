@@ -19,6 +19,7 @@ from locallearn.nets.blocks import evaluating
 from locallearn.probe import probe_blocks
 from locallearn.records import RunFolder
 from locallearn.strategies.local import LocalStrategy, LocalTask
+from locallearn.study._copies import Copies
 from locallearn.study._costs import _Costs
 from locallearn.study.plan import CHECKPOINT, Interrupted, Plan
 
@@ -73,6 +74,7 @@ class _Recorder(pl.Callback):
         self.energy = energy
         self.probes = probes
         self.costs = costs
+        self.copies = Copies(plan)
         self.target: dict[str, Any] | None = None
         self.started = False
         self._strategy: LocalStrategy | None = None
@@ -104,8 +106,7 @@ class _Recorder(pl.Callback):
         joules = self.energy.running_joules() if timed else {}
         metrics |= {f"cost/energy_j/{source}": value for source, value in joules.items() if value is not None}
         self.folder.log(trainer.current_epoch, trainer.global_step, metrics)
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(metrics, trainer.global_step)
+        self.copies.write(trainer.current_epoch, trainer.global_step, metrics)
         self._check_target(trainer, cast(LocalTask, pl_module), metrics, joules)
         if self.plan.progress is not None:
             self.plan.progress(trainer.current_epoch + 1, trainer.max_epochs or 0, metrics)

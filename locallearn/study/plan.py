@@ -61,7 +61,8 @@ class Plan:
         channels_last: see :class:`~locallearn.nets.execution.Execution`.
         compile: the same.
         compile_backend: the same.
-        logger: a Lightning logger to copy the metrics to.
+        logger: a Lightning logger to copy the metrics to, or what makes one when the run's folder is there, and is handed
+            that. The folder is renamed when the run ends, after the logger has finished.
         variant: what sets this run apart from others of the same algorithm, for the record.
         config: the resolved configuration, for the record.
         command: what was typed, for the record.
@@ -97,7 +98,7 @@ class Plan:
     channels_last: bool = False
     compile: str | None = None
     compile_backend: str = "inductor"
-    logger: Logger | None = None
+    logger: Logger | Callable[[Path], Logger] | None = None
     variant: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     command: str = ""

@@ -73,13 +73,21 @@ def _run(plan: Plan) -> Path:
     try:
         if earlier is not None:
             folder.update({"parts": earlier.hand_over(folder)})
-        folder.update(_train(plan, task, trainer, recorder, earlier))
+        recorder.copies.begin(folder, trainer)
+        figures = _train(plan, task, trainer, recorder, earlier)
+        recorder.copies.end(max(0, trainer.current_epoch - 1), trainer.global_step, figures)
+        folder.update(figures)
         if plan.keep_model:
             folder.write_with(MODEL, partial(_save_model, task))
+        recorder.copies.close("success")
+        if recorder.copies.notes:
+            folder.update({"notes": [*figures.get("notes", []), *recorder.copies.notes]})
     except (Interrupted, KeyboardInterrupt) as error:
+        recorder.copies.close("aborted")
         _end(folder, "interrupted", str(error) or "stopped by the user or the system", error)
         raise
     except BaseException as error:
+        recorder.copies.close("failed")
         _end(folder, "failed", _sentence(error), error)
         raise
     finally:
@@ -163,7 +171,7 @@ def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningMod
     optimizers = make_optimizers(plan.algorithm, plan.optimizer)
     if plan.scheduler is not None:
         make_schedulers(optimizers, plan.scheduler, plan.scheduler_interval, metric, cast(LocalTask, task).maximise)
-    trainer = make_trainer(plan, plan.algorithm, callbacks, max_epochs=plan.max_epochs, logger=plan.logger or False)
+    trainer = make_trainer(plan, plan.algorithm, callbacks, max_epochs=plan.max_epochs, logger=False)
     strategy = cast(LocalStrategy, trainer.strategy)
     strategy.check(trainer)
     strategy.execution.check(cast(LocalTask, task).net, cast(LocalTask, task).info().example.inputs)

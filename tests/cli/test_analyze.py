@@ -43,7 +43,7 @@ def own(runs: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_runs_are_told_about_and_compared_and_the_report_shows_it(

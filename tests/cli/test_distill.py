@@ -48,7 +48,7 @@ def own(runs: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_every_depth_is_told_and_the_best_student_is_kept(cli: Cli, own: dict[str, Path], tmp_path: Path) -> None:

@@ -102,12 +102,12 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(
     assert record["status"] == "interrupted"
     assert record["error"]
     assert record["test"] == {}
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "record.json", "resume.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["csv", "metrics.csv", "record.json", "resume.ckpt"]
     assert (
         err.splitlines()[-1] == f"locallearn: interrupted; go on with: locallearn train resume={out.splitlines()[-1]}"
     )
 
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for word in ("seed=1", "algorithm=backprop", "net.hidden=[8]"):
         refused = cli("train", f"resume={folder}", word)
         assert refused.code == 2
@@ -115,7 +115,9 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(
 
     resumed = cli("train", f"resume={folder}", f"runs_dir={place / 'runs'}")
     _check_resumed(resumed, whole, folder.name)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before  # what was left is left alone
+    assert {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    } == before  # what was left is left alone
 
 
 @pytest.mark.slow
@@ -412,7 +414,7 @@ def test_an_index_that_cannot_be_written_costs_no_page(cli: Cli, monkeypatch: py
 
 
 def test_places_that_were_moved_move_what_was_taken_from_them() -> None:
-    cfg, _ = compose_settings(["dataset=mnist", "logger=csv", "data_dir=/there", "runs_dir=/then"])
+    cfg, _ = compose_settings(["dataset=mnist", "logger=tensorboard", "data_dir=/there", "runs_dir=/then"])
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     move(resolved, "data_dir", "/here")
     move(resolved, "runs_dir", "2026")

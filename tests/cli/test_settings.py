@@ -8,7 +8,7 @@ from locallearn.cli.arms import Arm
 from locallearn.cli.plans import make_plan
 from locallearn.cli.settings import GROUPS, compose_settings, options
 
-_EXTRAS = {("logger", "wandb"), ("logger", "mlflow")}  # these need their extra
+_EXTRAS = {("logger", "wandb"), ("logger", "mlflow"), ("logger", "aim")}  # these need their extra
 # What a choice cannot do without.
 _GRAPH = "dataset.graph={_target_:locallearn.tasks.graphs.GeneratedGraph,nodes:50}"
 _WITH = {

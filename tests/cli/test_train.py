@@ -33,7 +33,7 @@ def test_every_algorithm_leaves_a_complete_record(algorithm: str, cli: Cli, tmp_
     outcome = cli("train", f"algorithm={algorithm}", "seed=3", "meter=all")
     assert outcome.code == 0
     assert outcome.folder.parent == Path("runs")
-    assert sorted(path.name for path in outcome.folder.iterdir()) == ["metrics.csv", "model.pt", "record.json"]
+    assert sorted(path.name for path in outcome.folder.iterdir()) == ["csv", "metrics.csv", "model.pt", "record.json"]
     record = outcome.record
     assert set(record) >= set(TEMPLATE)
     assert "process" not in record
@@ -166,12 +166,13 @@ def test_ctrl_c_ends_a_sweep(
     assert [record["status"] for record in read_records(tmp_path / "runs")] == ["interrupted"]
 
 
-def test_logger_folder_stands_beside_the_records(cli: Cli, tmp_path: Path) -> None:
-    outcome = cli("train", "logger=csv")
+def test_a_run_s_figures_are_a_table_in_its_folder(cli: Cli) -> None:
+    """The default logger: a row per epoch, a last one of what all has cost."""
+    outcome = cli("train")
     assert outcome.code == 0
-    written = list((tmp_path / "runs" / "csv").rglob("metrics.csv"))
-    assert len(written) == 1
-    assert "validation/accuracy" in written[0].read_text(encoding="utf-8")
+    lines = (outcome.folder / "csv" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert {"epoch", "step", "validation/accuracy", "test/accuracy", "cost/train_s"} <= set(lines[0].split(","))
+    assert len(lines) == 3
 
 
 @pytest.mark.slow

@@ -26,7 +26,11 @@ _OWN = sorted(
     }
 )
 _IMPORTS = {"locallearn.local.factory"}  # runs what its argument names
-_REMOTE = {"lightning.pytorch.loggers.WandbLogger", "lightning.pytorch.loggers.MLFlowLogger"}
+_REMOTE = {
+    "lightning.pytorch.loggers.WandbLogger",
+    "lightning.pytorch.loggers.MLFlowLogger",
+    "aim.pytorch_lightning.AimLogger",
+}
 _LAYERS = [
     "torch.optim.RMSprop",
     "torch.optim.adam.Adam",

@@ -82,6 +82,7 @@ def test_the_table_of_settings_is_complete() -> None:
             "distill",
             "replay",
             "bench",
+            "meters",
             "schedule",
             "trainer",
         ):

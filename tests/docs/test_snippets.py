@@ -23,7 +23,20 @@ from locallearn.cli.settings import compose_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
-COMMANDS = ("train", "compare", "tune", "predict", "analyze", "distill", "replay", "report", "audit", "bench", "data")
+COMMANDS = (
+    "train",
+    "compare",
+    "tune",
+    "predict",
+    "analyze",
+    "distill",
+    "replay",
+    "report",
+    "audit",
+    "bench",
+    "data",
+    "meters",
+)
 
 
 class Block(NamedTuple):
@@ -154,6 +167,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
         and max(names["errors"][method] for method in ("eugen", "snnk")) < names["errors"]["svd"]
     ),
     "docs/graphs.md": lambda names: bool(names["accuracy"] > 0.5 and names["auc"] > 0.7),
+    "docs/energy.md": lambda names: [reading.quality for reading in names["window"].readings] == ["measured"] * 2,
     "docs/own-network.md": _own_network,
     "docs/records.md": lambda names: bool(names["same"]),
     "docs/algorithms/zeroth_order.md": lambda names: bool(names["losses"][-1] < names["losses"][0] - 0.2),

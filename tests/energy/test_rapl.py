@@ -1,3 +1,4 @@
+import os
 import threading
 import time
 from pathlib import Path
@@ -193,3 +194,35 @@ def test_a_counter_of_garbage(tmp_path: Path) -> None:
     with EnergyMonitor([RaplMeter(tmp_path)]).window("w") as window:
         pass
     assert "'much' instead of microjoules" in str(window.readings[0].reason)
+
+
+@pytest.mark.parametrize(("others_s", "flagged"), [(0, False), (30, True)])
+def test_processor_time_of_other_processes_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others_s: int, flagged: bool
+) -> None:
+    """The run computes for 60 s; the machine for as long, or half as long again."""
+    tick = os.sysconf("SC_CLK_TCK")
+    stat = tmp_path / "stat"
+    times = iter([(1.0, 2.0), *[(51.0, 12.0)] * 9])
+    monkeypatch.setattr(os, "times", lambda: os.times_result([*next(times), 0.0, 0.0, 0.0]))
+    stat.write_text(f"cpu {100 * tick} 0 {50 * tick} {10**9} {10**6} 0 0 0 0 0\ncpu0 1 2 3\n")
+    _domain(tmp_path, "intel-rapl:0", "package-0", 0)
+    with EnergyMonitor([RaplMeter(tmp_path, stat)]).window("w") as window:
+        next(times, None)
+        stat.write_text(f"cpu {(150 + others_s) * tick} 0 {60 * tick} {2 * 10**9} {10**7} 0 0 0 0 0\n")
+    (reading,) = window.readings
+    assert reading.detail["cpu_s_of_run"] == pytest.approx(60)
+    assert reading.detail["cpu_s_of_machine"] == pytest.approx(60 + others_s)
+    told = "other processes took 33% of the processors' time: what these drew for them is in the figure"
+    assert (told in reading.flags) == flagged
+
+
+@pytest.mark.parametrize("text", [None, "", "cpu many"])
+def test_without_the_system_s_count_nothing_is_said_of_others(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "stat").write_text(text)
+    _domain(tmp_path, "intel-rapl:0", "package-0", 0)
+    with EnergyMonitor([RaplMeter(tmp_path, tmp_path / "stat")]).window("w") as window:
+        pass
+    assert window.readings[0].joules == 0.0
+    assert window.readings[0].detail.keys() == {"domain"}
