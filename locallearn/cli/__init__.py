@@ -43,7 +43,7 @@ Examples:
   locallearn train -m algorithm=backprop,mono_forward optimizer.lr=1e-3,3e-4
 
 Options: --cfg prints the composed settings; -m sweeps (train); --debug shows tracebacks; --version;
-  --figures (report) writes every figure as SVG and PDF, every table as CSV and LaTeX; --watch (report) refreshes the page;
+  --figures writes figures as SVG and PDF, tables as CSV and LaTeX, --watch follows runs that go on (report);
   --trust runs whatever a record's settings name (train resume=, predict, analyze, distill, replay)
 Completion: eval "$(locallearn -sc install=bash)"   names of a group: locallearn train algorithm=?
 """

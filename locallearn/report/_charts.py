@@ -398,10 +398,10 @@ def cost_axis(title: str, values: Sequence[float | None], times: float) -> Figur
     axis: Figure = {"title": {"text": plain_text(title)}}
     if not known or min(known) <= 0 or max(known) / min(known) <= times:
         return axis
-    low, high = math.floor(math.log10(min(known))) - 1, math.ceil(math.log10(max(known))) + 1
-    steps = (1, 2, 5) if high - low <= 4 else (1,)
+    low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
+    steps = (1, 2, 5) if high - low <= 3 else (1,)
     every = max(1, (high - low) // 8)
-    marks = [step * 10.0**power for power in range(low, high + 1, every) for step in steps]
+    marks = [step * 10.0**power for power in range(low - 1, high + 2, every) for step in steps]
     return axis | {"type": "log", "tickvals": marks, "ticktext": [_mark(mark) for mark in marks]}
 
 

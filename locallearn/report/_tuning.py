@@ -89,7 +89,7 @@ def _search(data: Mapping[str, Any]) -> Search:
         chosen = [one for one in trials if one["number"] in _list(study.get("best"))]
         for one in chosen[:12]:
             values = ", ".join(significant(_number(v)) for v in _list(one.get("values")))
-            settings = ", ".join(f"{key}={value}" for key, value in _params(one).items()) or UNKNOWN
+            settings = _settings(one)
             best.append((_rule(study), str(one["number"]), values, settings, _text(study.get("experiment")) or UNKNOWN))
         counts = {state: sum(one.get("state") == state for one in trials) for state in ("COMPLETE", "PRUNED", "FAIL")}
         value = _value(chosen[0]) if len(objectives) == 1 and chosen else None
@@ -170,7 +170,7 @@ def _history(studies: Sequence[Mapping[str, Any]], title: str, share: float, low
                             UNKNOWN if value is None else _shown(value, share),
                             significant(_number(one.get("seconds")), 3),
                         ),
-                        ", ".join(f"{key}={value}" for key, value in _params(one).items()) or UNKNOWN,
+                        _settings(one),
                         _text(one.get("error")) or "",
                     )
                 )
@@ -303,6 +303,14 @@ def _value(trial: Mapping[str, Any]) -> float | None:
 def _params(trial: Mapping[str, Any]) -> dict[str, Any]:
     params = trial.get("params")
     return {str(k)[:80]: v for k, v in params.items()} if isinstance(params, Mapping) else {}
+
+
+def _settings(trial: Mapping[str, Any]) -> str:
+    """What a trial drew, numbers with four digits: the file has them all."""
+    told = (
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in _params(trial).items()
+    )
+    return ", ".join(told)[:500] or UNKNOWN
 
 
 def _shown(value: float, share: float) -> str:

@@ -23,7 +23,7 @@ class Verdict:
         best: the row with the best mean, of complete rows alone where there are any.
         rival: what stands against the baseline: the best row that is not the baseline.
         pair: the rival against the baseline in the metric, ``None`` without a baseline.
-        certainty: ``certain``, ``not told apart``, or why neither can be said.
+        certainty: in two or three words whether the interval of the difference holds 0, or why there is none.
         sentence: the verdict.
     """
 
@@ -125,14 +125,16 @@ def _against(rival: Row, pair: PairedDifference, metric: Column, name: str, base
             f"{which} and {baseline} cannot be told apart in {name}: {mean}, 95 % interval {ends}, {pairs}",
             "not told apart",
         )
+    told = f"95 % interval {ends}, {pairs}"
+    if n > 2 and pair.p_holm is not None:
+        # The best of many is so by luck, too: the interval does not know of the others, Holm's correction does.
+        told += f"; p after Holm over all rules {pair.p_holm:.2g}"
+    certainty = "interval without 0" if n > 2 else "certain at 95 %"
     if ahead:
-        return f"{which} beats {baseline} by {by} in {name} (95 % interval {ends}, {pairs})", "certain at 95 %"
+        return f"{which} beats {baseline} by {by} in {name} ({told})", certainty
     if n == 2:
-        return f"{baseline} beats {which} by {by} in {name} (95 % interval {ends}, {pairs})", "certain at 95 %"
-    return (
-        f"No rule reaches {baseline} in {name}: {rival.label}, the closest, lies {by} behind (95 % interval {ends}, {pairs})",
-        "certain at 95 %",
-    )
+        return f"{baseline} beats {which} by {by} in {name} ({told})", certainty
+    return f"No rule reaches {baseline} in {name}: {rival.label}, the closest, lies {by} behind ({told})", certainty
 
 
 def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row]) -> str:

@@ -340,7 +340,9 @@
     for (const entry of seen) if (entry.isIntersecting) { lines.unobserve(entry.target); prepare(entry.target); }
   }, {rootMargin: "900px"});
   requestAnimationFrame(() => setTimeout(async () => {
-    $("table").filter((table) => !table.closest("details")).forEach((table) => lines.observe(table));
+    const tables = $("table").filter((table) => !table.closest("details"));
+    // In a narrow window the cells of a table carry its headings, near or far.
+    tables.forEach((table) => (innerWidth <= 640 && table.matches(".cards") ? prepare(table) : lines.observe(table)));
     await library();
     places.forEach((place) => watcher.observe(place));
   }));

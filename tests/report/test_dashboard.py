@@ -291,6 +291,9 @@ def test_forty_varied_runs_stand_without_overlaps_and_requests(width: int, tmp_p
         assert not found["sideways"]
         # A table scrolls in no direction in a wide window, and never downwards.
         assert width < 600 or found["tables"] == []
+        # In a narrow one its cells stand below each other, each with its heading.
+        bare = "[...document.querySelectorAll('.cards td')].filter((c) => c.checkVisibility() && !c.dataset.h).length"
+        assert width > 600 or tab.run(f"{bare}") == 0
         assert tab.asked() == {page.as_uri()}
         assert tab.complaints() == []
 
