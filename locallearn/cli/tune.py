@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,7 @@ def tune(words: list[str]) -> int:
 
 def _search(words: list[str], helping: bool = False) -> int:
     """Take part in a search; a process that only helps another one says nothing of what was found."""
-    from locallearn.study.space import corners
-    from locallearn.study.train import Interrupted, attached_task, check
+    from locallearn.study.train import Interrupted, attached_task
     from locallearn.study.tune import PRUNERS, SAMPLERS, History, Options, masked, study_name
     from locallearn.study.tune import tune as search
 
@@ -77,15 +76,8 @@ def _search(words: list[str], helping: bool = False) -> int:
         )
         for name, arm in arms.items()
     }
-    for name in (
-        () if helping else arms
-    ):  # a mistake in the settings, or in what may be drawn, is told before anything is trained
-        for place, point in enumerate(corners(spaces[name])):
-            try:
-                check(make(name, point))
-            except RuntimeError:  # too large for this machine, say: a trial of the search may fail
-                if place == 0:
-                    raise
+    if not helping:
+        _tried(arms, spaces, make)
     task = attached_task(make(next(iter(arms)), []))
     objectives = objectives_of(
         base.tune.objectives, task.metric, task.maximise, base.tune.workers, bool(base.meter.sources)
@@ -131,6 +123,20 @@ def _search(words: list[str], helping: bool = False) -> int:
     if helping:
         return 0
     return _recommend(found, arms, shared, runs_dir / "tune" / name, seeds, spaces)
+
+
+def _tried(arms: Iterable[str], spaces: Mapping[str, Any], make: Callable[[str, Sequence[str]], Any]) -> None:
+    """Tell a mistake in the settings, or in what may be drawn, before anything is trained."""
+    from locallearn.study.space import corners
+    from locallearn.study.train import check
+
+    for name in arms:
+        for place, point in enumerate(corners(spaces[name])):
+            try:
+                check(make(name, point))
+            except RuntimeError:  # too large for this machine, say: a trial of the search may fail
+                if place == 0:
+                    raise
 
 
 def _unnamed(words: Sequence[str], masked: Any) -> list[str]:
@@ -213,15 +219,22 @@ def _launched(words: list[str]) -> int:
 
     @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
     def job(cfg: Any) -> None:
+        from hydra.core.global_hydra import GlobalHydra
         from hydra.core.hydra_config import HydraConfig
 
         own = [*HydraConfig.get().overrides.task, *places]
+        launching, GlobalHydra.instance().hydra = (
+            GlobalHydra.instance().hydra,
+            None,
+        )  # the search composes settings itself
         try:
             codes.append(_search(own))
         except Exception as error:
             code, sentence = explain(error, own)
             print(f"locallearn: {sentence}", file=sys.stderr)
             codes.append(code)
+        finally:
+            GlobalHydra.instance().hydra = launching
         if codes[-1] == 130:
             raise KeyboardInterrupt  # anything less Hydra keeps to itself until all have run
 
