@@ -250,3 +250,16 @@ def test_a_figure_that_lacks_something_says_so() -> None:
         Blocks({"a": nn.Sequential(nn.Linear(5, 5), Inverse())}, nn.Linear(5, 4)), TaskInfo(batch, 4, F.cross_entropy)
     )
     assert measure_update(rule, batch).uncounted == ("aten.linalg_inv_ex",)
+
+
+def test_shifts_of_integers_are_no_unknown_work() -> None:
+    """What counter-based noise is made of: a rule that draws by it has all of its operations counted."""
+    from locallearn.cost._flops import FlopCounter
+
+    counter = FlopCounter()
+    with counter:
+        bits = torch.arange(8)
+        bits = (bits << 3) ^ (bits >> 1) & 5 | 2
+        bits <<= 1
+        bits >>= 1
+    assert not counter.uncounted

@@ -50,7 +50,7 @@ _CHEAP = re.compile(
             # questions, assertions, optimizers, quantised elements
             r"_local_scalar_dense|item|is_\w+|_has_\w+|_?\w*assert\w*|_?sym_\w+|record_stream|_print|_fused_sdp_choice|_?use_\w+ctc_loss",
             r"_foreach_(?!mm)\w+|_fused_(adam|adamw|adagrad|sgd)|_amp_\w+|_?fake_quantize\w*|_?quantize_\w+|dequantize|q_\w+|int_repr",
-            r"qscheme|_transform_bias_rescale_qkv|__[li]shift__|_add_relu|floor_divide|shallow_copy_data|from_file",
+            r"qscheme|_transform_bias_rescale_qkv|__i?[lr]shift_+|_add_relu|floor_divide|shallow_copy_data|from_file",
             r"_fused_moving_avg\w+|_linalg_check_errors|_embedding_bag\w*|_functional_\w+|_make_\w+_tensor",
         )
     )

@@ -91,6 +91,7 @@ FORWARD_ONLY = (
     "physical_ff_vowels",
     "zeroth_order_digits",
     "forward_gradient_cifar10_guesses",
+    "python_topics_tuned",
 )
 
 
