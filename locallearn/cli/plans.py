@@ -78,7 +78,10 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         return make(cfg.task, net=net, **accepted(cfg.task._target_, given))
 
     return Plan(
-        names={group: choices[group] for group in ("algorithm", "dataset", "net", "task")},
+        names={
+            **{group: choices[group] for group in ("algorithm", "net", "task")},
+            "dataset": _data(config["dataset"], choices["dataset"]),
+        },
         seed=cfg.seed,
         data=data,
         make_net=partial(make, cfg.net, **accepted(cfg.net._target_, shapes), **net_settings),
@@ -119,6 +122,12 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         resume=None if cfg.resume is None else folder_setting(cfg, "resume"),
         init_from=None if cfg.get("init_from") is None else folder_setting(cfg, "init_from"),
     )
+
+
+def _data(settings: Any, chosen: str) -> str:
+    """The data set that a run is of: ``dataset.name`` may name another one than the group's choice."""
+    ours = str(settings.get("_target_")).startswith("locallearn.")  # elsewhere a name may be that of anything
+    return str(settings["name"]) if ours and settings.get("name") else chosen
 
 
 def _device(algorithm: str, net: dict[str, Any]) -> str | None:

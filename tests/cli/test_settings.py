@@ -76,3 +76,10 @@ def test_kinds_of_a_rule_have_rows_of_their_own_with_every_choice_named_once(arm
     assert make_plan(*compose_settings(by_compare.overrides), "test", arm=by_compare).variant == variant
     alone = make_plan(*compose_settings(by_compare.overrides), "test").variant
     assert alone is variant or alone in variant
+
+
+def test_a_run_is_of_the_data_set_that_its_settings_name() -> None:
+    """``dataset.name`` leaves the group's choice what it was, and two data sets must never share a row."""
+    for words, name in ((["dataset=mnist"], "mnist"), (["dataset=mnist", "dataset.name=digits"], "digits")):
+        assert make_plan(*compose_settings(words), "").names["dataset"] == name
+    assert make_plan(*compose_settings(["dataset=vowels"]), "").names["dataset"] == "vowels"  # it has no name
