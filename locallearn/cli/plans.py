@@ -44,6 +44,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
 
     from locallearn.study.train import Plan
 
+    without_patience(cfg)
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     trainer = dict(config["trainer"])
@@ -119,6 +120,12 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         resume=None if cfg.resume is None else folder_setting(cfg, "resume"),
         init_from=None if cfg.get("init_from") is None else folder_setting(cfg, "init_from"),
     )
+
+
+def without_patience(cfg: Any) -> None:
+    """Have a run of mode ``matched`` train all of its epochs, whichever command makes it: its record says so."""
+    if cfg.compare.mode == "matched" and "patience" in cfg.schedule:
+        cfg.schedule.patience = None
 
 
 def _device(algorithm: str, net: dict[str, Any]) -> str | None:

@@ -112,7 +112,7 @@ def _search(words: list[str], helping: bool = False) -> int:
         history=History(runs_dir / "tune" / name, about),
     )
     try:
-        with _helpers(words, base.tune.workers), nullcontext() if helping else Progress() as show:
+        with _helpers(words, base.tune.workers), nullcontext() if helping else Progress(of="trial") as show:
             found = search(
                 list(arms),
                 make,
