@@ -73,7 +73,7 @@ def compare(words: list[str]) -> int:
         with Progress() as show:
             todo = [(name, make) for arm, name, make in plans if arm not in left_out]
             folders, problems = run_all(todo, show, workers)
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):  # in a run or between two
         print("locallearn: interrupted; the same command with compare.resume=true goes on", file=sys.stderr)
         return 130
     records = [*done, *map(load_record, folders)]

@@ -153,7 +153,9 @@ class Progress:
             self._progress.stop()
 
     def _show(self, name: str, epoch: int, epochs: int, metrics: dict[str, float]) -> None:
-        value = next((v for k, v in metrics.items() if k.startswith("validation/") and k != "validation/loss"), None)
+        figures = {k: v for k, v in metrics.items() if k.startswith("validation/")}
+        loss = figures.pop("validation/loss", None)  # which a search may be for
+        value = next(iter(figures.values()), loss)
         reached = "" if value is None else f"validation {value:.4f}"
         if self._plain:
             if name == self._last[0] and time.monotonic() - self._last[1] < 2:

@@ -104,5 +104,9 @@ def test_a_log_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(of="trial") as show:
         show("tune backprop", 1, 3, {"validation/accuracy": 0.5})
         show("tune pepita", 1, 3, {})  # it failed
-    told = capsys.readouterr().err.splitlines()
-    assert told == ["tune backprop: trial 1 of at most 3, validation 0.5000", "tune pepita: trial 1 of at most 3"]
+        show("tune ridge", 1, 3, {"validation/loss": 2.0})
+    assert capsys.readouterr().err.splitlines() == [
+        "tune backprop: trial 1 of at most 3, validation 0.5000",
+        "tune pepita: trial 1 of at most 3",
+        "tune ridge: trial 1 of at most 3, validation 2.0000",
+    ]
