@@ -11,7 +11,7 @@ from typing import Any
 from locallearn.cli.arms import Arm, arms_of, controls_of, distinct
 from locallearn.cli.mistakes import explain
 from locallearn.cli.outputs import outputs_of
-from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan
+from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan, without_patience
 from locallearn.cli.saved import recovered, reindexed
 from locallearn.cli.settings import UsageError, compose_settings
 from locallearn.cli.terminal import Progress
@@ -48,8 +48,8 @@ def compare(words: list[str]) -> int:
     for seed in seeds:  # A B A B: heat and neighbours weigh on all algorithms alike
         for arm in every:
             own = list(overrides.get(arm.text if arm.text in overrides else arm.inherits or arm.text, []))
-            matched = ["schedule.patience=null"] if base.compare.mode == "matched" else []
-            cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *matched, *own])
+            cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *own])
+            without_patience(cfg)  # what earlier runs are held against has to say so, too
             if workers > 1 and cfg.meter.sources:
                 raise UsageError(
                     f"compare.workers is {workers}, but {', '.join(cfg.meter.sources)} would count the joules of all runs that "
@@ -73,7 +73,7 @@ def compare(words: list[str]) -> int:
         with Progress() as show:
             todo = [(name, make) for arm, name, make in plans if arm not in left_out]
             folders, problems = run_all(todo, show, workers)
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):  # in a run or between two
         print("locallearn: interrupted; the same command with compare.resume=true goes on", file=sys.stderr)
         return 130
     records = [*done, *map(load_record, folders)]

@@ -44,6 +44,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
 
     from locallearn.study.train import Plan
 
+    without_patience(cfg)
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     trainer = dict(config["trainer"])
@@ -128,6 +129,12 @@ def _data(settings: Any, chosen: str) -> str:
     """The data set that a run is of: ``dataset.name`` may name another one than the group's choice."""
     ours = str(settings.get("_target_")).startswith("locallearn.")  # elsewhere a name may be that of anything
     return str(settings["name"]) if ours and settings.get("name") else chosen
+
+
+def without_patience(cfg: Any) -> None:
+    """Have a run of mode ``matched`` train all of its epochs, whichever command makes it: its record says so."""
+    if cfg.compare.mode == "matched" and "patience" in cfg.schedule:
+        cfg.schedule.patience = None
 
 
 def _device(algorithm: str, net: dict[str, Any]) -> str | None:

@@ -119,7 +119,14 @@ def printing() -> Any:
 
 
 class Progress:
-    """One line per run that moves with its epochs; plain and silent where there is no terminal."""
+    """One line per run that moves with its epochs; plain and silent where there is no terminal.
+
+    Args:
+        of: what is counted.
+    """
+
+    def __init__(self, of: str = "epoch") -> None:
+        self._of = of
 
     def __enter__(self) -> Callable[[str, int, int, dict[str, float]], None]:
         from rich.console import Console
@@ -146,13 +153,16 @@ class Progress:
             self._progress.stop()
 
     def _show(self, name: str, epoch: int, epochs: int, metrics: dict[str, float]) -> None:
-        value = next((v for k, v in metrics.items() if k.startswith("validation/") and k != "validation/loss"), None)
+        figures = {k: v for k, v in metrics.items() if k.startswith("validation/")}
+        loss = figures.pop("validation/loss", None)  # which a search may be for
+        value = next(iter(figures.values()), loss)
         reached = "" if value is None else f"validation {value:.4f}"
         if self._plain:
             if name == self._last[0] and time.monotonic() - self._last[1] < 2:
                 return  # a log file wants signs of life, not every epoch of a quick run
             self._last = (name, time.monotonic())
-            print(f"{name}: epoch {epoch} of at most {epochs}, {reached}", file=sys.stderr, flush=True)
+            told = f"{name}: {self._of} {epoch} of at most {epochs}{reached and f', {reached}'}"
+            print(told, file=sys.stderr, flush=True)
             return
         if name not in self._bars:
             self._bars[name] = self._progress.add_task(name, total=epochs, reached="")

@@ -120,7 +120,8 @@ def _sweep(words: list[str]) -> int:
             raise KeyboardInterrupt from error  # anything less Hydra keeps to itself until the sweep is over
         except Exception as error:  # one bad combination must not end the sweep
             code, sentence = explain(error, runtime.overrides.task)
-            print(f"locallearn: {sentence}", file=sys.stderr)
+            swept = " ".join(word for word in runtime.overrides.task if word not in words)
+            print(f"locallearn: {f'{swept}: ' if swept else ''}{sentence}", file=sys.stderr)
             codes.append(code)
             folder = getattr(error, "run_folder", None)
             folders.extend([] if folder is None else [folder])

@@ -104,7 +104,7 @@ def _search(words: list[str], helping: bool = False) -> int:
         history=History(runs_dir / "tune" / name, about),
     )
     try:
-        with _helpers(words, base.tune.workers), nullcontext() if helping else Progress() as show:
+        with _helpers(words, base.tune.workers), nullcontext() if helping else Progress(of="trial") as show:
             found = search(
                 list(arms),
                 make,
@@ -116,7 +116,7 @@ def _search(words: list[str], helping: bool = False) -> int:
                 say=lambda sentence: print(f"locallearn: {sentence}", file=sys.stderr),
                 options=options,
             )
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):  # in a trial or between two
         if not helping:
             print("locallearn: interrupted; the same command goes on where the search stopped", file=sys.stderr)
         return 130
@@ -156,6 +156,8 @@ def _helpers(words: Sequence[str], workers: int) -> Iterator[None]:
 
     import torch
 
+    from locallearn.study._pool import deaf
+
     if workers == 1:
         yield
         return
@@ -172,7 +174,8 @@ def _helpers(words: Sequence[str], workers: int) -> Iterator[None]:
     torch.set_num_threads(share)
     try:
         for process in processes:
-            process.start()
+            with deaf():  # it is told to end by this one, which a Ctrl-C in the midst of its imports would spoil
+                process.start()
         yield
     except BaseException:
         for process in processes:

@@ -187,7 +187,12 @@ def _text(heading: Sequence[str], settings: Mapping[str, Any]) -> str:
     lines = ["# @package _global_"]
     for sentence in heading:
         lines += textwrap.wrap(
-            " ".join(sentence.split()), 126, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False
+            " ".join(sentence.split()),
+            126,
+            initial_indent="# ",
+            subsequent_indent="#   ",
+            break_long_words=False,
+            break_on_hyphens=False,
         )
     dumped = ""
     for key, value in settings.items():

@@ -96,7 +96,7 @@ class _Pool:
         context = multiprocessing.get_context("spawn")  # a fork would take over locks and threads of PyTorch half-way
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.threads, self.count), name="locallearn-worker")
-        with _deaf():
+        with deaf():
             process.start()
         theirs.close()  # so that its death is the end of the pipe
         self.workers.append(_Worker(process, ours))
@@ -159,7 +159,7 @@ def _terminations() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
+def deaf() -> Iterator[None]:
     """A process started in here does not hear Ctrl-C, not even while it imports."""
     if threading.current_thread() is not threading.main_thread():
         yield

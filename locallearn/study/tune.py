@@ -554,12 +554,13 @@ def _draw(trial: Trial, key: str, part: Range | Choices) -> None:
 
 
 def _points(study: optuna.Study, counted: Sequence[FrozenTrial], options: Options) -> list[Point]:
-    """The best of the trials that count: one, or of several objectives those that no other one beats."""
+    """The best of the trials that count: one, or of several objectives those that no other one beats, each once."""
     good = [trial for trial in counted if trial.state is TrialState.COMPLETE and "error" not in trial.user_attrs]
     if len(options.objectives) > 1:
         places = front([trial.values for trial in good], options.objectives)
         sign = 1 if options.objectives[0].maximise else -1
         good = sorted((good[place] for place in places), key=lambda trial: -sign * trial.values[0])
+        good = [t for place, t in enumerate(good) if t.params not in [other.params for other in good[:place]]]
     elif good:
         sign = 1 if study.direction is optuna.study.StudyDirection.MAXIMIZE else -1
         good = [max(good, key=lambda trial: -math.inf if trial.value is None else sign * trial.value)]

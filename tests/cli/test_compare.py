@@ -97,6 +97,14 @@ def test_matched_gives_every_algorithm_the_same_samples(cli: Cli, tmp_path: Path
     assert "mode matched" in outcome.out
 
 
+def test_matched_means_the_same_to_every_command(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
+    """``train``, its sweeps and trials of ``tune`` write this mode into their records, so they train all epochs, too."""
+    words = ["compare.mode=matched", "schedule.patience=1", "trainer.max_epochs=3", "optimizer.lr=0.0"]
+    assert cli("train", "algorithm=backprop", "dataset.limit_train=100", *words).code == 0
+    [record] = read_records(tmp_path / "runs")
+    assert (record["mode"], record["cost"]["samples"]) == ("matched", 300)
+
+
 def test_target_reports_seconds_and_samples(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
     words = ["compare.mode=target", "compare.target=0.5", "trainer.max_epochs=20", "optimizer.lr=1e-2"]
     assert cli("compare", _TWO[0], "compare.seeds=[0]", *words).code == 0

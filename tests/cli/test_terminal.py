@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from locallearn.cli import main
-from locallearn.cli.terminal import Steady, printing
+from locallearn.cli.terminal import Progress, Steady, printing
 from tests.cli.conftest import Cli
 
 
@@ -98,3 +98,15 @@ def test_a_table_in_a_file_is_as_wide_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     assert printing().width == 200  # rich takes 80 for everything that is no terminal
     monkeypatch.setenv("COLUMNS", "90")
     assert printing().width == 90
+
+
+def test_a_log_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(of="trial") as show:
+        show("tune backprop", 1, 3, {"validation/accuracy": 0.5})
+        show("tune pepita", 1, 3, {})  # it failed
+        show("tune ridge", 1, 3, {"validation/loss": 2.0})
+    assert capsys.readouterr().err.splitlines() == [
+        "tune backprop: trial 1 of at most 3, validation 0.5000",
+        "tune pepita: trial 1 of at most 3",
+        "tune ridge: trial 1 of at most 3, validation 2.0000",
+    ]

@@ -150,6 +150,11 @@ def test_a_sweep_writes_tables_and_a_page_where_they_are_asked_for(cli: Cli, tmp
     assert "<html" in (tmp_path / "page.html").read_text(encoding="utf-8")
     refused = cli("train", "-m", "seed=0,1", "compare.table=sweep.xlsx", "runs_dir=none")
     assert refused.code == 2
+    wrong = cli("train", "-m", "optimizer.lr=-1,-2", "runs_dir=none")
+    assert [line.partition(": I")[0] for line in wrong.err.splitlines()] == [
+        "locallearn: optimizer.lr=-1",
+        "locallearn: optimizer.lr=-2",
+    ]
     assert "sweep.xlsx is no name for a table" in refused.err
     assert not (tmp_path / "none").exists()
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shlex
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ import pytest
 from locallearn.cli import main
 from locallearn.cli.arms import arms_of
 from locallearn.cli.settings import compose_settings
+from locallearn.cli.tune import _helpers
 from locallearn.records import load_record
 
 SMALL = ("meter=none", "net.hidden=[8,8]", "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.probe_samples=0")
@@ -174,6 +178,41 @@ def test_workers_of_one_command_share_its_search(here: Path, capsys: pytest.Capt
     history = _history(here / "runs")
     assert [[trial["number"] for trial in study["trials"]] for study in history["studies"]] == [[0, 1, 2, 3]] * 2
     assert len(list((here / "runs" / "tune").glob("*/record.json"))) == 8
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [("tune", "the same command goes on where the search stopped"), ("compare", "with compare.resume=true goes on")],
+)
+def test_ctrl_c_between_two_runs_says_how_to_go_on(
+    command: str, wanted: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"locallearn.study.{command}.{command}", stopped)
+    assert main([command, *SMALL, f"{command}.algorithms=[backprop]", "dataset.limit_train=100"]) == 130
+    assert wanted in capsys.readouterr().err
+
+
+def test_helpers_do_not_hear_ctrl_c_while_they_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal sends it to them, too, and a traceback of their imports would be what the user sees of it."""
+    heard: list[Any] = []
+
+    class Process:
+        pid = None
+
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def start(self) -> None:
+            heard.append(signal.getsignal(signal.SIGINT))
+
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
+    before = signal.getsignal(signal.SIGINT)
+    with _helpers(["tune.workers=3"], 3):
+        assert signal.getsignal(signal.SIGINT) == before
+    assert heard == [signal.SIG_IGN] * 2
 
 
 def test_nothing_is_recommended_where_all_diverged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

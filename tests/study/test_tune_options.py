@@ -15,7 +15,7 @@ import pytest
 from locallearn.strategies import Diverged
 from locallearn.study._objectives import Objective, front
 from locallearn.study.space import Choices, Range
-from locallearn.study.tune import PRUNERS, SAMPLERS, Best, History, Options, Pruned
+from locallearn.study.tune import PRUNERS, SAMPLERS, Best, History, Options, Pruned, _points
 from tests.study.tuning import FakeRuns, search
 
 ACCURACY = Objective("accuracy", maximise=True)
@@ -235,6 +235,18 @@ def test_two_objectives_have_a_pareto_set(runs: FakeRuns, tmp_path: Path) -> Non
     assert study["trials"][0]["intermediate"] == {"1": 0.1}
     assert [trial["values"] for trial in study["trials"]] == [[a, c] for a, c in answers[:5]] + [None, None]
     assert [trial.state.name for trial in _study(tmp_path).trials] == ["COMPLETE"] * 5 + ["FAIL"] * 2
+
+
+def test_settings_that_were_drawn_twice_stand_once_in_a_pareto_set() -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    for width, values in ((4, [0.5, 10.0]), (8, [0.9, 20.0]), (4, [0.5, 10.0])):
+        known = {"values": values, "reached": values[0]}
+        drawn = {"width": optuna.distributions.IntDistribution(4, 8)}
+        study.add_trial(
+            optuna.trial.create_trial(params={"width": width}, distributions=drawn, values=values, user_attrs=known)
+        )
+    options = Options(objectives=(Objective("accuracy", True), Objective("train_flops", False)))
+    assert [point.number for point in _points(study, study.trials, options)] == [1, 0]
 
 
 def test_several_objectives_are_not_pruned_by(runs: FakeRuns, tmp_path: Path) -> None:
