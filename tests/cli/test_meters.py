@@ -30,6 +30,7 @@ def test_sources_qualities_and_reasons_are_listed(
         NvmlMeter=lambda: ReplayMeter([(0, 0), (1e6, 70e6)], source="nvml:0 A board"),
         CodeCarbonMeter=lambda: ReplayMeter([(0, 0), (1e6, 20e6)], source="codecarbon:[ram]", quality="modelled"),
     )
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["meters", "meters.seconds=0.05"]) == 0
     out = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}

@@ -130,7 +130,10 @@ def test_a_sweep_runs_every_combination_and_leaves_nothing_but_records(
     assert outcome.err.splitlines()[-1] == "locallearn: a page of all runs there: locallearn report runs"
 
 
-def test_one_bad_combination_does_not_end_a_sweep(cli: Cli, tmp_path: Path, read_records: ReadRecords) -> None:
+def test_one_bad_combination_does_not_end_a_sweep(
+    cli: Cli, tmp_path: Path, read_records: ReadRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     outcome = cli("train", "-m", "optimizer=sgd", "optimizer.lr=1e30,1e-2")
     assert outcome.code == 1
     assert [record["status"] for record in read_records(tmp_path / "runs")] == ["failed", "done"]

@@ -217,7 +217,7 @@ def _sweep(words: list[str]) -> Iterator[list[str]]:
     choices = []
     for word in words:
         key, _, values = word.partition("=")
-        chosen = values.split(",") if values else []
+        chosen = [] if not values else [values] if values.startswith("[") else values.split(",")
         choices.append([f"{key}={value}" for value in (chosen[:1] if key == "seed" else chosen)])  # seeds are all alike
     yield from (list(run) for run in itertools.product(*filter(None, choices)))
 
@@ -226,7 +226,8 @@ def _check_command(command: str, words: list[str], extra: list[str]) -> None:
     if command in ("predict", "distill", "replay"):  # their first word is a run, whose settings they have
         compose_settings(words[1:])
         return
-    if command == "analyze":  # several runs, before settings
+    words = [word for word in words if word != "trainer.accelerator=cuda"]  # there may be none here
+    if command in ("analyze", "report"):  # several runs, before settings
         compose_settings([word for word in words if "=" in word])
         return
     assert command in COMMANDS
@@ -257,13 +258,15 @@ def test_bash(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     extra = _write_settings(page, tmp_path)
     for line in _lines(page):
-        words = shlex.split(line)
+        words = shlex.split(line, comments=True)
         while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words = words[1:]
         words = words[2:] if words[:2] == ["uv", "run"] else words
         if words[0] == "locallearn":
             rest = [word for word in words[2:] if not word.startswith("hydra.searchpath")]
             _check_command(words[1], rest, extra)
+        elif words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).exists(), line
         elif words[0] == "pytest":
             assert all((ROOT / word).exists() for word in words[1:2] if not word.startswith("-")), line
         else:
