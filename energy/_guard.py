@@ -38,6 +38,10 @@ class GuardedMeter:
         """See :meth:`Meter.resume`."""
         self._call("resume", self._meter.resume)
 
+    def begin(self) -> None:
+        """See :meth:`Meter.begin`."""
+        self._call("begin", self._meter.begin)
+
     def pause(self) -> None:
         """See :meth:`Meter.pause`."""
         self._call("pause", self._meter.pause)

@@ -116,6 +116,12 @@ class Meter(ABC):
     def resume(self) -> None:
         """Count from now on."""
 
+    def begin(self) -> None:  # noqa: B027  # most meters say nothing of the way to their figure
+        """What is counted from now on is the window: facts beside the figure shall not be of what came before it.
+
+        Called while the meter does not count. Joules go on from where they are; the window takes off the earlier ones.
+        """
+
     @abstractmethod
     def pause(self) -> None:
         """Count no longer."""
@@ -151,6 +157,7 @@ class Counter:
         flags: of every reading.
         by: what the figure is made by, where that is not the source's own counter.
         remarks: flags that come up while it is watched.
+        forget: makes ``observe`` and ``remarks`` begin anew.
         quality: of its readings, where that is another one than its meter's.
     """
 
@@ -164,6 +171,7 @@ class Counter:
     flags: tuple[str, ...] = ()
     by: str = ""
     remarks: Callable[[], tuple[str, ...]] = tuple
+    forget: Callable[[], object] = tuple
     quality: Quality | None = None
     _joules: float = 0.0
     _last_j: float | None = None
@@ -189,6 +197,10 @@ class Counter:
         if self._reason is None:
             self._joules += gained_j
             self._last_s, self._last_j = now_s, now_j
+
+    def begin(self) -> None:
+        """See :meth:`Meter.begin`."""
+        self.forget()
 
     def close(self) -> None:
         """Let go of what the counter alone holds; it is not read again."""
@@ -303,6 +315,12 @@ class CounterMeter(Meter):
                 for counter in self._counters:
                     counter.start()
                 self._counting = True
+
+    def begin(self) -> None:
+        """See :meth:`Meter.begin`."""
+        with self._lock:
+            for counter in self._counters:
+                counter.begin()
 
     def pause(self) -> None:
         """See :meth:`Meter.pause`."""

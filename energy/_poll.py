@@ -1,8 +1,8 @@
 """A power integrated over time, in a process of its own: the busy interpreter of a training shall not disturb the samples.
 
-``_power.py`` runs this file, without the package and whatever that would import. It samples until its standard input
-ends, which it does when the process at the other end ends, however that ends. Every line there asks for the state so
-far, which is answered as one line of JSON; a first answer is given unasked, once there is a sample.
+``_power.py`` runs this file, without the package and whatever that would import. It samples until it reads ``end``, or
+its standard input ends, which it does when the process at the other end ends, however that ends. Every other line there
+asks for the state so far, which is answered as one line of JSON; a first answer is given unasked, once there is a sample.
 """
 
 from __future__ import annotations
@@ -167,7 +167,9 @@ def poll(settings: dict[str, Any], every_s: float, answer: Callable[[str], None]
 
 
 def _listen(asked: queue.Queue[bool]) -> None:
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
         asked.put(True)
     asked.put(False)
 

@@ -84,9 +84,12 @@ class Poller:
 
     def close(self) -> None:
         """End the process."""
+        assert self._process.stdin is not None
+        with suppress(OSError, ValueError):
+            # By word: a data loader's forked worker holds the pipe open, so that its end does not come.
+            self._process.stdin.write("end\n")
         with suppress(OSError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
+            self._process.stdin.close()
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:  # held up in a driver
@@ -152,6 +155,12 @@ class PowerCounter(Counter):
 
     def __post_init__(self) -> None:
         self.read = self._integral_j
+
+    def begin(self) -> None:
+        """See :meth:`Counter.begin`."""
+        super().begin()
+        self._seconds, self._samples, self._longest_s = 0.0, 0, 0.0
+        self._signed_j = self._squared_j2 = self._moved_j = self._began_w = self._power_w = 0.0
 
     def start(self) -> None:
         """See :meth:`Counter.start`."""

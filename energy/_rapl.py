@@ -69,6 +69,7 @@ class RaplMeter(CounterMeter):
                     others.look,
                     max_w=_max_w(folder),
                     remarks=others.remarks,
+                    forget=others.forget,
                 )
             )
         return counters, unreadable
@@ -78,13 +79,17 @@ class RaplMeter(CounterMeter):
 
 
 class _Others:
-    """How the processors' time was shared, from the making of this on.
+    """How the processors' time was shared, from the making of this on, or since it was told to forget.
 
     Of this process's children those count as its own that have ended and were waited for.
     """
 
     def __init__(self, stat: Path) -> None:
         self._stat = stat
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
         self._began = self._times_s()
         self._machine_s = self._own_s = 0.0
 

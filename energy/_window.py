@@ -135,6 +135,8 @@ class Window:
             if self._monitor.cooldown_s > 0 and self._meters:
                 self._monitor.wait(self._monitor.cooldown_s)
             self._watch_idle(0)
+            for guarded in self._meters:
+                guarded.begin()
             self._before = [meter.readings() for meter in self._meters]
             self._before_co2_g = [meter.co2_g for meter in self._meters]
             self.resume()
@@ -356,6 +358,7 @@ class Window:
             yield "the clock went back during the window: the seconds are too few"
         if seconds < _TICKS * tick_s:
             yield f"the window of {seconds:.1f} s is shorter than {_TICKS} ticks of {tick_s:g} s: rough"
-        watched_s = max(self._idle_seconds)
+        # Of the two looks the shorter: the one after the window may have been cut off.
+        watched_s = min((seconds for seconds in self._idle_seconds if seconds > 0), default=0.0)
         if watched_s and watched_s < _TICKS * tick_s:
             yield f"idle power was watched for {watched_s:.1f} s only: the net figure is rough"

@@ -157,7 +157,12 @@ class ZeusMeter(CounterMeter):
                 continue
             flags = ("the whole board: what its other sources count is in it",) if part == "total" else ()
             sampled = {"kind": "jetson", "rail": rail}
-            counters.append(PowerCounter.of(f"jetson:{part}", sampled, every_s=self._poll, max_w=_MAX_W, flags=flags))
+            try:
+                counters.append(
+                    PowerCounter.of(f"jetson:{part}", sampled, every_s=self._poll, max_w=_MAX_W, flags=flags)
+                )
+            except UnreadableError as error:  # the other rails are read all the same
+                unreadable.append(Reading(f"jetson:{part}", self.quality, None, str(error)))
         return counters, unreadable
 
     def _parts(

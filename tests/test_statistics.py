@@ -427,6 +427,19 @@ def test_failures_stand_in_the_row_and_a_run_that_went_on_is_no_second_one() -> 
     assert (row.seeds, dict(row.figures)) == ("0 of 1", {})
 
 
+def test_a_failed_run_with_settings_of_its_own_is_told() -> None:
+    """Its seed looks like a missing one of a row that it has never belonged to."""
+    finished = [run("backprop", seed, 0.9, optimizer={"lr": "0.1"}) for seed in range(2)]
+    failed = [
+        Record(one.path, {**one.data, "status": "failed"})
+        for one in (run("backprop", 2, 0.1, optimizer={"lr": "9.0"}), run("backprop", 3, 0.1, optimizer={"lr": "0.1"}))
+    ]
+    (row,) = compare_table([*finished, *failed])
+    told = [note for note in row.notes if "no missing seed" in note]
+    told_of = "Seed 2, which did not finish, had other settings than those that did (optimizer.lr)"
+    assert told == [f"{told_of}: it is no missing seed of theirs."]
+
+
 def test_targets_do_not_mix() -> None:
     records = [arrival(rule, seed, 10.0, target=t) for rule in ("backprop", "x") for seed in (0, 1) for t in (0.8, 0.9)]
     rows = compare_table(records)

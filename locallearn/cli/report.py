@@ -24,7 +24,10 @@ def report(words: list[str]) -> int:
     words = [word for word in words if word not in _OPTIONS]
     folders = [word for word in words if "=" not in word and not word.startswith("-")]
     cfg, _ = compose_settings([word for word in words if word not in folders])
-    roots = [Path(str(f)).expanduser() for f in folders or cfg.report.records or [folder_setting(cfg, "runs_dir")]]
+    named = cfg.report.records
+    if named and (isinstance(named, str) or not isinstance(named, Sequence)):  # one folder, which is no list of letters
+        named = [named]
+    roots = [Path(str(f)).expanduser() for f in folders or named or [folder_setting(cfg, "runs_dir")]]
     for root in roots:
         if not root.is_dir():
             raise UsageError(f"there is no folder {root} to read records from")

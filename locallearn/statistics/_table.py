@@ -188,6 +188,14 @@ def _own_notes(group: _Group, figures: Mapping[str, Figure]) -> tuple[str, ...]:
     names = differing([settings(record) for record in group.done])
     if names:
         notes.append(f"Its runs differ in more than the seed ({_listed(names)}); the spread mixes both.")
+    for record in group.missing if group.done else ():
+        # A run of another experiment, for which nothing of its own has finished at that seed.
+        apart_in = min((differing([settings(record), settings(done)]) for done in group.done), key=len)
+        if apart_in:
+            notes.append(
+                f"Seed {record.seed}, which did not finish, had other settings than those that did ({_listed(apart_in)}): "
+                "it is no missing seed of theirs."
+            )
     known = [circumstances(record) for record in group.done]
     unlike = differing(known)
     if unlike:

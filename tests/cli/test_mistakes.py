@@ -322,3 +322,11 @@ def test_a_copy_that_does_not_fit_is_named_by_where_it_was_going() -> None:
     assert code == 2
     assert "the disk is full: runs/a/resume.ckpt could not" in sentence
     assert "x7" not in sentence
+
+
+@pytest.mark.parametrize("named", ["report.records=nowhere", "report.records=[nowhere]", "report.records=7"])
+def test_one_folder_of_records_needs_no_brackets(cli: Cli, named: str) -> None:
+    """A name is no list of its letters: the folder that is missing is told by its whole name."""
+    _is_one_sentence(
+        cli("report", named), f"there is no folder {named.partition('=')[2].strip('[]')} to read records from"
+    )

@@ -265,8 +265,9 @@ def test_bash(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         if words[0] == "locallearn":
             rest = [word for word in words[2:] if not word.startswith("hydra.searchpath")]
             _check_command(words[1], rest, extra)
-        elif words[0] == "python" and words[1].endswith(".py"):
-            assert (ROOT / words[1]).exists(), line
+        elif words[0] == "python" and (words[1].endswith(".py") or words[2].startswith("tests.")):
+            script = words[1] if words[1] != "-m" else f"{words[2].replace('.', '/')}.py"
+            assert (ROOT / script).exists(), line
         elif words[0] == "pytest":
             assert all((ROOT / word).exists() for word in words[1:2] if not word.startswith("-")), line
         else:

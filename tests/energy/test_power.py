@@ -116,6 +116,29 @@ def test_the_process_ends_with_the_window() -> None:
     assert process.poll() is not None
 
 
+def test_what_is_told_of_the_samples_is_the_windows_not_the_idle_looks() -> None:
+    """While the machine is watched idle the power is noise, which would be in the error; then it is constant."""
+    noise = [(i / 100, 10.0 * (i % 2)) for i in range(1, 40)]
+    meter = PowerReplayMeter([(0, 0), *noise, (0.4, 5), (1e6, 5)], every_s=0.01)
+    with EnergyMonitor([meter], idle_s=0.5).window("w") as window:
+        time.sleep(0.05)
+    (reading,) = window.readings
+    assert reading.joules == pytest.approx(5 * _sampled_s(reading))
+    assert reading.detail["sampling_error_j"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_process_of_ours_that_holds_the_pipe_does_not_hold_up_the_end() -> None:
+    """As a forked worker of a data loader does: the end of the pipe does not come, and once it had to be killed."""
+    poller = Poller({"kind": "replay", "trace": [[0, 1], [1e6, 1]]}, every_s=0.01)
+    assert poller._process.stdin is not None
+    held = os.dup(poller._process.stdin.fileno())
+    try:
+        poller.close()
+    finally:
+        os.close(held)
+    assert poller._process.returncode == 0
+
+
 def _package_without_torch() -> str:
     folder = str(Path(locallearn.energy.__file__).parents[1])
     return f"""

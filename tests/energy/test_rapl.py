@@ -203,13 +203,22 @@ def test_processor_time_of_other_processes_is_noted(
     """The run computes for 60 s; the machine for as long, or half as long again."""
     tick = os.sysconf("SC_CLK_TCK")
     stat = tmp_path / "stat"
-    times = iter([(1.0, 2.0), *[(51.0, 12.0)] * 9])
-    monkeypatch.setattr(os, "times", lambda: os.times_result([*next(times), 0.0, 0.0, 0.0]))
+    times = [0.0, 0.0]
+    monkeypatch.setattr(os, "times", lambda: os.times_result([*times, 0.0, 0.0, 0.0]))
     stat.write_text(f"cpu {100 * tick} 0 {50 * tick} {10**9} {10**6} 0 0 0 0 0\ncpu0 1 2 3\n")
     _domain(tmp_path, "intel-rapl:0", "package-0", 0)
-    with EnergyMonitor([RaplMeter(tmp_path, stat)]).window("w") as window:
-        next(times, None)
-        stat.write_text(f"cpu {(150 + others_s) * tick} 0 {60 * tick} {2 * 10**9} {10**7} 0 0 0 0 0\n")
+    monitor = EnergyMonitor([RaplMeter(tmp_path, stat)], idle_s=30)
+
+    def idle(seconds: float) -> None:
+        """Others compute while the run waits: that is in the idle power, not in the window."""
+        with stat.open("w") as file:
+            file.write(f"cpu {(100 + 500) * tick} 0 {50 * tick} {10**9} {10**6} 0 0 0 0 0\n")
+
+    monitor.wait = idle
+    with monitor.window("w") as window:
+        times[:] = [50.0, 10.0]
+        monitor.wait = lambda seconds: None
+        stat.write_text(f"cpu {(650 + others_s) * tick} 0 {60 * tick} {2 * 10**9} {10**7} 0 0 0 0 0\n")
     (reading,) = window.readings
     assert reading.detail["cpu_s_of_run"] == pytest.approx(60)
     assert reading.detail["cpu_s_of_machine"] == pytest.approx(60 + others_s)

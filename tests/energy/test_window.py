@@ -237,6 +237,17 @@ def test_a_short_idle_watch_is_flagged(clock: Any, constant: Any, monkeypatch: p
         assert window.readings[0].flags == wanted
 
 
+def test_a_second_look_that_was_cut_short_is_flagged(clock: Any, constant: Any) -> None:
+    meter = ReplayMeter(constant(1.0), clock=clock)
+    meter.tick_s = 0.1
+    monitor = EnergyMonitor([meter], idle_s=30, clock=clock)
+    monitor.wait = clock.pass_by
+    with monitor.window("w") as window:
+        clock.pass_by(10.0)
+        monitor.wait = lambda seconds: clock.pass_by(0.5)  # somebody asks to stop
+    assert window.readings[0].flags == ("idle power was watched for 0.5 s only: the net figure is rough",)
+
+
 def test_a_clock_that_goes_back_gives_no_negative_seconds(clock: Any) -> None:
     """The window's own clock cannot be set; somebody's own may."""
     meter = ReplayMeter([(0, 0), (1e6, 1e6)], clock=FakeClock())

@@ -31,9 +31,12 @@ class AMDGPUs:
 def amdsmi_is_available(): return AMDGPUs.started
 """
 _JETSON = """
+import os
 class Sensor:
     def __init__(self, mw): self.mw = mw
-    def measure_power(self): return self.mw
+    def measure_power(self):
+        if f"{self.mw:.0f}" == os.environ.get("BROKEN_MW"): raise OSError("in1_input: Input/output error")
+        return self.mw
 class Jetson:
     there = False
     def __init__(self): raise RuntimeError("would start a process")
@@ -141,6 +144,17 @@ def test_rails_of_a_jetson_are_sampled_by_processes_of_our_own(zeus: Any) -> Non
     assert any("the whole board" in flag for flag in total.flags)
     on_cpu = _read(ZeusMeter(poll_s=0.01), "cpu")
     assert [reading.joules is None for reading in on_cpu if reading.source == "jetson:gpu"] == [True]
+
+
+def test_a_rail_that_cannot_be_read_costs_the_others_nothing(zeus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it leave their processes behind."""
+    zeus.amd.AMDGPUs.started = False
+    zeus.jetson.Jetson.there = True
+    monkeypatch.setenv("BROKEN_MW", "9000")
+    gpu, total = _read(ZeusMeter(poll_s=0.01), seconds=0.05)
+    assert gpu.joules == pytest.approx(4 * _sampled_s(gpu))
+    assert (total.source, total.joules) == ("jetson:total", None)
+    assert "in1_input: Input/output error" in str(total.reason)
 
 
 def test_apple_s_parts_are_modelled_and_only_those_that_the_run_uses(
