@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeAlias
@@ -57,8 +58,12 @@ def importances(study: optuna.Study, place: int | None) -> dict[str, float] | No
         return None
     try:
         target = None if place is None else (lambda trial: float(trial.values[place]))
-        found = optuna.importance.get_param_importances(study, target=target)
-    except (ValueError, RuntimeError):  # all values are alike, or no setting was drawn in all trials
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "error", "Target and region quantiles"
+            )  # then all shares are equal, and say nothing
+            found = optuna.importance.get_param_importances(study, target=target)
+    except (ValueError, RuntimeError, UserWarning):  # all values are alike, or no setting was drawn in all trials
         return None
     total = sum(found.values())
     return {key: value / total for key, value in found.items()} if len(found) > 1 and total > 0 else None
