@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from locallearn.records import COST_COLUMNS, Quality
 from locallearn.statistics import Figure, Row
@@ -217,6 +218,13 @@ def ratio_text(ratio: float | None, digits: int = 3) -> str:
     if not 1e-6 < abs(ratio) < _LONG:
         return f"{ratio:.{digits}g}{TIMES}"
     return f"{ratio:.{min(6, max(0, digits - 1 - _magnitude(ratio)))}f}{TIMES}"
+
+
+def known_number(value: Any) -> float | None:
+    """A finite number out of a file; ``None`` for anything else that may stand there."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def significant(value: float | None, digits: int = 4) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from locallearn.records import Record, plain_file
 from locallearn.report._charts import Chart, figure_of, plain_text, ramp
-from locallearn.report._columns import TIMES, UNKNOWN, metric_title, significant
+from locallearn.report._columns import TIMES, UNKNOWN, known_number, metric_title, significant
 from locallearn.statistics import Row
 
 _FOLDER = "distilled"
@@ -47,18 +46,18 @@ def _chart(row: Row, record: Record, data: Mapping[str, Any]) -> Chart:
     for one in students[:_STUDENTS]:
         recipe = one.get("recipe")
         recipe = recipe if isinstance(recipe, Mapping) else None
-        size = None if recipe is None else _number(recipe.get("share"))
+        size = None if recipe is None else known_number(recipe.get("share"))
         name = "teacher" if recipe is None else f"{str(recipe.get('method'))[:40]}, {significant(size)} of the size"
-        test = _number(_part(one, "test").get(metric))
-        params, depth = _number(one.get("params")), _number(one.get("depth"))
+        test = known_number(_part(one, "test").get(metric))
+        params, depth = known_number(one.get("params")), known_number(one.get("depth"))
         if test is not None and params is not None:
             lines.setdefault(name, []).append((params, test * (100 if share else 1), int(depth or 0)))
         figures = [
             f"{100 * value:.2f}" if share and value is not None else significant(value)
-            for value in (_number(_part(one, part).get(metric)) for part in ("validation", "test"))
+            for value in (known_number(_part(one, part).get(metric)) for part in ("validation", "test"))
         ]
-        lost = _number(one.get("lost"))
-        ratios = [_ratio(_number(one.get(key)), _number(teacher.get(key))) for key in ("bytes", "flops")]
+        lost = known_number(one.get("lost"))
+        ratios = [_ratio(known_number(one.get(key)), known_number(teacher.get(key))) for key in ("bytes", "flops")]
         table.append(
             (
                 *(name, str(int(depth or 0)), *figures),
@@ -66,7 +65,7 @@ def _chart(row: Row, record: Record, data: Mapping[str, Any]) -> Chart:
                 *(
                     UNKNOWN if params is None else f"{params:,.0f}",
                     *ratios,
-                    _ratio(_number(one.get("latency_ratio")), 1.0),
+                    _ratio(known_number(one.get("latency_ratio")), 1.0),
                 ),
             )
         )
@@ -116,10 +115,3 @@ def _part(one: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _ratio(value: float | None, by: float | None) -> str:
     return UNKNOWN if value is None or not by else f"{value / by:.3g}{TIMES}"
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or ``None``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
-        return None
-    return float(value) if math.isfinite(value) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from locallearn.records import Record, plain_file
 from locallearn.report._charts import Chart, figure_of, plain_text, ramp, wrapped
-from locallearn.report._columns import UNKNOWN, metric_title, significant
+from locallearn.report._columns import UNKNOWN, known_number, metric_title, significant
 from locallearn.report._sweeps import parallel_chart
 
 _FOLDER = "tune"
@@ -88,16 +87,16 @@ def _search(data: Mapping[str, Any]) -> Search:
         trials = list(_trials(study))
         chosen = [one for one in trials if one["number"] in _list(study.get("best"))]
         for one in chosen[:12]:
-            values = ", ".join(significant(_number(v)) for v in _list(one.get("values")))
+            values = ", ".join(significant(known_number(v)) for v in _list(one.get("values")))
             settings = _settings(one)
             best.append((_rule(study), str(one["number"]), values, settings, _text(study.get("experiment")) or UNKNOWN))
         counts = {state: sum(one.get("state") == state for one in trials) for state in ("COMPLETE", "PRUNED", "FAIL")}
         value = _value(chosen[0]) if len(objectives) == 1 and chosen else None
         ended = f"{sum(counts.values())} trials, {counts['PRUNED']} pruned, {counts['FAIL']} failed"
         top = "" if value is None else f" best {metric_title(name)} {_shown(value, share)}"
-        said.append(f"{_rule(study)}:{top} ({ended}, {_hours(_number(study.get('seconds')))})")
+        said.append(f"{_rule(study)}:{top} ({ended}, {_hours(known_number(study.get('seconds')))})")
     budget = data.get("budget")
-    trials_each = _number(budget.get("trials")) if isinstance(budget, Mapping) else None
+    trials_each = known_number(budget.get("trials")) if isinstance(budget, Mapping) else None
     sentence = f"{'; '.join(said)}. " + (
         f"Every rule has a budget of {trials_each:.0f} trials"
         if trials_each is not None
@@ -168,7 +167,7 @@ def _history(studies: Sequence[Mapping[str, Any]], title: str, share: float, low
                         *(f"{_rule(study)}, {one['number']}", (_text(one.get("state")) or UNKNOWN).lower()),
                         *(
                             UNKNOWN if value is None else _shown(value, share),
-                            significant(_number(one.get("seconds")), 3),
+                            significant(known_number(one.get("seconds")), 3),
                         ),
                         _settings(one),
                         _text(one.get("error")) or "",
@@ -200,7 +199,7 @@ def _objectives(studies: Sequence[Mapping[str, Any]], objectives: Sequence[Mappi
         for chosen in (False, True):
             points = []
             for one in _trials(study):
-                values = [_number(v) for v in _list(one.get("values"))[:2]]
+                values = [known_number(v) for v in _list(one.get("values"))[:2]]
                 if len(values) == 2 and None not in values and (one["number"] in best) == chosen:
                     points.append((one["number"], *values))
             if not points:
@@ -235,7 +234,7 @@ def _importances(studies: Sequence[Mapping[str, Any]]) -> list[Chart]:
         by_objective = study.get("importances")
         for objective, shares in by_objective.items() if isinstance(by_objective, Mapping) else ():
             known = (
-                [(str(k)[:80], v) for k, w in shares.items() if (v := _number(w)) is not None]
+                [(str(k)[:80], v) for k, w in shares.items() if (v := known_number(w)) is not None]
                 if isinstance(shares, Mapping)
                 else []
             )
@@ -297,7 +296,7 @@ def _rule(study: Mapping[str, Any]) -> str:
 
 def _value(trial: Mapping[str, Any]) -> float | None:
     values = _list(trial.get("values"))
-    return _number(values[0]) if values else None
+    return known_number(values[0]) if values else None
 
 
 def _params(trial: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,9 +334,3 @@ def _list(value: Any) -> list[Any]:
 
 def _text(value: Any) -> str:
     return value[:500].encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
-        return None
-    return float(value) if math.isfinite(value) else None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from locallearn.records import source
+from locallearn.records import source, write_file
 from locallearn.study._objectives import Objective
 from locallearn.study._samplers import importances
 from locallearn.study.space import Choices, Range, Space
@@ -76,12 +74,7 @@ class History:
             "studies": told,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        beside = self.folder / f".{HISTORY}.{uuid.uuid4().hex}"
-        try:
-            beside.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-            os.replace(beside, self.folder / HISTORY)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_file(self.folder / HISTORY, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def experiment_name(algorithm: str, number: int | None = None) -> str:

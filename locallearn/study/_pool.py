@@ -146,29 +146,26 @@ def _packed(name: str, make: Callable[[], Plan]) -> bytes:
 
 
 @contextlib.contextmanager
-def _terminations() -> Iterator[None]:
+def _answered(number: int, handler: Any) -> Iterator[None]:
+    """A signal has another handler in here; only the main thread can give it one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _terminations() -> contextlib.AbstractContextManager[None]:
     """A termination signal is taken for Ctrl-C, so that no worker is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return _answered(signal.SIGTERM, signal.default_int_handler)
 
 
-@contextlib.contextmanager
-def deaf() -> Iterator[None]:
+def deaf() -> contextlib.AbstractContextManager[None]:
     """A process started in here does not hear Ctrl-C, not even while it imports."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return _answered(signal.SIGINT, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------- in the worker
