@@ -78,7 +78,7 @@ def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> Path
     metric, seconds = record.data["metric"]["name"], record.data["cost"]["train_s"]
     took = plan.algorithm.untimed if seconds is None else f"{seconds:.1f} s of training"
     Console(stderr=True).print(
-        f"{choices['algorithm']} on {choices['dataset']}: test {metric} {record.data['test'][metric]:.4f}, {took}"
+        f"{choices['algorithm']} on {plan.names['dataset']}: test {metric} {record.data['test'][metric]:.4f}, {took}"
     )
     if choices["algorithm"] == "physical_ff" and cfg.net.get("device") is not None:
         Console(stderr=True).print(

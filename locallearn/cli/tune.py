@@ -37,7 +37,7 @@ def _search(words: list[str], helping: bool = False) -> int:
     from locallearn.study.tune import PRUNERS, SAMPLERS, History, Options, masked, study_name
     from locallearn.study.tune import tune as search
 
-    base, chosen, several, shared = arms_of("tune", words)
+    base, _, several, shared = arms_of("tune", words)
     arms = {arm.text: arm for arm in several}
     check_numbers(base.tune)
     if base.resume is not None:
@@ -78,14 +78,15 @@ def _search(words: list[str], helping: bool = False) -> int:
     }
     if not helping:
         _tried(arms, spaces, make)
-    task = attached_task(make(next(iter(arms)), []))
+    plan = make(next(iter(arms)), [])
+    task = attached_task(plan)
     objectives = objectives_of(
         base.tune.objectives, task.metric, task.maximise, base.tune.workers, bool(base.meter.sources)
     )
-    name = study_name(chosen["dataset"], chosen["net"], fixed_words(shared, seeds, base.tune.objectives))
+    name = study_name(plan.names["dataset"], plan.names["net"], fixed_words(shared, seeds, base.tune.objectives))
     about = {
         "search": name,
-        **{key: chosen[key] for key in ("dataset", "net", "task")},
+        **{key: plan.names[key] for key in ("dataset", "net", "task")},
         "command": command,
         "storage": masked(str(storage)),
         "budget": {"trials": base.tune.trials, "timeout_s": base.tune.timeout},

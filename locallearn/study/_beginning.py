@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from locallearn.nets.blocks import Blocks
@@ -24,8 +25,6 @@ def begin_with(net: Blocks, run: Path) -> None:
     Raises:
         ValueError: there is no such model, or a block's weights do not fit; ``net`` is then as it was.
     """
-    from locallearn.study.train import read_tensors  # which needs this module
-
     file = run / MODEL if run.is_dir() else run
     if not file.is_file():
         raise ValueError(
@@ -48,6 +47,25 @@ def begin_with(net: Blocks, run: Path) -> None:
             f"init_from is {run}, whose network is another one: {problem}; give the same net= and its settings"
         )
     net.load_state_dict(theirs, strict=False)
+
+
+def read_tensors(path: Path) -> Any:
+    """What ``torch.save`` wrote, if it is tensors and plain values: nobody's code is run.
+
+    Raises:
+        ValueError: it is anything else, or damaged.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # what is no archive can fail in any way; PyTorch's advice is not passed on
+            raise ValueError(
+                f"{path} cannot be read: it is empty, cut short, or holds something else than tensors, numbers and text "
+                f"({type(error).__name__})"
+            ) from error
 
 
 def _names_of(net: Blocks, module: nn.Module | None) -> set[str]:

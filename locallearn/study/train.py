@@ -21,7 +21,7 @@ from locallearn.precision import multiplying
 from locallearn.records import Record, RunFolder, hardware, load_record, source, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask
 from locallearn.strategies.making import make_optimizers, make_schedulers
-from locallearn.study._beginning import begin_with
+from locallearn.study._beginning import begin_with, read_tensors
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
 from locallearn.study._costs import _Costs
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet, rehearse
@@ -30,7 +30,18 @@ from locallearn.study.plan import CHECKPOINT, MODEL, SAMPLES, Interrupted, Plan
 from locallearn.tasks._checks import check_batch_sizes
 from locallearn.tasks._task import Task
 
-__all__ = ["CHECKPOINT", "MODEL", "SAMPLES", "Interrupted", "Plan", "attached_task", "check", "quiet", "run"]
+__all__ = [
+    "CHECKPOINT",
+    "MODEL",
+    "SAMPLES",
+    "Interrupted",
+    "Plan",
+    "attached_task",
+    "check",
+    "quiet",
+    "read_tensors",
+    "run",
+]
 
 _QUICK = 100_000
 """Most rows of an example (of a graph: all its nodes) whose first batch is tried before everything else."""
@@ -227,25 +238,6 @@ class _Earlier:
         before = sum(part["epochs"] for part in parts if isinstance(part.get("epochs"), int))
         known = {key: self.record.data.get(key) for key in ("hardware", "versions", "source", "started")}
         return [*parts, {**known, "epochs": len(epochs) - before}]
-
-
-def read_tensors(path: Path) -> Any:
-    """What ``torch.save`` wrote, if it is tensors and plain values: nobody's code is run.
-
-    Raises:
-        ValueError: it is anything else, or damaged.
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # what is no archive can fail in any way; PyTorch's advice is not passed on
-            raise ValueError(
-                f"{path} cannot be read: it is empty, cut short, or holds something else than tensors, numbers and text "
-                f"({type(error).__name__})"
-            ) from error
 
 
 def _list(value: Any) -> list[Any]:
