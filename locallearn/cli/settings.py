@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -255,3 +257,13 @@ def _spoken(hint: Any) -> str:
     if isinstance(origin, type) and parts and issubclass(origin, Sequence):
         return f"a list, each entry {parts[0]}"
     return " or ".join(dict.fromkeys(parts))
+
+
+def multirun(words: Sequence[str], job: Callable[[Any], None]) -> None:
+    """Have Hydra's own sweeper and launcher call ``job`` with the settings of every combination that the words stand for."""
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    with tempfile.TemporaryDirectory() as aside:  # for a file that the sweeper leaves where it runs
+        sys.argv = ["locallearn", "--multirun", f"hydra.sweep.dir={aside}", *words]
+        hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")(job)()

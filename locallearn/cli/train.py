@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from locallearn.cli.mistakes import explain
 from locallearn.cli.outputs import Outputs, outputs_of
 from locallearn.cli.plans import command_line, make_plan
 from locallearn.cli.saved import PLACES, read_places, run_folder, saved_settings
-from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings, located
+from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings, located, multirun
 from locallearn.cli.terminal import Progress
 
 
@@ -90,9 +89,6 @@ def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> Path
 
 def _sweep(words: list[str]) -> int:
     """``train -m``: Hydra's own sweeper and launcher call one run per combination; then the table of all of them."""
-    import tempfile
-
-    import hydra
     from omegaconf import OmegaConf
 
     from locallearn.records import load_record
@@ -104,7 +100,6 @@ def _sweep(words: list[str]) -> int:
     folders: list[Path] = []
     outputs: list[Outputs] = []
 
-    @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
     def job(cfg: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
@@ -126,13 +121,10 @@ def _sweep(words: list[str]) -> int:
             folder = getattr(error, "run_folder", None)
             folders.extend([] if folder is None else [folder])
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
-    with tempfile.TemporaryDirectory() as aside:  # for a file that the sweeper leaves where it runs
-        sys.argv = ["locallearn", "--multirun", f"hydra.sweep.dir={aside}", *words]
-        try:
-            job()
-        except KeyboardInterrupt as stop:
-            raise stop.__cause__ or stop from None
+    try:
+        multirun(words, job)
+    except KeyboardInterrupt as stop:
+        raise stop.__cause__ or stop from None
     if folders:
         outputs[0].give(list(map(load_record, folders)), "locallearn train -m")
         if outputs[0].report is None:

@@ -12,7 +12,7 @@ from locallearn.cli.arms import Arm, arms_of
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import command_line, folder_setting, make_plan
 from locallearn.cli.searching import check_numbers, fixed_words, maker_of, objectives_of, seeds_of
-from locallearn.cli.settings import UsageError, check_words, compose_settings, located
+from locallearn.cli.settings import UsageError, check_words, compose_settings, located, multirun
 from locallearn.cli.spaces import space_of
 from locallearn.cli.terminal import Progress, printing
 from locallearn.cli.tuned import write_experiments
@@ -211,17 +211,11 @@ def _help(words: list[str], threads: int, board: str | None) -> None:
 
 def _launched(words: list[str]) -> int:
     """``tune -m``: Hydra's launcher starts the processes of one search, here or wherever it does."""
-    import os
-    import tempfile
-
-    import hydra
-
     check_words(words)
     words = located(words)
     places = [word for word in words if word.startswith("hydra.searchpath=")]
     codes: list[int] = []
 
-    @hydra.main(config_path="pkg://locallearn.conf", config_name="config", version_base="1.3")
     def job(cfg: Any) -> None:
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.hydra_config import HydraConfig
@@ -242,10 +236,7 @@ def _launched(words: list[str]) -> int:
         if codes[-1] == 130:
             raise KeyboardInterrupt  # anything less Hydra keeps to itself until all have run
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
-    with tempfile.TemporaryDirectory() as aside:  # for a file that the sweeper leaves where it runs
-        sys.argv = ["locallearn", "--multirun", f"hydra.sweep.dir={aside}", *words]
-        job()
+    multirun(words, job)
     return max(codes, default=0)
 
 
