@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from locallearn.tasks._batches import MEMORY_BUDGET_BYTES, Augment, BatchLoader, batch_sizes
-from locallearn.tasks._data import MemoryData
+from locallearn.tasks._batches import MEMORY_BUDGET_BYTES, Augment, BatchLoader
+from locallearn.tasks._data import SampleData
 from locallearn.tasks._image_files import (
     DATASETS,
     IMAGENET_SCALE,
@@ -69,7 +69,7 @@ def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Ten
     return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
 
 
-class ImageData(MemoryData):
+class ImageData(SampleData):
     """An image set with a validation part, for a Lightning ``Trainer`` or a plain loop.
 
     Args:
@@ -119,7 +119,7 @@ class ImageData(MemoryData):
         drop_last: bool = False,
         memory_budget: int = MEMORY_BUDGET_BYTES,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, eval_batch_size, seed, drop_last)
         facts = image_facts(name)
         self._validation_samples = _validation_count(validation, facts.train_samples)
         _check_at_least("batch_size", batch_size, 1)
@@ -144,28 +144,15 @@ class ImageData(MemoryData):
         self.name: str = name
         self.classes = facts.classes
         channels, height, width = facts.shape
-        self.shape: tuple[int, ...] = (channels * height * width,) if flatten else facts.shape
+        self.shape = (channels * height * width,) if flatten else facts.shape
         self._data_dir = data_dir
-        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
-        self._split_seed, self._seed = split_seed, seed
+        self._split_seed = split_seed
         scales = {"unit": None, "standard": (facts.mean, facts.std), "imagenet": IMAGENET_SCALE}
         self._scale = scales[normalize]
         self._augment, self._flatten = augment, flatten
-        self._drop_last = drop_last
         self._limit_train, self._memory_budget = limit_train, memory_budget
-        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def setup(self, stage: str | None = None) -> None:
-        """Load and split the data once, for all stages.
-
-        Raises:
-            DataMissing: when files are missing and cannot be downloaded.
-            ValueError: when files are damaged.
-        """
-        if stage == "fit":
-            self._train_loader = None
-        if self._parts:
-            return
+    def _make_parts(self) -> dict[str, tuple[Tensor, Tensor]]:
         data = load_images(self.name, self._data_dir)
         train, validation = stratified_split(data.train_labels, self._validation_samples, self._split_seed)
         test = torch.arange(len(data.test_labels))
@@ -183,7 +170,7 @@ class ImageData(MemoryData):
                     f"{len(train)} for training."
                 )
             train = train[stratified_split(data.train_labels[train], self._limit_train, self._split_seed)[1]]
-        self._parts = {
+        return {
             "train": (data.train_images[train], data.train_labels[train]),
             "validation": (data.train_images[validation], data.train_labels[validation]),
             "test": (data.test_images, data.test_labels)
@@ -193,18 +180,6 @@ class ImageData(MemoryData):
             "excluded test": (data.test_images[unseen["test"]], data.test_labels[unseen["test"]]),
         }
 
-    def train_dataloader(self) -> BatchLoader:
-        """Shuffled, augmented batches; ``Batch.index`` (augmented: ``source``) counts the samples left for training."""
-        return self._placed(self._loader("train", self._batch_size, training=True))
-
-    def val_dataloader(self) -> BatchLoader:
-        """The validation part in a fixed order."""
-        return self._loader("validation", self._eval_batch_size, training=False)
-
-    def test_dataloader(self) -> BatchLoader:
-        """The test set in a fixed order."""
-        return self._loader("test", self._eval_batch_size, training=False)
-
     def excluded_dataloader(self, part: Literal["validation", "test"]) -> BatchLoader:
         """The samples of the excluded classes in a part, in a fixed order.
 
@@ -213,40 +188,21 @@ class ImageData(MemoryData):
         """
         if not self.exclude:
             raise ValueError("no class is excluded; give exclude=[3] to keep the samples of class 3 from the network.")
-        return self._loader(f"excluded {part}", self._eval_batch_size, training=False)
+        return self._loader(f"excluded {part}")
 
-    def batch_sizes(self) -> set[int]:
-        """How many samples there are in the training batches of an epoch; needs no data unless classes are excluded."""
-        samples = self._train_samples
-        if self.exclude:
-            self.setup()
-            samples = len(self._parts["train"][0])
-        return batch_sizes(samples, self._batch_size, self._drop_last)
+    def _training_samples(self) -> int:
+        return super()._training_samples() if self.exclude else self._train_samples
 
-    def example(self) -> Tensor:
-        """Two inputs of zeros, ``(2, *shape)``, float32 on the CPU; needs no data."""
-        return torch.zeros(2, *self.shape)
-
-    def _loader(self, part: str, batch_size: int, *, training: bool) -> BatchLoader:
-        self.setup()
-        images, labels = self._parts[part]
-        return BatchLoader(
-            images,
-            labels,
-            batch_size,
-            shuffle=training,
-            seed=self._seed,
-            augment=self._augment if training else None,
-            scale=self._scale,
-            flatten=self._flatten,
-            device=self._device(),
-            drop_last=self._drop_last and training,
+    def _options(self, training: bool) -> dict[str, Any]:
+        return {
+            "augment": self._augment if training else None,
+            "scale": self._scale,
+            "flatten": self._flatten,
             # An augmented sample is a new one every time, so its place in the training set says nothing about its values.
-            indexed=training and self._augment is None,
-            sourced=training and self._augment is not None,
-            epoch_batches=self._epoch_batches(len(images), self._batch_size, self._drop_last) if training else None,
-            memory_budget=self._memory_budget,
-        )
+            "indexed": training and self._augment is None,
+            "sourced": training and self._augment is not None,
+            "memory_budget": self._memory_budget,
+        }
 
 
 def _validation_count(validation: int | float, samples: int) -> int:

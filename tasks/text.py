@@ -7,8 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from locallearn.tasks._batches import BatchLoader, batch_sizes
-from locallearn.tasks._data import MemoryData
+from locallearn.tasks._data import SampleData
 
 __all__ = ["CHARACTERS", "PythonTopics", "encode", "python_text"]
 
@@ -32,7 +31,7 @@ def encode(text: str) -> Tensor:
     return torch.where(codes == 10, 95, found).to(torch.uint8)
 
 
-class PythonTopics(MemoryData):
+class PythonTopics(SampleData):
     """Windows of Python's help texts and the characters that follow them.
 
     The text is cut into contiguous parts: the first eight tenths for training, one for validation, the last for the test; no
@@ -66,7 +65,7 @@ class PythonTopics(MemoryData):
         limit_train: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, eval_batch_size, seed)
         for name, value in (
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
@@ -81,60 +80,20 @@ class PythonTopics(MemoryData):
         self._text = python_text()
         if length + 1 > len(self._text) // 10:
             raise ValueError(f"length is {length}, and a tenth of the text has {len(self._text) // 10} characters")
-        self.shape: tuple[int, ...] = (length,)
+        self.shape = (length,)
         self.classes = CHARACTERS
-        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
-        self._stride, self._shift, self._limit, self._seed = stride, shift, limit_train, seed
-        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._stride, self._shift, self._limit = stride, shift, limit_train
 
-    def setup(self, stage: str | None = None) -> None:
-        """Cut the text."""
-        if stage == "fit":
-            self._train_loader = None
-        if self._parts:
-            return
+    def _make_parts(self) -> dict[str, tuple[Tensor, Tensor]]:
         codes = encode(self._text)
         if self._shift == "upper":  # letter by letter: no character becomes two
             codes = torch.where((codes >= 65) & (codes <= 90), codes - 32, codes)
         tenth = len(codes) // 10
         cuts = {"train": codes[: 8 * tenth], "validation": codes[8 * tenth : 9 * tenth], "test": codes[9 * tenth :]}
+        parts = {}
         for name, part in cuts.items():
             windows = part.unfold(0, self.shape[0] + 1, self._stride)
             if name == "train" and self._limit is not None:
                 windows = windows[: self._limit]
-            self._parts[name] = windows[:, :-1].float(), windows[:, -1].long()
-
-    def train_dataloader(self) -> BatchLoader:
-        """Shuffled windows."""
-        return self._placed(self._loader("train", self._batch_size, training=True))
-
-    def val_dataloader(self) -> BatchLoader:
-        """The validation part in its order."""
-        return self._loader("validation", self._eval_batch_size, training=False)
-
-    def test_dataloader(self) -> BatchLoader:
-        """The test part in its order."""
-        return self._loader("test", self._eval_batch_size, training=False)
-
-    def batch_sizes(self) -> set[int]:
-        """How many windows there are in the training batches of an epoch."""
-        self.setup()
-        return batch_sizes(len(self._parts["train"][0]), self._batch_size, False)
-
-    def example(self) -> Tensor:
-        """Two windows of spaces, ``(2, length)``, float32 on the CPU."""
-        return torch.zeros(2, *self.shape)
-
-    def _loader(self, part: str, batch_size: int, *, training: bool) -> BatchLoader:
-        self.setup()
-        windows, following = self._parts[part]
-        return BatchLoader(
-            windows,
-            following,
-            batch_size,
-            shuffle=training,
-            seed=self._seed,
-            device=self._device(),
-            indexed=training,
-            epoch_batches=self._epoch_batches(len(windows), self._batch_size) if training else None,
-        )
+            parts[name] = windows[:, :-1].float(), windows[:, -1].long()
+        return parts

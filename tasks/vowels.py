@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from locallearn.tasks._batches import BatchLoader, batch_sizes
-from locallearn.tasks._data import MemoryData
+from locallearn.tasks._data import SampleData
 from locallearn.tasks.images import stratified_split
 
 SPEAKERS = 37
@@ -58,7 +57,7 @@ def made_vowels(seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values.reshape(-1, 12)[:-1]), torch.from_numpy(labels[:-1])
 
 
-class VowelData(MemoryData):
+class VowelData(SampleData):
     """A table of vowels with validation and test part, for a Lightning ``Trainer`` or a plain loop.
 
     Values are scaled to mean 0 and deviation 1 by column and shifted so that the smallest is 0, all by the training part alone
@@ -97,7 +96,6 @@ class VowelData(MemoryData):
         slots: int = 8,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         for name, value, least in (
             ("batch_size", 1 if batch_size is None else batch_size, 1),
             ("split_seed", split_seed, 0),
@@ -107,37 +105,29 @@ class VowelData(MemoryData):
         ):
             if value < least:
                 raise ValueError(f"{name}={value} is out of range; give at least {least}.")
-        self.name = "vowels"
-        self._values, self._labels = made_vowels(data_seed) if path is None else _read(path)
-        self.classes = int(self._labels.max()) + 1
-        if 0 < slots < self.classes:
+        values, labels = made_vowels(data_seed) if path is None else _read(path)
+        classes = int(labels.max()) + 1
+        if 0 < slots < classes:
             raise ValueError(
-                f"slots={slots} are too few to write one of {self.classes} classes into, values would be overwritten; give at "
-                f"least {self.classes}, or 0 for rules that write none."
+                f"slots={slots} are too few to write one of {classes} classes into, values would be overwritten; give at "
+                f"least {classes}, or 0 for rules that write none."
             )
-        self.shape: tuple[int, ...] = (slots + self._values.shape[1],)
-        counts = [round(share * len(self._labels)) for share in (test, validation)]
-        if (
-            not (0 < test < 1 and 0 < validation < 1)
-            or min(counts) < 1
-            or len(self._labels) - sum(counts) < self.classes
-        ):
+        counts = [round(share * len(labels)) for share in (test, validation)]
+        train_samples = len(labels) - sum(counts)
+        if not (0 < test < 1 and 0 < validation < 1) or min(counts) < 1 or train_samples < classes:
             raise ValueError(
-                f"test={test} and validation={validation} are out of range for {len(self._labels)} samples; give shares between"
+                f"test={test} and validation={validation} are out of range for {len(labels)} samples; give shares between"
                 " 0 and 1 that leave some for training."
             )
-        self._counts = counts
-        self._train_samples = len(self._labels) - sum(counts)
-        self._batch_size = self._train_samples if batch_size is None else batch_size
-        self._split_seed, self._slots, self._seed = split_seed, slots, seed
-        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+        super().__init__(train_samples if batch_size is None else batch_size, None, seed)
+        self.name = "vowels"
+        self.classes = classes
+        self.shape = (slots + values.shape[1],)
+        self._values, self._labels = values, labels
+        self._counts, self._train_samples = counts, train_samples
+        self._split_seed, self._slots = split_seed, slots
 
-    def setup(self, stage: str | None = None) -> None:
-        """Split and scale, once for all stages."""
-        if stage == "fit":
-            self._train_loader = None
-        if self._parts:
-            return
+    def _make_parts(self) -> dict[str, tuple[Tensor, Tensor]]:
         rest, test = stratified_split(self._labels, self._counts[0], self._split_seed)
         train, validation = (
             rest[part] for part in stratified_split(self._labels[rest], self._counts[1], self._split_seed)
@@ -147,43 +137,11 @@ class VowelData(MemoryData):
         scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
         lowest = ((known - mean) / scale).min()
         values = torch.nn.functional.pad((self._values - mean) / scale - lowest, (self._slots, 0)).float()
-        for name, rows in (("train", train), ("validation", validation), ("test", test)):
-            self._parts[name] = values[rows], self._labels[rows]
+        rows_of = {"train": train, "validation": validation, "test": test}
+        return {name: (values[rows], self._labels[rows]) for name, rows in rows_of.items()}
 
-    def train_dataloader(self) -> BatchLoader:
-        """Shuffled batches; ``Batch.index`` counts the samples left for training."""
-        return self._placed(self._loader("train"))
-
-    def val_dataloader(self) -> BatchLoader:
-        """The validation part in a fixed order."""
-        return self._loader("validation")
-
-    def test_dataloader(self) -> BatchLoader:
-        """The test part in a fixed order."""
-        return self._loader("test")
-
-    def batch_sizes(self) -> set[int]:
-        """How many samples there are in the training batches of an epoch."""
-        return batch_sizes(self._train_samples, self._batch_size, False)
-
-    def example(self) -> Tensor:
-        """Two samples of zeros, ``(2, *shape)``, float32 on the CPU."""
-        return torch.zeros(2, *self.shape)
-
-    def _loader(self, part: str) -> BatchLoader:
-        self.setup()
-        training = part == "train"
-        values, labels = self._parts[part]
-        return BatchLoader(
-            values,
-            labels,
-            self._batch_size if training else len(labels),
-            shuffle=training,
-            seed=self._seed,
-            device=self._device(),
-            indexed=training,
-            epoch_batches=self._epoch_batches(len(labels), self._batch_size) if training else None,
-        )
+    def _training_samples(self) -> int:
+        return self._train_samples
 
 
 def _read(path: str | Path) -> tuple[Tensor, Tensor]:
