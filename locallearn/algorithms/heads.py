@@ -41,10 +41,10 @@ from locallearn.losses.local_heads import (
     SupervisedContrastiveLoss,
 )
 from locallearn.nets.blocks import Blocks, fitted
-from locallearn.nets.heads import ConvHead, LinearHead, MLPHead, ResidualHead
+from locallearn.nets.heads import ConvHead, LinearHead, MLPHead, ResidualHead, TokenHead
 from locallearn.nets.units import residual_branches, sample_shapes
 
-Head = Literal["linear", "conv1", "1c2f", "dgl", "man", "mirror", "auglocal"]
+Head = Literal["linear", "conv1", "1c2f", "dgl", "man", "mirror", "auglocal", "token"]
 Loss = Literal["ce", "sim", "predsim", "infopro"]
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
@@ -74,8 +74,9 @@ class HeadParts:
     Attributes:
         head: ``linear``: on the flattened output; ``conv1``: one 3x3 convolution of stride 2, mean, linear (TRGL);
             ``1c2f``: the same with a hidden layer (InfoPro); ``dgl``: DGL's "mlp-sr"; ``man``: MAN++'s form of it;
-            ``mirror``: a residual unit of stride 2 for every later stage; ``auglocal``: some of the later units (AugLocal).
-        width: ω, scales the channels of every head but the linear one.
+            ``mirror``: a residual unit of stride 2 for every later stage; ``auglocal``: some of the later units (AugLocal);
+            ``token``: LayerNorm, the first token, linear layer (vision transformers).
+        width: ω, scales the channels of every head but ``linear`` and ``token``.
         depth: d of AugLocal: units of the first block's head.
         decay: τ of AugLocal: how much shallower the last head is.
         head_limit: largest number of inputs of a linear head, maps are averaged down to it; ``None``: 4096 under predsim
@@ -339,6 +340,13 @@ class BlockHeads(nn.Module):
         outputs = _EMBEDDING if parts.contrast else classes
         if parts.head == "linear":
             return self._linear(index, shape, outputs)
+        if parts.head == "token":
+            if len(shape) != 2:
+                raise ValueError(
+                    f"head=token reads tokens of shape (T, D), the class token first, and block {self.names[index]!r} gives "
+                    f"{tuple(shape)}: use another head"
+                )
+            return TokenHead(shape[1], outputs)
         channels, height, width = self._map(index, shape, f"head={parts.head}")
 
         def scaled(channels: int) -> int:
@@ -395,9 +403,10 @@ class BlockHeads(nn.Module):
     def _map(self, index: int, shape: Sequence[int], what: str) -> tuple[int, int, int]:
         if len(shape) != 3:
             given = {1: "vectors", 2: "tokens"}.get(len(shape), "a tensor")
+            instead = "head=token, or head=linear" if len(shape) == 2 else "head=linear"
             raise ValueError(
                 f"{what} reads maps of shape (C, H, W), and block {self.names[index]!r} gives {given} of shape "
-                f"{tuple(shape)}: use head=linear with loss=ce, sim or predsim, or another network"
+                f"{tuple(shape)}: use {instead} with loss=ce, sim or predsim, or another network"
             )
         channels, height, width = shape
         return channels, height, width

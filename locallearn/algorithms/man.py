@@ -24,7 +24,8 @@ class MAN(LocalHeads):
     """MAN++ (arXiv 2507.16279), and MAN (Su et al., arXiv 2407.05623) without the learned scalar.
 
     Between block i and its head stand two units of the shape of block i+1's first one: B_i, which learns with the block, and
-    E_i, whose weights are a moving average of that unit's. The head reads s·B_i(h_i) + (2 - s)·E_i(h_i), s is learned. No
+    E_i, whose weights are a moving average of that unit's. (In vision transformers B_i is a chain of two of them, and the head
+    reads the class token: ``trained_units=2, head="token"``.) The head reads s·B_i(h_i) + (2 - s)·E_i(h_i), s is learned. No
     gradient crosses the border, but weights do: this is not layer-local, and says so.
 
     With ``averaged=False`` the head reads B_i(h_i) alone: the control that tells what the average does from what the added
@@ -34,6 +35,7 @@ class MAN(LocalHeads):
         momentum: m of the average, E <- m·E + (1 - m)·θ. 1 leaves E at its start.
         averaged: whether there is an E_i.
         scale: whether s is learned (MAN++); else it stays 1 (MAN).
+        trained_units: units in B_i, one behind the other; more than one where a unit gives what it can read.
         unit: name of the submodule of every block after the first that the units are shaped like; ``None``: the first
             residual unit, or the first layer with the activation and normalisation that follow.
         head: see :class:`~locallearn.algorithms.heads.HeadParts`; ``man`` is that of MAN++.
@@ -49,6 +51,7 @@ class MAN(LocalHeads):
         momentum: float = 0.995,
         averaged: bool = True,
         scale: bool = True,
+        trained_units: int = 1,
         unit: str | None = None,
         head: Head = "man",
         seed: int = 0,
@@ -57,9 +60,12 @@ class MAN(LocalHeads):
         super().__init__(seed, head=head, **parts)
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum is {momentum}, expected a number within 0 and 1")
+        if trained_units < 1:
+            raise ValueError(f"trained_units is {trained_units}, expected a number of units of at least 1")
         self.momentum = momentum
         self.averaged = averaged
         self.scale = scale
+        self.trained_units = trained_units
         self.unit = unit
 
     @property
@@ -87,10 +93,11 @@ class MAN(LocalHeads):
         """Give every border its units, and their output a head."""
         feature_sizes(self.blocks, task.example)  # says what cannot be run
         borders = range(len(self.blocks) - 1)
-        self.trained = nn.ModuleList(self._fresh(i) for i in borders)
+        self.trained = nn.ModuleList(self._chain(i) for i in borders)
         shapes = self._shapes(task.example)
         self.heads = BlockHeads(self.blocks, task, self._owner, self.parts, shapes)
-        self.average = nn.ModuleList(_redrawn(copy.deepcopy(unit)) for unit in self.trained if self.averaged)
+        first = self.trained if self.trained_units == 1 else [chain[0] for chain in self.trained]
+        self.average = nn.ModuleList(_redrawn(copy.deepcopy(unit)) for unit in first if self.averaged)
         self.average.requires_grad_(False)
         learned = self.averaged and self.scale
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in borders if learned)
@@ -105,6 +112,11 @@ class MAN(LocalHeads):
         except AttributeError:
             has = ", ".join(child for child, _ in block.named_children()) or "no submodules"
             raise ValueError(f"unit is {self.unit!r}, and block {name!r} has no such submodule; it has {has}") from None
+
+    def _chain(self, index: int) -> nn.Module:
+        """B of one border."""
+        units = [self._fresh(index) for _ in range(self.trained_units)]
+        return units[0] if len(units) == 1 else nn.Sequential(*units)
 
     def _fresh(self, index: int) -> nn.Module:
         """A unit of that shape with weights of its own."""

@@ -107,6 +107,25 @@ def _fitting(shape: Shape, limit: int | None) -> tuple[nn.Module, int]:
     )
 
 
+class TokenHead(nn.Module):
+    """LayerNorm, and a linear map from the first token to the classes: what vision transformers end with.
+
+    Args:
+        width: of a token, D.
+        outputs: number of classes.
+    """
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, T, D)`` to ``(N, C)``."""
+        scores: Tensor = self.linear(self.norm(x[:, 0]))
+        return scores
+
+
 class ConvHead(nn.Sequential):
     """One 3x3 convolution of stride 2 with BatchNorm and ReLU, mean over positions, linear layer.
 

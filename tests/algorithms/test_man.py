@@ -15,7 +15,7 @@ import locallearn
 from locallearn.algorithms import MAN, Backprop, LocalHeads, Locality, TaskInfo
 from locallearn.audit import audit
 from locallearn.batch import Batch
-from locallearn.nets import Blocks, cnn, mlp, resnet
+from locallearn.nets import Blocks, cnn, mlp, resnet, vit
 from locallearn.nets.residual import ResidualUnit
 from locallearn.nets.units import first_unit
 from locallearn.testing import plain_loop
@@ -209,7 +209,39 @@ def test_a_unit_that_works_in_place_leaves_the_output_alone() -> None:
     assert torch.equal(h, kept)
 
 
+def test_a_border_of_a_vision_transformer() -> None:
+    """Two trained units, one averaged, LayerNorm and a linear map of the class token, written out."""
+    torch.manual_seed(0)
+    net = vit((3, 8, 8), 3, patch=4, width=12, heads=3, depth=3)
+    algorithm = _attached(MAN(head="token", trained_units=2, momentum=0.9), net)
+    assert [len(chain) for chain in algorithm.trained] == [2, 2]
+    assert [p.shape for p in algorithm.average[0].parameters()] == [p.shape for p in net[1].parameters()]
+    with torch.no_grad():
+        algorithm.scales[0].fill_(0.7)
+    head, h = algorithm.heads.projections[0], net[0](BATCH.inputs)
+    before, source = [[p.detach().clone() for p in unit.parameters()] for unit in (algorithm.average[0], net[1])]
+    first, second = algorithm.trained[0]
+    read = (0.7 * second(first(h)) + 1.3 * algorithm.average[0](h))[:, 0]
+    scores = F.layer_norm(read, (12,), head.norm.weight, head.norm.bias) @ head.linear.weight.T + head.linear.bias
+    own = [*net[0].parameters(), *first.parameters(), *second.parameters(), *head.parameters()]
+    expected = torch.autograd.grad(F.cross_entropy(scores, BATCH.targets), own)
+    updates = algorithm.updates(BATCH)
+    next(updates).backward()
+    next(updates)
+    for p, gradient in zip(own, expected, strict=True):
+        assert p.grad is not None
+        assert torch.allclose(p.grad, gradient, atol=1e-6)
+    for now, old, theta in zip(algorithm.average[0].parameters(), before, source, strict=True):
+        assert torch.allclose(now, 0.9 * old + 0.1 * theta, atol=1e-6)
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="trained_units is 0, expected a number of units of at least 1"):
+        MAN(trained_units=0)
+    with pytest.raises(ValueError, match=r"head=token reads tokens of shape .* and block 'stem' gives \\(4, 8, 8\\)"):
+        _attached(MAN(head="token"))
+    with pytest.raises(ValueError, match=r"does not fit the first unit of block"):
+        _attached(light(trained_units=2))  # a unit that widens what it reads cannot read it again
     with pytest.raises(ValueError, match=r"momentum is 1\.5"):
         MAN(momentum=1.5)
     with pytest.raises(ValueError, match="unit is 'conv9', and block 'stage1_1' has no such submodule; it has conv1"):
