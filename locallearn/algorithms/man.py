@@ -96,7 +96,7 @@ class MAN(LocalHeads):
         self.trained = nn.ModuleList(self._chain(i) for i in borders)
         shapes = self._shapes(task.example)
         self.heads = BlockHeads(self.blocks, task, self._owner, self.parts, shapes)
-        first = self.trained if self.trained_units == 1 else [chain[0] for chain in self.trained]
+        first = self.trained if self.trained_units == 1 else [next(chain.children()) for chain in self.trained]
         self.average = nn.ModuleList(_redrawn(copy.deepcopy(unit)) for unit in first if self.averaged)
         self.average.requires_grad_(False)
         learned = self.averaged and self.scale

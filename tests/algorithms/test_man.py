@@ -238,7 +238,7 @@ def test_a_border_of_a_vision_transformer() -> None:
 def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="trained_units is 0, expected a number of units of at least 1"):
         MAN(trained_units=0)
-    with pytest.raises(ValueError, match=r"head=token reads tokens of shape .* and block 'stem' gives \\(4, 8, 8\\)"):
+    with pytest.raises(ValueError, match=r"head=token reads tokens of shape .* and block 'stem' gives \(4, 8, 8\)"):
         _attached(MAN(head="token"))
     with pytest.raises(ValueError, match=r"does not fit the first unit of block"):
         _attached(light(trained_units=2))  # a unit that widens what it reads cannot read it again
