@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import shlex
+import signal
 import sys
 import tarfile
+import threading
+import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,31 +19,21 @@ from locallearn.cli.arms import arms_of
 from locallearn.cli.plans import make_plan
 from locallearn.cli.settings import compose_settings
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "gpu.py"
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 
-
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu = _script()
+import gpu
+import gpu_queue
 
 
 def test_entries_have_a_name_each() -> None:
-    names = [entry.name for entry in gpu.queue()]
+    names = [entry.name for entry in gpu_queue.queue()]
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("entry", gpu.queue(), ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", gpu_queue.queue(), ids=lambda entry: entry.name)
 def test_every_arm_can_be_made(entry: Any) -> None:
     """Its settings compose, and make a run's objects and its optimizer."""
-    command, *words = gpu.rehearsed(entry.words)
+    command, *words = gpu_queue.rehearsed(entry.words)
     base, _, arms, shared = arms_of(command, [*words, "trainer.accelerator=cpu", "meter=none"])
     for arm in arms:
         own = (base.compare.overrides or {}).get(arm.text, [])
@@ -61,13 +54,107 @@ def test_a_rehearsal_leaves_records_in_one_archive_and_is_not_repeated(
     assert "done: 0; left: nothing" in capsys.readouterr().out
 
 
+def _queue_of(monkeypatch: pytest.MonkeyPatch, script: str, *names: str, seconds: int = 5) -> None:
+    """A queue of entries that run a line of Python in place of ``locallearn``."""
+    monkeypatch.setattr(gpu, "queue", lambda: [gpu_queue.Entry(name, seconds, (script,), alone=True) for name in names])
+    monkeypatch.setattr(gpu, "LOCALLEARN", (sys.executable, "-c", "import sys; exec(sys.argv[1])"))
+
+
+WRITES = """
+import pathlib, sys
+(*_, place) = sys.argv
+folder = pathlib.Path(place.partition("=")[2]) / "run"
+folder.mkdir(parents=True, exist_ok=True)
+for name in ("record.json", "model.pt", "index.sqlite"):
+    (folder / name).write_text("{}")
+"""
+SLEEPS = WRITES + "import time; print('began', flush=True); time.sleep(60)"
+
+
+def _call(tmp_path: Path, *words: str) -> int:
+    code: int = gpu.main(["--accelerator", "cpu", "--out", str(tmp_path), *words])
+    return code
+
+
+def test_done_is_what_ran_with_just_these_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rehearsal, or an entry whose settings were another's, is not the row."""
+    _queue_of(monkeypatch, WRITES, "a")
+    assert _call(tmp_path) == 0
+    with tarfile.open(tmp_path / "records.tar.gz") as archive:
+        assert sorted(archive.getnames()) == ["logs/a.txt", "records/a/run/record.json"]
+    assert "done: 1" in capsys.readouterr().out
+    assert _call(tmp_path) == 0
+    assert "done: 0; left: nothing" in capsys.readouterr().out
+    _queue_of(monkeypatch, WRITES + "# other", "a")
+    assert _call(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "records of other settings are now in" in out
+    assert "done: 1" in out
+    assert (tmp_path / "records" / "a.1" / "run" / "record.json").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_whoever_ends_the_queue_ends_its_processes_and_has_the_archive(
+    how: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _queue_of(monkeypatch, SLEEPS, "a", "b")
+
+    def interrupt() -> None:
+        log = tmp_path / "logs" / "a.txt"
+        while not log.exists() or "began" not in log.read_text(encoding="utf-8"):
+            time.sleep(0.05)
+        os.kill(os.getpid(), how)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert _call(tmp_path) == 130
+    out = capsys.readouterr().out
+    assert "a: " in out  # its end was seen
+    assert "left: a, b; failed: nothing" in out
+    with tarfile.open(tmp_path / "records.tar.gz") as archive:
+        assert "records/a/run/record.json" in archive.getnames()
+
+
+def test_what_takes_too_long_is_stopped_and_what_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _queue_of(monkeypatch, SLEEPS, "a", seconds=1)
+    assert _call(tmp_path, "--patience", "1") == 0
+    assert "left: a; failed: nothing" in capsys.readouterr().out
+    _queue_of(monkeypatch, "import os, signal; print('so'); os.kill(os.getpid(), signal.SIGKILL)", "b")
+    assert _call(tmp_path) == 1  # by whom it was killed does not matter: not by the queue
+    out = capsys.readouterr().out
+    assert "failed: b" in out
+    assert "so" in out
+
+
 def test_what_the_limit_does_not_allow_is_left_for_the_next_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gpu.main(["--limit", "0", "--out", str(tmp_path), "--only", "joules_mnist,ff_4x2000"]) == 0
+    assert _call(tmp_path, "--limit", "0", "--only", "joules_mnist, ff_4x2000") == 0
     assert "left: joules_mnist, ff_4x2000" in capsys.readouterr().out
 
 
-def test_an_unknown_entry_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_listed_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--list", "--only", "joules_mnist"]) == 0
+    told = shlex.split(capsys.readouterr().out)
+    assert 'compare.algorithms=["backprop","mono_forward"]' in told
+
+
+def test_what_cannot_be_is_told_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert gpu.main(["--only", "nothing"]) == 2
-    assert "there is no entry ['nothing']" in capsys.readouterr().err
+    assert "there is no entry nothing" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--only", "joules_mnist"]) == 2
+    assert "PyTorch sees no CUDA device here" in capsys.readouterr().err
+    for words, told in (
+        (["--data", "digits"], "--data is for a rehearsal"),
+        (["--limit", "-5"], "--limit is -5.0, expected at least 0"),
+        (["--workers", "0"], "--workers is 0, expected at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu.main(words)
+        assert told in capsys.readouterr().err
