@@ -269,6 +269,21 @@ def test_table_says_when_more_than_the_seed_differs() -> None:
     assert "data_dir" not in mixed.notes[0]
 
 
+def test_a_target_under_a_schedule_as_long_as_the_cap_is_told() -> None:
+    """Its cost is then the cap's, too; a constant rate, another length and another mode say nothing."""
+
+    def notes(mode: str, scheduler: dict[str, Any] | None) -> tuple[str, ...]:
+        values = {"scheduler": scheduler, "trainer": {"max_epochs": 20}}
+        (row,) = compare_table([record("mono", seed, mode=mode, config={"seed": seed, **values}) for seed in (0, 1)])
+        return row.notes
+
+    (told,) = notes("target", {"_target_": "CosineAnnealingLR", "T_max": 20})
+    assert "a schedule of 20 epochs, as many as were allowed" in told
+    assert not notes("target", None)
+    assert not notes("target", {"_target_": "CosineAnnealingLR", "T_max": 5})
+    assert not notes("matched", {"_target_": "CosineAnnealingLR", "T_max": 20})
+
+
 def test_a_setting_that_came_later_sets_older_runs_apart_only_where_it_is_used() -> None:
     later = {"channels_last": False, "compile": None, "compile_backend": "inductor"}
     older = run("mono", 0, 0.5, trainer={"devices": 1})

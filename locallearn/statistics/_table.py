@@ -217,6 +217,7 @@ def _own_notes(group: _Group, figures: Mapping[str, Figure]) -> tuple[str, ...]:
     if uncounted:
         notes.append(f"FLOPs are incomplete, for want of a formula for {_listed(uncounted)}.")
     notes += _cut_short(group.done)
+    notes += _as_long_as_the_cap(group.done)
     censored = next((figure.arrivals for figure in figures.values() if figure.censored), None)
     if censored is not None:
         notes.append(
@@ -252,6 +253,21 @@ def _cut_short(records: Sequence[Record]) -> list[str]:
             "validation had stopped improving: longer trainings may give other figures."
         )
     return notes
+
+
+def _as_long_as_the_cap(records: Sequence[Record]) -> list[str]:
+    """A learning rate that falls over all allowed epochs makes their number part of what a target costs."""
+    lengths = set()
+    for record in records:
+        scheduler, cap = record.part("config").get("scheduler"), _setting(record, "trainer", "max_epochs")
+        if record.text("mode") == "target" and cap is not None and isinstance(scheduler, Mapping):
+            lengths |= {value for value in scheduler.values() if type(value) is int and value == cap}
+    if not lengths:
+        return []
+    return [
+        f"Its learning rate follows a schedule of {_listed([f'{n:,}' for n in sorted(lengths)])} epochs, as many as were allowed "
+        "(trainer.max_epochs): with another cap the target costs something else. scheduler=null keeps the rate constant."
+    ]
 
 
 def _setting(record: Record, group: str, name: str) -> Any:
