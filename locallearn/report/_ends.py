@@ -54,13 +54,11 @@ def _rule(record: Record) -> _Rule | None:
     schedule = record.part("config").get("schedule")
     if not isinstance(schedule, Mapping) or "patience" not in schedule:
         return None
-    patience = known_number(schedule["patience"])
-    monitor = schedule.get("monitor")
-    return _Rule(
-        None if patience is None else int(patience),
-        monitor if isinstance(monitor, str) else None,
-        schedule.get("restore_best") is not False,
-    )
+    patience, monitor = known_number(schedule["patience"]), schedule.get("monitor")
+    best = schedule.get("restore_best") is not False
+    if patience is None:  # then what is watched ends nothing
+        return _Rule(None, None, best)
+    return _Rule(int(patience), monitor if isinstance(monitor, str) else None, best)
 
 
 def _told(rule: _Rule | None, records: Sequence[Record], metric: str) -> str:
@@ -70,13 +68,13 @@ def _told(rule: _Rule | None, records: Sequence[Record], metric: str) -> str:
     most = "" if not caps else f" ({caps[0]})" if len(caps) == 1 else f" ({caps[0]} to {caps[-1]})"
     kept = "" if rule.best else ", and its last weights are kept"
     if rule.patience is None:
-        return f"after all of its epochs{most}, for there is no stopping rule{kept}"
+        return f"after all epochs{most}, for there is no stopping rule{kept}"
     watched = f"validation {metric}" if rule.monitor is None else rule.monitor.replace("/", " ")
     ended = [record for record in records if _cap(record) is not None and _epochs(record)]
     late = sum(max(_epochs(record)) >= (_cap(record) or 0) for record in ended)
     did = f", as {late} of {len(ended)} did" if ended else ""
     waited = count(rule.patience, "validation")
-    return f"once {watched} has not improved for {waited}, or after all of its epochs{most}{did}{kept}"
+    return f"once {watched} has not improved for {waited}, or after all epochs{most}{did}{kept}"
 
 
 def _cap(record: Record) -> int | None:

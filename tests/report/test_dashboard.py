@@ -139,15 +139,17 @@ def test_mode_own_says_what_ended_the_runs(make: Make) -> None:
 
     patient = [_own(make, "a", epochs, seed, patience=1) for seed, epochs in enumerate((20, 7, 9))]
     assert said(*patient) == (
-        "Every run ends once validation accuracy has not improved for 1 validation, or after all of its epochs (20), as 1 of 3 "
+        "Every run ends once validation accuracy has not improved for 1 validation, or after all epochs (20), as 1 of 3 "
         "did."
     )
     whole = _own(make, "backprop", 20, patience=None, restore_best=False)
-    ends = "after all of its epochs (20), for there is no stopping rule, and its last weights are kept"
+    ends = "after all epochs (20), for there is no stopping rule, and its last weights are kept"
     assert said(whole) == f"Every run ends {ends}."
     assert said(*patient, whole).startswith(
         f"Not all runs end by the same rule: 1 run (backprop) {ends}; 3 runs (a) once"
     )
+    unwatched = [_own(make, "b", 20, patience=None, monitor=m) for m in (None, "validation/loss")]
+    assert said(*unwatched) == "Every run ends after all epochs (20), for there is no stopping rule."
     assert "do not say" in said(make("a", 9))
     assert said(make("a", 9, status="failed")) == ""
 
