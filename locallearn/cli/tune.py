@@ -157,7 +157,7 @@ def _helpers(words: Sequence[str], workers: int) -> Iterator[None]:
 
     import torch
 
-    from locallearn.study._pool import deaf
+    from locallearn.study._signals import deaf
 
     if workers == 1:
         yield

@@ -25,6 +25,7 @@ from locallearn.strategies.local import Closure, LocalStrategy
 from locallearn.strategies.making import make_optimizers
 from locallearn.study._estimates import measure_estimates
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet
+from locallearn.study._signals import stoppable
 from locallearn.study.train import Plan, attached_task, check_last_batch
 
 Make = Callable[..., Plan]
@@ -351,7 +352,7 @@ def _strategy(algorithms: Sequence[str], make: Make, steps: int) -> list[_Conten
             plan.scheduler = None  # the plain loop has none either
             once = {"max_epochs": 1, "limit_train_batches": steps, "limit_val_batches": 0, "logger": False}
             trainer = make_trainer(plan, plan.algorithm, [clock], **once)
-            with quiet():
+            with quiet(), stoppable():
                 trainer.fit(task, train_dataloaders=loader)
             return clock.seconds
 
