@@ -306,7 +306,7 @@ def test_a_plain_loop_between_scatterers_makes_the_same_steps() -> None:
     for skip in (True, False):
         torch.manual_seed(0)
         net = physical((9,), 3, (6, 5), device=Simulation("scatterer", noise=0.0), skip=skip).double()
-        rule = _attached(net, Batch(x, y), 3, inner_steps=3, theta=3.0)
+        rule = _attached(net, Batch(x, y), 3, inner_steps=3, theta=3.0, label_height=1.0)
         plain = copy.deepcopy(rule)
         _driven(rule, Batch(x, y), wrong, 1e-2)
         halves = [plain.written(x, labels) for labels in (y, wrong)]

@@ -18,7 +18,7 @@ from locallearn.algorithms.zeroth_order import trajectory
 from locallearn.batch import Batch
 from locallearn.cost import measure_update
 from locallearn.functional.counter_noise import numbers
-from locallearn.functional.zeroth_order import curvature_weights
+from locallearn.functional.zeroth_order import GRID, curvature_weights
 from locallearn.nets import Blocks, mlp
 
 _ROWS, _WIDTH = 12, 6
@@ -367,6 +367,10 @@ def test_directions_shared_out(losses: str) -> None:
     batch = _batch(torch.float32)
     settings = {"variant": "mezo", "n": 3, "exact": True, "normalise": "scalar_ema", "curvature_exponent": 0.1}
     rules = [_attached(_net(torch.float32), batch, losses=losses, **settings) for _ in range(4)]
+    before = _flat(rules[0])
+    assert torch.equal(before, (before / GRID).round() * GRID)  # heads, too
+    rules[0].losses(batch)
+    assert torch.equal(_flat(rules[0]), before)
     for _ in range(2):
         _step(rules[0].updates(batch), _sgd(rules[0]))
         shared = torch.cat([rule.losses(batch, [i]) for i, rule in enumerate(rules[1:])])

@@ -61,11 +61,10 @@ class LocalZerothOrder(ZerothOrder):
 
     def _learned(self) -> dict[str, nn.Parameter]:
         """Weights that learn, heads among them, by name."""
-        heads = {f"heads.{name}": p for name, p in self.heads.named_parameters() if p.requires_grad}
-        return {**super()._learned(), **heads}
+        return {name: p for name, p in self._named().items() if p.requires_grad}
 
-    def _named(self) -> list[str]:
-        return [*super()._named(), *(f"heads.{name}" for name, _ in self.heads.named_parameters())]
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {**super()._named(), **{f"heads.{name}": p for name, p in self.heads.named_parameters()}}
 
     def units(self) -> dict[str, list[ParamGroup]]:
         """One for every block with its head."""

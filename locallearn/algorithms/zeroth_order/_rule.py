@@ -223,7 +223,7 @@ class ZerothOrder(ByOptions):
         self._loss = task.loss
         learned = self._learned()
         self._squares = [0.0]
-        self._words = tags(streams(self._named()))
+        self._words = tags(streams(list(self._named())))
         self._random, self._moves_buffers = self._tried(task.example)
         if self.exact:
             self._check_exact()
@@ -233,7 +233,7 @@ class ZerothOrder(ByOptions):
             )
         with torch.no_grad():
             if self.exact and self.variant_name != "qes":
-                for p in self.blocks.parameters():
+                for p in self._named().values():
                     p.copy_(on_grid(p.detach()))
             self.coded = nn.ModuleList()
             if self.variant_name == "qes":
@@ -246,9 +246,9 @@ class ZerothOrder(ByOptions):
                 self._coded_names = list(learned)
         self._factored: bool | None = None if self.variant_name == "eggroll" else False
 
-    def _named(self) -> list[str]:
-        """Whatever has noise of its own."""
-        return [name for name, _ in self.blocks.named_parameters()]
+    def _named(self) -> dict[str, nn.Parameter]:
+        """All weights that may learn, by the name of their noise."""
+        return dict(self.blocks.named_parameters())
 
     def _learned(self) -> dict[str, nn.Parameter]:
         """Weights that learn, by name."""
@@ -292,7 +292,7 @@ class ZerothOrder(ByOptions):
                 f"exact=true gives the same weights wherever a direction is looked at, and this network draws at random in "
                 f"its forward pass{named}: switch that off (dropout=0), or use exact=false"
             )
-        for name, p in self.blocks.named_parameters():
+        for name, p in self._named().items():
             if p.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"exact=true lays weights on a grid of float32 numbers, and {name!r} is {p.dtype}: use precision 32-true"
