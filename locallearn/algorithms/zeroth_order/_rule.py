@@ -87,7 +87,7 @@ class ZerothOrder(ByOptions):
     Args:
         seed: of all noise.
         variant: see above.
-        n: directions per batch; 2n losses if antithetic.
+        n: directions per batch; 2n losses if antithetic. ``None``: 1, of fzoo 8.
         eps: ε, how far the weights are moved; of ``qes`` in codes. Left out: 1e-3, ``eggroll`` 1e-2, ``qes`` 0.5.
         antithetic: whether both sides are looked at. Left out: yes, ``fzoo`` no.
         shaping: ``none``, ``zscore`` or ``sign``, see :func:`locallearn.functional.zeroth_order.scalars`. Left out: ``none``,
@@ -122,7 +122,7 @@ class ZerothOrder(ByOptions):
         self,
         seed: int = 0,
         variant: Variant = "spsa",
-        n: int = 1,
+        n: int | None = None,
         eps: float | None = None,
         antithetic: bool | None = None,
         shaping: Shaping | None = None,
@@ -145,7 +145,7 @@ class ZerothOrder(ByOptions):
         check(given)
         default = DEFAULTS[variant]
         self.variant_name: Variant = variant
-        self.n = n
+        self.n = default[4] if n is None else n
         self.eps = float(default[0] if eps is None else eps)
         self.antithetic = default[1] if antithetic is None else antithetic
         self.shaping: Shaping = default[2] if shaping is None else shaping
@@ -155,7 +155,7 @@ class ZerothOrder(ByOptions):
         self.normalise, self.beta2, self.curvature_exponent = normalise, beta2, curvature_exponent
         self.losses_of: Losses = losses
         self.head_limit = head_limit
-        check_together({**given, "antithetic": self.antithetic, "shaping": self.shaping})
+        check_together({**given, "n": self.n, "antithetic": self.antithetic, "shaping": self.shaping})
         self.scalars: Tensor | None = None
         self._coded_names: list[str] | None = None
         self._squares: list[float] = []  # running means, one for all weights that share their numbers
@@ -193,9 +193,10 @@ class ZerothOrder(ByOptions):
     @property
     def variant(self) -> str | None:
         """Which way, and what differs from its defaults."""
-        told = choices(self, ZerothOrder.__init__, "n", "rank", "exact", "normalise", "curvature_exponent")
+        told = choices(self, ZerothOrder.__init__, "rank", "exact", "normalise", "curvature_exponent")
         local = ["losses=local"] if self.losses_of == "local" else []
-        return ", ".join([f"variant={self.variant_name}", *local, *([told] if told else [])])
+        several = [f"n={self.n}"] if self.n != DEFAULTS[self.variant_name][4] else []
+        return ", ".join([f"variant={self.variant_name}", *local, *several, *([told] if told else [])])
 
     @property
     def numbers(self) -> int:

@@ -13,13 +13,13 @@ Decay = Literal["matrices", "all"]
 Normalise = Literal["scalar_ema"]
 Losses = Literal["global", "local"]
 
-# eps, antithetic, shaping and noise where they are left out
-DEFAULTS: dict[str, tuple[float, bool, Shaping, Noise]] = {
-    "spsa": (1e-3, True, "none", "gaussian"),
-    "mezo": (1e-3, True, "none", "gaussian"),
-    "fzoo": (1e-3, False, "zscore", "rademacher"),
-    "eggroll": (1e-2, True, "zscore", "gaussian"),
-    "qes": (0.5, True, "zscore", "gaussian"),
+# eps, antithetic, shaping, noise and n where they are left out; the spread of fzoo's losses needs several
+DEFAULTS: dict[str, tuple[float, bool, Shaping, Noise, int]] = {
+    "spsa": (1e-3, True, "none", "gaussian", 1),
+    "mezo": (1e-3, True, "none", "gaussian", 1),
+    "fzoo": (1e-3, False, "zscore", "rademacher", 8),
+    "eggroll": (1e-2, True, "zscore", "gaussian", 1),
+    "qes": (0.5, True, "zscore", "gaussian", 1),
 }
 BETA2 = 0.999
 
@@ -41,7 +41,7 @@ def check(given: Mapping[str, Any]) -> None:
         value = given[name]
         if value not in get_args(kind) and not (may_lack and value is None):
             raise ValueError(f"{name} is {value!r}, expected {', '.join(get_args(kind))}")
-    for name, may_lack in (("n", False), ("rank", False), ("chunk", True), ("head_limit", True)):
+    for name, may_lack in (("n", True), ("rank", False), ("chunk", True), ("head_limit", True)):
         number = given[name]
         if not (type(number) is int and number >= 1) and not (may_lack and number is None):
             raise ValueError(f"{name} is {number!r}, expected a whole number of at least 1")
