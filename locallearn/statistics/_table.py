@@ -270,8 +270,8 @@ def _as_long_as_the_cap(records: Sequence[Record]) -> list[str]:
     if not lengths:
         return []
     return [
-        f"Its learning rate follows a schedule of {_listed([f'{n:,}' for n in sorted(lengths)])} epochs, as many as were "
-        "allowed (trainer.max_epochs): with another cap the target costs something else. scheduler=null keeps the rate constant."
+        f"Its learning rate follows a schedule of {_listed([f'{n:,}' for n in sorted(lengths)])} epochs, all that "
+        "trainer.max_epochs allows: with another cap the target costs something else; scheduler=null keeps the rate constant."
     ]
 
 
