@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 
 from locallearn.records import Record, scan
+from tests.docs.comparisons import rows_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "results.md").read_text(encoding="utf-8")
@@ -56,7 +57,7 @@ ACCURACIES = [
     ("forward_gnn_two_epochs", "forward_gnn", 5),
     ("mono_forward_mnist", "mono_forward", 5),
     ("mono_forward_mnist", "backprop", 5),
-    ("forward_forward_mnist", "forward_forward", 3),
+    ("forward_forward_mnist", "forward_forward", 5),
     ("mono_forward_cifar10", "mono_forward", 1),
     ("cafo_cifar10", "cafo", 3),
     ("cafo_cifar10_ce", "cafo", 1),
@@ -89,6 +90,7 @@ FORWARD_ONLY = (
     "forward_projection_fashion_mnist",
     "ridge_mnist",
     "physical_ff_vowels",
+    "physical_ff_vowels_noise",
     "zeroth_order_digits",
     "forward_gradient_cifar10_guesses",
     "python_topics_tuned",
@@ -109,6 +111,13 @@ def test_rows_of_rules_that_never_go_backward_are_those_of_the_records() -> None
             cells = [algorithm, variant, _cell(accuracies), str(len(accuracies)), f"[records](records/{folder})"]
             found.append(cells)
     assert sorted(found) == sorted([row[1], row[2], *row[5:]] for row in rows)
+
+
+def test_rows_of_rules_and_backpropagation_to_one_target_are_those_of_the_records() -> None:
+    lines = [line for line in PAGE.splitlines() if "records/forward_projection_target/" in line]
+    told = [[cell.strip(" *`") for cell in line.split("|")[1:-1]][1:] for line in lines]
+    folders = sorted((DOCS / "records" / "forward_projection_target").iterdir())
+    assert sorted(told) == sorted(row for folder in folders for row in rows_of(folder))
 
 
 def _groups(folder: str) -> dict[tuple[str, str], list[Record]]:
