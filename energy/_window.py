@@ -14,6 +14,8 @@ from locallearn.energy._meter import Detail, Meter, Reading, monotonic_s
 _TICKS = 100
 # Idle power that changes by more than this share of itself is told.
 _DRIFT = 0.05
+# A look at the idle machine that lasted less than this share of what was asked for was cut short.
+_WHOLE = 0.99
 
 
 class EnergyMonitor:
@@ -96,6 +98,7 @@ class Window:
         self._before_co2_g: list[float | None] = []
         self._idle_w: list[dict[str, float]] = [{}, {}]  # before and after, by source
         self._idle_seconds = [0.0, 0.0]
+        self._cut_short = False
         self._seconds = 0.0
         self._clock_went_back = False
         self._resumed_at_s: float | None = None
@@ -290,7 +293,8 @@ class Window:
         self._monitor.wait(self._monitor.idle_s)
         seconds = self._since(began_s)
         self._switch_off()
-        if seconds <= 0:
+        if seconds < _WHOLE * self._monitor.idle_s:  # somebody asked to stop; a moment tells no power
+            self._cut_short = True
             return
         self._idle_seconds[when] = seconds
         for meter, earlier in zip(self._meters, first, strict=True):
@@ -339,7 +343,8 @@ class Window:
         if before_w is None or after_w is None:
             when = "before" if after_w is None else "after"
             # While a window is open it cannot be otherwise.
-            return idle_w, detail, () if self._opened else (f"idle power was watched {when} the window only",)
+            why = ", the other look was cut short" if self._cut_short else ""
+            return idle_w, detail, () if self._opened else (f"idle power was watched {when} the window only{why}",)
         doubt_j = abs(after_w - before_w) / 2 * seconds
         detail |= {"idle_drift_w": after_w - before_w, "net_error_j": doubt_j}
         if abs(after_w - before_w) <= _DRIFT * idle_w:
@@ -358,7 +363,6 @@ class Window:
             yield "the clock went back during the window: the seconds are too few"
         if seconds < _TICKS * tick_s:
             yield f"the window of {seconds:.1f} s is shorter than {_TICKS} ticks of {tick_s:g} s: rough"
-        # Of the two looks the shorter: the one after the window may have been cut off.
         watched_s = min((seconds for seconds in self._idle_seconds if seconds > 0), default=0.0)
         if watched_s and watched_s < _TICKS * tick_s:
             yield f"idle power was watched for {watched_s:.1f} s only: the net figure is rough"

@@ -117,7 +117,8 @@ class BatchLoader:
     writes is told with the next batch.
 
     Args:
-        images: ``(N, ...)``; uint8 stands for 0 … 1 and is divided by 255, floating point is taken as it is.
+        images: ``(N, ...)``; uint8 stands for 0 … 1 and is divided by 255, floating point is taken as it is, and so are other
+            whole numbers, which are codes (of characters, say).
         labels: ``(N,)``.
         batch_size: samples in a batch; the last one of an epoch may be smaller.
         shuffle: draw a new order for every epoch.
@@ -244,6 +245,8 @@ class BatchLoader:
         return torch.randperm(self.samples, generator=stream_generator(self._seed, epoch, 0)).to(self.device)
 
     def _scaled(self, images: Tensor) -> Tensor:
+        if not images.is_floating_point() and images.dtype != torch.uint8:
+            return images
         inputs = images.to(torch.float32)
         if images.dtype == torch.uint8:
             inputs.div_(255)

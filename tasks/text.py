@@ -47,7 +47,7 @@ class PythonTopics(SampleData):
         seed: of the order.
 
     Attributes:
-        shape: of one input, ``(length,)``: classes of characters as float32.
+        shape: of one input, ``(length,)``: classes of characters, int32.
         classes: number of characters.
 
     Raises:
@@ -95,5 +95,9 @@ class PythonTopics(SampleData):
             windows = part.unfold(0, self.shape[0] + 1, self._stride)
             if name == "train" and self._limit is not None:
                 windows = windows[: self._limit]
-            parts[name] = windows[:, :-1].float(), windows[:, -1].long()
+            parts[name] = windows[:, :-1].int(), windows[:, -1].long()
         return parts
+
+    def example(self) -> Tensor:
+        """Two windows of spaces, ``(2, length)``, int32 on the CPU."""
+        return super().example().int()

@@ -278,7 +278,7 @@ def test_a_target_under_a_schedule_as_long_as_the_cap_is_told() -> None:
         return row.notes
 
     (told,) = notes("target", {"_target_": "CosineAnnealingLR", "T_max": 20})
-    assert "a schedule of 20 epochs, as many as were allowed" in told
+    assert "a schedule of 20 epochs, all that trainer.max_epochs allows" in told
     assert not notes("target", None)
     assert not notes("target", {"_target_": "CosineAnnealingLR", "T_max": 5})
     assert not notes("matched", {"_target_": "CosineAnnealingLR", "T_max": 20})

@@ -445,6 +445,26 @@ class Algorithm(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters() if id(p) not in own)
 
 
+class ByOptions(Algorithm):
+    """``Rule(...)`` makes an object of the kind that its options ask for, as ``pathlib.Path(...)`` does.
+
+    The rule that is named has a static method ``_kind(options)``; its kinds, which inherit from it, are made as they are.
+    """
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Ask the class that is called, not the one that its kinds inherit from."""
+        kind: Any = cls
+        if "_kind" in cls.__dict__:
+            kind = cls._kind(inspect.signature(cls.__init__).bind_partial(None, *args, **options).arguments)
+        made: Self = super().__new__(kind)
+        return made
+
+    @staticmethod
+    def _kind(asked: Mapping[str, Any]) -> type[Algorithm]:
+        """The class for these options; what does not go together, it refuses itself."""
+        raise NotImplementedError
+
+
 def output_layer(blocks: Blocks, owner: str) -> nn.Module:
     """The network's readout.
 

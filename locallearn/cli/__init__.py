@@ -46,6 +46,7 @@ Examples:
 
 Options: --cfg prints the composed settings; -m sweeps (train); --debug shows tracebacks; --version;
   --figures writes figures as SVG and PDF, tables as CSV and LaTeX, --watch follows runs that go on (report);
+  --json prints what meters found as JSON;
   --trust runs whatever a record's settings name (train resume=, predict, analyze, distill, replay)
 Completion: eval "$(locallearn -sc install=bash)"   names of a group: locallearn train algorithm=?
 """

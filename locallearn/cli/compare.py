@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def compare(words: list[str]) -> int:
     workers = _workers(base.compare)
     from locallearn.records import load_record, recover  # these take seconds, and a mistake is told before
     from locallearn.study.compare import compare as run_all
-    from locallearn.study.train import Interrupted, check
+    from locallearn.study.train import Interrupted
 
     recovered(runs_dir)
     earlier = _earlier(runs_dir) if base.compare.resume else {}
@@ -68,7 +68,9 @@ def compare(words: list[str]) -> int:
             first.setdefault(arm.text, make)
     for arm in arms:
         if arm.text in first:
-            check(first[arm.text]())  # a mistake in the settings is told before anything is trained
+            refused = _refusal(first[arm.text], words)  # a mistake in the settings is told before anything is trained
+            if refused is not None:
+                raise UsageError(refused if len(arms) == 1 else f"{arm.text}: {refused}")
     left_out = _impossible(controls, first, words, named=base.compare.controls is not True)
     outputs.check()  # so is a place that cannot be written to; it makes the folder, so it comes last
     try:
@@ -102,23 +104,32 @@ def _workers(settings: Any) -> int:
 
 def _impossible(controls: Mapping[str, Arm], first: Mapping[str, Any], words: Sequence[str], named: bool) -> list[Arm]:
     """Controls that cannot be run on this network: said and left out, or refused where they were asked for by name."""
-    from locallearn.study.train import check
-
     found = []
     for name, arm in controls.items():
         if arm.text not in first:
             continue
-        try:
-            check(first[arm.text]())
-        except Exception as error:
-            code, sentence = explain(error, words)
-            if code != 2:
-                raise
-            if named:
-                raise UsageError(f"the control {name} cannot be run here: {sentence}") from error
-            print(f"locallearn: the control {name} is left out: {sentence}", file=sys.stderr)
-            found.append(arm)
+        sentence = _refusal(first[arm.text], words)
+        if sentence is None:
+            continue
+        if named:
+            raise UsageError(f"the control {name} cannot be run here: {sentence}")
+        print(f"locallearn: the control {name} is left out: {sentence}", file=sys.stderr)
+        found.append(arm)
     return found
+
+
+def _refusal(make: Callable[[], Any], words: Sequence[str]) -> str | None:
+    """Why the run that is made here cannot be trained; ``None``: it can, as far as is known before."""
+    from locallearn.study.train import check
+
+    try:
+        check(make())
+    except Exception as error:
+        code, sentence = explain(error, words)
+        if code != 2:
+            raise
+        return sentence
+    return None
 
 
 def _earlier(runs_dir: Path) -> dict[str, Any]:

@@ -28,7 +28,9 @@ def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
 
     text = str(error).strip()
     if isinstance(error, Interrupted):
-        folder = getattr(error, "run_folder", None)
+        folder = error.run_folder
+        if error.ended is not None:
+            return 130, f"interrupted when the training was over: the run is done, {folder} holds all of it"
         if folder is None or not (folder / CHECKPOINT).is_file():
             return 130, "interrupted before there was anything to go on from"
         return 130, f"interrupted; go on with: locallearn train resume={folder}"

@@ -71,6 +71,7 @@ def evaluate(saved: Saved, part: str) -> tuple[dict[str, float], list[tuple[Any,
     import torch
 
     from locallearn.precision import multiplying
+    from locallearn.study._signals import stoppable
     from locallearn.study.train import quiet
 
     found: list[tuple[Any, Any, Any]] = []
@@ -100,7 +101,7 @@ def evaluate(saved: Saved, part: str) -> tuple[dict[str, float], list[tuple[Any,
     saved.trainer.callbacks.append(Keep())
     run = saved.trainer.test if part == "test" else saved.trainer.validate
     try:
-        with quiet(), multiplying(saved.plan.matmul_precision):
+        with quiet(), stoppable(), multiplying(saved.plan.matmul_precision):
             figures = run(saved.task, datamodule=saved.data, verbose=False)[0]
     finally:
         hook.remove()

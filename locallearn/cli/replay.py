@@ -51,7 +51,7 @@ def replay(words: list[str]) -> int:
                 chosen = {name: weight.detach().cpu().clone() for name, weight in found.items()}
     unchecked = len(trajectory.steps) - trajectory.checks[-1][0]
     weights = sum(weight.numel() * weight.element_size() for weight in found.values())
-    numbers = len(trajectory.steps) * rule.n
+    numbers = len(trajectory.steps) * rule.numbers
     print(f"{len(trajectory.steps)} steps replayed, {numbers} numbers, without data" + _last(unchecked))
     print(
         f"the trajectory has {trajectory.size} bytes ({trajectory.size / max(numbers, 1):.2f} per number), the weights have "

@@ -67,12 +67,18 @@ def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> Path
     from rich.console import Console
 
     from locallearn.records import load_record
-    from locallearn.study.train import run
+    from locallearn.study.train import Interrupted, run
 
     plan = make_plan(cfg, choices, command_line("train", words))
+    stopped: Interrupted | None = None
     with Progress() as show:
         plan.progress = partial(show, f"{choices['algorithm']} seed {cfg.seed}")
-        folder = run(plan)
+        try:
+            folder = run(plan)
+        except Interrupted as error:
+            if error.ended is None:
+                raise
+            folder, stopped = error.ended, error
     record = load_record(folder)
     metric, seconds = record.data["metric"]["name"], record.data["cost"]["train_s"]
     took = plan.algorithm.untimed if seconds is None else f"{seconds:.1f} s of training"
@@ -83,6 +89,8 @@ def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> Path
         Console(stderr=True).print(
             "What the device adds is only told beside the same network without it: net.device=null (compare runs both)"
         )
+    if stopped is not None:
+        raise stopped
     print(folder)
     return folder
 

@@ -159,7 +159,7 @@ def _helpers(words: Sequence[str], workers: int, deadline: float | None = None) 
 
     import torch
 
-    from locallearn.study._pool import deaf
+    from locallearn.study._signals import deaf
 
     if workers == 1:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -339,3 +339,28 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made = {ref: entry for ref, entry in self._made.items() if not ref.expired()}  # type: ignore[no-untyped-call]
         out = storages(without)
         return sum(size for place, size in self._made.values() if place not in out)
+
+
+class _Peak(Alive):  # type: ignore[no-untyped-call]
+    """Notes the most that was alive at once."""
+
+    peak: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        self.peak = max(self.peak, self.bytes())
+        return made
+
+
+def working_bytes(run: Callable[[], None], known: Iterable[Tensor] = ()) -> int:
+    """Peak bytes of all tensors that operations make while something runs, whether or not a gradient needs them.
+
+    What libraries take for themselves inside of an operation, and what is computed outside of PyTorch, is not seen.
+
+    Args:
+        run: is called once.
+        known: tensors that are there before (weights, the batch), and do not count when they are written into.
+    """
+    with _Peak(storages(known)) as watched:
+        run()
+    return int(watched.peak)

@@ -5,6 +5,7 @@ Two-point estimates (SPSA): J. C. Spall, IEEE Transactions on Automatic Control 
 One-sided with signs and a step in units of the losses' spread (FZOO): S. Dang et al., arXiv 2506.09034.
 Evolution strategies of low rank (EGGROLL): B. Sarkar et al., arXiv 2511.16652.
 Evolution of quantised weights (QES): arXiv 2602.03120.
+Directions weighed by curvature (1.5-SPSA): arXiv 2609.38095.
 """
 
 from __future__ import annotations
@@ -70,6 +71,23 @@ def scalars(plus: Tensor, minus: Tensor | None, base: Tensor | None, eps: float,
         raise ValueError("shaping=zscore needs the spread of at least two losses")
     spread = whole.std()
     return torch.where(spread == 0, 0.0, difference / (factor * spread)).float()
+
+
+def curvature_weights(plus: Tensor, minus: Tensor, base: Tensor, eps: float, exponent: float = 0.1) -> Tensor:
+    """What the numbers of directions are multiplied by where the loss is curved along them: 1/max(1, |h|^p).
+
+    Args:
+        plus: losses at θ + ε z_i, ``(n,)``.
+        minus: losses at θ − ε z_i, ``(n,)``.
+        base: the loss at θ, ``()`` or ``(n,)``.
+        eps: ε.
+        exponent: p.
+
+    Returns:
+        ``(n,)``, float64, with h_i = (L⁺ − 2 L₀ + L⁻)/ε², which is z_iᵀ H z_i of a small ε.
+    """
+    bend = (plus.double() - 2 * base.double() + minus.double()) / eps**2
+    return 1 / bend.abs().pow(exponent).clamp(min=1)
 
 
 def second_moment(size: int, count: int = 1, noise: Noise = "gaussian") -> float:

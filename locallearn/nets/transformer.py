@@ -88,7 +88,7 @@ def char_transformer(
     normalises, takes the last character and maps it to the classes. Matrices and embeddings are drawn from N(0, .02²).
 
     Args:
-        input_shape: ``(length,)``: classes of characters, whole numbers as float.
+        input_shape: ``(length,)``: classes of characters, whole numbers.
         outputs: number of characters.
         width: of a character.
         depth: layers.

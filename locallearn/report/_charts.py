@@ -20,6 +20,7 @@ from locallearn.report._styles import Styles
 from locallearn.statistics import Figure as Numbers
 from locallearn.statistics import PairedDifference, Row, is_cost
 
+_NAMED = 6  # rows that a caption names
 _RAMP = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
 
 Figure = dict[str, Any]
@@ -125,6 +126,14 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Styles
     header = ("Rule", "Seeds", metric.heading, "95 % interval", cost.heading, "95 % interval", "Pareto front")
     missing = [row.label for row in rows if row not in known]
     note = "Means (of costs geometric ones) with 95 % t-intervals; an open marker has none, or seeds are missing."
+    partial = [row.label for row in known if not row.complete]
+    if partial:
+        note += f" The front leaves out {len(partial)} of {len(known)} rows, in which seeds did not finish or arrive: "
+        note += f"{', '.join(partial[:_NAMED])}{', …' if len(partial) > _NAMED else ''}."
+    if metric.key.startswith("test/") and len({row.algorithm for row in known}) < len(known):
+        note += (
+            " Some rules have several rows: the best test figures of many are flattered by luck, and so is the front."
+        )
     note += f" Not shown, for lack of a figure: {', '.join(missing)}." if missing else ""
     return Chart(
         f"{metric.title} against {lower(cost.title)}",

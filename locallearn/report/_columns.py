@@ -170,6 +170,23 @@ def headline_metric(shown: Sequence[Column], quality: Quality) -> Column | None:
     return None
 
 
+def judge_of(rows: Sequence[Row], shown: Sequence[Column], metric: Column) -> Column:
+    """What rows and settings are chosen by: the validation's figure, where every row has one.
+
+    Args:
+        rows: that have ``metric``.
+        shown: columns of their section.
+        metric: the headline metric.
+    """
+    key = f"validation/{metric.key.partition('/')[2]}"
+    judge = next((column for column in shown if column.key == key), None)
+    known = judge is not None and all(
+        (figure := row.figures.get(key)) is not None and figure.centre is not None and math.isfinite(figure.centre)
+        for row in rows
+    )
+    return judge if judge is not None and known else metric
+
+
 def metric_title(name: str) -> str:
     """A metric's name as people write it."""
     return _ABBREVIATIONS.get(name, name.replace("_", " ").lower())

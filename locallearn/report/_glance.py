@@ -46,6 +46,7 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
             else f"<small>{escape(lower(metric.heading if metric.lower else metric.title))}</small>"
         )
         difference, picture = _difference(section, style, reach)
+        doubt = "" if found.better is None else f"{baseline} is better with other settings"
         ratios = (
             {word: (column, pair) for word, column, pair in cost_ratios(found.rival, section.shown, rows)}
             if found.rival
@@ -64,7 +65,8 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
             dot + (_named(best) if best else "nobody yet"),
             f"{escape(value)}{what}",
             f"{picture}{escape(difference)}"
-            + (f"<small>{_named(found.rival)}</small>" if difference != UNKNOWN and found.rival else ""),
+            + (f"<small>{_named(found.rival)}</small>" if difference != UNKNOWN and found.rival else "")
+            + (f"<small>{escape(doubt)}</small>" if doubt else ""),
             told.get("time", UNKNOWN),
             told.get("joules", UNKNOWN) + (f"<small>{escape(source)}</small>" if source else ""),
             told.get("memory", UNKNOWN),
@@ -83,7 +85,9 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
                     place + badge,
                     best.label if best else "",
                     value,
-                    f"{difference} ({found.rival.label})" if found.rival else difference,
+                    f"{difference} ({'; '.join(filter(None, (found.rival.label, doubt)))})"
+                    if found.rival
+                    else difference,
                 ),
                 *(told.get("time", UNKNOWN), joules, told.get("memory", UNKNOWN), found.certainty, runs),
             )
@@ -95,7 +99,11 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
         for i, word in enumerate(header)
     )
     table = scrolled(f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>", "At a glance", "cards glance")
-    note = f"Time, joules and memory are ratios to {baseline} of the best other rule, paired by seed."
+    ways = dict.fromkeys(section.verdict.chosen_by for section in sections if len(section.rows) > 1)
+    ways.pop("", None)
+    note = f"The best row, and of the others the best one, is chosen by {', elsewhere by '.join(ways)}; figures are those of "
+    note = f"{note}the test set where there are any. " if ways else ""
+    note += f"Time, joules and memory are ratios to {baseline} of the best other rule, paired by seed."
     if reach:
         note += f" The bar is its difference to {baseline} with the 95 % interval, the line in it no difference; ends beyond "
         note += f"{reach:g} points are cut, and dots are the other rules."

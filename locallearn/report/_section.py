@@ -19,6 +19,7 @@ from locallearn.report._columns import (
     shared_notes,
 )
 from locallearn.report._curves import block_charts, layer_charts, loss_charts, metric_chart, spent_charts
+from locallearn.report._ends import own_ends
 from locallearn.report._energy import energy_charts
 from locallearn.report._files import PICTURE_NOTE, Runs
 from locallearn.report._html import Book, count, scrolled, texts
@@ -35,7 +36,6 @@ _HOW = (
     "given after Holm's correction over the rules of the table."
 )
 _MODES = {
-    "own": "Every rule trains until its own validation metric stops improving, under one patience and one cap.",
     "matched": "The same number of samples passes through every unit.",
     "target": "Cost until validation {metric} first reaches the stated target.",
 }
@@ -94,7 +94,8 @@ def section_html(section: Section, style: Styles, baseline: str, points: int, bo
     table = _headline(section, style, book)
     charts = "".join(f"<h3>{escape(heading)}</h3>{book.grid(group)}" for heading, group in groups if group)
     charts += _parts(section, points, book)
-    about = f'<p class="note">{escape(_MODES[mode].format(metric=metric))}</p>' if mode in _MODES else ""
+    told = own_ends(rows, metric) if mode == "own" else _MODES.get(mode or "", "").format(metric=metric)
+    about = f'<p class="note">{escape(told)}</p>' if told else ""
     if any(section.pictures):
         pictures = "".join(section.pictures)
         charts += f'<h3>Reconstructions</h3><p class="note">{PICTURE_NOTE}</p><div class="grid">{pictures}</div>'

@@ -19,7 +19,7 @@ from locallearn.report._charts import (
     scaled,
     wrapped,
 )
-from locallearn.report._columns import UNKNOWN, Column, headline_metric, significant
+from locallearn.report._columns import UNKNOWN, Column, headline_metric, judge_of, significant
 from locallearn.report._styles import Styles
 from locallearn.statistics import Row
 
@@ -46,15 +46,17 @@ def sweep_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles) ->
         for key, name, points in _curves(algorithm, members):
             lines.setdefault(key, []).append((name, points))
     charts = [_chart(key, named, metric, style) for key, named in list(lines.items())[:_MOST]]
+    # It shows which settings are good, and those are chosen by validation.
+    judge = judge_of([row for row in rows if metric.key in row.figures], shown, metric)
     for algorithm in dict.fromkeys(row.algorithm for row in rows):
         together = [
             (row.label, dict(_settings(row)), value)
             for row in rows
             if row.algorithm == algorithm
-            and metric.key in row.figures
-            and (value := scaled(row.figures[metric.key].centre, metric)) is not None
+            and judge.key in row.figures
+            and (value := scaled(row.figures[judge.key].centre, judge)) is not None
         ]
-        chart = parallel_chart(f"{algorithm}: settings together", together, metric.heading, metric.lower)
+        chart = parallel_chart(f"{algorithm}: settings together", together, judge.heading, judge.lower)
         charts += [chart] if chart is not None else []
     return charts
 
@@ -236,6 +238,8 @@ def _chart(
         "yaxis": {"title": {"text": plain_text(lower(metric.heading))}},
     }
     note = f"Means with 95 % t-intervals over the seeds; all settings but {key} are equal along a line."
+    if metric.key.startswith("test/"):
+        note += " These are figures of the test set; a setting is to be chosen by validation."
     header = ("Rule", setting, "Seeds", metric.heading, "95 % interval")
     return Chart(f"{metric.title} against {setting}", note, figure_of(data, layout, "end"), header, table, 380)
 

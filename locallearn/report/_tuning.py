@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from locallearn.records import Record, plain_file
-from locallearn.report._charts import Chart, figure_of, plain_text, ramp, wrapped
+from locallearn.report._charts import Chart, figure_of, plain_text, ramp, rounded, wrapped
 from locallearn.report._columns import UNKNOWN, known_number, metric_title, significant
+from locallearn.report._curves import thin
 from locallearn.report._sweeps import parallel_chart
 
 _FOLDER = "tune"
 _TRIALS = 2000  # of a study, as far as they are drawn
 _SHOWN = 40  # lines of a table of trials
+_STEPS = 4000  # validations of all trials of a search that are drawn
 _PERCENTAGES = ("accuracy", "auc")
 _MARKERS = {"PRUNED": "x", "FAIL": "triangle-down-open", "COMPLETE": "circle"}
 
@@ -27,7 +29,7 @@ class Search:
     Attributes:
         name: its heading.
         sentence: what it found, with how many trials.
-        charts: history, importances, settings of its trials.
+        charts: history, validations of every trial, importances, settings of its trials.
         command: what was typed, empty where the file does not say.
         records: names of the runs of its trials.
         best: heading and lines of the table of the best settings.
@@ -76,7 +78,7 @@ def _search(data: Mapping[str, Any]) -> Search:
     lower = objectives[0].get("direction") == "minimize"
     unit = " (%)" if share == 100.0 else ""
     title = f"{metric_title(name)}{unit}"
-    charts = [_history(studies, title, share, lower)]
+    charts = [_history(studies, title, share, lower), *_intermediates(studies, title, share, lower)]
     if len(objectives) > 1:
         charts.append(_objectives(studies, objectives))
     charts += [*_importances(studies), *_parallels(studies, title, share, lower)]
@@ -87,7 +89,9 @@ def _search(data: Mapping[str, Any]) -> Search:
         trials = list(_trials(study))
         chosen = [one for one in trials if one["number"] in _list(study.get("best"))]
         for one in chosen[:12]:
-            values = ", ".join(significant(known_number(v)) for v in _list(one.get("values")))
+            numbers = [known_number(v) for v in _list(one.get("values"))]
+            told = [_shown(v, share) if v is not None and i == 0 else significant(v) for i, v in enumerate(numbers)]
+            values = ", ".join(told)
             settings = _settings(one)
             best.append((_rule(study), str(one["number"]), values, settings, _text(study.get("experiment")) or UNKNOWN))
         counts = {state: sum(one.get("state") == state for one in trials) for state in ("COMPLETE", "PRUNED", "FAIL")}
@@ -188,6 +192,95 @@ def _history(studies: Sequence[Mapping[str, Any]], title: str, share: float, low
     header = ("Trial", "State", f"Validation {title}", "Seconds", "Settings", "Error")
     note = "A mark per trial, a cross where it was pruned (its last value before), the line the best so far."
     return Chart("History of the search", note, figure_of(data, layout, "end"), header, table, 400)
+
+
+def _intermediates(studies: Sequence[Mapping[str, Any]], title: str, share: float, lower: bool) -> list[Chart]:
+    """What every validation of every trial gave: a thin line each, a cross where the pruner ended it, the best one thick."""
+    trials = sum(1 for study in studies for one in _trials(study) if _steps(one))
+    if not trials:
+        return []
+    points = max(2, _STEPS // trials)
+    data: list[dict[str, Any]] = []
+    best_lines: list[dict[str, Any]] = []
+    table: list[tuple[str, ...]] = []
+    for i, study in enumerate(studies):
+        colour, rule = ramp(i, len(studies)), plain_text(_rule(study))
+        line: dict[str, list[Any]] = {"x": [], "y": [], "text": []}
+        crosses: dict[str, list[Any]] = {"x": [], "y": [], "text": []}
+        lines = 0
+        for one in _trials(study):
+            steps = _steps(one)
+            if not steps:
+                continue
+            pruned, name = one.get("state") == "PRUNED", f"trial {one['number']}"
+            shown = thin(sorted(steps), points)
+            values = [rounded(share * steps[step]) for step in shown]
+            line["x"] += [*shown, None]
+            line["y"] += [*values, None]  # a gap before the next trial
+            line["text"] += [*([name] * len(shown)), None]
+            if pruned:
+                for key, value in (("x", shown[-1]), ("y", values[-1]), ("text", name)):
+                    crosses[key].append(value)
+            if one["number"] in _list(study.get("best"))[:1]:
+                best_lines.append(
+                    {
+                        **{"type": "scatter", "mode": "lines+markers" if len(shown) == 1 else "lines"},
+                        **{
+                            "name": f"{rule}, best trial",
+                            "x": shown,
+                            "y": values,
+                            "line": {"color": colour, "width": 3},
+                        },
+                        "hovertemplate": f"{rule}<br>{name}, the best<br>%{{x}}: %{{y:.4g}}<extra></extra>",
+                    }
+                )
+            lines += 1
+            if lines <= _SHOWN:
+                pick = min if lower else max
+                table.append(
+                    (
+                        *(
+                            f"{_rule(study)}, {one['number']}",
+                            (_text(one.get("state")) or UNKNOWN).lower(),
+                            str(len(steps)),
+                        ),
+                        *(_shown(value, share) for value in (pick(steps.values()), steps[max(steps)])),
+                    )
+                )
+        hover = "%{fullData.name}<br>%{text}<br>%{x}: %{y:.4g}<extra></extra>"
+        common = {"type": "scatter", "hovertemplate": hover}
+        if line["x"]:
+            look = {"line": {"color": colour, "width": 1}, "opacity": 0.45}
+            if max(len(_steps(one)) for one in _trials(study)) == 1:
+                look["marker"] = {"color": colour, "size": 5}
+            data.append(
+                {**common, "mode": "lines+markers" if "marker" in look else "lines", "name": rule, **line, **look}
+            )
+        if crosses["x"]:
+            marker = {"color": colour, "symbol": "x", "size": 7}
+            data.append({**common, "mode": "markers", "name": f"{rule}, pruned", **crosses, "marker": marker})
+    layout = {
+        "xaxis": {"title": {"text": "validation of the trial"}},
+        "yaxis": {"title": {"text": plain_text(f"validation {title}")}},
+    }
+    note = "A line per trial, a cross where the pruner ended it; the best trial is thick."
+    if any(len(_list(one.get("records"))) > 1 for study in studies for one in _trials(study)):
+        note += " The seeds of a trial follow one another, and a value is the mean over the seeds so far."
+    if any(len(_steps(one)) > points for study in studies for one in _trials(study)):
+        note += f" Of long lines {points} points are drawn."
+    header = ("Trial", "State", "Validations", f"{'Lowest' if lower else 'Highest'} {title}", f"Last {title}")
+    figure = figure_of([*data, *best_lines], layout)
+    return [Chart("Validations of every trial", note, figure, header, table, 420)]
+
+
+def _steps(trial: Mapping[str, Any]) -> dict[int, float]:
+    """What a trial's validations gave, by their number."""
+    found = trial.get("intermediate")
+    return {
+        int(step): value
+        for step, given in (found.items() if isinstance(found, Mapping) else ())
+        if isinstance(step, str) and step.isdecimal() and len(step) < 10 and (value := known_number(given)) is not None
+    }
 
 
 def _objectives(studies: Sequence[Mapping[str, Any]], objectives: Sequence[Mapping[str, Any]]) -> Chart:

@@ -93,7 +93,7 @@ def _nan(value: Any) -> Any:
 
 
 def _scatter(axes: Any, trace: Mapping[str, Any], names: Sequence[str]) -> None:
-    x, y = [_nan(v) for v in trace["x"]], _place(trace["y"], names)
+    x, y = [_nan(v) for v in trace["x"]], _place(trace["y"], names)  # None: a gap in the line
     marker, line, mode = trace.get("marker", {}), trace.get("line", {}), trace["mode"]
     colour = line.get("color") or marker.get("color") or "#808080"
     if "fill" in trace:  # the upper edge of a band was the trace before

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from locallearn.report._charts import lower
-from locallearn.report._columns import TIMES, Column, best_energy, headline_metric, quality, ratio_text
+from locallearn.report._columns import TIMES, Column, best_energy, headline_metric, judge_of, quality, ratio_text
 from locallearn.statistics import Arrivals, PairedDifference, Row
 
+_LONG = 90  # signs of a row's name in a sentence
 _FEW = "fewer than three pairs, so nothing is certain"
 
 
@@ -19,21 +20,26 @@ class Verdict:
 
     Attributes:
         rows: of the section.
-        metric: the figure that decides, ``None`` where no finished run has one.
-        best: the row with the best mean, of complete rows alone where there are any.
+        metric: the figure that is told, ``None`` where no finished run has one.
+        chosen_by: name of the figure that chooses ``best`` and ``rival``, mostly the validation's: the best of many test
+            figures is flattered by luck.
+        best: the row with the best mean of it, of complete rows alone where there are any.
         rival: what stands against the baseline: the best row that is not the baseline.
         pair: the rival against the baseline in the metric, ``None`` without a baseline.
         certainty: in two or three words whether the interval of the difference holds 0, or why there is none.
         sentence: the verdict.
+        better: the baseline with its best settings, where the rival is compared with others.
     """
 
     rows: Sequence[Row]
     metric: Column | None
+    chosen_by: str
     best: Row | None
     rival: Row | None
     pair: PairedDifference | None
     certainty: str
     sentence: str
+    better: Row | None = None
 
 
 def verdict(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> Verdict:
@@ -43,19 +49,30 @@ def verdict(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> Verd
     if metric is None or not known:
         ended = sum(len(row.records) for row in rows)
         said = "No run has finished here." if not ended else "No finished run has a figure to be judged by."
-        return Verdict(rows, metric, None, None, None, "nothing to compare", said)
-    ranked = _ranked(known, metric)
-    best = ranked[0]
-    rival = next((row for row in ranked if row.algorithm != baseline), None)
+        return Verdict(rows, metric, "", None, None, None, "nothing to compare", said)
+    judge = judge_of(known, shown, metric)
+    ranked, by = _ranked(known, judge), lower(judge.title)
+    if judge is metric and metric.key.startswith("test/"):
+        by += " (not every row has a validation figure)"
+    best, others = ranked[0], [row for row in ranked if row.algorithm != baseline]
+    rival = others[0] if others else None
     pair = rival.figures[metric.key].paired if rival is not None else None
-    name = lower(metric.title) if not metric.title.isupper() else metric.title
+    name, better = lower(metric.title), None
     if rival is None or pair is None or pair.mean is None:
-        sentence, certainty = _alone(ranked, metric, name, baseline)
+        sentence, certainty = _alone(ranked, metric, judge, baseline)
     else:
-        sentence, certainty = _against(rival, pair, metric, name, baseline, len(ranked))
+        which = _named(rival.label)
+        if len(others) > 1:
+            which += f", the best of the {len(others)} others by {by},"
+        sentence, certainty = _against(which, _named(rival.against or baseline), pair, metric, name, len(ranked))
         sentence += _costs(rival, shown, rows)
+        better = _better_baseline(rival, ranked, baseline)
+        if better is not None:
+            value = f"{judge.number(_centre(better, judge))}{_unit(judge)} {lower(judge.title)}"
+            sentence += f" That is the {baseline} whose settings are nearest to its own; the best one is "
+            sentence += f"{_named(better.label)}, with {value}."
     sentence += _missing(rows)
-    return Verdict(rows, metric, best, rival, pair, certainty, sentence)
+    return Verdict(rows, metric, by, best, rival, pair, certainty, sentence, better)
 
 
 def cost_ratios(row: Row, shown: Sequence[Column], rows: Sequence[Row]) -> list[tuple[str, Column, PairedDifference]]:
@@ -75,15 +92,23 @@ def cost_ratios(row: Row, shown: Sequence[Column], rows: Sequence[Row]) -> list[
     return found
 
 
-def _alone(ranked: Sequence[Row], metric: Column, name: str, baseline: str) -> tuple[str, str]:
+def _better_baseline(rival: Row, ranked: Sequence[Row], baseline: str) -> Row | None:
+    """The baseline with other settings that are better than those which the rival is compared with."""
+    plain = [row for row in ranked if row.algorithm == baseline and row.against is None]  # no control of another one
+    return None if not plain or plain[0].label == rival.against else plain[0]
+
+
+def _alone(ranked: Sequence[Row], metric: Column, judge: Column, baseline: str) -> tuple[str, str]:
     """Without a comparison by pairs: the best mean, and whether the intervals of the first two overlap."""
+    name = lower(metric.title)
     best, figure = ranked[0], ranked[0].figures[metric.key]
     value = f"{metric.number(figure.centre)}{_unit(metric)}"
     if len(ranked) == 1:
-        sentence = f"{best.label} reaches {value} {name}, alone here"
+        sentence = f"{_named(best.label)} reaches {value} {name}, alone here"
     else:
         word = "lowest" if metric.lower else "highest"
-        sentence = f"{best.label} has the {word} {name} of {len(ranked)} rows, {value}"
+        sentence = f"{_named(best.label)} has the {word} {lower(judge.title)} of {len(ranked)} rows"
+        sentence += f", {value}" if judge is metric else f", and {value} {name}"
     if figure.interval is None:
         certainty = "too few seeds"
         sentence += f"; n = {figure.summary.n}, so nothing is certain."
@@ -94,24 +119,23 @@ def _alone(ranked: Sequence[Row], metric: Column, name: str, baseline: str) -> t
         second = ranked[1].figures[metric.key].interval
         if second is None:
             certainty = "too few seeds"
-            sentence += f"; {ranked[1].label}, next to it, has too few seeds for an interval."
+            sentence += f"; {_named(ranked[1].label)}, next to it, has too few seeds for an interval."
         elif figure.interval[0] > second[1] or figure.interval[1] < second[0]:
             certainty = "intervals apart"
-            sentence += f"; its interval {metric.interval(figure)} lies apart from that of {ranked[1].label}."
+            sentence += f"; its interval {metric.interval(figure)} lies apart from that of {_named(ranked[1].label)}."
         else:
             certainty = "intervals overlap"
-            sentence += f"; its interval {metric.interval(figure)} overlaps that of {ranked[1].label}."
+            sentence += f"; its interval {metric.interval(figure)} overlaps that of {_named(ranked[1].label)}."
     bases = [row for row in ranked if row.algorithm == baseline]
     return sentence + ("" if bases else f" There is no {baseline} to compare with."), certainty
 
 
-def _against(rival: Row, pair: PairedDifference, metric: Column, name: str, baseline: str, n: int) -> tuple[str, str]:
-    """The best other rule against the baseline, paired by seed."""
+def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, name: str, n: int) -> tuple[str, str]:
+    """The chosen other row against the baseline, paired by seed."""
     assert pair.mean is not None
     unit = " points" if metric.unit == "%" else _unit(metric)
     by = f"{abs(pair.mean) / metric.scale:.{metric.digits}f}{unit}"
     ahead = pair.mean < 0 if metric.lower else pair.mean > 0
-    which = rival.label if n == 2 else f"{rival.label}, the best of the others,"
     pairs = f"{pair.n} pair{'s' if pair.n != 1 else ''}"
     if pair.mean == 0 and (pair.lo is None or pair.lo == pair.hi):
         return f"{which} and {baseline} have the same {name} over {pairs}", "equal"
@@ -132,9 +156,7 @@ def _against(rival: Row, pair: PairedDifference, metric: Column, name: str, base
     certainty = "interval without 0" if n > 2 else "certain at 95 %"
     if ahead:
         return f"{which} beats {baseline} by {by} in {name} ({told})", certainty
-    if n == 2:
-        return f"{baseline} beats {which} by {by} in {name} ({told})", certainty
-    return f"No rule reaches {baseline} in {name}: {rival.label}, the closest, lies {by} behind ({told})", certainty
+    return f"{baseline} beats {which} by {by} in {name} ({told})", certainty
 
 
 def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row]) -> str:
@@ -154,7 +176,7 @@ def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row]) -> str:
     if not said:
         return "."
     listed = said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
-    return f"; {rival.label} takes {listed}."
+    return f"; {rival.algorithm} takes {listed}."
 
 
 def _missing(rows: Sequence[Row]) -> str:
@@ -163,7 +185,7 @@ def _missing(rows: Sequence[Row]) -> str:
     if lost:
         words.append(f"{lost} seed{'s' if lost != 1 else ''} did not finish")
     late = [(row, n) for row in rows if (n := _arrivals(row)) is not None and not n.all]
-    words += [f"{row.label} reached the target in {n.reached} of {n.total} runs" for row, n in late[:3]]
+    words += [f"{_named(row.label)} reached the target in {n.reached} of {n.total} runs" for row, n in late[:3]]
     return f" {'; '.join(words)}." if words else ""
 
 
@@ -180,6 +202,14 @@ def _ranked(known: Sequence[Row], metric: Column) -> list[Row]:
 def _centre(row: Row, metric: Column) -> float | None:
     figure = row.figures.get(metric.key)
     return figure.centre if figure is not None and figure.centre is not None and math.isfinite(figure.centre) else None
+
+
+def _named(label: str) -> str:
+    """A row in a sentence: its first settings, for the table has them all."""
+    if len(label) <= _LONG:
+        return label
+    kept = label[:_LONG].rpartition(", ")[0]
+    return f"{kept or label[:_LONG]}, …"
 
 
 def _unit(metric: Column) -> str:

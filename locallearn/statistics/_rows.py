@@ -76,6 +76,7 @@ class Row:
         notes: sentences to print beside the numbers.
         missing: seeds without a finished run: the record of the newest one that failed or was interrupted.
         target: value of the metric that ends a run in mode ``target``.
+        against: label of the row that its figures are compared with, ``None`` for the baseline itself or without one.
     """
 
     dataset: str
@@ -89,13 +90,12 @@ class Row:
     notes: tuple[str, ...]
     missing: tuple[Record, ...] = ()
     target: float | None = None
+    against: str | None = None
 
     @property
     def label(self) -> str:
         """The rule, with its variant where there is one; controls of memory by their names."""
-        if self.variant is None:
-            return self.algorithm
-        return f"{self.algorithm} · {', '.join(map(_spoken, self.variant.split(', ')))}"
+        return labelled(self.algorithm, self.variant)
 
     @property
     def place(self) -> str:
@@ -135,6 +135,11 @@ class Row:
         """Whether every seed finished and, where there was a target, reached it: else means are those of survivors."""
         censored = any(figure.censored for figure in self.figures.values())
         return not self.missing and not censored
+
+
+def labelled(algorithm: str, variant: str | None) -> str:
+    """A rule with what sets a group of its runs apart."""
+    return algorithm if variant is None else f"{algorithm} · {', '.join(map(_spoken, variant.split(', ')))}"
 
 
 def _spoken(setting: str) -> str:

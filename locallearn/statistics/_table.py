@@ -22,7 +22,7 @@ from locallearn.statistics._identity import (
     spoken,
 )
 from locallearn.statistics._inference import Summary, geometric, holm, paired, summarise, t_interval
-from locallearn.statistics._rows import Arrivals, Figure, Row
+from locallearn.statistics._rows import Arrivals, Figure, Row, labelled
 
 _SHOWN = 5
 # Figures that are those of a machine, and those of a whole training, by the beginnings of their names.
@@ -51,6 +51,11 @@ class _Group:
     done: tuple[Record, ...]
     missing: tuple[Record, ...]
     notes: tuple[str, ...]
+
+    @property
+    def said(self) -> str | None:
+        """What sets it apart from others of its rule."""
+        return ", ".join(filter(None, (self.variant, self.apart))) or None
 
     @property
     def order(self) -> tuple[str, str, str]:
@@ -84,13 +89,13 @@ def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list
         reference, notes = _reference(group, groups, baseline)
         figures = _figures(group, reference)
         net, task, mode = group.section[1:4]
-        said = ", ".join(filter(None, (group.variant, group.apart))) or None
         rows.append(
             Row(
-                *(group.section[0], net, task, group.algorithm, said, mode or None, group.done, figures),
+                *(group.section[0], net, task, group.algorithm, group.said, mode or None, group.done, figures),
                 notes=(*_own_notes(group, figures), *notes),
                 missing=group.missing,
                 target=group.section[4],
+                against=None if reference is None else labelled(reference.algorithm, reference.said),
             )
         )
     return _corrected(rows)
@@ -266,9 +271,8 @@ def _as_long_as_the_cap(records: Sequence[Record]) -> list[str]:
     if not lengths:
         return []
     return [
-        f"Its learning rate follows a schedule of {_listed([f'{n:,}' for n in sorted(lengths)])} epochs, as many as were "
-        "allowed (trainer.max_epochs): with another cap the target costs something else. scheduler=null keeps the rate "
-        "constant."
+        f"Its learning rate follows a schedule of {_listed([f'{n:,}' for n in sorted(lengths)])} epochs, all that "
+        "trainer.max_epochs allows: with another cap the target costs something else; scheduler=null keeps the rate constant."
     ]
 
 

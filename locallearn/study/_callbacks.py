@@ -153,6 +153,11 @@ class _Keeper(pl.Callback):
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
+    @property
+    def asked(self) -> bool:
+        """Whether somebody has asked to stop."""
+        return self._stop.is_set()
+
     def wait(self, seconds: float) -> None:
         """Let seconds pass, until somebody asks to stop."""
         self._stop.wait(seconds)

@@ -11,9 +11,8 @@ import multiprocessing
 import os
 import pickle
 import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from locallearn.study._signals import deaf, terminations
 from locallearn.study.plan import Interrupted, Plan
 from locallearn.study.train import run
 
@@ -34,7 +34,7 @@ Named = tuple[str, Callable[[], Plan]]
 def side_by_side(plans: Sequence[Named], workers: int, show: Show | None) -> tuple[list[Path], list[str]]:
     """What :func:`locallearn.study.compare.compare` does with several workers."""
     pool = _Pool(plans, workers, show)
-    with _terminations():
+    with terminations():
         try:
             pool.run()
         except KeyboardInterrupt:
@@ -145,29 +145,6 @@ def _packed(name: str, make: Callable[[], Plan]) -> bytes:
         raise ValueError(f"{name} cannot be handed to another process ({error}): set compare.workers=1") from error
 
 
-@contextlib.contextmanager
-def _answered(number: int, handler: Any) -> Iterator[None]:
-    """A signal has another handler in here; only the main thread can give it one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
-def _terminations() -> contextlib.AbstractContextManager[None]:
-    """A termination signal is taken for Ctrl-C, so that no worker is left behind."""
-    return _answered(signal.SIGTERM, signal.default_int_handler)
-
-
-def deaf() -> contextlib.AbstractContextManager[None]:
-    """A process started in here does not hear Ctrl-C, not even while it imports."""
-    return _answered(signal.SIGINT, signal.SIG_IGN)
-
-
 # ------------------------------------------------------------------------------------------- in the worker
 
 
@@ -195,6 +172,8 @@ def _ran(make: Callable[[], Plan], pipe: Connection, workers: int) -> tuple[Any,
         plan.progress, plan.workers = progress, workers
         return "ended", run(plan), None
     except (Interrupted, KeyboardInterrupt) as error:
+        if isinstance(error, Interrupted) and error.ended is not None:
+            return "ended", error.ended, None
         return "ended", getattr(error, "run_folder", None), f"was stopped by a signal to its process; {_RESUME}"
     except Exception as error:
         folder = getattr(error, "run_folder", None)

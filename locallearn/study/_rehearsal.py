@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from locallearn.functional.ridge import Singular
 from locallearn.precision import effective_precision
 from locallearn.strategies.local import Diverged, LocalStrategy, LocalTask
 from locallearn.strategies.making import check_length
+from locallearn.study._signals import stoppable
 from locallearn.study.plan import Interrupted, Plan
 from locallearn.tasks._batches import reached
 from locallearn.tasks._checks import check_batch_sizes, sizes_of
@@ -71,20 +70,17 @@ def rehearse(plan: Plan, task: pl.LightningModule) -> None:
     if isinstance(task, Task):
         check_batch_sizes(sizes_of(train, _trained(plan, len(train))), task.net, plan.algorithm, task.info())
     kept = {name: value.clone() for name, value in plan.algorithm.state_dict().items() if isinstance(value, Tensor)}
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        with undisturbed(None, data):
+        with undisturbed(None, data), stoppable():
             _train_one(plan, task, next(iter(train)), next(iter(validation)), len(train))
     except (Diverged, Singular, torch.OutOfMemoryError):
         return  # no mistake in the settings, or one batch is too few to tell: the run itself records it
-    except SystemExit:  # what Lightning makes of Ctrl-C
-        raise Interrupted from None
+    except Interrupted:
+        raise
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the first batch cannot be trained: {said}") from error
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)
         # A rule may keep functions that no copy follows.
         plan.algorithm.load_state_dict(kept, strict=False)
 

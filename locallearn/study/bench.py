@@ -18,13 +18,14 @@ from typing_extensions import override
 
 from locallearn.algorithms.base import Algorithm, Update
 from locallearn.batch import Batch
-from locallearn.cost import UpdateCost, counting, measure_update
+from locallearn.cost import UpdateCost, bytes_of, counting, measure_update, working_bytes
 from locallearn.precision import multiplying
 from locallearn.records import RunFolder, hardware, source, versions
 from locallearn.strategies.local import Closure, LocalStrategy
 from locallearn.strategies.making import make_optimizers
 from locallearn.study._estimates import measure_estimates
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet
+from locallearn.study._signals import stoppable
 from locallearn.study.train import Plan, attached_task, check_last_batch
 
 Make = Callable[..., Plan]
@@ -351,7 +352,7 @@ def _strategy(algorithms: Sequence[str], make: Make, steps: int) -> list[_Conten
             plan.scheduler = None  # the plain loop has none either
             once = {"max_epochs": 1, "limit_train_batches": steps, "limit_val_batches": 0, "logger": False}
             trainer = make_trainer(plan, plan.algorithm, [clock], **once)
-            with quiet():
+            with quiet(), stoppable():
                 trainer.fit(task, train_dataloaders=loader)
             return clock.seconds
 
@@ -432,6 +433,32 @@ def _cost(plan: Plan) -> UpdateCost:
         return measure_update(plan.algorithm, batch, plan.schedule.sequential)
 
 
+def _over_inference(plan: Plan) -> float:
+    """Peak bytes of a training step over those of inference, weights and whatever the rule adds counted in both."""
+    loop = _prepare(plan)
+    [batch] = _batches(plan, loop, 1)
+    rule = loop.algorithm
+    state = [*rule.parameters(), *rule.buffers()]
+    known = [*state, *(t for t in torch.utils._pytree.tree_leaves(tuple(batch)) if isinstance(t, torch.Tensor))]
+
+    def infer() -> None:
+        with torch.no_grad():
+            rule.predict(batch.inputs, *batch.context)
+
+    def step() -> None:
+        for update in rule.updates(batch):
+            update.backward()
+            loop.optimizers[update.unit].step()
+            loop.optimizers[update.unit].zero_grad()
+
+    with loop.strategy.precision_plugin.train_step_context():
+        trained = working_bytes(step, known)
+        rule.eval()
+        inferred = working_bytes(infer, known)
+    held = bytes_of(state)
+    return (held + trained) / (held + inferred)
+
+
 def _memory_of_network(algorithms: Sequence[str], make: Make, net: str) -> tuple[_Sheet, dict[str, Any]]:
     base = "backprop" if "backprop" in algorithms else algorithms[0]
     costs = {name: _cost(make(name)) for name in [base, *(name for name in algorithms if name != base)]}
@@ -442,17 +469,19 @@ def _memory_of_network(algorithms: Sequence[str], make: Make, net: str) -> tuple
         bytes_ratio = cost.activation_peak_bytes / costs[base].activation_peak_bytes
         flops_ratio = _over(cost.flops, costs[base].flops)
         figures = {"activation_peak_bytes": [cost.activation_peak_bytes], "ratio": bytes_ratio, "flops": cost.flops}
-        rows.append({"name": name, **figures, "flops_ratio": flops_ratio})
+        whole = _over_inference(make(name))
+        rows.append({"name": name, **figures, "flops_ratio": flops_ratio, "over_inference": whole})
         lines.append(
             [
                 name,
                 f"{cost.activation_peak_bytes:,}",
                 f"{bytes_ratio:.3f}",
                 "-" if flops_ratio is None else f"{flops_ratio:.3f}",
+                f"{whole:.3f}",
             ]
         )
     samples = costs[base].samples
-    columns = ["algorithm", "peak bytes", f"over {base}", f"FLOPs over {base}"]
+    columns = ["algorithm", "peak bytes", f"over {base}", f"FLOPs over {base}", "all over inference"]
     title = f"bench memory: peak bytes kept alive for gradients in one update of {net} on {samples} samples"
     return _Sheet(title, columns, lines), {"net": net, "samples": samples, "baseline": base, "contenders": rows}
 

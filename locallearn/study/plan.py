@@ -29,7 +29,15 @@ __all__ = ["CHECKPOINT", "MODEL", "SAMPLES", "TRAJECTORY", "Interrupted", "Plan"
 
 
 class Interrupted(Exception):
-    """The user or the system asked the run to stop; it did so between two batches."""
+    """The user or the system asked the run to stop; it did so between two batches.
+
+    Attributes:
+        run_folder: of the run, once it has one.
+        ended: the same where training was over by then: the run is ``done``, and its caller does not begin with another.
+    """
+
+    run_folder: Path | None = None
+    ended: Path | None = None
 
 
 @dataclass

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import signal
-import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from locallearn.study._beginning import Beginning, begin_with, weights_behind
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
 from locallearn.study._costs import _Costs
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet, rehearse
+from locallearn.study._signals import stoppable, terminations
 from locallearn.study._tensors import read_tensors
 from locallearn.study._trajectory import trajectory_of
 from locallearn.study.plan import CHECKPOINT, MODEL, SAMPLES, Interrupted, Plan
@@ -56,12 +55,14 @@ def run(plan: Plan) -> Path:
         The run's folder. Its record says ``done``.
 
     Raises:
-        Interrupted: Ctrl-C or a termination signal; the record says ``interrupted`` and holds a checkpoint.
+        Interrupted: Ctrl-C or a termination signal; the record says ``interrupted`` and holds a checkpoint. One that came
+            when there was no batch left to train, as in the last look at the idle machine, costs the run nothing: its record
+            says ``done``, and the error that it has ``ended``.
         Exception: whatever stopped the run; the record says ``failed`` and why. The raised error has the folder as its
             ``run_folder``; it is still the part folder where not even the record could be written.
     """
     gc.collect()  # Lightning's objects hold each other: what an earlier run left would stand in this one's peak of memory
-    with multiplying(plan.matmul_precision):
+    with multiplying(plan.matmul_precision), terminations():
         return _run(plan)
 
 
@@ -91,7 +92,6 @@ def _run(plan: Plan) -> Path:
             "notes": decided,
         },
     )
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         if earlier is not None:
             folder.update({"parts": earlier.hand_over(folder)})
@@ -113,15 +113,17 @@ def _run(plan: Plan) -> Path:
         recorder.copies.close("failed")
         _end(folder, "failed", _sentence(error), error)
         raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves Ctrl-C switched off after one
     try:
-        return folder.finish("done")
+        ended = folder.finish("done")
     except BaseException as error:
         # What is in the record already must not be overwritten with another ending.
         error.run_folder = folder.abandon()  # type: ignore[attr-defined]
         raise
+    if keeper.asked:
+        stopped = Interrupted()
+        stopped.run_folder = stopped.ended = ended
+        raise stopped
+    return ended
 
 
 def _end(folder: RunFolder, status: str, reason: str, error: BaseException) -> None:
@@ -299,15 +301,12 @@ def _start(plan: Plan, task: LocalTask, trainer: pl.Trainer, earlier: _Earlier |
 def _train(
     plan: Plan, task: pl.LightningModule, trainer: pl.Trainer, recorder: _Recorder, earlier: _Earlier | None
 ) -> dict[str, Any]:
-    with quiet():
-        try:
-            _fit(plan, task, trainer, recorder, None if earlier is None else earlier.path)
-            figures = _figures(plan, cast(LocalTask, task), trainer, recorder)
-            with plan.schedule.as_far_as_trained(plan.algorithm):
-                validation = trainer.validate(task, datamodule=plan.data, verbose=False)[0]
-                test = trainer.test(task, datamodule=plan.data, verbose=False)[0] if plan.evaluate_test else {}
-        except SystemExit:  # what Lightning makes of Ctrl-C where there is no batch to finish
-            raise Interrupted from None
+    with quiet(), stoppable():
+        _fit(plan, task, trainer, recorder, None if earlier is None else earlier.path)
+        figures = _figures(plan, cast(LocalTask, task), trainer, recorder)
+        with plan.schedule.as_far_as_trained(plan.algorithm):
+            validation = trainer.validate(task, datamodule=plan.data, verbose=False)[0]
+            test = trainer.test(task, datamodule=plan.data, verbose=False)[0] if plan.evaluate_test else {}
     write_samples = getattr(task, "write_samples", None)  # pictures, where a task makes them
     if plan.evaluate_test and write_samples is not None:
         write_samples(recorder.folder.path / SAMPLES)

@@ -370,9 +370,10 @@ class _Search:
         told: dict[str, Any] = {}
         metrics: dict[str, float] = {}
         state, values = TrialState.COMPLETE, None
+        judge = _Judge(self, algorithm, study, trial, told)
         try:
             with self.shared.alive(trial):
-                values = _Judge(self, algorithm, study, trial, told).values()
+                values = judge.values()
         except Pruned:
             state = TrialState.PRUNED
         except (Interrupted, KeyboardInterrupt):
@@ -401,6 +402,8 @@ class _Search:
         if self.show is not None:
             ended = self.shared.patiently(partial(counted, study, self.trials))
             self.show(f"tune {algorithm}", len(ended), self.trials, metrics)
+        if judge.stopped is not None:
+            raise judge.stopped
 
     def _tell(
         self,
@@ -444,6 +447,8 @@ class _Judge:
     study: optuna.Study
     trial: Trial
     told: dict[str, Any]
+    stopped: Interrupted | None = None
+    """Somebody asked to stop when a run's training was over: what it was worth is told first."""
 
     def values(self) -> list[float]:
         """The objectives, in their order, as Optuna is told them.
@@ -472,6 +477,8 @@ class _Judge:
             known[str(seed)] = own
             if options.seeds:
                 self.search.shared.patiently(partial(self._keep, {"by_seed": known, "record": self.told["record"]}))
+                if self.stopped is not None and len(known) < len(options.seeds):
+                    raise self.stopped
         mean = [math.fsum(column) / len(known) for column in zip(*known.values(), strict=True)]
         self.told |= {"values": mean, "reached": mean[0]}
         return [sign * value for value in mean] if not options.objectives else mean
@@ -495,10 +502,14 @@ class _Judge:
         except Diverged as error:
             folder, diverged = error.run_folder, str(error)  # type: ignore[attr-defined]  # set by run()
         except Pruned as error:
-            folder = error.run_folder  # type: ignore[attr-defined]  # the same
+            folder = cast(Path, error.run_folder)  # the same
             self.told["record"] = f"{self.told.get('record', '')} {folder.name}".strip()
             (folder / CHECKPOINT).unlink(missing_ok=True)  # nobody goes on with it
             raise
+        except Interrupted as error:
+            if error.ended is None:
+                raise
+            folder, self.stopped = error.ended, error
         record = load_record(folder)
         objectives = self.search.options.objectives
         metric, maximise = record.data["metric"]["name"], record.data["metric"]["maximise"]

@@ -109,6 +109,7 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "zeroth_order": partial(ZerothOrder, n=2),
     "zeroth_order-mezo": partial(ZerothOrder, variant="mezo"),
     "zeroth_order-eggroll": partial(ZerothOrder, variant="eggroll", n=4, rank=2),
+    "zeroth_order-local": partial(ZerothOrder, losses="local", normalise="scalar_ema", curvature_exponent=0.1),
 }
 
 

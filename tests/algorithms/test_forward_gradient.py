@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,10 +109,16 @@ def test_every_draw_is_the_derivative_times_the_direction(make: Callable[[], tup
 def test_the_error_of_the_estimate_is_that_of_theory(noise: Any, count: int, combine: Any) -> None:
     g = torch.randn(40, generator=torch.Generator().manual_seed(1)).double()
     draw = torch.Generator().manual_seed(0)
-    errors = []
+    errors, cosines = [], []
     for _ in range(3000):
         v = tangents((count, 40), noise, draw, dtype=torch.float64)
-        errors.append(((estimate(v, v @ g, combine) - g) ** 2).sum() / (g**2).sum())
+        made = estimate(v, v @ g, combine)
+        errors.append(((made - g) ** 2).sum() / (g**2).sum())
+        cosines.append(float(made @ g / (made.norm() * g.norm())))
+    cosine = (2 / (math.pi * 40)) ** 0.5 if count == 1 else (count / 40) ** 0.5
+    if count > 1 and combine == "mean":
+        cosine = (count / (count + 41)) ** 0.5
+    assert sum(cosines) / len(cosines) == pytest.approx(cosine, rel=0.06)
     found = torch.stack(errors)
     assert abs(found.mean() - relative_error(40, count, noise, combine)) < 4 * found.std() / len(found) ** 0.5
 
@@ -121,6 +128,22 @@ def test_as_many_independent_directions_as_weights_are_the_gradient() -> None:
     size = sum(p.numel() for p in net.parameters())
     rule = _attached(net, batch, tangents=size, combine="projection", chunk=20)
     assert torch.allclose(_flat(rule, batch), _true(net, batch), atol=1e-8)
+
+
+@pytest.mark.parametrize("combine", ["mean", "projection"])
+@pytest.mark.parametrize(("make", "noise"), [(_tokens, "rademacher"), (_normalised, "sphere")])
+def test_several_directions_are_what_linear_algebra_makes_of_them(
+    make: Callable[[], tuple[Blocks, Batch]], noise: Any, combine: Any
+) -> None:
+    """Five directions that pass two at a time: the mean of derivatives times directions, or the gradient's least-squares fit by
+    them, from autograd and directions drawn by hand."""
+    net, batch = make()
+    rule = _attached(net, batch, noise=noise, seed=3, tangents=5, combine=combine, chunk=2)
+    g = _true(net, batch)
+    v = tangents((5, len(g)), noise, torch.Generator().manual_seed(3), dtype=torch.float64)
+    fitted = v.T @ torch.linalg.lstsq(v.T, g[:, None], driver="gelsd").solution[:, 0]
+    wanted = (v @ g) @ v / 5 if combine == "mean" else fitted
+    assert torch.allclose(_flat(rule, batch), wanted, atol=1e-9)
 
 
 def test_directions_that_are_there_twice_count_once() -> None:

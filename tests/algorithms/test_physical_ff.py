@@ -298,6 +298,33 @@ def test_a_sudden_change_of_the_medium_hurts_and_training_on_restores_it() -> No
     assert after > before - 0.1
 
 
+def test_a_plain_loop_between_scatterers_makes_the_same_steps() -> None:
+    """Noise 0, K = 3, no skip in the second case: measured once per batch, gradients by autograd, written out."""
+    batch = _batch()
+    x, y = batch.inputs.double(), batch.targets
+    wrong = (y + 1) % 3
+    for skip in (True, False):
+        torch.manual_seed(0)
+        net = physical((9,), 3, (6, 5), device=Simulation("scatterer", noise=0.0), skip=skip).double()
+        rule = _attached(net, Batch(x, y), 3, inner_steps=3, theta=3.0, label_height=1.0)
+        plain = copy.deepcopy(rule)
+        _driven(rule, Batch(x, y), wrong, 1e-2)
+        halves = [plain.written(x, labels) for labels in (y, wrong)]
+        for i, block in enumerate(plain.blocks):
+            p = plain.get_buffer(f"direction{i + 1}")
+            with torch.no_grad():
+                u = [block[0](half) for half in halves]
+            optimizer = torch.optim.Adam(block[1].parameters(), lr=1e-2)
+            for _ in range(3):
+                g = [F.cosine_similarity(block[1](half).abs(), p[None]) for half in u]
+                optimizer.zero_grad()
+                F.softplus(-3.0 * (g[0] - g[1])).mean().backward()
+                optimizer.step()
+            halves = [block[1](half).detach() for half in u]
+        for given, wanted in zip(rule.blocks.parameters(), plain.blocks.parameters(), strict=True):
+            assert torch.allclose(given, wanted, atol=1e-9)
+
+
 # -- the authors' numbers --------------------
 def _driven(rule: Any, batch: Batch, wrong: Tensor, lr: float, times: int = 1) -> list[Update]:
     optimizers = {unit: torch.optim.Adam(groups, lr=lr) for unit, groups in rule.units().items()}

@@ -284,3 +284,10 @@ def test_folders_in_the_home_folder_and_records_that_cannot_be_read(
     assert outcome.err == "locallearn: 1 record left out, the page says why\n"
     assert (tmp_path / "home" / "page.html").is_file()
     assert not (tmp_path / "~").exists()
+
+
+def test_a_refusal_names_the_arm_as_it_was_written(cli: Cli) -> None:
+    outcome = cli("compare", 'compare.algorithms=[backprop,"zeroth_order(variant=fzoo,n=1)"]')
+    assert outcome.code == 2
+    assert outcome.err.startswith("locallearn: zeroth_order(variant=fzoo,n=1): ")
+    assert "n is 1 on one side" in outcome.err

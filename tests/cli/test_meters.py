@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,19 @@ def test_sources_qualities_and_reasons_are_listed(
     assert "none" in rows["RaplMeter"]
     assert "the replayed trace ends" in rows["RaplMeter"]
     assert out.splitlines()[-1].startswith("measured here: nvml:0 A board;")
+
+
+def test_the_same_for_programs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _replaying(monkeypatch, NvmlMeter=lambda: ReplayMeter([(0, 0), (1e6, 70e6)], source="nvml:0 A board"))
+    assert main(["meters", "--json", "meters.seconds=0.05"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["seconds"], found["measured"]) == (0.05, ["nvml:0 A board"])
+    sources = {row["source"]: row for row in found["sources"]}
+    assert set(sources) == {"nvml:0 A board", "RaplMeter", "ZeusMeter", "CodeCarbonMeter"}
+    assert sources["nvml:0 A board"]["power_w"] == pytest.approx(70, rel=0.2)
+    assert sources["nvml:0 A board"]["reason"] is None
+    assert sources["RaplMeter"]["power_w"] is None
+    assert "the replayed trace ends" in sources["RaplMeter"]["reason"]
 
 
 def test_where_nothing_is_measured_the_last_line_says_so(

@@ -174,6 +174,33 @@ def test_ctrl_c_ends_a_sweep(
     assert [record["status"] for record in read_records(tmp_path / "runs")] == ["interrupted"]
 
 
+@pytest.mark.parametrize("command", ["train", "train -m", "compare"])
+def test_ctrl_c_when_a_training_is_over_lets_no_other_begin(
+    command: str, cli: Cli, tmp_path: Path, read_records: ReadRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the last look at the idle machine: what has run is kept whole, and the exit code is that of an interruption."""
+    end = _Keeper.on_train_end
+
+    def pressed(self: _Keeper, *given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        end(self, *given)
+
+    monkeypatch.setattr(_Keeper, "on_train_end", pressed)
+    words = {
+        "train": ["train"],
+        "train -m": ["train", "-m", "seed=0,1"],
+        "compare": ["compare", "compare.seeds=[0,1]", "compare.algorithms=[backprop]"],
+    }[command]
+    outcome = cli(*words, "trainer.max_epochs=1")
+    assert outcome.code == 130
+    (record,) = read_records(tmp_path / "runs")
+    assert (record["status"], "accuracy" in record["test"]) == ("done", True)
+    said = {"compare": "interrupted; the same command with compare.resume=true goes on"}.get(
+        command, f"interrupted when the training was over: the run is done, runs/{record['id']} holds all of it"
+    )
+    assert outcome.err.splitlines()[-1] == f"locallearn: {said}"
+
+
 def test_a_run_s_figures_are_a_table_in_its_folder(cli: Cli) -> None:
     """The default logger: a row per epoch, a last one of what all has cost."""
     outcome = cli("train")

@@ -237,15 +237,21 @@ def test_a_short_idle_watch_is_flagged(clock: Any, constant: Any, monkeypatch: p
         assert window.readings[0].flags == wanted
 
 
-def test_a_second_look_that_was_cut_short_is_flagged(clock: Any, constant: Any) -> None:
-    meter = ReplayMeter(constant(1.0), clock=clock)
+@pytest.mark.parametrize("saw_s", [0.5, 1e-6])
+def test_a_second_look_that_was_cut_short_tells_no_power(clock: Any, saw_s: float) -> None:
+    """After the window the source draws 500 W for as long as anybody looks: the look before it is what counts."""
+    trace = [(0, 0), (30, 30), (40, 130), (40 + saw_s, 130 + 500 * saw_s), (1e6, 1e6)]
+    meter = ReplayMeter(trace, clock=clock)
     meter.tick_s = 0.1
     monitor = EnergyMonitor([meter], idle_s=30, clock=clock)
     monitor.wait = clock.pass_by
     with monitor.window("w") as window:
         clock.pass_by(10.0)
-        monitor.wait = lambda seconds: clock.pass_by(0.5)  # somebody asks to stop
-    assert window.readings[0].flags == ("idle power was watched for 0.5 s only: the net figure is rough",)
+        monitor.wait = lambda seconds: clock.pass_by(saw_s)  # somebody asks to stop
+    (reading,) = window.readings
+    assert reading.flags == ("idle power was watched before the window only, the other look was cut short",)
+    assert (reading.joules, reading.net_joules) == (pytest.approx(100.0), pytest.approx(90.0))
+    assert (reading.detail["idle_before_w"], reading.detail["idle_after_w"]) == (pytest.approx(1.0), None)
 
 
 def test_a_clock_that_goes_back_gives_no_negative_seconds(clock: Any) -> None:

@@ -14,12 +14,16 @@ import pytest
 from locallearn.cli import report as command
 from locallearn.records import Record
 from locallearn.report import write_report
+from locallearn.report._charts import cost_charts
 from locallearn.report._columns import AT_LEAST, TIMES, UNKNOWN, columns
 from locallearn.report._distilled import read_distilled
+from locallearn.report._ends import own_ends
 from locallearn.report._energy import energy_charts, per_sample
 from locallearn.report._styles import styles
 from locallearn.report._sweeps import parallel_chart
 from locallearn.report._targets import target_charts
+from locallearn.report._tuning import read_searches
+from locallearn.report._vector import draw
 from locallearn.report._verdicts import verdict
 from locallearn.statistics import compare_table
 from tests.report.browser import BROWSER, OVERLAPS, Tab, browser
@@ -32,7 +36,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="neither chromium nor
 # -- sentences --------------------------------------------------------------------------------------------------------
 def _verdict(make: Make, accuracies: dict[str, Sequence[float]], **values: Any) -> str:
     made = [
-        make(rule, seed, test={"accuracy": accuracy}, **values)
+        make(rule, seed, **{"test": {"accuracy": accuracy}, "validation": {"accuracy": accuracy}, **values})
         for rule, of in accuracies.items()
         for seed, accuracy in enumerate(of)
     ]
@@ -62,20 +66,104 @@ def test_what_the_interval_holds_is_not_called_a_win(make: Make) -> None:
 def test_nobody_reaches_the_baseline(make: Make) -> None:
     rules = {"backprop": (0.95, 0.96, 0.97), "a": (0.90, 0.911, 0.92), "b": (0.8, 0.81, 0.82)}
     said = _verdict(make, rules)
-    assert said.startswith("No rule reaches backprop in test accuracy: a, the closest, lies 4.97 points behind")
+    assert said.startswith(
+        "backprop beats a, the best of the 2 others by validation accuracy, by 4.97 points in test accuracy"
+    )
+
+
+def _sweep(make: Make, rule: str, of: dict[float, tuple[float, float]]) -> list[Record]:
+    """Three seeds of every setting of a rule, with its validation and test accuracy."""
+    return [
+        make(
+            rule,
+            seed,
+            config={"optimizer": {"lr": lr}},
+            validation={"accuracy": validation + seed / 1000},
+            test={"accuracy": test + seed / 1000 + (rule == "b" and seed == 1) / 2000},
+        )
+        for lr, (validation, test) in of.items()
+        for seed in range(3)
+    ]
+
+
+def test_settings_are_chosen_by_validation_and_the_sentence_says_so(make: Make) -> None:
+    """Of a sweep the setting with the best test figure is the best by luck; the baseline has settings, too."""
+    made = _sweep(make, "b", {0.1: (0.90, 0.99), 0.2: (0.95, 0.93), 0.3: (0.91, 0.92)})
+    rows = compare_table([*made, *_sweep(make, "backprop", {0.2: (0.94, 0.90), 0.5: (0.96, 0.91)})], "backprop")
+    found = verdict(rows, columns(rows), "backprop")
+    assert found.rival is not None
+    assert found.rival.label == "b · optimizer.lr=0.2"
+    assert found.best is not None
+    assert found.best.label == "backprop · optimizer.lr=0.5"
+    assert found.better is found.best
+    assert found.sentence.startswith(
+        "b · optimizer.lr=0.2, the best of the 3 others by validation accuracy, beats backprop · optimizer.lr=0.2 by 3.02 "
+        "points in test accuracy"
+    )
+    assert found.sentence.endswith(
+        "That is the backprop whose settings are nearest to its own; the best one is backprop · optimizer.lr=0.5, with 96.10 % "
+        "validation accuracy."
+    )
+    without = [make("b", 0, test={"accuracy": 0.5}, config={"optimizer": {"lr": 0.7}})]
+    rows = compare_table([*made, *without], "backprop")
+    said = verdict(rows, columns(rows), "backprop")
+    assert said.sentence.startswith("b · optimizer.lr=0.1 has the highest test accuracy of 4 rows")
+    assert said.chosen_by == "test accuracy (not every row has a validation figure)"
 
 
 def test_without_a_baseline_intervals_are_compared(make: Make) -> None:
     apart = _verdict(make, {"a": (0.90, 0.911, 0.92), "b": (0.8, 0.81, 0.82)})
-    assert "a has the highest test accuracy of 2 rows" in apart
+    assert "a has the highest validation accuracy of 2 rows, and 91.03 % test accuracy" in apart
     assert "lies apart from that of b" in apart
     assert "There is no backprop to compare with." in apart
     assert "overlaps that of b" in _verdict(make, {"a": (0.90, 0.91, 0.92), "b": (0.89, 0.9, 0.93)}, dataset="other")
     small = {"task": "reconstruction", "metric": {"name": "mse", "maximise": False}, "net": "autoencoder"}
     rows = compare_table(
-        [make(a, s, test={"mse": v}, **small) for a, v in (("a", 0.02), ("b", 0.01)) for s in (0, 1, 2)]
+        [
+            make(a, s, test={"mse": v}, validation={"mse": v}, **small)
+            for a, v in (("a", 0.02), ("b", 0.01))
+            for s in (0, 1, 2)
+        ]
     )
-    assert "b has the lowest test MSE of 2 rows" in verdict(rows, columns(rows), "backprop").sentence
+    assert "b has the lowest validation MSE of 2 rows" in verdict(rows, columns(rows), "backprop").sentence
+
+
+def _own(make: Make, rule: str, epochs: int, seed: int = 0, **schedule: Any) -> Record:
+    config = {"schedule": {"monitor": None, "restore_best": True, **schedule}, "trainer": {"max_epochs": 20}}
+    return make(rule, seed, epochs=[epochs], config=config)
+
+
+def test_mode_own_says_what_ended_the_runs(make: Make) -> None:
+    def said(*records: Record) -> str:
+        return own_ends(compare_table(records, "backprop"), "accuracy")
+
+    patient = [_own(make, "a", epochs, seed, patience=1) for seed, epochs in enumerate((20, 7, 9))]
+    assert said(*patient) == (
+        "Every run ends once validation accuracy has not improved for 1 validation, or after all epochs (20), as 1 of 3 "
+        "did."
+    )
+    whole = _own(make, "backprop", 20, patience=None, restore_best=False)
+    ends = "after all epochs (20), for there is no stopping rule, and its last weights are kept"
+    assert said(whole) == f"Every run ends {ends}."
+    assert said(*patient, whole).startswith(
+        f"Not all runs end by the same rule: 1 run (backprop) {ends}; 3 runs (a) once"
+    )
+    unwatched = [_own(make, "b", 20, patience=None, monitor=m) for m in (None, "validation/loss")]
+    assert said(*unwatched) == "Every run ends after all epochs (20), for there is no stopping rule."
+    assert "do not say" in said(make("a", 9))
+    assert said(make("a", 9, status="failed")) == ""
+
+
+def test_a_front_says_how_many_rows_it_leaves_out(make: Make) -> None:
+    made = [make(rule, seed) for rule in ("backprop", "a") for seed in range(3)]
+    rows = compare_table([*made, make("a", 3, status="failed"), make("a", 0, variant="v")], "backprop")
+    chart, *_ = cost_charts(rows, columns(rows), styles(rows, "backprop"))
+    assert "The front leaves out 1 of 3 rows, in which seeds did not finish or arrive: a." in chart.note
+    assert "flattered by luck" in chart.note
+    rows = compare_table(made, "backprop")
+    chart, *_ = cost_charts(rows, columns(rows), styles(rows, "backprop"))
+    assert "leaves out" not in chart.note
+    assert "flattered" not in chart.note
 
 
 def test_the_top_names_what_failed_and_every_comparison_has_a_line(tmp_path: Path) -> None:
@@ -160,6 +248,41 @@ def test_parallel_coordinates_have_a_scale_per_setting() -> None:
 
 
 # -- searches and students --------------------------------------------------------------------------------------------
+def test_validations_of_every_trial_are_drawn_and_pruned_ones_marked(make: Make, tmp_path: Path) -> None:
+    def trial(number: int, state: str, steps: Sequence[float], **other: Any) -> dict[str, Any]:
+        told = {str(step): value for step, value in enumerate(steps, 1)}
+        return {"number": number, "state": state, "params": {}, "values": [steps[-1]], "intermediate": told, **other}
+
+    trials = [
+        trial(0, "COMPLETE", (0.5, 0.6, 0.8)),
+        trial(1, "PRUNED", (0.4, 0.3)),
+        {"number": 2, "state": "FAIL", "params": {}, "values": None, "intermediate": {}},
+        trial(3, "COMPLETE", (0.7, None, 0.9)),
+    ]
+    search(tmp_path / "runs", studies=[{"algorithm": "a", "trials": trials, "best": [3]}])
+    (found,), problems = read_searches([make("a")])
+    assert problems == []
+    chart = next(chart for chart in found.charts if chart.title == "Validations of every trial")
+    lines, crosses, best = chart.figure["data"]
+    assert lines["x"] == [1, 2, 3, None, 1, 2, None, 1, 3, None]
+    assert lines["y"] == [50, 60, 80, None, 40, 30, None, 70, 90, None]
+    assert (crosses["x"], crosses["y"], crosses["text"], crosses["marker"]["symbol"]) == ([2], [30], ["trial 1"], "x")
+    assert (best["x"], best["y"], best["line"]["width"]) == ([1, 3], [70, 90], 3)
+    assert chart.table[1] == ("a, 1", "pruned", "2", "40.00 %", "30.00 %")
+    assert [path.suffix for path in draw(chart, tmp_path / "lines")] == [".svg", ".pdf"]
+
+
+def test_a_long_search_is_drawn_with_few_points(make: Make, tmp_path: Path) -> None:
+    told = {str(step): 0.5 for step in range(60)}
+    trials = [{"number": n, "state": "COMPLETE", "params": {}, "intermediate": told} for n in range(2000)]
+    search(tmp_path / "runs", studies=[{"algorithm": "a", "trials": trials, "best": []}])
+    (found,), _ = read_searches([make("a")])
+    (chart,) = [chart for chart in found.charts if chart.title == "Validations of every trial"]
+    assert sum(x is not None for x in chart.figure["data"][0]["x"]) == 4000
+    assert "Of long lines 2 points are drawn." in chart.note
+    assert len(json.dumps(chart.figure)) < 150_000
+
+
 def test_a_search_has_its_history_importances_and_best_settings(make: Make, tmp_path: Path) -> None:
     record = make("backprop", 0)
     path = search(tmp_path / "runs")

@@ -141,6 +141,8 @@ def search(runs: Path, **values: Any) -> Path:
             state = "PRUNED" if number % 4 == 3 else "FAIL" if number % 13 == 12 else "COMPLETE"
             lr = 10 ** draw.uniform(-4, -2)
             value = None if state == "FAIL" else 0.95 - 0.02 * (math.log10(lr) + 3) ** 2 + draw.gauss(0, 0.002)
+            steps = range(1, 4 if state == "PRUNED" else 1 if value is None else 13)
+            validated = {str(step): (value or 0.0) * (1 - 0.5 * math.exp(-step / 3)) for step in steps}
             params = {
                 "optimizer.lr": lr,
                 "net.hidden": draw.choice(["[64]", "[64,64]"]),
@@ -154,6 +156,7 @@ def search(runs: Path, **values: Any) -> Path:
                         "counts": True,
                         "params": params,
                         "values": [value] if value else None,
+                        "intermediate": validated,
                     },
                     **{
                         "seconds": 12.0,

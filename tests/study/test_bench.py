@@ -361,6 +361,7 @@ def test_memory_of_any_other_network_is_that_of_the_network(
     assert rows["mono_forward"]["ratio"] < rows["backprop(checkpoint=auto)"]["ratio"] < 0.5
     assert rows["backprop(checkpoint=auto)"]["flops_ratio"] == pytest.approx(4 / 3, rel=0.1)
     assert rows["backprop(accumulate=8)"]["flops_ratio"] == pytest.approx(1)
+    assert rows["backprop"]["over_inference"] > rows["mono_forward"]["over_inference"] > 1
 
 
 def test_a_step_is_shown_beside_its_operations(command: Any) -> None:

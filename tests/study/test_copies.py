@@ -81,6 +81,7 @@ def _spy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         log = Run.log
 
         def logged(self: Any, data: dict[str, Any], *args: Any, **others: Any) -> None:
+            assert self.settings.x_disable_stats  # its own look at the machine would be in the metered window
             for key, value in data.items():
                 SEEN.setdefault(key, []).append(value)
             log(self, data, *args, **others)

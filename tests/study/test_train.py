@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import time
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -24,8 +25,9 @@ from locallearn.batch import Batch
 from locallearn.energy import PowerReplayMeter, ReplayMeter
 from locallearn.records import COST_COLUMNS, Metric, Record, load_record
 from locallearn.strategies import Diverged, Schedule
+from locallearn.study._callbacks import _Keeper
 from locallearn.study.compare import compare
-from locallearn.study.train import CHECKPOINT, Interrupted, Plan, check, run
+from locallearn.study.train import CHECKPOINT, MODEL, Interrupted, Plan, check, run
 from tests.study.conftest import MakePlan
 
 _LAYER_LOCAL = ("mono_forward", "forward_forward", "forward_forward_hard")
@@ -214,6 +216,55 @@ def test_ctrl_c_outside_of_training_is_an_interruption_too(make_plan: MakePlan) 
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_the_last_look_at_the_idle_machine_costs_the_run_nothing(
+    number: signal.Signals, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the look, and whoever runs several begins with no other."""
+    looks: list[float] = []
+    wait = _Keeper.wait
+
+    def pressed(keeper: _Keeper, seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 1:  # the one before training
+            return time.sleep(seconds)
+        signal.raise_signal(number)
+        return wait(keeper, 3600.0)
+
+    monkeypatch.setattr(_Keeper, "wait", pressed)
+    before = signal.getsignal(number)
+    plans = [make_plan("backprop", meters=[ReplayMeter([(0, 0), (1e6, 5e7)])], idle_s=0.01) for _ in range(2)]
+    with pytest.raises(Interrupted) as caught:
+        compare([("first", lambda: plans[0]), ("second", lambda: plans[1])])
+    assert signal.getsignal(number) is before
+    assert looks == [0.01, 0.01]  # nothing of a second run
+    folder = caught.value.ended
+    assert folder is not None
+    record = _record(folder)
+    assert (record["status"], len(record["test"])) == ("done", 2)
+    assert (folder / MODEL).is_file()
+    (reading,) = record["energy"]
+    assert reading["detail"]["idle_before_w"] == pytest.approx(50, rel=0.6)
+    assert "idle power was watched before the window only, the other look was cut short" in reading["flags"]
+
+
+def test_a_termination_between_training_and_test_is_an_interruption(make_plan: MakePlan) -> None:
+    """Lightning notes it, and nobody asks afterwards."""
+    plan = make_plan("mono_forward")
+    test = plan.data.test_dataloader
+
+    def terminated() -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return test()
+
+    plan.data.test_dataloader = terminated  # type: ignore[method-assign]
+    with pytest.raises(Interrupted) as caught:
+        run(plan)
+    assert caught.value.run_folder is not None
+    assert _record(caught.value.run_folder)["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_finished_run_has_nothing_to_resume_from(make_plan: MakePlan) -> None:

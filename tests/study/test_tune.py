@@ -21,8 +21,8 @@ from locallearn.cli.settings import UsageError
 from locallearn.records import load_record
 from locallearn.strategies import Diverged
 from locallearn.study._workers import Worker
-from locallearn.study.train import Plan
-from locallearn.study.tune import Best, Range, study_name, tune
+from locallearn.study.train import Interrupted, Plan
+from locallearn.study.tune import Best, Options, Range, study_name, tune
 from locallearn.tasks.classification import Classification
 from tests.study.conftest import MakePlan
 from tests.study.tuning import RATE, Answer, FakeRecord, FakeRuns, asked_for, ended, search, worker
@@ -124,6 +124,29 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(runs: FakeRuns
     runs.answer = _hill
     assert _tune(runs, tmp_path / "parts", 13, ["a"]) == whole
     assert runs.values() == [*rates[:12], *rates[11:]]  # the one that was cut off is tried again
+
+
+def test_a_stop_after_a_trial_s_training_loses_no_trial(runs: FakeRuns, tmp_path: Path) -> None:
+    """As in the last look at the idle machine: the trial has its value, and the search stops."""
+    stop = Interrupted()
+    stop.ended = 0.7  # type: ignore[assignment]  # what the fake record is read from
+
+    def stopping(algorithm: str, settings: dict[str, float]) -> float:
+        if len(runs.asked) == 2:
+            raise stop
+        return 0.5
+
+    runs.answer = stopping
+    with pytest.raises(Interrupted):
+        _tune(runs, tmp_path, 3, ["a"])
+    [best] = _tune(runs, tmp_path, 3, ["a"])
+    assert (best.trials, best.value, len(runs.asked)) == (3, 0.7, 3)
+    runs.asked.clear()
+    with pytest.raises(Interrupted):  # seeds that have run are kept
+        _tune(runs, tmp_path / "seeds", 1, ["a"], options=Options(seeds=[10, 20, 30]))
+    [best] = _tune(runs, tmp_path / "seeds", 1, ["a"], options=Options(seeds=[10, 20, 30]))
+    assert runs.values("seed") == [10, 20, 30]
+    assert best.value == pytest.approx((0.5 + 0.7 + 0.5) / 3)
 
 
 def test_a_smaller_budget_later_is_still_equal(runs: FakeRuns, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_a_pruner_ends_trials_by_their_validations(
     told_of = _read(tmp_path)["studies"][0]["trials"]
     assert [trial["state"] for trial in told_of] == states
     assert all(trial["counts"] for trial in told_of)
+    assert all(bool(trial["records"]) for trial in told_of)  # of pruned ones, too
     assert told_of[5]["values"] == [pytest.approx(0.14 if pruner == "none" else 0.11)]
     assert told_of[6]["intermediate"] == {str(e): pytest.approx(0.9 + e / 100) for e in range(1, 5)}
 

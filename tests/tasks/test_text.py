@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from locallearn.algorithms import Algorithm, BackpropForwardForward, ForwardForward, Pepita, TaskInfo
+from locallearn.batch import Batch
 from locallearn.nets import char_transformer
 from locallearn.tasks.text import CHARACTERS, PythonTopics, encode, python_text
 
@@ -27,9 +30,9 @@ def test_parts_are_contiguous_and_apart() -> None:
         ("test", 9 * tenth, len(codes)),
     ):
         windows, following = data._parts[part]
-        assert torch.equal(windows[0], codes[start : start + 16].float())
+        assert torch.equal(windows[0], codes[start : start + 16].int())
         assert following[0] == codes[start + 16]
-        assert torch.equal(windows[1], codes[start + 5 : start + 21].float())
+        assert torch.equal(windows[1], codes[start + 5 : start + 21].int())
         assert len(windows) == (end - start - 17) // 5 + 1
     assert len(next(iter(data.train_dataloader())).inputs) == 64
     upper = PythonTopics(length=16, stride=5, shift="upper", limit_train=100)
@@ -37,6 +40,17 @@ def test_parts_are_contiguous_and_apart() -> None:
     assert len(upper._parts["train"][0]) == 100
     capitals = encode("".join(c.upper() if c.isascii() else c for c in python_text()))
     assert torch.equal(upper._parts["test"][1][:50], capitals[9 * tenth :][16 : 16 + 250 : 5].long())
+
+
+@pytest.mark.parametrize("rule", [ForwardForward(), BackpropForwardForward(), Pepita()])
+def test_rules_that_write_or_mix_inputs_refuse_codes_of_characters(rule: Algorithm) -> None:
+    """However long the windows are: codes are no strengths."""
+    data = PythonTopics(length=128, limit_train=8)
+    inputs = next(iter(data.train_dataloader())).inputs
+    assert inputs.dtype == data.example().dtype == torch.int32
+    task = TaskInfo(Batch(inputs, torch.zeros(8, dtype=torch.int64)), CHARACTERS, F.cross_entropy)
+    with pytest.raises(ValueError, match=r"int32 \(token ids\?\)"):
+        rule.attach(char_transformer((128,), CHARACTERS, width=16, depth=2, heads=2), task)
 
 
 def test_no_character_sees_a_later_one() -> None:

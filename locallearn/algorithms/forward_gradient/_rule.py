@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, choices, output_layer
+from locallearn.algorithms.base import ByOptions, Locality, ParamGroup, TaskInfo, Update, choices, output_layer
 from locallearn.algorithms.forward_gradient._activities import Activities
 from locallearn.algorithms.forward_gradient._weights import Weights
 from locallearn.algorithms.layer_local import feature_sizes
@@ -28,19 +27,7 @@ Perturb = Literal["weights", "activities"]
 Losses = Literal["global", "local"]
 
 
-class _ByOptions(Algorithm):
-    """``ForwardGradient(...)`` makes an object of the kind that its options ask for, as ``pathlib.Path(...)`` does."""
-
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        kind: Any = cls
-        if cls is ForwardGradient:
-            asked = inspect.signature(cls.__init__).bind_partial(None, *args, **options).arguments
-            kind = _kind(asked)
-        made: Self = super().__new__(kind)
-        return made
-
-
-class ForwardGradient(_ByOptions):
+class ForwardGradient(ByOptions):
     """Learn from the loss's derivative along random directions: one forward pass that carries tangents, no backward pass.
 
     ``perturb=weights`` (Baydin et al. 2022, arXiv 2202.08587): a direction v for all weights, the derivative c = ∂L/∂v of the
@@ -165,6 +152,20 @@ class ForwardGradient(_ByOptions):
                 "null: set guess=random, local or ntk, or leave them out"
             )
 
+    @staticmethod
+    def _kind(asked: Mapping[str, Any]) -> type[ForwardGradient]:
+        """The class for these options; what does not go together, it refuses itself."""
+        # Imported here, because they are kinds of this class.
+        if asked.get("guess") is not None:
+            from locallearn.algorithms.forward_gradient._guided import GuidedForwardGradient
+
+            return GuidedForwardGradient
+        if asked.get("losses") == "local":
+            from locallearn.algorithms.forward_gradient._local import LocalForwardGradient
+
+            return LocalForwardGradient
+        return ForwardGradient
+
     @property
     def locality(self) -> Locality:
         """Forward-only: no backward pass at all."""
@@ -243,20 +244,6 @@ class ForwardGradient(_ByOptions):
     def _step(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[nn.Parameter, Tensor], Any]:
         with torch.no_grad(), plain_attention():
             return self._way.step(batch, generator)
-
-
-def _kind(asked: Mapping[str, Any]) -> type[ForwardGradient]:
-    """The class for these options; what does not go together, it refuses itself."""
-    # Imported here, because they are kinds of the class above.
-    if asked.get("guess") is not None:
-        from locallearn.algorithms.forward_gradient._guided import GuidedForwardGradient
-
-        return GuidedForwardGradient
-    if asked.get("losses") == "local":
-        from locallearn.algorithms.forward_gradient._local import LocalForwardGradient
-
-        return LocalForwardGradient
-    return ForwardGradient
 
 
 @contextmanager

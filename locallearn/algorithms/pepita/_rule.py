@@ -183,7 +183,8 @@ class Pepita(Algorithm):
             )
         if not example.inputs.is_floating_point():
             raise ValueError(
-                f"PEPITA adds an error to the inputs, and these are {example.inputs.dtype}: make them floats"
+                f"PEPITA adds an error to the inputs, and these are {example.inputs.dtype} (token ids?): give floating point "
+                "inputs, embeddings instead of ids"
             )
         readout = output_layer(self.blocks, "PEPITA")
         self._hidden = [taken_apart(name, block) for name, block in zip(self.blocks.names, self.blocks, strict=True)]

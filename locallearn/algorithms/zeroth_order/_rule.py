@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from locallearn.algorithms.base import (
-    Algorithm,
+    ByOptions,
     Locality,
     ParamGroup,
     TaskInfo,
@@ -25,29 +25,37 @@ from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.algorithms.zeroth_order._coded import Coded, Codes
 from locallearn.algorithms.zeroth_order._dense import Dense
 from locallearn.algorithms.zeroth_order._low_rank import LowRank, known_layers
+from locallearn.algorithms.zeroth_order._settings import (
+    BETA2,
+    DEFAULTS,
+    Decay,
+    Losses,
+    Normalise,
+    Variant,
+    check,
+    check_together,
+)
 from locallearn.algorithms.zeroth_order._way import Setting, Way, streams
 from locallearn.batch import Batch
 from locallearn.functional.counter_noise import numbers, tags
-from locallearn.functional.zeroth_order import GRID, LIMIT, Noise, Shaping, on_grid, scalars, second_moment
+from locallearn.functional.zeroth_order import (
+    GRID,
+    LIMIT,
+    Noise,
+    Shaping,
+    curvature_weights,
+    on_grid,
+    scalars,
+    second_moment,
+)
 from locallearn.nets.blocks import fitted
 from locallearn.nets.trace import preserved
 
-Variant = Literal["spsa", "mezo", "fzoo", "eggroll", "qes"]
-Decay = Literal["matrices", "all"]
-
-# eps, antithetic, shaping and noise where they are left out
-_DEFAULTS: dict[str, tuple[float, bool, Shaping, Noise]] = {
-    "spsa": (1e-3, True, "none", "gaussian"),
-    "mezo": (1e-3, True, "none", "gaussian"),
-    "fzoo": (1e-3, False, "zscore", "rademacher"),
-    "eggroll": (1e-2, True, "zscore", "gaussian"),
-    "qes": (0.5, True, "zscore", "gaussian"),
-}
 _FARTHEST = 0.45  # ε under exact: the largest normal number is 4.39, and 2 + 4.39 ε may not pass 4
 _ROWS = 2**13  # of all directions that pass at once
 
 
-class ZerothOrder(Algorithm):
+class ZerothOrder(ByOptions):
     """Learn from losses at weights that were moved at random: no derivative of anything, one number per direction.
 
     Every batch has n directions z_i. The loss is looked at on both sides of the weights, θ ± ε z_i (or on one), one number c_i
@@ -69,6 +77,9 @@ class ZerothOrder(Algorithm):
     In probes BatchNorm normalises by its running statistics, which are moved once per batch by a pass at θ; both sides of a
     direction and all directions see the same dropout masks. Losses are made in float32 at least.
 
+    ``losses="local"`` makes an object of the subclass
+    :class:`~locallearn.algorithms.zeroth_order._local.LocalZerothOrder`: every block has a loss and numbers of its own.
+
     Deviations: noise is from a table of 65 536 normal numbers. FZOO's ε in the denominator is part of the rate here. EGGROLL's
     √N is, too, and what is no matrix has plain noise. QES has a mean over directions instead of a sum, keeps the residual
     instead of rebuilding it from a window (which the authors' code does not rebuild exactly), and leaves vectors as they are.
@@ -76,7 +87,7 @@ class ZerothOrder(Algorithm):
     Args:
         seed: of all noise.
         variant: see above.
-        n: directions per batch; 2n losses if antithetic.
+        n: directions per batch; 2n losses if antithetic. ``None``: 1, of fzoo 8.
         eps: ε, how far the weights are moved; of ``qes`` in codes. Left out: 1e-3, ``eggroll`` 1e-2, ``qes`` 0.5.
         antithetic: whether both sides are looked at. Left out: yes, ``fzoo`` no.
         shaping: ``none``, ``zscore`` or ``sign``, see :func:`locallearn.functional.zeroth_order.scalars`. Left out: ``none``,
@@ -89,6 +100,15 @@ class ZerothOrder(Algorithm):
         bits: of a code of ``qes``, 2 to 8.
         residual_decay: share of what no code was moved by that ``qes`` keeps.
         chunk: directions that ``eggroll`` passes at once, both sides counted; ``null``: up to 8192 rows.
+        normalise: ``scalar_ema``: numbers are divided by the root of a running mean of Σ c_i²/n², the mean square of an
+            estimate's entries, corrected for its start as in Adam. Entries all have the same variance, so one float serves all
+            weights, and the rate is about what a weight moves by, whatever the loss's scale. ``None``: not.
+        beta2: share of that mean which is kept from step to step.
+        curvature_exponent: p: the number of a direction is divided by max(1, h^p), h the size of the second difference
+            (L⁺ − 2 L₀ + L⁻)/ε² along it (1.5-SPSA, 2026: p = 0.1). Costs the loss at θ, once per step. ``None``: not.
+        losses: ``global``: the task's, of the whole network; ``local``: of every block's own.
+        head_limit: under ``losses="local"`` the largest number of inputs of a block's linear head, maps and tokens are averaged
+            down to it; ``None``: taken as they are.
         trajectory: where ``locallearn train`` writes the numbers of all steps: a file, or ``run`` for ``trajectory.bin`` in the
             run's folder; ``null``: nowhere. In a loop of one's own:
             :class:`~locallearn.algorithms.zeroth_order.trajectory.Writer`.
@@ -102,7 +122,7 @@ class ZerothOrder(Algorithm):
         self,
         seed: int = 0,
         variant: Variant = "spsa",
-        n: int = 1,
+        n: int | None = None,
         eps: float | None = None,
         antithetic: bool | None = None,
         shaping: Shaping | None = None,
@@ -114,66 +134,40 @@ class ZerothOrder(Algorithm):
         residual_decay: float = 0.9,
         chunk: int | None = None,
         trajectory: str | None = None,
+        normalise: Normalise | None = None,
+        beta2: float = BETA2,
+        curvature_exponent: float | None = None,
+        losses: Losses = "global",
+        head_limit: int | None = None,
     ) -> None:
         super().__init__(seed)
-        _check_choice("variant", variant, Variant)
-        for name, value, kind in (("shaping", shaping, Shaping), ("noise", noise, Noise), ("decay", decay, Decay)):
-            if value is not None or name == "decay":
-                _check_choice(name, value, kind)
-        for name, number in (("n", n), ("rank", rank), ("chunk", chunk)):
-            if number is not None and (type(number) is not int or number < 1):
-                raise ValueError(f"{name} is {number!r}, expected a whole number of at least 1")
-        if eps is not None and not (type(eps) in (int, float) and 0 < eps < math.inf):
-            raise ValueError(f"eps is {eps!r}, expected a number above 0: how far weights are moved")
-        if type(bits) is not int or not 2 <= bits <= 8:
-            raise ValueError(f"bits is {bits!r}, expected a whole number from 2 to 8")
-        for name, flag in (("antithetic", antithetic), ("exact", exact)):
-            if not (type(flag) is bool or (name == "antithetic" and flag is None)):
-                raise ValueError(f"{name} is {flag!r}, expected true or false")
-        if trajectory is not None and not (isinstance(trajectory, str) and trajectory):
-            raise ValueError(f"trajectory is {trajectory!r}, expected the name of a file, run, or null")
-        if type(residual_decay) not in (int, float) or not 0 <= residual_decay <= 1:
-            raise ValueError(f"residual_decay is {residual_decay!r}, expected a share from 0 to 1")
-        default = _DEFAULTS[variant]
+        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        check(given)
+        default = DEFAULTS[variant]
         self.variant_name: Variant = variant
-        self.n = n
+        self.n = default[4] if n is None else n
         self.eps = float(default[0] if eps is None else eps)
         self.antithetic = default[1] if antithetic is None else antithetic
         self.shaping: Shaping = default[2] if shaping is None else shaping
         self.noise: Noise = default[3] if noise is None else noise
         self.rank, self.decay, self.exact, self.bits = rank, decay, exact, bits
         self.residual_decay, self.chunk, self.trajectory = residual_decay, chunk, trajectory
-        self._given = (shaping, rank, bits, residual_decay, chunk)
-        self._check_variant()
+        self.normalise, self.beta2, self.curvature_exponent = normalise, beta2, curvature_exponent
+        self.losses_of: Losses = losses
+        self.head_limit = head_limit
+        check_together({**given, "n": self.n, "antithetic": self.antithetic, "shaping": self.shaping})
         self.scalars: Tensor | None = None
         self._coded_names: list[str] | None = None
+        self._squares: list[float] = []  # running means, one for all weights that share their numbers
 
-    def _check_variant(self) -> None:
-        variant = self.variant_name
-        if variant == "fzoo" and (self.antithetic or self.shaping != "zscore"):
-            raise ValueError(
-                "variant=fzoo looks at one side and divides by the spread of the losses: leave antithetic and shaping out, or "
-                "use variant=mezo"
-            )
-        if variant == "qes" and not self.antithetic:
-            raise ValueError("variant=qes is written for both sides of a direction: leave antithetic out")
-        losses = 2 * self.n if self.antithetic else self.n
-        if self.shaping == "zscore" and losses < 2:
-            raise ValueError(
-                f"n is {self.n} on one side, and shaping=zscore needs the spread of at least two losses: set n=2 or more"
-            )
-        if self.shaping == "sign" and not self.antithetic and self.n < 2:
-            raise ValueError("n is 1 on one side: shaping=sign compares with the mean of all sides: set n=2 or more")
-        for name, value, default, owner in (
-            ("rank", self.rank, 1, "eggroll"),
-            ("chunk", self.chunk, None, "eggroll"),
-            ("bits", self.bits, 4, "qes"),
-            ("residual_decay", self.residual_decay, 0.9, "qes"),
-        ):
-            if value != default and variant != owner:
-                raise ValueError(
-                    f"{name} is {value}, and only variant={owner} has a use for it: leave it out under {variant}"
-                )
+    @staticmethod
+    def _kind(asked: Mapping[str, Any]) -> type[ZerothOrder]:
+        """The class for these options."""
+        if asked.get("losses") != "local":
+            return ZerothOrder
+        from locallearn.algorithms.zeroth_order._local import LocalZerothOrder  # which is a kind of this class
+
+        return LocalZerothOrder
 
     @property
     def locality(self) -> Locality:
@@ -199,8 +193,15 @@ class ZerothOrder(Algorithm):
     @property
     def variant(self) -> str | None:
         """Which way, and what differs from its defaults."""
-        told = choices(self, ZerothOrder.__init__, "n", "rank", "exact")
-        return ", ".join([f"variant={self.variant_name}", *([told] if told else [])])
+        told = choices(self, ZerothOrder.__init__, "rank", "exact", "normalise", "curvature_exponent")
+        local = ["losses=local"] if self.losses_of == "local" else []
+        several = [f"n={self.n}"] if self.n != DEFAULTS[self.variant_name][4] else []
+        return ", ".join([f"variant={self.variant_name}", *local, *several, *([told] if told else [])])
+
+    @property
+    def numbers(self) -> int:
+        """How many a step is made of: one per direction."""
+        return self.n
 
     @property
     def estimates_along(self) -> str | None:
@@ -211,6 +212,8 @@ class ZerothOrder(Algorithm):
         """Of two-sided differences along directions of the weights' shape, for a small ε: (d ± 1)/n; of others ``None``."""
         if self.variant_name not in ("spsa", "mezo") or not self.antithetic or self.shaping != "none":
             return None
+        if self.normalise is not None or self.curvature_exponent is not None:
+            return None
         return second_moment(size, self.n, self.noise) - 1
 
     # -- building ------------------------------------------------------------------------------------------------------
@@ -220,7 +223,8 @@ class ZerothOrder(Algorithm):
         output_layer(self.blocks, "ZerothOrder")
         self._loss = task.loss
         learned = self._learned()
-        self._words = tags(streams([name for name, _ in self.blocks.named_parameters()]))
+        self._squares = [0.0]
+        self._words = tags(streams(list(self._named())))
         self._random, self._moves_buffers = self._tried(task.example)
         if self.exact:
             self._check_exact()
@@ -230,7 +234,7 @@ class ZerothOrder(Algorithm):
             )
         with torch.no_grad():
             if self.exact and self.variant_name != "qes":
-                for p in self.blocks.parameters():
+                for p in self._named().values():
                     p.copy_(on_grid(p.detach()))
             self.coded = nn.ModuleList()
             if self.variant_name == "qes":
@@ -242,6 +246,10 @@ class ZerothOrder(Algorithm):
                     p.copy_(held.weight())
                 self._coded_names = list(learned)
         self._factored: bool | None = None if self.variant_name == "eggroll" else False
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """All weights that may learn, by the name of their noise."""
+        return dict(self.blocks.named_parameters())
 
     def _learned(self) -> dict[str, nn.Parameter]:
         """Weights that learn, by name."""
@@ -285,7 +293,7 @@ class ZerothOrder(Algorithm):
                 f"exact=true gives the same weights wherever a direction is looked at, and this network draws at random in "
                 f"its forward pass{named}: switch that off (dropout=0), or use exact=false"
             )
-        for name, p in self.blocks.named_parameters():
+        for name, p in self._named().items():
             if p.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"exact=true lays weights on a grid of float32 numbers, and {name!r} is {p.dtype}: use precision 32-true"
@@ -301,9 +309,12 @@ class ZerothOrder(Algorithm):
         learned = {id(p) for p in self._learned().values()}
         # Frozen weights are in it, too: they may be thawed.
         kept = [p for p in self.blocks.parameters() if id(p) in learned or self.variant_name != "qes"]
+        return {"network": self._groups(kept)}
+
+    def _groups(self, kept: Sequence[nn.Parameter]) -> list[ParamGroup]:
         groups: list[ParamGroup] = [{"params": [p for p in kept if p.ndim > 1 or self.decay == "all"]}]
         groups.append({"params": [p for p in kept if p.ndim < 2 and self.decay != "all"], "weight_decay": 0.0})
-        return {"network": [group for group in groups if group["params"]]}
+        return [group for group in groups if group["params"]]
 
     # -- learning --------------------------------------------------------------------------------------------------------
     def updates(self, batch: Batch) -> Iterator[Update]:
@@ -312,7 +323,7 @@ class ZerothOrder(Algorithm):
         with torch.no_grad():
             seen = self._seen(way, batch, range(self.n))
             c = self._numbers(seen)
-        yield from self._steps(way, c, self._mean(seen))
+        yield from self._whole(way, c, self._mean(seen))
 
     def losses(self, batch: Batch, directions: Sequence[int] | None = None) -> Tensor:
         """Losses at directions of this step, for whoever shares them out; the weights are home afterwards.
@@ -323,6 +334,7 @@ class ZerothOrder(Algorithm):
 
         Returns:
             float64 on the CPU, ``(len(directions), 2)``: L⁺, and L⁻ or, on one side, the loss at θ (NaN where none is used).
+            With ``curvature_exponent`` ``(len(directions), 3)``: L⁺, L⁻ and the loss at θ.
         """
         way = self._way()
         with torch.no_grad():
@@ -334,14 +346,15 @@ class ZerothOrder(Algorithm):
         """The step that all losses of it lead to.
 
         Args:
-            losses: of all directions in their order, ``(n, 2)``, as :meth:`losses` gives them.
+            losses: of all directions in their order, as :meth:`losses` gives them.
 
         Raises:
             ValueError: of another shape.
         """
-        if losses.shape != (self.n, 2):
+        if losses.shape != (self.n, self._columns):
+            few = {2: "two", 3: "three"}[self._columns]
             raise ValueError(
-                f"a step has two losses for each of {self.n} directions, ({self.n}, 2), and these have shape "
+                f"a step has {few} losses for each of {self.n} directions, ({self.n}, {self._columns}), and these have shape "
                 f"{tuple(losses.shape)}"
             )
         yield from self.follow(self._numbers(losses), self._mean(losses))
@@ -350,41 +363,85 @@ class ZerothOrder(Algorithm):
         """The step that these numbers lead to; nothing else has to be known.
 
         Args:
-            c: one number per direction, ``(n,)``, float32.
+            c: one number per direction, ``(n,)``, float32, as they are written down: before ``normalise``, which knows no more
+                than they do.
             loss: to be reported.
 
         Raises:
             ValueError: there are more or fewer numbers than directions.
         """
-        if c.shape != (self.n,):
-            raise ValueError(f"a step has {self.n} numbers, one per direction, and these have shape {tuple(c.shape)}")
+        self._check_numbers(c)
         way = self._way()
         with torch.no_grad():
             way.begin(self.batches_seen)
-        yield from self._steps(way, c, loss)
+        yield from self._whole(way, c, loss)
+
+    def _check_numbers(self, c: Tensor) -> None:
+        if c.shape != (self.numbers,):
+            raise ValueError(
+                f"a step has {self.numbers} numbers, one per direction, and these have shape {tuple(c.shape)}"
+            )
 
     def _numbers(self, seen: Tensor) -> Tensor:
-        """C from losses ``(n, 2)``."""
+        """C from losses, one row per direction."""
         minus = seen[:, 1] if self.antithetic else None
-        base = seen[0, 1] if self._has_base else None
-        return scalars(seen[:, 0], minus, base, self.eps, self.shaping)
+        base = seen[0, -1] if self._has_base else None
+        c = scalars(seen[:, 0], minus, base, self.eps, self.shaping)
+        if self.curvature_exponent is None:
+            return c
+        return (c * curvature_weights(seen[:, 0], seen[:, 1], seen[:, -1], self.eps, self.curvature_exponent)).float()
+
+    def _normalised(self, c: Tensor, part: int = 0) -> Tensor:
+        """Numbers in units of their running size; a function of all numbers so far and of nothing else."""
+        if self.normalise is None:
+            return c
+        square = math.fsum(value**2 for value in c.tolist()) / len(c) ** 2  # in any order the same
+        self._squares[part] = self.beta2 * self._squares[part] + (1 - self.beta2) * square
+        corrected = self._squares[part] / (1 - self.beta2 ** (self.batches_seen + 1))
+        return c if corrected == 0 else c / corrected**0.5
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """With the running means."""
+        known = torch.tensor(self._squares, dtype=torch.float64)
+        return {**super().get_extra_state(), **({"squares": known} if self.normalise is not None else {})}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """With the running means."""
+        super().set_extra_state({key: value for key, value in state.items() if key != "squares"})
+        if "squares" in state:
+            self._squares = state["squares"].tolist()
 
     @property
     def _has_base(self) -> bool:
         """Whether the loss at θ is one of those that are looked at."""
-        return not self.antithetic and (self.shaping == "none" or self.variant_name == "fzoo")
+        one_sided = not self.antithetic and (self.shaping == "none" or self.variant_name == "fzoo")
+        return one_sided or self.curvature_exponent is not None
+
+    @property
+    def _columns(self) -> int:
+        """Losses that are kept of a direction; the one at θ is the last."""
+        return 2 if self.curvature_exponent is None else 3
 
     def _mean(self, seen: Tensor) -> Tensor:
         """Of the losses that were looked at; not finite where one of them is not, so that whoever trains is told."""
         return seen.mean() if self.antithetic or self._has_base else seen[:, 0].mean()
 
-    def _steps(self, way: Way, c: Tensor, loss: Tensor | None) -> Iterator[Update]:
+    def _whole(self, way: Way, c: Tensor, loss: Tensor | None) -> Iterator[Update]:
+        """The step of all weights at once."""
+        scaled = self._normalised(c)
+        self._made(c)
+        yield from self._steps("network", way, scaled, loss)
+
+    def _made(self, c: Tensor) -> None:
+        """Note what a step is made of."""
         self.scalars = c
         self.batches_seen += 1
+
+    def _steps(self, unit: str, way: Way, c: Tensor, loss: Tensor | None) -> Iterator[Update]:
         if loss is not None:
             loss = loss.float().to(next(self.blocks.parameters()).device)
         if not way.weights:
-            yield Update("network", loss, {})
+            yield Update(unit, loss, {})
             return
         groups = way.estimates(c)
         while True:
@@ -393,14 +450,14 @@ class ZerothOrder(Algorithm):
             if group is None:
                 return
             weights = list(group)
-            yield Update("network", loss, group)
+            yield Update(unit, loss, group)
             del group
             loss = None
             with torch.no_grad():
                 way.settle(weights)
 
-    def _way(self) -> Way:
-        learned = self._learned()
+    def _way(self, learned: dict[str, nn.Parameter] | None = None) -> Way:
+        learned = self._learned() if learned is None else learned
         for name, p in learned.items():
             if (self.exact or self.variant_name == "qes") and p.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
@@ -416,29 +473,35 @@ class ZerothOrder(Algorithm):
 
     # -- looking ---------------------------------------------------------------------------------------------------------
     def _seen(self, way: Way, batch: Batch, directions: Sequence[int]) -> Tensor:
-        """Losses ``(len(directions), 2)``; weights may be left at the last of them."""
+        """Losses, one row per direction; weights may be left at the last of them."""
         if self._moves_buffers and any(part.training for part in self.blocks.modules()):
             self.blocks(batch.inputs, *batch.context)  # statistics move once, at θ
         way.begin(self.batches_seen)
-        draws = Draws(batch.inputs.device)
         with self._probing():
             if isinstance(way, LowRank) and self._passes_together(way, batch):
                 return self._seen_together(way, batch, directions)
-            found = torch.full((len(directions), 2), math.nan, dtype=torch.float64)
-            try:
-                if self._has_base:
+            return self._seen_each(way, lambda: self._lost(batch), batch.inputs.device, directions)
+
+    def _seen_each(
+        self, way: Way, lost: Callable[[], Tensor], device: torch.device, directions: Sequence[int]
+    ) -> Tensor:
+        """The same, one after another, of whatever has this loss."""
+        draws = Draws(device)
+        found = torch.full((len(directions), self._columns), math.nan, dtype=torch.float64)
+        try:
+            if self._has_base:
+                draws.again()
+                found[:, -1] = lost()
+            for place, member in enumerate(directions):
+                for side, sign in enumerate((1, -1) if self.antithetic else (1,)):
+                    way.visit(member, sign)
                     draws.again()
-                    found[:, 1] = self._lost(batch)
-                for place, member in enumerate(directions):
-                    for side, sign in enumerate((1, -1) if self.antithetic else (1,)):
-                        way.visit(member, sign)
-                        draws.again()
-                        found[place, side] = self._lost(batch)
-            except BaseException:
-                way.home()
-                raise
-            way.leave()
-            return found
+                    found[place, side] = lost()
+        except BaseException:
+            way.home()
+            raise
+        way.leave()
+        return found
 
     @contextmanager
     def _probing(self) -> Iterator[None]:
@@ -501,10 +564,10 @@ class ZerothOrder(Algorithm):
         for part in torch.split(asked, chunk):
             outputs = way.together(self.blocks, part[:, 0], part[:, 1], lambda: self.blocks(batch.inputs))
             losses.append(self._each(outputs, batch.targets).double().cpu())
-        found = torch.full((len(directions), 2), math.nan, dtype=torch.float64)
+        found = torch.full((len(directions), self._columns), math.nan, dtype=torch.float64)
         found[:, : len(sides)] = torch.cat(losses).view(-1, len(sides)) if losses else found[:, : len(sides)]
         if self._has_base:
-            found[:, 1] = self._lost(batch)
+            found[:, -1] = self._lost(batch)
         return found
 
     def _each(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -523,8 +586,3 @@ def _generator_states(device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
-
-
-def _check_choice(name: str, value: Any, kind: Any) -> None:
-    if value not in get_args(kind):
-        raise ValueError(f"{name} is {value!r}, expected {', '.join(get_args(kind))}")

@@ -52,6 +52,12 @@ def weights_of(rule: ZerothOrder) -> dict[str, Tensor]:
 
 def header_of(rule: ZerothOrder) -> dict[str, Any]:
     """What has to be the same for a replay."""
+    later = {  # settings that files from before them do not name
+        "normalise": None if rule.normalise is None else [rule.normalise, rule.beta2],
+        "curvature_exponent": rule.curvature_exponent,
+        "losses": None if rule.losses_of == "global" else [rule.losses_of, rule.head_limit],
+        "numbers": None if rule.numbers == rule.n else rule.numbers,
+    }
     return {
         "generator": VERSION,
         "seed": rule.seed,
@@ -67,6 +73,7 @@ def header_of(rule: ZerothOrder) -> dict[str, Any]:
             "exact": rule.exact,
             "bits": rule.bits,
             "residual_decay": rule.residual_decay,
+            **{key: value for key, value in later.items() if value is not None},
         },
         "learns": [name for name, p in rule.blocks.named_parameters() if p.requires_grad],
         "dtype": sorted({str(p.dtype).removeprefix("torch.") for p in rule.blocks.parameters()}),
@@ -272,7 +279,8 @@ def read(path: Path | str) -> Trajectory:
     try:
         header = json.loads(content[start:place])
         found = Trajectory(header, size=len(content))
-        n, signs = int(header["settings"]["n"]), header["settings"]["shaping"] == "sign"
+        settings = header["settings"]
+        n, signs = int(settings.get("numbers", settings["n"])), settings["shaping"] == "sign"
         generator = header["generator"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: its header cannot be read") from error
