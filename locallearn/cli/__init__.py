@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from locallearn.cli.commands import COMMANDS
 from locallearn.cli.mistakes import explain
+from locallearn.cli.plans import say
 from locallearn.cli.settings import UsageError, compose_settings
 from locallearn.cli.terminal import completion, steady_streams
 
@@ -33,6 +34,7 @@ Settings are GROUP=NAME or KEY=VALUE (Hydra); all but report, predict, analyze, 
   algorithm= dataset= net= optimizer= schedule= trainer= meter= logger= task= experiment=
   seed=0 data_dir=DIR runs_dir=runs trainer.max_epochs=60 trainer.accelerator=cpu optimizer.lr=1e-3
   compare.algorithms=[backprop,mono_forward] compare.seeds=[0,1,2] resume=FOLDER (train)
+  init_from=FOLDER begins with the weights of a finished run's network
 An algorithm to compare may carry settings: 'compare.algorithms=[backprop,"pepita(variant=hebbian,optimizer.lr=0.1)"]'
 A first look in little time: dataset.limit_train=1000 trainer.max_epochs=2 compare.seeds=[0], and a smaller network
 
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     if words and words[0] in ("-sc", "--shell-completion", "-sc=install=bash"):
         return completion(words, [command.__name__ for command in COMMANDS])
+    say.cache_clear()
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises, and explain() says it once

@@ -56,7 +56,9 @@ def compare(words: list[str]) -> int:
                     "go on at once for each of them: set meter=none, or compare.workers=1"
                 )
             if earlier:
-                before = earlier.get(_signature(OmegaConf.to_container(cfg, resolve=True), choices["algorithm"]))
+                before = earlier.get(
+                    _signature(OmegaConf.to_container(cfg, resolve=True), choices["algorithm"], _weights_of(cfg))
+                )
                 if before is not None and before.status == "done":
                     done.append(before)
                     continue
@@ -142,7 +144,7 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     mine, others, dirty = (source()["commit"], versions()["locallearn"]), 0, 0
     for record in scan([runs_dir]).records if runs_dir.is_dir() else ():  # oldest first
-        signature = _signature(record.part("config"), record.algorithm)
+        signature = _signature(record.part("config"), record.algorithm, record.begins_with)
         known = found.get(signature)
         finished = record.status == "done" and record.part("test")  # a trial of a search has not seen the test set
         waits = record.status == "interrupted" and (record.path / CHECKPOINT).is_file()
@@ -162,14 +164,22 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
     return found
 
 
-def _signature(config: Any, algorithm: str) -> str:
-    """What has to be the same for a run to stand for another: all settings but places and those of the commands."""
+def _signature(config: Any, algorithm: str, weights: Any) -> str:
+    """What has to be the same for a run to stand for another: what makes it, the weights it begins with, what is measured."""
     import json
 
-    places = ("compare", "tune", "report", "predict", "analyze", "distill", "bench", "runs_dir", "resume", "keep_model")
-    kept = {k: v for k, v in config.items() if k not in places}
-    ends = [config.get("compare", {}).get(key) for key in ("mode", "target")]
+    from locallearn.records._settings import ENDS, OF_MEASURING, makes_the_run
+
+    kept = {**makes_the_run(config), **{key: config.get(key) for key in OF_MEASURING}, "init_from": weights}
+    ends = [config.get("compare", {}).get(key) for key in ENDS]
     return json.dumps([algorithm, kept, ends], sort_keys=True, default=str)
+
+
+def _weights_of(config: Any) -> str | None:
+    """Digest of the weights that a run would begin with, whatever they are called; ``None``: they are drawn."""
+    from locallearn.study.train import weights_behind
+
+    return None if config.init_from is None else weights_behind(folder_setting(config, "init_from"))
 
 
 def _check_compare(arms: Sequence[Arm], seeds: Any, overrides: Any, resume: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         keep_model=cfg.keep_model,
         resume=None if cfg.resume is None else folder_setting(cfg, "resume"),
         init_from=None if cfg.get("init_from") is None else folder_setting(cfg, "init_from"),
+        say=say,
     )
 
 
@@ -241,9 +244,17 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
 
 def folder_setting(cfg: Any, key: str) -> Path:
     """A folder from the settings."""
-    if cfg[key] is None or not str(cfg[key]):
-        raise UsageError(f"{key} is {cfg[key]!r}, expected a folder")
-    return Path(str(cfg[key])).expanduser()  # a name like 2026 arrives as a number
+    given = cfg[key]
+    if isinstance(given, bool) or not isinstance(given, str | int | float) or given == "":
+        raise UsageError(f"{key} is {given!r}, expected a folder")
+    return Path(str(given)).expanduser()  # a name like 2026 arrives as a number
+
+
+@cache
+def say(sentence: str) -> None:
+    """Print what was decided for a run, once per command and by its first process, however many runs it is true of."""
+    if multiprocessing.parent_process() is None:
+        print(f"locallearn: {sentence}", file=sys.stderr)
 
 
 def command_line(name: str, words: Sequence[str]) -> str:

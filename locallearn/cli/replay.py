@@ -32,7 +32,7 @@ def replay(words: list[str]) -> int:
     out = _out(cfg.replay.out)
     trajectory = kept.read(file)
     record = load_record(folder)
-    plan, _, _ = build(record, given["trust"], given["places"], given["accelerator"] or "cpu")
+    plan, _, _ = build(record, given["trust"], given["places"], given["accelerator"] or "cpu", begun=True)
     rule = plan.algorithm
     if not isinstance(rule, ZerothOrder):
         raise UsageError(f"{folder} was trained by {record.algorithm}, and only a run of zeroth_order has a trajectory")

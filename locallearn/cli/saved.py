@@ -308,14 +308,20 @@ def load(
     return Saved(record, plan, task.eval(), trainer)
 
 
-def build(record: Any, trust: bool, places: Mapping[str, Any], accelerator: str | None) -> tuple[Any, Any, Any]:
-    """The plan of a run, its task with the weights that training began with, and a Trainer, on the device asked for.
+def build(
+    record: Any, trust: bool, places: Mapping[str, Any], accelerator: str | None, begun: bool = False
+) -> tuple[Any, Any, Any]:
+    """The plan of a run, its task with weights as its seed draws them, and a Trainer, on the device asked for.
 
     Args:
         record: of the run.
         trust: see :func:`load`.
         places: see :func:`load`.
         accelerator: see :func:`load`.
+        begun: have the weights that training began with, out of ``init_from`` where it did not begin with drawn ones.
+
+    Raises:
+        UsageError: the model that training began with is not there any more.
     """
     import lightning.pytorch as pl
     import torch
@@ -325,12 +331,14 @@ def build(record: Any, trust: bool, places: Mapping[str, Any], accelerator: str 
 
     cfg, choices = saved_settings(record, trust, places)
     # Nothing is logged or metered here, and the machine may be another one.
-    cfg.logger, cfg.meter, cfg.resume, cfg.init_from = None, {"idle_s": 0, "sources": {}}, None, None
+    cfg.logger, cfg.meter, cfg.resume = None, {"idle_s": 0, "sources": {}}, None
+    cfg.init_from = str(_beginning(cfg, record)) if begun and cfg.init_from is not None else None
     asked = accelerator or str(cfg.trainer.accelerator)
     here = asked not in ("gpu", "cuda", "mps") or torch.cuda.is_available() or torch.backends.mps.is_available()
     cfg.trainer.accelerator, cfg.trainer.devices = asked if accelerator or here else "cpu", 1
     with torch.random.fork_rng(devices=[]), quiet():
         plan = make_saved_plan(cfg, choices, record)
+        plan.say = None  # the run has said it
         task = attached_task(plan)
         trainer = pl.Trainer(
             strategy=LocalStrategy(plan.algorithm, plan.optimizer),
@@ -342,6 +350,35 @@ def build(record: Any, trust: bool, places: Mapping[str, Any], accelerator: str 
         )
         task = trainer.precision_plugin.convert_module(task).to(trainer.strategy.root_device)
     return plan, task, trainer
+
+
+def _beginning(cfg: Any, record: Any) -> Path:
+    """The model that a run began with: where it was named, from there or from here, or beside the run under its own id.
+
+    Raises:
+        UsageError: it is not there any more, or another one is there in its place.
+    """
+    from locallearn.study.train import weights_behind
+
+    named, known = Path(str(cfg.init_from)).expanduser(), record.part("beginning")
+    start = _started_in(record, Path(str(cfg.runs_dir)).expanduser())
+    places = [*([] if start is None else [start / named]), named]
+    if isinstance(known.get("run"), str):
+        places.append(record.path.parent / Path(known["run"]).name)
+    others = 0
+    for place in places:
+        try:
+            weights = weights_behind(place)
+        except (ValueError, OSError):
+            continue
+        if known.get("weights") in (None, weights):  # an older record does not say which they were
+            return place
+        others += 1
+    raise UsageError(
+        f"{record.path} began with the weights of {named}, and "
+        + ("other weights are there now" if others else "they are not there any more")
+        + ": put the folder of that run back where it was, or beside this run under its own name"
+    )
 
 
 def make_saved_plan(cfg: Any, choices: dict[str, str], record: Any) -> Any:

@@ -9,12 +9,13 @@ from typing import Any
 from locallearn.cli.arms import distinct, refuse_shared
 from locallearn.cli.plans import check_seed
 from locallearn.cli.settings import UsageError
+from locallearn.records._settings import ENDS, OF_COMMANDS, OF_MEASURING, OF_PLACES, group_of
 
 SEED = 1000
 """What is tuned on where nothing is said: none of the seeds that ``compare`` has by default."""
 
-# Settings of tune that make no other search of it.
-_APART = ("trials", "algorithms", "timeout", "storage", "workers", "worker", "heartbeat", "seeds", "objectives")
+# Settings of commands that make another search of it.
+_OF_THE_SEARCH = ("tune.space", "tune.sampler", "tune.pruner", *(f"compare.{key}" for key in ENDS))
 
 
 def check_numbers(tune: Any) -> None:
@@ -30,18 +31,22 @@ def check_numbers(tune: Any) -> None:
         raise UsageError(f"tune.storage is {tune.storage}, expected a file or an URL of a database")
 
 
-def fixed_words(words: Sequence[str], seeds: Sequence[int], objectives: Any) -> list[str]:
-    """What makes this search another one than that with other words."""
-    apart = (
-        *(f"tune.{key}=" for key in _APART),
-        "runs_dir=",
-        "data_dir=",
-        "seed=",
-        "compare.seeds=",
-        "compare.report=",
-    )
+def fixed_words(
+    words: Sequence[str], seeds: Sequence[int], objectives: Any, joules: bool = False, weights: str | None = None
+) -> list[str]:
+    """What makes this search another one than that with other words.
+
+    Args:
+        words: typed, for all algorithms.
+        seeds: of every trial.
+        objectives: ``tune.objectives``.
+        joules: they are looked for, so it matters how they are measured.
+        weights: digest of those that every trial begins with, whatever they were called.
+    """
+    apart = {*OF_PLACES, *OF_COMMANDS, *(() if joules else OF_MEASURING), "seed", "init_from"}
+    kept = [word for word in words if group_of(word) not in apart or word.lstrip("+~").startswith(_OF_THE_SEARCH)]
     told = [] if objectives is None else [f"objectives={list(objectives)}"]
-    return [*(word for word in words if not word.startswith(apart)), f"seeds={list(seeds)}", *told]
+    return [*kept, f"seeds={list(seeds)}", *told, *([] if weights is None else [f"init_from={weights}"])]
 
 
 def seeds_of(cfg: Any, words: Sequence[str]) -> list[int]:

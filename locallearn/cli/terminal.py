@@ -152,6 +152,10 @@ class Progress:
         if not self._plain:
             self._progress.stop()
 
+    def _counted(self, number: int, most: int) -> str:
+        """A trial is named by Optuna's number, which this is not: how many have ended, in whatever order."""
+        return f"{self._of} {number} of at most {most}" if self._of == "epoch" else f"{number} of {most} {self._of}s"
+
     def _show(self, name: str, epoch: int, epochs: int, metrics: dict[str, float]) -> None:
         figures = {k: v for k, v in metrics.items() if k.startswith("validation/")}
         loss = figures.pop("validation/loss", None)  # which a search may be for
@@ -161,7 +165,7 @@ class Progress:
             if name == self._last[0] and time.monotonic() - self._last[1] < 2:
                 return  # a log file wants signs of life, not every epoch of a quick run
             self._last = (name, time.monotonic())
-            told = f"{name}: {self._of} {epoch} of at most {epochs}{reached and f', {reached}'}"
+            told = f"{name}: {self._counted(epoch, epochs)}{reached and f', {reached}'}"
             print(told, file=sys.stderr, flush=True)
             return
         if name not in self._bars:

@@ -16,12 +16,7 @@ from locallearn.cli.settings import UsageError, check_words, compose_settings, l
 from locallearn.cli.spaces import space_of
 from locallearn.cli.terminal import Progress, printing
 from locallearn.cli.tuned import write_experiments
-
-# Settings of where a run computes and what watches it: not found by a search, but typed for it.
-_HERE = (
-    *("runs_dir=", "data_dir=", "keep_model=", "hydra.searchpath=", "trainer.accelerator=", "trainer.devices="),
-    *("meter=", "meter.", "logger=", "logger."),
-)
+from locallearn.records._settings import OF_MEASURING, OF_PLACES, OF_THE_MACHINE, group_of
 
 
 def tune(words: list[str]) -> int:
@@ -31,9 +26,11 @@ def tune(words: list[str]) -> int:
     return _search(words)
 
 
-def _search(words: list[str], helping: bool = False) -> int:
-    """Take part in a search; a process that only helps another one says nothing of what was found."""
-    from locallearn.study.train import Interrupted, attached_task
+def _search(words: list[str], helping: bool = False, deadline: float | None = None) -> int:
+    """Take part in a search; a process that only helps another one says nothing of what was found, and has its deadline."""
+    import time
+
+    from locallearn.study.train import Interrupted, attached_task, weights_behind
     from locallearn.study.tune import PRUNERS, SAMPLERS, History, Options, masked, study_name
     from locallearn.study.tune import tune as search
 
@@ -83,7 +80,10 @@ def _search(words: list[str], helping: bool = False) -> int:
     objectives = objectives_of(
         base.tune.objectives, task.metric, task.maximise, base.tune.workers, bool(base.meter.sources)
     )
-    name = study_name(plan.names["dataset"], plan.names["net"], fixed_words(shared, seeds, base.tune.objectives))
+    joules = any(objective.name.startswith("energy_j") for objective in objectives)
+    weights = None if plan.init_from is None else weights_behind(plan.init_from)
+    told = fixed_words(shared, seeds, base.tune.objectives, joules, weights)
+    name = study_name(plan.names["dataset"], plan.names["net"], told)
     about = {
         "search": name,
         **{key: plan.names[key] for key in ("dataset", "net", "task")},
@@ -94,18 +94,20 @@ def _search(words: list[str], helping: bool = False) -> int:
         "sampler": sampler_name,
         "pruner": pruner_name,
     }
+    if not helping and base.tune.timeout is not None:
+        deadline = time.monotonic() + base.tune.timeout
     options = Options(
         seeds=seeds,
         objectives=objectives,
         sampler=sampler,
         pruner=pruner,
-        timeout_s=base.tune.timeout,
+        deadline=deadline,
         heartbeat_s=base.tune.heartbeat,
         by=None if base.tune.worker is None else str(base.tune.worker),
         history=History(runs_dir / "tune" / name, about),
     )
     try:
-        with _helpers(words, base.tune.workers), nullcontext() if helping else Progress(of="trial") as show:
+        with _helpers(words, base.tune.workers, deadline), nullcontext() if helping else Progress(of="trial") as show:
             found = search(
                 list(arms),
                 make,
@@ -150,8 +152,8 @@ def _unnamed(words: Sequence[str], masked: Any) -> list[str]:
 
 
 @contextmanager
-def _helpers(words: Sequence[str], workers: int) -> Iterator[None]:
-    """Further processes that search along, and end when this one does."""
+def _helpers(words: Sequence[str], workers: int, deadline: float | None = None) -> Iterator[None]:
+    """Further processes that search along, and end when this one does: at its deadline, by the clock of the machine."""
     import multiprocessing
     import os
 
@@ -169,7 +171,9 @@ def _helpers(words: Sequence[str], workers: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
     own = [word for word in words if not word.startswith("tune.workers=")]
     processes = [
-        context.Process(target=_help, args=(own, share, visible.split(",")[place % boards] if boards > 1 else None))
+        context.Process(
+            target=_help, args=(own, share, visible.split(",")[place % boards] if boards > 1 else None, deadline)
+        )
         for place in range(1, workers)
     ]
     torch.set_num_threads(share)
@@ -190,7 +194,7 @@ def _helpers(words: Sequence[str], workers: int) -> Iterator[None]:
                 process.join()
 
 
-def _help(words: list[str], threads: int, board: str | None) -> None:
+def _help(words: list[str], threads: int, board: str | None, deadline: float | None) -> None:
     """A process of ``tune.workers``, on a board of its own where there are several."""
     import os
 
@@ -200,7 +204,7 @@ def _help(words: list[str], threads: int, board: str | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = board
     torch.set_num_threads(threads)
     try:
-        sys.exit(_search(words, helping=True))
+        sys.exit(_search(words, helping=True, deadline=deadline))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -266,7 +270,7 @@ def _recommend(
                 f"e.g. {best.failures[0]}{advice}",
                 file=sys.stderr,
             )
-    here = [word for word in own if word.startswith(_HERE)]
+    here = [word for word in own if _said_here(word)]
     for best in good:
         print(command_line("train", [f"experiment={files[best.algorithm][0]}", *here]))
     if good:
@@ -277,6 +281,12 @@ def _recommend(
         ]
         print(command_line("compare", [f"experiment={files[good[-1].algorithm][0]}", *here, *compared]))
     return 0 if len(good) == len(found) else 1
+
+
+def _said_here(word: str) -> bool:
+    """Whether a word says where a run computes, goes to or is watched: not found by a search, but typed for it."""
+    bare = word.lstrip("+~")
+    return group_of(word) in (*OF_PLACES, *OF_MEASURING) or bare.startswith(("hydra.searchpath=", *OF_THE_MACHINE))
 
 
 def _table(found: Sequence[Any], seeds: Sequence[int], spaces: Mapping[str, Mapping[str, Any]]) -> None:

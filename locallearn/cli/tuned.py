@@ -9,12 +9,10 @@ from typing import Any
 from locallearn.cli.arms import Arm
 from locallearn.cli.settings import compose_settings
 from locallearn.cli.spaces import written
+from locallearn.records._settings import ENDS, OF_THE_MACHINE, makes_the_run, without
 
 # Groups in the order in which one decides on the next: a data set of graphs chooses its task and network.
 _GROUPS = ("algorithm", "dataset", "task", "net", "optimizer", "schedule", "trainer")
-_SETTINGS = (*_GROUPS, "scheduler", "scheduler_interval")
-# Where a run computes is not what was found.
-_OF_THE_MACHINE = {"trainer": ("accelerator", "devices")}
 
 
 def write_experiments(
@@ -65,7 +63,7 @@ def _experiment(words: Sequence[str]) -> dict[str, Any]:
         if compose_settings([*places, *groups])[1][group] != choices[group]:
             groups.append(f"{group}={choices[group]}")
     changed, _ = _differences(_plain(compose_settings([*places, *groups])[0]), _plain(cfg))
-    modes = {key: cfg.compare[key] for key in ("mode", "target") if cfg.compare[key] not in ("own", None)}
+    modes = {key: cfg.compare[key] for key in ENDS if cfg.compare[key] not in ("own", None)}
     return {
         **(
             {"defaults": [{f"override /{key}": name} for key, _, name in (g.partition("=") for g in groups)]}
@@ -94,12 +92,8 @@ def _plain(cfg: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     settings: Any = OmegaConf.to_container(cfg, resolve=False)
-    return {
-        key: {name: value for name, value in settings[key].items() if name not in _OF_THE_MACHINE.get(key, ())}
-        if isinstance(settings[key], dict)
-        else settings[key]
-        for key in _SETTINGS
-    }
+    # Where a run computes is not what was found, and which seeds were tuned on stands beside it.
+    return {key: without(value, key, OF_THE_MACHINE) for key, value in makes_the_run(settings).items() if key != "seed"}
 
 
 def _differences(
@@ -149,18 +143,19 @@ def _heading(history: Mapping[str, Any], best: Any, point: Any) -> list[str]:
     study = next(entry for entry in history["studies"] if entry["algorithm"] == best.algorithm)
     objectives = [objective["name"] for objective in history["objectives"]]
     reached = ", ".join(f"{name} {value:.6g}" for name, value in zip(objectives, point.values, strict=True))
-    times = sorted(time for trial in study["trials"] for time in (trial["started"], trial["ended"]) if time)
+    trials = [trial for trial in study["trials"] if trial["counts"]]
+    times = sorted(time for trial in trials for time in (trial["started"], trial["ended"]) if time)
     counts = ((best.pruned, "pruned"), (len(best.failures), "failed or diverged"))
     bad = ", ".join(f"{number} {what}" for number, what in counts if number)
     source = history["source"]
     commit = (source["commit"] or "unknown (installed from a package)") + (" with changes" if source["dirty"] else "")
-    workers = ", ".join(sorted({trial["worker"] for trial in study["trials"]} - {None}))
+    workers = ", ".join(sorted({trial["worker"] for trial in trials} - {None}))
     chosen = "on the Pareto set " if len(objectives) > 1 else ""
     return [
-        f"{best.algorithm} on {history['dataset']}, network {history['net']}: trial {point.number} of {best.trials} of "
-        f"locallearn tune{f' ({bad})' if bad else ''}, {chosen}by validation: {reached}; "
+        f"{best.algorithm} on {history['dataset']}, network {history['net']}: trial {point.number} (Optuna's number, "
+        f"from 0) among {best.trials} of locallearn tune{f' ({bad})' if bad else ''}, {chosen}by validation: {reached}; "
         f"seeds tuned on: {', '.join(map(str, history['seeds']))}.",
-        f"{study['seconds']:.0f} s of trials, from {times[0]} to {times[-1]}{f', by {workers}' if workers else ''}; sampler "
+        f"{best.seconds:.0f} s of trials, from {times[0]} to {times[-1]}{f', by {workers}' if workers else ''}; sampler "
         f"{history['sampler']}, pruner {history['pruner']}; locallearn {__version__}, commit {commit}.",
         f"Searched: {'; '.join(f'{key} {_spoken(part)}' for key, part in study['space'].items())}.",
         f"Study {study['study']} in {history['storage']}; every trial is in tune.json beside this file. "

@@ -62,6 +62,7 @@ TEMPLATE: Final[Mapping[str, Any]] = {
     "source": {},
     "started": None,
     "finished": None,
+    "beginning": None,
     "resumed_from": None,
     "parts": [],
     "notes": [],

@@ -82,6 +82,23 @@ class Record:
         """A top-level entry that should be a mapping; empty where it is missing or something else."""
         return _mapping(self.data.get(key))
 
+    @property
+    def begins_with(self) -> str | None:
+        """What tells the weights that training began with from others: their digest; ``None`` where they were drawn.
+
+        An older record has the name alone, which may have come to stand for other weights: it is no digest's like.
+        """
+        known = self.part("beginning").get("weights")
+        named = self.part("config").get("init_from")
+        return known if isinstance(known, str) and known else None if named is None else f"unknown weights of {named}"
+
+    @property
+    def begins_with_in_words(self) -> str:
+        """The same for a reader: the run that the weights are from, where it is known, and the beginning of their digest."""
+        run, known = self.part("beginning").get("run"), self.begins_with or "null"
+        short = known if " " in known else known[:8]
+        return f"{run} ({short})" if isinstance(run, str) and run else short
+
     def energy(self) -> list[Mapping[str, Any]]:
         """The energy windows: mappings with ``source``, ``quality``, ``joules``, ``reason``, ``net_joules``..."""
         entries = self.data.get("energy")
@@ -340,7 +357,7 @@ def _doubts(record: Record) -> list[str]:
     ):
         if not isinstance(data.get(key), (str, NoneType)):
             found.append((key, data[key], "text"))
-    for key in ("metric", "target"):
+    for key in ("metric", "target", "beginning"):
         if not isinstance(data.get(key), (dict, NoneType)):
             found.append((key, data[key], "an object"))
     cost = record.part("cost")

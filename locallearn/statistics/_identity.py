@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from locallearn.records import Record
+from locallearn.records._settings import OF_COMMANDS, OF_MEASURING, OF_PLACES, PLACES_WITHIN
 
 # Settings that may differ between runs of one group without making them different experiments: places, what is measured
 # beside training, and those of other commands (a target is part of the group itself).
 _FREE_SETTINGS = frozenset(
     {
-        *("data_dir", "dataset.data_dir", "runs_dir", "resume"),
-        *("meter", "logger", "trainer.probe_samples", "trainer.checkpoint_s"),
-        *("compare", "tune", "report", "bench", "predict", "analyze", "distill", "replay", "keep_model", "hydra"),
+        *(*OF_PLACES, *PLACES_WITHIN, *OF_MEASURING, *OF_COMMANDS, "hydra"),
+        *("trainer.probe_samples", "trainer.checkpoint_s"),
     }
 )
 # Settings that came later, and what older records had in their place.
@@ -41,7 +41,16 @@ _MACHINE = ("cpu", "machine", "usable_cores", "threads", "workers", "gpus")
 
 def settings(record: Record) -> dict[str, str]:
     """The settings of a run that make it the experiment it is, by dotted name."""
-    return dict(_leaves(record.part("config")))
+    found = dict(_leaves(record.part("config")))
+    weights = record.begins_with
+    if weights is not None:  # whatever they are called
+        found["init_from"] = weights
+    return found
+
+
+def in_words(record: Record, flat: Mapping[str, str]) -> dict[str, str]:
+    """The same settings for readers: weights that training began with are named by the run that they are from."""
+    return {**flat, **({"init_from": record.begins_with_in_words} if "init_from" in flat else {})}
 
 
 def differing(flats: Sequence[Mapping[str, str]]) -> list[str]:
@@ -65,7 +74,8 @@ def apart(group: Sequence[Record]) -> dict[str, list[Record]]:
             told.append(name)
     parts: dict[str, list[Record]] = {}
     for flat, record in zip(flats, group, strict=True):
-        label = ", ".join(_setting(name, flat[name]) for name in told if name in flat)
+        words = in_words(record, flat)
+        label = ", ".join(_setting(name, words[name]) for name in told if name in flat)
         parts.setdefault(label, []).append(record)
     return parts
 

@@ -16,6 +16,7 @@ from locallearn.statistics._identity import (
     circumstances,
     differing,
     distance,
+    in_words,
     machines,
     settings,
     spoken,
@@ -178,7 +179,7 @@ def _reference(group: _Group, groups: Sequence[_Group], baseline: str) -> tuple[
         notes.append(f"Its baseline is {baseline} with {chosen.apart or 'its other settings'}.")
     names = beside_the_rule(group.newest, chosen.newest)
     if names:
-        mine, theirs = settings(group.newest), settings(chosen.newest)
+        mine, theirs = (in_words(record, settings(record)) for record in (group.newest, chosen.newest))
         told = [f"{name} ({spoken(mine.get(name))} against {spoken(theirs.get(name))})" for name in names]
         notes.append(f"Beside the rule it differs from its baseline in {_listed(told)}.")
     notes += _against(group.done, chosen.done)

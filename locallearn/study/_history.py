@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,14 @@ COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 """States of trials that are part of the budget."""
 
 
+def counted(study: optuna.Study, most: int) -> list[FrozenTrial]:
+    """The trials that count, oldest first: those that have ended, up to so many.
+
+    Whatever is told of a search (its best trial, its table, its experiments, its file) is told of these.
+    """
+    return study.get_trials(deepcopy=False, states=COUNTED)[:most]
+
+
 @dataclass(frozen=True)
 class History:
     """Where a search is written down, and what is said of it beside its trials.
@@ -46,6 +55,7 @@ class History:
         objectives: Sequence[Objective],
         best: Mapping[str, Sequence[int]],
         trials: int,
+        most: int,
     ) -> None:
         """Write the search as it stands; a reader never sees half of it.
 
@@ -55,9 +65,10 @@ class History:
             objectives: of all.
             best: numbers of the best trials of every algorithm.
             trials: the budget of each.
+            most: trials of each that count (:func:`counted`): the budget, or where time was up as many as all have had.
         """
         told = [
-            _study(algorithm, study, spaces[algorithm], objectives, best[algorithm], trials)
+            _study(algorithm, study, spaces[algorithm], objectives, best[algorithm], most)
             for algorithm, study in studies.items()
         ]
         started = [trial["started"] for entry in told for trial in entry["trials"] if trial["started"] is not None]
@@ -78,8 +89,13 @@ class History:
 
 
 def experiment_name(algorithm: str, number: int | None = None) -> str:
-    """Name of the file with an algorithm's best settings; with ``number`` that of one trial among several best ones."""
+    """Name of the file with an algorithm's best settings; with ``number`` that of one trial among several best ones.
+
+    Signs that are awkward in a file's name are left out, and then a digest of all of them tells it from others.
+    """
     words = "".join(sign if sign.isalnum() or sign in "_." else " " for sign in algorithm).split()
+    if words != [algorithm]:
+        words.append(hashlib.sha256(algorithm.encode()).hexdigest()[:8])
     return "-".join([*words, *([] if number is None else [str(number)])]) + ".yaml"
 
 
@@ -89,13 +105,12 @@ def _study(
     space: Space,
     objectives: Sequence[Objective],
     best: Sequence[int],
-    budget: int,
+    most: int,
 ) -> dict[str, Any]:
     trials = [_trial(trial) for trial in study.get_trials(deepcopy=False) if trial.state is not TrialState.WAITING]
-    counted = 0
+    counting = {trial.number for trial in counted(study, most)}
     for trial in trials:
-        trial["counts"] = trial["state"] != "RUNNING" and counted < budget
-        counted += trial["counts"]
+        trial["counts"] = trial["number"] in counting
     shares = {
         objective.name: importances(study, place if len(objectives) > 1 else None)
         for place, objective in enumerate(objectives)

@@ -46,11 +46,6 @@ class Objective:
         """As Optuna says it."""
         return "maximize" if self.maximise else "minimize"
 
-    @property
-    def worst(self) -> float:
-        """What a trial that diverged counts with."""
-        return 0.0 if self.maximise else math.inf
-
     def read(self, record: Record) -> float:
         """The figure of one run.
 

@@ -84,6 +84,7 @@ class Plan:
         init_from: folder of a finished run, or its ``model.pt``, whose network's weights this one begins with; a readout of
             other shape stays as it is drawn.
         progress: told ``(epoch, epochs, metrics)`` after every epoch.
+        say: told in a sentence what was decided for the run that its settings do not say.
         workers: processes that train at once on this machine, of which this is one; for the record.
     """
 
@@ -121,4 +122,5 @@ class Plan:
     resume: Path | None = None
     init_from: Path | None = None
     progress: Callable[[int, int, dict[str, float]], None] | None = None
+    say: Callable[[str], None] | None = None
     workers: int = 1

@@ -19,11 +19,12 @@ from locallearn.precision import multiplying
 from locallearn.records import Record, RunFolder, hardware, load_record, source, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask
 from locallearn.strategies.making import make_optimizers, make_schedulers
-from locallearn.study._beginning import begin_with, read_tensors
+from locallearn.study._beginning import Beginning, begin_with, weights_behind
 from locallearn.study._callbacks import _Keeper, _Probes, _Recorder
 from locallearn.study._costs import _Costs
 from locallearn.study._rehearsal import make_trainer, precision_of, quiet, rehearse
 from locallearn.study._signals import stoppable, terminations
+from locallearn.study._tensors import read_tensors
 from locallearn.study._trajectory import trajectory_of
 from locallearn.study.plan import CHECKPOINT, MODEL, SAMPLES, Interrupted, Plan
 from locallearn.tasks._checks import check_batch_sizes
@@ -40,6 +41,7 @@ __all__ = [
     "quiet",
     "read_tensors",
     "run",
+    "weights_behind",
 ]
 
 _QUICK = 100_000
@@ -74,25 +76,35 @@ def _run(plan: Plan) -> Path:
     kept = trajectory_of(plan, recorder)
     keeper = _Keeper(plan, recorder)
     monitor.wait = keeper.wait
-    task, trainer = _prepared(plan, [costs, probes, energy, *kept, recorder, plan.schedule, keeper])
+    task, trainer, begun = _prepared(plan, [costs, probes, energy, *kept, recorder, plan.schedule, keeper])
     if earlier is not None:
         earlier.check(task)
+        begun = Beginning.from_dict(earlier.record.data.get("beginning"))
+    decided = [] if begun is None or begun.told is None else [begun.told]
     plan.data.prepare_data()
     plan.data.setup("fit")  # missing data is told before a folder is made
     rehearse(plan, task)
-    folder = recorder.folder = RunFolder.create(plan.runs_dir, _start(plan, cast(LocalTask, task), trainer, earlier))
+    folder = recorder.folder = RunFolder.create(
+        plan.runs_dir,
+        {
+            **_start(plan, cast(LocalTask, task), trainer, earlier),
+            "beginning": None if begun is None else begun.to_dict(),
+            "notes": decided,
+        },
+    )
     try:
         if earlier is not None:
             folder.update({"parts": earlier.hand_over(folder)})
         recorder.copies.begin(folder, trainer)
         figures = _train(plan, task, trainer, recorder, earlier)
+        figures["notes"] = [*decided, *figures.get("notes", [])]
         recorder.copies.end(max(0, trainer.current_epoch - 1), trainer.global_step, figures)
         folder.update(figures)
         if plan.keep_model:
             folder.write_with(MODEL, partial(_save_model, task))
         recorder.copies.close("success")
         if recorder.copies.notes:
-            folder.update({"notes": [*figures.get("notes", []), *recorder.copies.notes]})
+            folder.update({"notes": [*figures["notes"], *recorder.copies.notes]})
     except (Interrupted, KeyboardInterrupt) as error:
         recorder.copies.close("aborted")
         _end(folder, "interrupted", str(error) or "stopped by the user or the system", error)
@@ -138,7 +150,7 @@ def check(plan: Plan) -> None:
 
     The plan is used up: its algorithm is attached to a network afterwards.
     """
-    task, _ = _prepared(plan, [])
+    task, *_ = _prepared(plan, [])
     if len(cast(LocalTask, task).info().example.inputs) <= _QUICK:
         plan.data.prepare_data()
         plan.data.setup("fit")
@@ -151,13 +163,21 @@ def attached_task(plan: Plan) -> Any:
     Raises:
         ValueError: the run that the weights are to come from has none that fit.
     """
+    return _attached(plan)[0]
+
+
+def _attached(plan: Plan) -> tuple[Any, Beginning | None]:
+    """The task, and what its network's weights were begun with where that are those of another run."""
     torch.manual_seed(plan.seed)
     net = plan.make_net()
+    begun = None
     if plan.init_from is not None and plan.resume is None:  # a checkpoint has later weights
-        begin_with(net, plan.init_from)
+        begun = begin_with(net, plan.init_from)
+        if begun.told is not None and plan.say is not None:
+            plan.say(begun.told)
     task = plan.make_task(net)
     cast(LocalTask, task).use(plan.algorithm)
-    return task
+    return task, begun
 
 
 def check_last_batch(plan: Plan, task: Any) -> None:
@@ -170,9 +190,9 @@ def check_last_batch(plan: Plan, task: Any) -> None:
         check_batch_sizes(plan.data.batch_sizes(), task.net, plan.algorithm, task.info())
 
 
-def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningModule, pl.Trainer]:
+def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningModule, pl.Trainer, Beginning | None]:
     """Everything that can refuse the settings, built; optimizers too, which the strategy makes anew."""
-    task = attached_task(plan)
+    task, begun = _attached(plan)
     if (
         not {"limit_train_batches", "max_steps"} & plan.trainer.keys()
     ):  # else it may never come, which the rehearsal knows
@@ -188,7 +208,7 @@ def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningMod
     strategy = cast(LocalStrategy, trainer.strategy)
     strategy.check(trainer)
     strategy.execution.check(cast(LocalTask, task).net, cast(LocalTask, task).info().example.inputs)
-    return task, trainer
+    return task, trainer, begun
 
 
 @dataclass(frozen=True)

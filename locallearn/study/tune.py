@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from locallearn.records import Record, load_record
 from locallearn.strategies.local import Diverged
-from locallearn.study._history import COUNTED, HISTORY, History, experiment_name, part_as_json
+from locallearn.study._history import COUNTED, HISTORY, History, counted, experiment_name, part_as_json
 from locallearn.study._objectives import ALIASES, Direction, Objective, front
 from locallearn.study._samplers import PRUNERS, SAMPLERS, MakePruner, MakeSampler, importances, sampler_for
 from locallearn.study._storages import Shared, masked, shared
@@ -71,6 +71,7 @@ class Options:
         sampler: makes the sampler of a trial.
         pruner: makes every study's pruner, which is asked after every validation.
         timeout_s: no round of trials (one for every algorithm) begins after so many seconds; ``None``: no limit.
+        deadline: the same as a moment of :func:`time.monotonic`, for processes of one machine that begin at different times.
         heartbeat_s: seconds between two signs of life of a trial in a database; without three of them it is taken over.
         by: who runs these trials, as it is to stand beside them.
         history: where the search is written down after every trial.
@@ -81,6 +82,7 @@ class Options:
     sampler: MakeSampler = SAMPLERS["tpe"]
     pruner: MakePruner = PRUNERS["none"]
     timeout_s: float | None = None
+    deadline: float | None = None
     heartbeat_s: int = 60
     by: str | None = None
     history: History | None = None
@@ -191,10 +193,9 @@ def tune(
                 for algorithm, own in spaces.items()
             }
         search = _Search(studies, make, spaces, trials, sampler_seed, place, options, show, say)
-        counted = search.run()
-        found = [_best(algorithm, study, counted, options) for algorithm, study in studies.items()]
+        search.run()
         search.write_down()
-        return found
+        return [_best(algorithm, study, search.most, options) for algorithm, study in studies.items()]
 
 
 def study_name(dataset: str, net: str, settings: Sequence[str]) -> str:
@@ -248,7 +249,10 @@ def _study(
 
 @dataclass
 class _Search:
-    """One process's part in a search."""
+    """One process's part in a search.
+
+    ``most`` is how many trials of each algorithm count: the budget, or when time is up as many as one of them has had by then.
+    """
 
     studies: dict[str, optuna.Study]
     make: Make
@@ -260,20 +264,22 @@ class _Search:
     show: Callable[[str, int, int, dict[str, float]], None] | None
     say: Callable[[str], None] | None
 
-    def run(self) -> int:
-        """Run trials until every algorithm has had its number of them, here or in another process; that number."""
-        told, began = False, time.monotonic()
-        limit = self.trials
+    def __post_init__(self) -> None:
+        seconds, moment = self.options.timeout_s, self.options.deadline
+        ends = [math.inf if seconds is None else time.monotonic() + seconds, math.inf if moment is None else moment]
+        self._deadline = min(ends)
+        self.most = self.trials
+
+    def run(self) -> None:
+        """Run trials until every algorithm has had its number of them, here or in another process."""
+        told = False
         while True:
-            late = self.options.timeout_s is not None and time.monotonic() - began > self.options.timeout_s
-            if late and limit == self.trials:
-                limit = self.shared.patiently(self._begun)
-            claimed = self.shared.patiently(partial(self._claim, limit))
+            claimed = self.shared.patiently(self._claim)
             if claimed is not None:
                 self._try(*claimed)
                 continue
-            if all(len(_finished(study)) >= limit for study in self.studies.values()):
-                return limit
+            if all(len(counted(study, self.most)) == self.most for study in self.studies.values()):
+                return
             running = sum(len(self._running(study)) for study in self.studies.values())
             if running:  # else its process has died meanwhile, and it is free
                 if not told and self.say is not None:
@@ -285,37 +291,40 @@ class _Search:
         """Trials of the algorithm that has had the most: when time is up, all others get as many."""
         return max(1, min(self.trials, max(len(_trials(study)) for study in self.studies.values())))
 
-    def _claim(self, limit: int) -> tuple[str, optuna.Study, Trial, int] | None:
+    def _claim(self) -> tuple[str, optuna.Study, Trial] | None:
         """A trial for this process, its settings drawn; ``None`` where all are taken.
 
         The algorithm that has had the fewest comes next. Trials whose process died come when there are no new ones left: if one
         of them is the cause, or whoever kills is quick, all others have been run by then.
         """
         with self.shared.alone():
+            # The clock is asked where nobody else begins a trial: processes of one deadline then come to the same number.
+            if self.most == self.trials and time.monotonic() > self._deadline:
+                self.most = self._begun()
             while True:
                 found = {algorithm: self._census(study) for algorithm, study in self.studies.items()}
                 begun = {algorithm: taken + len(left) for algorithm, (taken, left) in found.items()}
                 stopped = {
                     name: [t for t in left if not t.user_attrs.get("attempts")] for name, (_, left) in found.items()
                 }
-                open_ = [name for name in found if stopped[name] or begun[name] < limit]
+                open_ = [name for name in found if stopped[name] or begun[name] < self.most]
                 if open_:
                     algorithm = min(open_, key=lambda name: begun[name] - len(stopped[name]))
                     again = stopped[algorithm][:1]
                 else:
-                    died = [name for name in found if found[name][1] and found[name][0] < limit]
+                    died = [name for name in found if found[name][1] and found[name][0] < self.most]
                     if not died:
                         return None
                     algorithm = min(died, key=lambda name: found[name][0])
                     again = [min(found[algorithm][1], key=lambda trial: trial.user_attrs["attempts"])]
-                study, taken = self.studies[algorithm], found[algorithm][0]
+                study = self.studies[algorithm]
                 attempts = again[0].user_attrs.get("attempts", 0) if again else 0
                 if attempts >= _ATTEMPTS:
                     _trial(study, again[0]).set_user_attr("error", f"its process died {attempts} times")
                     study.tell(again[0].number, state=TrialState.FAIL)
                     self.write_down()
                     continue
-                return algorithm, study, self._taken(algorithm, study, again, attempts), taken
+                return algorithm, study, self._taken(algorithm, study, again, attempts)
 
     def _taken(self, algorithm: str, study: optuna.Study, again: Sequence[FrozenTrial], attempts: int) -> Trial:
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))  # somebody has put them in line
@@ -355,7 +364,7 @@ class _Search:
         dead = self.shared.left(study, unfinished)
         return [trial for trial in unfinished if trial.number not in dead]
 
-    def _try(self, algorithm: str, study: optuna.Study, trial: Trial, number: int) -> None:
+    def _try(self, algorithm: str, study: optuna.Study, trial: Trial) -> None:
         """Run a trial and tell Optuna."""
         began = time.monotonic()
         told: dict[str, Any] = {}
@@ -380,16 +389,19 @@ class _Search:
         told["seconds"] = time.monotonic() - began
         ours = self.shared.patiently(partial(self._tell, study, trial, state, values, told))
         if not ours and self.say is not None:
-            self.say(f"trial {number + 1} of {algorithm} was taken over by another process meanwhile, and counts there")
+            self.say(
+                f"trial {trial.number} of {algorithm} was taken over by another process meanwhile, and counts there"
+            )
         if state is TrialState.FAIL:
             if self.say is not None:
-                self.say(f"trial {number + 1} of {algorithm} failed, the search goes on: {told['error']}")
+                self.say(f"trial {trial.number} of {algorithm} failed, the search goes on: {told['error']}")
             gc.collect()  # what it held, in particular on the device, must not be the end of the next one, too
             torch.cuda.empty_cache()  # does nothing where CUDA was not used
         elif "reached" in told:
             metrics = {f"validation/{told['metric']}": told["reached"]}
         if self.show is not None:
-            self.show(f"tune {algorithm}", number + 1, self.trials, metrics)
+            ended = self.shared.patiently(partial(counted, study, self.trials))
+            self.show(f"tune {algorithm}", len(ended), self.trials, metrics)
         if judge.stopped is not None:
             raise judge.stopped
 
@@ -417,10 +429,10 @@ class _Search:
         history = self.options.history
         if history is not None:
             best = {
-                algorithm: [point.number for point in _points(study, _finished(study)[: self.trials], self.options)]
+                algorithm: [point.number for point in _points(study, counted(study, self.most), self.options)]
                 for algorithm, study in self.studies.items()
             }
-            history.write(self.studies, self.spaces, self.options.objectives, best, self.trials)
+            history.write(self.studies, self.spaces, self.options.objectives, best, self.trials, self.most)
 
 
 @dataclass
@@ -534,11 +546,6 @@ class _Judge:
         return self.trial.should_prune()
 
 
-def _finished(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that count, oldest first."""
-    return study.get_trials(deepcopy=False, states=COUNTED)
-
-
 def _trials(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that count or may come to count, oldest first."""
     return study.get_trials(deepcopy=False, states=(*COUNTED, TrialState.RUNNING))
@@ -564,9 +571,9 @@ def _draw(trial: Trial, key: str, part: Range | Choices) -> None:
         trial.suggest_float(key, of.low, of.high, step=of.step, log=of.log)
 
 
-def _points(study: optuna.Study, counted: Sequence[FrozenTrial], options: Options) -> list[Point]:
+def _points(study: optuna.Study, counting: Sequence[FrozenTrial], options: Options) -> list[Point]:
     """The best of the trials that count: one, or of several objectives those that no other one beats, each once."""
-    good = [trial for trial in counted if trial.state is TrialState.COMPLETE and "error" not in trial.user_attrs]
+    good = [trial for trial in counting if trial.state is TrialState.COMPLETE and "error" not in trial.user_attrs]
     if len(options.objectives) > 1:
         places = front([trial.values for trial in good], options.objectives)
         sign = 1 if options.objectives[0].maximise else -1
@@ -580,25 +587,25 @@ def _points(study: optuna.Study, counted: Sequence[FrozenTrial], options: Option
     ]
 
 
-def _best(algorithm: str, study: optuna.Study, trials: int, options: Options) -> Best:
-    counted = _finished(study)[:trials]
+def _best(algorithm: str, study: optuna.Study, most: int, options: Options) -> Best:
+    counting = counted(study, most)
     failures = tuple(
-        f"trial {place}: {trial.user_attrs.get('error', 'it failed')}"
-        for place, trial in enumerate(counted, 1)
+        f"trial {trial.number}: {trial.user_attrs.get('error', 'it failed')}"
+        for trial in counting
         if trial.state is TrialState.FAIL or "error" in trial.user_attrs
     )
-    points = _points(study, counted, options)
+    points = _points(study, counting, options)
     several = len(options.objectives) > 1
     return Best(
         algorithm,
         points[0].settings if points else [],
-        next((t.user_attrs["metric"] for t in counted if "metric" in t.user_attrs), None),
+        next((t.user_attrs["metric"] for t in counting if "metric" in t.user_attrs), None),
         points[0].values[0] if points else None,
-        len(counted),
+        len(counting),
         failures,
         points=tuple(points),
-        pruned=sum(trial.state is TrialState.PRUNED for trial in counted),
-        seconds=math.fsum(trial.user_attrs.get("seconds", 0.0) for trial in counted),
+        pruned=sum(trial.state is TrialState.PRUNED for trial in counting),
+        seconds=math.fsum(trial.user_attrs.get("seconds", 0.0) for trial in counting),
         study=study.study_name,
         importances={
             objective.name: importances(study, place if several else None)

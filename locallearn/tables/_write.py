@@ -12,7 +12,7 @@ from typing import Any
 
 from locallearn.records import write_file
 from locallearn.tables._latex import latex
-from locallearn.tables._table import Table, plain
+from locallearn.tables._table import Line, Table, plain
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would work out instead of showing
 
@@ -80,25 +80,27 @@ def write(table: Table, path: Path) -> Path:
 
 
 def _records(table: Table) -> list[dict[str, Any]]:
-    """One mapping per line, by the columns' keys, with its notes, and its group where any line has one."""
+    """One mapping per line, by :func:`_keys`."""
+    keys = _keys(table)
+    return [{key: value for key, value in _values(table, line).items() if key in keys} for line in table.lines]
+
+
+def _keys(table: Table) -> list[str]:
+    """What a program is told of every line: its group, where any line has one, the columns' cells, its notes."""
     grouped = any(line.group for line in table.lines)
-    return [
-        {
-            **({"group": line.group} if grouped else {}),
-            **{column.key: cell.known for column, cell in zip(table.columns, line, strict=True)},
-            "notes": list(line.notes),
-        }
-        for line in table.lines
-    ]
+    return [*(["group"] if grouped else []), *(column.key for column in table.columns), "notes"]
+
+
+def _values(table: Table, line: Line) -> dict[str, Any]:
+    cells = {column.key: cell.known for column, cell in zip(table.columns, line, strict=True)}
+    return {"group": line.group, **cells, "notes": list(line.notes)}
 
 
 def _csv(table: Table) -> str:
-    records = _records(table)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    head = records[0] if records else [*(column.key for column in table.columns), "notes"]
-    writer.writerow([_defused(name) for name in head])
-    for record in records:
+    writer.writerow([_defused(name) for name in _keys(table)])
+    for record in _records(table):
         writer.writerow([_field(value) for value in record.values()])
     return file.getvalue()
 

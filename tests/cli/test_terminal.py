@@ -106,7 +106,7 @@ def test_a_log_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
         show("tune pepita", 1, 3, {})  # it failed
         show("tune ridge", 1, 3, {"validation/loss": 2.0})
     assert capsys.readouterr().err.splitlines() == [
-        "tune backprop: trial 1 of at most 3, validation 0.5000",
-        "tune pepita: trial 1 of at most 3",
-        "tune ridge: trial 1 of at most 3, validation 2.0000",
+        "tune backprop: 1 of 3 trials, validation 0.5000",
+        "tune pepita: 1 of 3 trials",
+        "tune ridge: 1 of 3 trials, validation 2.0000",
     ]

@@ -247,9 +247,9 @@ def test_a_failing_trial_counts_and_the_search_goes_on(runs: FakeRuns, tmp_path:
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "FAIL", "COMPLETE"]
     assert best == Best("a", made[3], "accuracy", pytest.approx(0.3), 4, best.failures)
     sentences = ["UsageError: net.hidden is odd", "OutOfMemoryError: tried to allocate 40 GiB"]
-    assert list(best.failures) == [f"trial {n}: {text}" for n, text in zip((1, 3), sentences, strict=True)]
+    assert list(best.failures) == [f"trial {n}: {text}" for n, text in zip((0, 2), sentences, strict=True)]
     assert said == [
-        f"trial {n} of a failed, the search goes on: {text}" for n, text in zip((1, 3), sentences, strict=True)
+        f"trial {n} of a failed, the search goes on: {text}" for n, text in zip((0, 2), sentences, strict=True)
     ]
     assert len({line for (line,) in made}) == 4
     assert _tune(runs, tmp_path, 4, ["a"]) == [best]
@@ -275,7 +275,7 @@ def test_where_nothing_came_to_an_end_nothing_is_recommended(how: str, runs: Fak
         "failed": "MemoryError: no message",
     }
     metric = None if how == "failed" else "accuracy"
-    assert bad == Best("a", [], metric, None, 2, tuple(f"trial {n}: {said[how]}" for n in (1, 2)))
+    assert bad == Best("a", [], metric, None, 2, tuple(f"trial {n}: {said[how]}" for n in (0, 1)))
     assert (good.value, good.failures) == (0.5, ())
 
 
@@ -385,7 +385,7 @@ def test_a_killed_trial_is_neither_lost_nor_counted_twice(runs: FakeRuns, tmp_pa
 
 
 @forks
-def test_a_trial_that_kills_its_process_is_given_up_in_theended(runs: FakeRuns, tmp_path: Path) -> None:
+def test_a_trial_that_kills_its_process_is_given_up_in_the_end(runs: FakeRuns, tmp_path: Path) -> None:
     """As the system does when the machine's memory is out; it must not be the end of every search to come."""
 
     def fatal(algorithm: str, settings: dict[str, float]) -> float:
@@ -396,7 +396,7 @@ def test_a_trial_that_kills_its_process_is_given_up_in_theended(runs: FakeRuns, 
     assert [ended(_worker(runs, tmp_path, 1, fatal)) for _ in range(4)] == [-signal.SIGKILL] * 3 + [0]
     good, bad = _tune(runs, tmp_path / "search", 1)
     assert (good.value, bad.value) == (0.5, None)
-    assert bad.failures == ("trial 1: its process died 3 times",)
+    assert bad.failures == ("trial 0: its process died 3 times",)
     assert [path.name for path in (tmp_path / "search").iterdir()] == ["tune.sqlite"]  # nor are the dead remembered
 
 

@@ -198,6 +198,28 @@ def test_when_time_is_up_all_have_had_equally_many(
     assert _read(tmp_path)["finished"]
 
 
+def test_what_others_add_when_time_is_up_counts_nowhere(
+    runs: FakeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Table, best trial and file are of the same trials, though another process goes on with the search."""
+    monkeypatch.setattr(time, "monotonic", lambda: 10.0)
+
+    def answer(algorithm: str, settings: dict[str, float]) -> float:
+        if algorithm == "b":
+            other = _study(tmp_path)
+            trial = other.ask()
+            trial.suggest_float("optimizer.lr", 1e-4, 1e-1, log=True)
+            trial.set_user_attr("reached", 0.9)
+            other.tell(trial, 0.9)
+        return 0.5
+
+    runs.answer = answer
+    found = _search(runs, tmp_path, 9, deadline=5.0)
+    assert [(best.trials, best.value) for best in found] == [(1, 0.5)] * 2
+    told = _read(tmp_path)["studies"][0]
+    assert ([trial["counts"] for trial in told["trials"]], told["best"]) == ([True, False], [0])
+
+
 # -- several objectives -------------------------------------------------------------------------------------------------
 
 COSTS = [ACCURACY, Objective("train_flops", maximise=False)]
