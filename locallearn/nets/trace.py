@@ -102,8 +102,8 @@ class Tracer(fx.Tracer):
         self._values: dict[fx.Node, Any] = {}
         self._inputs: Mapping[str, Any] = {}
         self._net = nn.Module()
-        self.ends: dict[str, fx.Node] = {}
-        """What opened modules gave, by path."""
+        self.ends: dict[str, tuple[fx.Node, ...]] = {}
+        """What modules gave, by path; of a tuple, list or dict what is in it."""
         self.counts: dict[str, int] = {}
         """How often modules ran, by path."""
 
@@ -271,8 +271,7 @@ class Tracer(fx.Tracer):
         self.counts[path] = self.counts.get(path, 0) + 1
         try:
             result = super().call_module(m, forward, args, kwargs)
-            if isinstance(result, fx.Proxy):
-                self.ends[path] = result.node
+            self.ends[path] = tuple(given.node for given in _parts(result) if isinstance(given, fx.Proxy))
             return result
         except Exception:
             if self._failed is None:
@@ -360,6 +359,13 @@ def _buffers_written_into() -> Iterator[None]:
 
     with mock.patch.object(nn.Module, "__setattr__", put):
         yield
+
+
+def _parts(result: Any) -> list[Any]:
+    """What a module gave, in the order in which a named cut looks for the tensor that counts."""
+    if isinstance(result, Mapping):
+        return [result[key] for key in sorted(result, key=str)]
+    return list(result) if isinstance(result, tuple | list) else [result]
 
 
 def _symbolic(value: Any) -> bool:
