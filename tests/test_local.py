@@ -304,7 +304,8 @@ def test_what_is_given_wrongly_is_told(change: dict[str, Any], message: str) -> 
 
 def test_one_sample_is_no_example_for_a_normalisation_and_a_key_may_be_missing() -> None:
     with pytest.raises(
-        ValueError, match=r"in training mode: Expected more than 1 value .*; give an example of several"
+        ValueError,
+        match=r"training mode: Expected more than 1 value .*; give an example .*, because 'layer4.0.bn1' normalises",
     ):
         ll.localize(_resnet(), ll.MonoForward(), cuts=["layer1"], example=X[:1])
 

@@ -148,6 +148,12 @@ class Tracer(fx.Tracer):
         before, self._concrete = self._concrete, True
         mode = "training" if self._net.training else "evaluation"
         values = {name: v.clone() if isinstance(v, Tensor) else v for name, v in self._inputs.items()}
+        entered = [""]
+
+        def enter(name: str, module: nn.Module, args: Any) -> None:
+            entered[0] = name
+
+        hooks = [m.register_forward_pre_hook(partial(enter, name)) for name, m in self._net.named_modules() if name]
         try:
             with torch.no_grad(), preserved(self._net):
                 self._call(self._net, values)
@@ -155,11 +161,14 @@ class Tracer(fx.Tracer):
             raise
         except Exception as error:
             few = "more than 1 value per channel" in str(error)
-            more = "; give an example of several samples" if few else ""
+            where = f", because {entered[0]!r} normalises over the batch" if entered[0] else ""
+            more = f"; give an example of several samples{where}" if few else ""
             raise ValueError(
                 f"{type(self._net).__name__} cannot run the example in {mode} mode: {_first_line(error)}{more}"
             ) from error
         finally:
+            for hook in hooks:
+                hook.remove()
             self._concrete = before
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
