@@ -304,7 +304,8 @@ def test_what_is_given_wrongly_is_told(change: dict[str, Any], message: str) -> 
 
 def test_one_sample_is_no_example_for_a_normalisation_and_a_key_may_be_missing() -> None:
     with pytest.raises(
-        ValueError, match=r"in training mode: Expected more than 1 value .*; give an example of several"
+        ValueError,
+        match=r"training mode: Expected more than 1 value .*; give an example .*, because 'layer4.0.bn1' normalises",
     ):
         ll.localize(_resnet(), ll.MonoForward(), cuts=["layer1"], example=X[:1])
 
@@ -666,6 +667,215 @@ def test_which_of_several_named_outputs_is_taken_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not ll.localize(_Gives(), ll.MonoForward(), cuts=1, example=torch.randn(4, 5), output="scores").unused
+
+
+class _Pick(nn.Module):
+    """Of a module's tuple the first tensor, so that nothing hands over a tuple."""
+
+    def __init__(self, kind: Any, *args: int) -> None:
+        super().__init__()
+        self.inner = kind(*args, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = (x,) * (3 if isinstance(self.inner, nn.MultiheadAttention) else 1)
+        return self.inner(*inputs)[0]
+
+
+class _Own(nn.Module):
+    """A module of somebody's own that gives a state beside its output."""
+
+    def __init__(self, before: int, width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(before, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.tanh(self.map(x))
+        return y, y.mean(1)
+
+
+class _Sequence(nn.Module):
+    """Two modules that give tuples, or the same two that do not."""
+
+    def __init__(self, kind: Any, plain: bool) -> None:
+        super().__init__()
+        if kind is _Own:
+            self.l1, self.l2 = _Own(8, 8), _Own(8, 8)
+        else:
+            args = (8, 2) if kind is nn.MultiheadAttention else (8, 8)
+            self.l1, self.l2 = (_Pick(kind, *args) if plain else kind(*args, batch_first=True) for _ in range(2))
+        self.first, self.out, self.plain = nn.Linear(6, 8), nn.Linear(8, 3), plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for module in (self.l1, self.l2):
+            inputs = (x,) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
+            x = module(*inputs) if self.plain else module(*inputs)[0]
+        return self.out(x[:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.MultiheadAttention, _Own])
+def test_every_place_behind_a_tuple_is_offered_and_taken(kind: Any) -> None:
+    x = torch.randn(6, 5, 6)
+    offered = [row.name for row in ll.show(_Sequence(kind, False), x).rows]
+    assert offered == ["first", "l1", ""]  # behind l2 comes the readout alone, which is no block
+    if kind is not _Own:
+        assert offered == [row.name for row in ll.show(_Sequence(kind, True), x).rows]
+    for cuts in (["l1"], ["first", "l1"], ["l1", "l2"], 3):
+        local = ll.localize(_Sequence(kind, False), ll.MonoForward(), cuts, example=x)
+        assert list(local.blocks.readout.state_dict()) == ["out.weight", "out.bias"]  # type: ignore[union-attr]
+    ll.localize(_Sequence(kind, False), ll.algorithms.Ridge(), ["l1"], example=x)  # finds the linear layer at the end
+
+
+class _LastState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cells, self.out = nn.Linear(6, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cells(self.first(x))[1][0][-1])
+
+
+def test_no_border_lies_where_the_samples_are_not_the_first_dimension() -> None:
+    x = torch.randn(6, 5, 6)
+    assert [row.shape for row in ll.show(_LastState(), x).rows] == [(6, 5, 8), (6, 3)]
+    local = ll.localize(_LastState(), ll.MonoForward(), 2, example=x)
+    assert local.step(x, torch.arange(6) % 3).keys() == {"first", "cells"}
+
+
+class _Pair(nn.Module):
+    """A tuple of features and scores, which of both comes from where."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.kind = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3), kind
+
+    def forward(self, x: Tensor) -> Any:
+        early = self.a(x).relu()
+        late = self.b(early).relu()
+        scores = self.c(late)
+        kinds = {"late": (late, scores), "early": (early, scores), "state": (scores, (early, late))}
+        return (kinds | {"hidden": (late, [early, scores])})[self.kind]
+
+
+def test_a_tuple_of_which_the_first_tensor_is_taken_is_told_as_names_are() -> None:
+    x = torch.randn(4, 5)
+    told = (
+        r"^_Pair gives a tuple with {} tensors, of which the first .*, and nothing trains 'c.weight' and 1 more, on which it "
+        r"does not depend: say which one is with output=$"
+    )
+    for kind, count in (("late", 2), ("hidden", 3)):
+        with pytest.warns(UserWarning, match=told.format(count)):
+            assert ll.localize(_Pair(kind), ll.MonoForward(), cuts=["a"], example=x).unused == ("c.weight", "c.bias")
+    with pytest.raises(
+        ValueError, match=r"'a' holds the last layer on the way .*\(_Pair gives a tuple .* with output=\)$"
+    ):
+        ll.localize(_Pair("early"), ll.MonoForward(), cuts=["a"], example=x)
+    with pytest.raises(ValueError, match=r"'c', which does not run on the way to the output.*with output=\)$"):
+        ll.localize(_Pair("early"), ll.MonoForward(), cuts=["c"], example=x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not ll.localize(_Pair("late"), ll.MonoForward(), cuts=["a"], example=x, output=1).unused
+        assert not ll.localize(
+            _Pair("state"), ll.MonoForward(), cuts=["a"], example=x
+        ).unused  # a state beside the scores
+
+
+class _Tokens(nn.Module):
+    """Scores for every token, classes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.out = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.mix(self.embed(ids))))
+
+
+def _of_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.transpose(1, 2), targets, ignore_index=-100)
+
+
+def test_a_target_per_token_goes_through_the_users_own_loss() -> None:
+    ids, targets = torch.arange(40).view(8, 5) % 9, torch.arange(40).view(8, 5) % 7
+    for classes in (None, True, False):
+        torch.manual_seed(0)
+        net = _Tokens()
+        twin = copy.deepcopy(net)
+        local = ll.localize(
+            net, ll.Backprop(), ["embed"], example=ids, targets=targets, loss=_of_tokens, classes=classes, optimizer=SGD
+        )
+        assert local.task.outputs == (5 if classes is False else 7)
+        optimizer = SGD(twin.parameters())
+        some = torch.where(targets == 3, -100, targets)
+        _of_tokens(twin(ids), some).backward()
+        optimizer.step()
+        local.step(ids, some)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+    for rule in (ll.algorithms.ZerothOrder(), ll.algorithms.ForwardGradient()):
+        net = _Tokens()
+        before = net.out.weight.detach().clone()
+        ll.localize(net, rule, ["embed"], example=ids, targets=targets, loss=_of_tokens, optimizer=SGD).step(
+            ids, targets
+        )
+        assert not torch.equal(before, net.out.weight)
+
+
+def test_targets_that_were_made_up_are_said_to_be() -> None:
+    ids, targets = torch.arange(40).view(8, 5) % 9, torch.arange(40).view(8, 5) % 7
+    for given, message in (
+        (
+            {"loss": _of_tokens},
+            r"^loss= fails on outputs of shape \(N, 5, 7\) and targets .* made up .*: give .* as targets=",
+        ),
+        (
+            {"targets": targets},
+            r"^targets have shape \(N, 5\), and class ids .* have shape \(N, 7\): .*classes in dimension 1;",
+        ),
+        ({"targets": targets[:3], "loss": _of_tokens}, r"^the example has 8 samples, and targets have shape \(3, 5\)"),
+        ({"targets": [1], "loss": _of_tokens}, r"^targets are a list, expected a tensor"),
+        (
+            {"targets": targets, "loss": lambda o, t: F.cross_entropy(o, t)},
+            r"^loss= fails on outputs of shape \(N, 5, 7\) and the given targets of shape \(N, 5\), torch.int64",
+        ),
+        ({"targets": targets, "loss": lambda o, t: o}, r"given targets .* \(it gives shape \(2, 5, 7\)\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ll.localize(_Tokens(), ll.Backprop(), ["embed"], example=ids, **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"one class per sample, and these labels have shape \(N, 5\): use a rule"):
+        ll.localize(_Tokens(), ll.MonoForward(), ["embed"], example=ids, targets=targets, loss=_of_tokens)
+    with pytest.raises(ValueError, match=r"labels have shape \(N, 7\).*\(these labels were made up: without targets="):
+        ll.localize(_Tokens(), ll.MonoForward(), ["embed"], example=ids)
+    local = ll.localize(_Tokens(), ll.Backprop(), ["embed"], example=ids)
+    with pytest.raises(
+        ValueError, match=r"^labels have shape \(N, 5\), expected .* \(N, 7\): .* dimension 1 .* and targets=$"
+    ):
+        local.step(ids, targets)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, nn.L1Loss(), partial(F.huber_loss, delta=0.5), F.poisson_nll_loss])
+def test_targets_that_fit_only_by_broadcasting_are_refused(loss: Any) -> None:
+    net, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(6, 5)
+    said = r"^targets have shape \(N,\), and \w+ compares them entry by entry with outputs of shape \(N, 1\): give"
+    local = ll.localize(net, ll.Backprop(), cuts=1, example=x, loss=loss)
+    with pytest.raises(ValueError, match=said):
+        local.step(x, torch.rand(6))
+    with pytest.raises(ValueError, match=said):
+        ll.localize(net, ll.Backprop(), cuts=1, example=x, targets=torch.rand(6), loss=loss)
+    local = ll.localize(net, ll.Backprop(), cuts=1, example=x, targets=torch.rand(6, 1), loss=loss)
+    local.step(x, torch.rand(6, 1))
+    with pytest.raises(ValueError, match=r"^targets have shape \(N, 3\), and"):
+        local.step(x, torch.rand(6, 3))
+
+
+@pytest.mark.parametrize("rule", [ll.algorithms.Pepita, ll.algorithms.CounterCurrent, ll.algorithms.PhysicalFF])
+def test_rules_that_look_at_modules_see_those_of_a_plain_chain(rule: Any) -> None:
+    net, x = _mlp(), torch.randn(6, 5)
+    before = copy.deepcopy(net.state_dict())
+    local = ll.localize(net, rule(), 2, example=x, optimizer=SGD)
+    for _ in range(2):
+        local.step(x, torch.arange(6) % 3)
+    assert not torch.equal(net.state_dict()["2.weight"], before["2.weight"])
 
 
 def test_batches_unlike_the_example_are_told_where_they_fail() -> None:

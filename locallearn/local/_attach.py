@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from locallearn.algorithms.base import Algorithm, TaskInfo
 from locallearn.batch import Batch
 from locallearn.cost import drive
+from locallearn.local._targets import Loss, blamed, classes_in, made_up, refuse_unfit, two_of
 from locallearn.nets.arguments import Arguments
 from locallearn.nets.blocks import evaluating, width_of
 from locallearn.nets.cut import Cut
 from locallearn.nets.equal import rows_of, some_rows
 from locallearn.nets.trace import preserved
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 _MOST = 1000  # samples that a step is tried with
 
 
@@ -31,6 +30,7 @@ def attach_cut(
     loss: Loss = F.cross_entropy,
     classes: bool = True,
     outputs: int | None = None,
+    targets: Tensor | None = None,
 ) -> TaskInfo:
     """Attach a rule to a network that has been cut, and try a step on a copy.
 
@@ -41,6 +41,7 @@ def attach_cut(
         loss: see :func:`localize`.
         classes: see :func:`localize`.
         outputs: see :func:`localize`.
+        targets: see :func:`localize`.
 
     Returns:
         What the rule was told.
@@ -50,26 +51,39 @@ def attach_cut(
     """
     given = _two(cut.arguments)
     result = result_of(net, cut)
-    count = width_of(result) if outputs is None else outputs
+    known = None if targets is None else two_of(targets, cut.arguments.values)
+    count = outputs
+    if count is None and known is not None and classes:
+        count = classes_in(result.shape, known)
+    if count is None:
+        count = width_of(result)
     if classes and count < 2:
         raise ValueError(
             f"the network gives {tuple(result.shape)}, expected (N, classes) with two classes at least; or give loss="
         )
-    if classes:
-        # Of features that are no scores, whatever their shape, a rule makes one class per sample.
-        places = (len(result), *(result.shape[2:] if count == width_of(result) else ()))
-        targets = (
-            (torch.arange(len(result), device=result.device) % count).view(-1, *[1] * (len(places) - 1)).expand(places)
-        )
-        targets = targets.contiguous()
-    else:
-        targets = torch.zeros_like(result)
-    task = TaskInfo(given._replace(targets=targets), count, loss, classes)
-    algorithm.attach(cut.blocks, task)
-    batch = task.example
-    if rows_of(cut.arguments.values) is not None:
-        batch = repeated(batch, _fewest(algorithm))
-    _try_step(net, algorithm, batch)
+    if known is None:
+        known = made_up(result, count, classes)
+    elif outputs in (None, width_of(result)):  # else these are features, of which a rule makes outputs
+        refuse_unfit(known, result, loss, classes)
+    task = TaskInfo(given._replace(targets=known), count, loss, classes)
+    try:
+        algorithm.attach(cut.blocks, task)
+        batch = task.example
+        if rows_of(cut.arguments.values) is not None:
+            batch = repeated(batch, _fewest(algorithm))
+        _try_step(net, algorithm, batch)
+    except ValueError as error:
+        said = None
+        if outputs in (None, width_of(result)):
+            said = blamed(loss, result, known, targets is not None)
+        if said is not None:
+            raise ValueError(said) from error
+        if targets is None and classes and known.ndim > 1:
+            raise ValueError(
+                f"{error} (these labels were made up: without targets=, dimension 1 of outputs of shape "
+                f"{tuple(result.shape)} is taken for the classes)"
+            ) from error
+        raise
     return task
 
 

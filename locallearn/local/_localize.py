@@ -10,22 +10,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from locallearn.algorithms.base import Algorithm, TaskInfo
 from locallearn.batch import Batch
 from locallearn.cost import activation_bytes, drive
-from locallearn.local._attach import Loss, attach_cut, result_of
+from locallearn.local._attach import attach_cut, result_of
 from locallearn.local._object import Local, OptimizerFactory
+from locallearn.local._targets import Loss, are_ids, of_classes, two_of
 from locallearn.local._where import BYTES, balanced, bytes_in, check_net, kind, partition, short, weigh
 from locallearn.nets.blocks import width_of
 from locallearn.nets.cut import Cut, Place, cut_network, names_for, places
 from locallearn.nets.equal import rows_of
 from locallearn.nets.execution import Execution
 from locallearn.nets.trace import preserved
-
-_OF_CLASSES = (F.cross_entropy, F.nll_loss, F.multi_margin_loss)
-_MODULES_OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
 
 
 def localize(
@@ -35,6 +33,7 @@ def localize(
     *,
     memory: str | int | None = None,
     example: Any = None,
+    targets: Tensor | None = None,
     optimizer: OptimizerFactory | None = None,
     loss: Loss | None = None,
     classes: bool | None = None,
@@ -57,9 +56,12 @@ def localize(
             (units B, kB, MB, GB, KiB, MiB, GiB). The fewest blocks are made that stay below.
         example: a batch with shapes and dtypes of the real ones: a tensor, a tuple of positional arguments, or a dict of
             keyword arguments.
+        targets: those of the example, as a step takes them. Default: made up from what the network gives, which a loss of
+            one's own may not take: class ids where dimension 1 of the outputs is the classes, else zeros like the outputs.
         optimizer: makes a unit's optimizer from its parameter groups, e.g. ``partial(AdamW, lr=1e-3)``. Default: Adam, 1e-3.
         loss: ``loss(outputs, targets)``, a mean over samples. Default: cross entropy.
-        classes: whether targets are class ids. Default: yes, unless ``loss`` is given and is none of PyTorch's for class ids.
+        classes: whether targets are class ids. Default: yes, unless ``loss`` is given and is none of PyTorch's for class ids;
+            then, too, where ``targets`` are whole numbers for all dimensions of the outputs but dimension 1 or the last.
         outputs: number of classes, or of the network's outputs. Default: what the network gives.
         input: name of the main input. Default: the first tensor.
         output: key, field or place of the output that counts. Default: ``logits``, else ``out``, else the first tensor.
@@ -92,10 +94,9 @@ def localize(
             "functools.partial(torch.optim.AdamW, lr=1e-3)"
         )
     make: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3) if optimizer is None else optimizer
-    if classes is None:
-        classes = loss is None or _of_classes(loss)
     again = partial(
-        _cut_and_attach, net, example=example, loss=loss or F.cross_entropy, classes=classes, outputs=outputs, input=input,
+        _cut_and_attach, net, example=example, targets=targets, loss=loss or F.cross_entropy,
+        classes=loss is None or of_classes(loss) or None if classes is None else classes, outputs=outputs, input=input,
         output=output, readout=readout,
     )  # fmt: skip
     if memory is None:
@@ -109,7 +110,7 @@ def localize(
     else:
         names = _within(net, algorithm, bytes_in(memory), example, again, input, output)
         cut, task = again(algorithm, names)
-    return Local(net, cut, algorithm, task, names, make, execution)
+    return Local(net, cut, algorithm, task, names, make, execution, targets is not None)
 
 
 def _cut_and_attach(
@@ -118,8 +119,9 @@ def _cut_and_attach(
     cuts: Sequence[str],
     *,
     example: Any,
+    targets: Tensor | None,
     loss: Loss,
-    classes: bool,
+    classes: bool | None,
     outputs: int | None,
     input: str | None,
     output: str | int | None,
@@ -129,7 +131,10 @@ def _cut_and_attach(
     if outputs is not None and outputs != width_of(result_of(net, cut)) and cut.blocks.readout is not None:
         # What the network gives are features: rules that need an output layer add one, or say so.
         cut = cut_network(net, cuts, example, input=input, output=output, readout=False)
-    return cut, attach_cut(net, cut, algorithm, loss=loss, classes=classes, outputs=outputs)
+    if classes is None:
+        known = None if targets is None else two_of(targets, cut.arguments.values)
+        classes = known is not None and are_ids(result_of(net, cut).shape, known)
+    return cut, attach_cut(net, cut, algorithm, loss=loss, classes=classes, outputs=outputs, targets=targets)
 
 
 def _within(
@@ -185,9 +190,3 @@ def _peak(net: nn.Module, algorithm: Algorithm, cut: Cut, task: TaskInfo) -> int
     for parameter, gradient in kept:
         parameter.grad = gradient
     return count.peak
-
-
-def _of_classes(loss: Any) -> bool:
-    while isinstance(loss, partial):
-        loss = loss.func
-    return loss in _OF_CLASSES or isinstance(loss, _MODULES_OF_CLASSES)

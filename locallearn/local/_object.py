@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
 from locallearn.batch import Batch
 from locallearn.cost import drive, undisturbed
+from locallearn.local._targets import by_entry, dense, of_classes, only_broadcast, unfit
 from locallearn.nets.blocks import evaluating
 from locallearn.nets.cut import Cut
 from locallearn.nets.execution import Execution
@@ -46,6 +47,7 @@ class Local:
         cuts: Sequence[str],
         optimizer: OptimizerFactory,
         execution: Execution,
+        given: bool = False,
     ) -> None:
         self.net, self.blocks, self.algorithm, self.task = net, cut.blocks, algorithm, task
         self.execution, self._proved = execution, execution.compile is None  # that blocks run compiled
@@ -53,7 +55,7 @@ class Local:
         execution.lay_out(algorithm)
         self.cuts, self.unused = tuple(cuts), cut.unused
         self.make_optimizer = optimizer
-        self._arguments = cut.arguments
+        self._arguments, self._given = cut.arguments, given  # whether the example came with its targets
         self._mode: bool | None = None
         self._takes_single = False  # known once it has been tried
         self.optimizers = _optimizers(algorithm, optimizer)
@@ -74,8 +76,11 @@ class Local:
         main, *context = self._arguments.by_name(inputs).values()
         if not isinstance(targets, Tensor):
             raise ValueError(f"targets are a {type(targets).__name__}, expected a tensor")
+        wanted, loss = self.task.example.targets, self.task.loss
+        pairs = rows is not None and rows.ndim == 2  # whose products are compared, not the outputs
+        if not self.task.classes and by_entry(loss) and not pairs and only_broadcast(targets.shape, wanted.shape):
+            raise ValueError(unfit(targets.shape, wanted.shape, loss))
         if self.task.classes:
-            wanted = self.task.example.targets
             if targets.ndim != wanted.ndim:
                 raise ValueError(
                     f"labels have shape {tuple(targets.shape)}, expected class ids of shape "
@@ -83,13 +88,17 @@ class Local:
                 )
             if targets.is_floating_point() or targets.dtype == torch.bool:
                 raise ValueError(f"labels are {targets.dtype}, expected class ids of dtype int64")
+            alike = main.shape[1:] == self.task.example.inputs.shape[1:]  # inputs of another size have other places
+            if of_classes(loss) and alike and targets.shape[1:] != wanted.shape[1:]:
+                raise ValueError(dense(targets.shape, wanted.shape, self.task.outputs, self._given))
             targets = targets.long()
             counted = targets if rows is None else targets[rows]
             if not counted.numel():
                 raise ValueError("this batch is empty: there is nothing to learn from")
             if targets.device.type == "cpu":
                 low, high = int(counted.min()), int(counted.max())
-                if low < 0 or high >= self.task.outputs:
+                ignored = wanted.ndim > 1 and not of_classes(loss)  # such as -100, by a loss of the user's own
+                if (low < 0 and not ignored) or high >= self.task.outputs:
                     raise ValueError(
                         f"labels go from {low} to {high}, expected class ids 0 to {self.task.outputs - 1}: the network has "
                         f"{self.task.outputs} outputs"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,48 +135,87 @@ def _told(tensor: Tensor, other: torch.device) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}{where}"
 
 
-def picked(output: Any, key: str | int | None, owner: str) -> Any:
-    """The tensor that counts in a network's output.
+class Output:
+    """Picks the tensor that counts of what a network gives, and knows where it had to guess.
 
     Args:
-        output: a tensor, or a mapping, dataclass, named tuple, tuple or list of such; symbols of a trace, too.
         key: name or place; ``None``: ``logits``, else ``out``, else the first tensor. Where the output is a tensor, itself.
-        owner: whose, for the message.
+        owner: class of the network, for messages.
 
-    Raises:
-        OutputMissing: nothing goes by this key, or there is no tensor.
+    Attributes:
+        guess: what was given and that the first tensor of it was taken; ``None``: there was no other, or it was said which.
     """
-    value = output.tracer.value(output.node) if isinstance(output, fx.Proxy) else output  # type: ignore[attr-defined]
-    if isinstance(value, Tensor | fx.Proxy):
-        return output
-    names = _names(value)
-    if names is None:
-        raise OutputMissing(
-            f"the output of {owner} is a {type(value).__name__}, in which there is no tensor to learn from"
-        )
-    if key is not None:
-        name: Any = key
-        if isinstance(key, int) and names and isinstance(names[0], str):
-            name = names[key] if -len(names) <= key < len(names) else key
-        elif isinstance(key, int) and -len(names) <= key < 0:
-            name = names[key]
-        if name not in names:
-            raise OutputMissing(f"output is {key!r}, and {owner} gives {', '.join(map(str, names))}")
-        return picked(_part(output, value, name), None, owner)
-    order = [name for name in _FIRST_CHOICES if name in names] or names
-    if order is names and isinstance(names[0] if names else None, str):
-        several = [name for name in names if isinstance(_part(value, value, name), Tensor | fx.Proxy)]
-        if len(several) > 1:
-            warnings.warn(
-                f"{owner} gives {', '.join(several)}, of which the first is taken for its output: say which one is with "
-                "output=",
-                stacklevel=2,
+
+    def __init__(self, key: str | int | None, owner: str) -> None:
+        self.key, self.owner = key, owner
+        self.guess: str | None = None
+        self._plainly = False  # whether there are several without looking into what is nested
+
+    def __call__(self, output: Any) -> Any:
+        """The tensor that counts in a tensor, mapping, dataclass, named tuple, tuple or list; symbols of a trace, too.
+
+        Raises:
+            OutputMissing: nothing goes by the key, or there is no tensor.
+        """
+        return self._picked(output, self.key, self.key is None)
+
+    def warn(self, unused: Sequence[str] | None = None) -> None:
+        """Warn where one of several tensors was taken for no reason but its place.
+
+        Args:
+            unused: names of parameters that this one does not depend on; ``None``: not known. Where there are some, a tensor
+                that lies deeper (a state beside the outputs) counts as another, too.
+        """
+        if self.guess is None or not (self._plainly or unused):
+            return
+        beside = ""
+        if unused:
+            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            beside = f", and nothing trains {unused[0]!r}{more}, on which it does not depend"
+        warnings.warn(f"{self.guess}{beside}: say which one is with output=", stacklevel=3)
+
+    def _picked(self, output: Any, key: str | int | None, guesses: bool) -> Any:
+        value = output.tracer.value(output.node) if isinstance(output, fx.Proxy) else output  # type: ignore[attr-defined]
+        if isinstance(value, Tensor | fx.Proxy):
+            return output
+        names = _names(value)
+        if names is None:
+            raise OutputMissing(
+                f"the output of {self.owner} is a {type(value).__name__}, in which there is no tensor to learn from"
             )
-    for name in order:
-        part = _part(value, value, name)
-        if part is not None and (isinstance(part, Tensor | fx.Proxy) or _names(part)):
-            return picked(_part(output, value, name), None, owner)
-    raise OutputMissing(f"the output of {owner} has no tensor, only {', '.join(map(str, names)) or 'nothing'}")
+        if key is not None:
+            name: Any = key
+            if isinstance(key, int) and names and isinstance(names[0], str):
+                name = names[key] if -len(names) <= key < len(names) else key
+            elif isinstance(key, int) and -len(names) <= key < 0:
+                name = names[key]
+            if name not in names:
+                raise OutputMissing(f"output is {key!r}, and {self.owner} gives {', '.join(map(str, names))}")
+            return self._picked(_part(output, value, name), None, False)
+        order = [name for name in _FIRST_CHOICES if name in names] or names
+        if order is names and guesses:
+            self._note(value, names)
+        for name in order:
+            part = _part(value, value, name)
+            if part is not None and (isinstance(part, Tensor | fx.Proxy) or _names(part)):
+                return self._picked(_part(output, value, name), None, False)
+        raise OutputMissing(f"the output of {self.owner} has no tensor, only {', '.join(map(str, names)) or 'nothing'}")
+
+    def _note(self, value: Any, names: Sequence[Any]) -> None:
+        several = [name for name in names if isinstance(_part(value, value, name), Tensor | fx.Proxy)]
+        held = sum(isinstance(leaf, Tensor | fx.Proxy) for name in names for leaf in _leaves(_part(value, value, name)))
+        if held < 2:
+            return
+        self._plainly |= len(several) > 1
+        called = ", ".join(several) if several and isinstance(several[0], str) else None
+        what = called if called and len(several) > 1 else f"a {type(value).__name__} with {held} tensors"
+        self.guess = f"{self.owner} gives {what}, of which the first is taken for its output"
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What is no container, in all that is nested."""
+    names = None if isinstance(value, Tensor | fx.Proxy) else _names(value)
+    return [value] if names is None else [leaf for name in names for leaf in _leaves(_part(value, value, name))]
 
 
 def _names(value: Any) -> list[Any] | None:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from locallearn.nets.arguments import Arguments, picked
+from locallearn.nets.arguments import Arguments, Output
 from locallearn.nets.blocks import NORMALISATIONS, Blocks
 from locallearn.nets.equal import check_equal, rows_of, some_rows
-from locallearn.nets.pieces import Course, Piece, is_layer, name_of
+from locallearn.nets.pieces import Course, is_layer, name_of, piece
 from locallearn.nets.trace import CannotTrace, in_mode, preserved, trace
 
 _LEAVES = (nn.modules.rnn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoderLayer)
@@ -74,15 +74,17 @@ def cut_network(
         start = _named(net, readout, owner)
         opened |= {id(net.get_submodule(parent)) for parent in _parents(readout)}
 
+    picks = Output(output, owner)
+
     def call(run: Any, values: Mapping[str, Any]) -> Any:
-        return picked(arguments.call(run, values), output, owner)
+        return picks(arguments.call(run, values))
 
     while True:
         courses = {}
         for training in (True, False):
             graph, tracer = trace(net, arguments.values, call, opened, training)
             courses[training] = Course(net, graph, tracer, arguments.names)
-        ends = {mode: _ends(course, named, cuts, owner) for mode, course in courses.items()}
+        ends = {mode: _ends(course, named, cuts, owner, picks) for mode, course in courses.items()}
         starts = {mode: course.readout_start(ends[mode], start) for mode, course in courses.items()} if readout else {}
         found = {mode: [*ends[mode], node] for mode, node in starts.items() if node is not None}
         apart = len(found) == 2 and not _shares(courses[False], found[False], len(cuts))
@@ -100,12 +102,9 @@ def cut_network(
     # Without a layer that can be kept apart, the last block gives the network's own output: that is what its loss is about.
     last = pieces.pop() if apart or alone else _AsItIs() if readout else None
     blocks = Blocks(dict(zip(names, pieces, strict=True)), last)
-    for name, piece in zip(names, pieces, strict=True):
-        if not any(True for _ in piece.parameters()):
-            raise ValueError(
-                f"block {name!r} would have no parameters, so there is nothing to train in it: leave out the cut before or "
-                "behind it"
-            )
+    bare = next((i for i, part in enumerate(pieces) if not any(True for _ in part.parameters())), None)
+    if bare is not None:
+        raise ValueError(_nothing_between(bare, names, cuts, last, owner) + _other_output(picks))
     blocks.train(net.training)
 
     def own(values: Mapping[str, Any]) -> Tensor:
@@ -120,7 +119,9 @@ def cut_network(
     parts = dict(blocks.members.items()) | ({} if blocks.readout is None else {"readout": blocks.readout})
     check_equal(net, blocks, own, chained, arguments.values, parts)
     inside = {id(p) for p in blocks.parameters()}
-    return Cut(blocks, arguments, tuple(name for name, p in net.named_parameters() if id(p) not in inside))
+    unused = tuple(name for name, p in net.named_parameters() if id(p) not in inside)
+    picks.warn(unused)
+    return Cut(blocks, arguments, unused)
 
 
 def _named(net: nn.Module, name: Any, owner: str) -> nn.Module:
@@ -167,14 +168,36 @@ def _refuse_names(cuts: Sequence[str], named: Sequence[nn.Module]) -> None:
             )
 
 
-def _ends(course: Course, named: Sequence[nn.Module], cuts: Sequence[str], owner: str) -> list[fx.Node]:
+def _nothing_between(number: int, names: Sequence[str], cuts: Sequence[str], last: nn.Module | None, owner: str) -> str:
+    """Of a block without parameters: what the user has named before and behind it."""
+    if number == len(cuts) and cuts and (last is None or isinstance(last, _AsItIs)):
+        return (
+            f"block {names[number]!r} would have no parameters: {cuts[-1]!r} holds the last layer on the way to the output of "
+            f"{owner}, so leave out the cut behind it"
+        )
+    behind = repr(cuts[number]) if number < len(cuts) else "the readout"
+    where = f"between {cuts[number - 1]!r} and {behind}" if number else f"before {behind}"
+    return (
+        f"block {names[number]!r}, {where}, would have no parameters, so there is nothing to train in it: leave out the cut "
+        "before or behind it"
+    )
+
+
+def _other_output(picks: Output) -> str:
+    """Where the output was guessed: perhaps that is why something cannot be cut."""
+    return f" ({picks.guess}: if it is another one, say which with output=)" if picks.guess else ""
+
+
+def _ends(course: Course, named: Sequence[nn.Module], cuts: Sequence[str], owner: str, picks: Output) -> list[fx.Node]:
     """The nodes behind which pieces end."""
     nodes = []
     for name, module in zip(cuts, named, strict=True):
         calls = course.calls(module)
         if len(calls) != 1:
             times = "does not run on the way to the output" if not calls else f"runs {len(calls)} times"
-            raise ValueError(f"{owner} cannot be cut behind {name!r}, which {times}: name a module that runs once")
+            raise ValueError(
+                f"{owner} cannot be cut behind {name!r}, which {times}: name a module that runs once{_other_output(picks)}"
+            )
         nodes += calls
     order = sorted(cuts, key=lambda name: course.place[nodes[list(cuts).index(name)]])
     if order != list(cuts):
@@ -237,15 +260,17 @@ def _last_name(course: Course, ends: Sequence[fx.Node], number: int, taken: Sequ
     return name
 
 
-def _pieces(net: nn.Module, courses: Mapping[bool, Course], ends: Mapping[bool, Sequence[fx.Node]]) -> list[Piece]:
+def _pieces(net: nn.Module, courses: Mapping[bool, Course], ends: Mapping[bool, Sequence[fx.Node]]) -> list[nn.Module]:
     if courses[True].signature(ends[True]) != courses[False].signature(ends[False]):
         courses[True].prefix = "training "  # what one mode hands over is nothing to the other
     programs = {mode: course.programs(ends[mode]) for mode, course in courses.items()}
     constants = {mode: course.tracer.constants for mode, course in courses.items()}
-    pieces = []
-    for train, evaluate in zip(programs[True], programs[False], strict=True):
-        pieces.append(Piece(net, {True: train, False: evaluate}, constants[True] | constants[False]))
-    return pieces
+    held = constants[True] | constants[False]
+    alone = len(courses[True].inputs) == 1
+    return [
+        piece(net, {True: train, False: evaluate}, held, alone)
+        for train, evaluate in zip(programs[True], programs[False], strict=True)
+    ]
 
 
 class Place(NamedTuple):
@@ -319,8 +344,10 @@ def places(
         raise ValueError(f"{owner} has no parameters, so there is nothing to train")
     arguments = Arguments(net, example, input)
 
+    picks = Output(output, owner)
+
     def call(run: Any, values: Mapping[str, Any]) -> Any:
-        return picked(arguments.call(run, values), output, owner)
+        return picks(arguments.call(run, values))
 
     few = some_rows(arguments.values)
     rows = rows_of(arguments.values)
@@ -330,10 +357,12 @@ def places(
     kept = {readout, *course.ancestors([readout])} if readout is not None else set(course.nodes)
     found: dict[frozenset[fx.Node], tuple[list[str], fx.Node, int]] = {}
     outer: set[str] = set()
-    for path, node in sorted(course.tracer.ends.items(), key=lambda end: end[0].count(".")):
-        if node not in course.place or course.tracer.counts[path] != 1 or not course.is_tensor(node):
+    for path, given in sorted(course.tracer.ends.items(), key=lambda end: end[0].count(".")):
+        behind = {node: course.end_of(node, {node}) for node in given if node in course.place}
+        node = next((node for node, end in behind.items() if course.is_tensor(end)), None)
+        if node is None or course.tracer.counts[path] != 1:
             continue
-        end = course.end_of(node, {node})
+        end = behind[node]
         stage = course.stages([end])
         below = frozenset(n for n in course.nodes if stage[n] == 0 and course.learns(n))
         above = [n for n in course.nodes if stage[n] == 1 and course.learns(n)]
@@ -379,6 +408,7 @@ def places(
             held = [p for p in course.parameters(node) if id(p) not in owned]
             owned |= {id(p) for p in held}
             sizes[stage[node]][2] += sum(p.numel() for p in held)
+    picks.warn()
     names = [(tuple(paths), beside) for paths, _, beside in ordered]
     shapes = [tuple(course.tensor(end).shape) for end in [*ends, course.result]]
     if rows is not None:

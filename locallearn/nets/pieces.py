@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -157,6 +158,68 @@ class Piece(nn.Module):
 
 class _Holder(nn.Module):
     """A level of the network's own tree, so that names of parameters stay."""
+
+
+def piece(
+    root: nn.Module, programs: Mapping[bool, Program], constants: Mapping[str, Tensor], alone: bool
+) -> Piece | nn.Sequential:
+    """A piece; where it does nothing but run modules one after another, an ``nn.Sequential`` under the same names.
+
+    So rules that look at a block's modules (PEPITA, counter-current learning) see them.
+
+    Args:
+        root: the network.
+        programs: what to do, by ``training``.
+        constants: see :class:`Piece`.
+        alone: whether the network has no other input than the main one; an ``nn.Sequential`` can be handed no more.
+    """
+    chains = [_chain(program) for program in programs.values()]
+    paths = chains[0]
+    if not alone or paths is None or any(other != paths for other in chains):
+        return Piece(root, programs, constants)
+    if any(hasattr(nn.Sequential, part) for path in paths for part in path.split(".")):
+        return Piece(root, programs, constants)  # a module called "pop" can be no member of an nn.Sequential
+    sequence = nn.Sequential()
+    for path in paths:
+        *parents, name = path.split(".")
+        level = sequence
+        for parent in parents:
+            if parent not in level._modules:
+                level.add_module(parent, nn.Sequential())
+            inner = level._modules[parent]
+            assert isinstance(inner, nn.Sequential)  # no path goes through a module that is run as a whole, see _chain
+            level = inner
+        level.add_module(name, root.get_submodule(path))
+    sequence.training = root.training
+    return sequence
+
+
+def _chain(program: Program) -> list[str] | None:
+    """Paths of the modules that a program runs one after another; ``None``: it does more, or in no order of a tree."""
+    if program.takes_main is None or program.takes or program.context or program.carries or not program.steps:
+        return None
+    value, paths = program.takes_main, list[str]()
+    for step in program.steps:
+        if step.kind != "module" or step.kwargs or step.args != (Slot(value),):
+            return None
+        value = step.result
+        paths.append(step.target)
+    if value != program.gives or len({*paths}) != len(paths):
+        return None
+    return paths if _in_tree_order(paths) else None
+
+
+def _in_tree_order(paths: Sequence[str]) -> bool:
+    """Whether a walk through the tree of these paths meets them in this order, each as a leaf."""
+    left: list[str] = []  # levels that the walk has come back from
+    for before, path in pairwise(paths):
+        if path.startswith(f"{before}.") or before.startswith(f"{path}."):
+            return False
+        parents = [f"{before[:i]}." for i, letter in enumerate(before) if letter == "."]
+        left += [level for level in parents if not path.startswith(level)]
+        if any(path.startswith(level) for level in left):
+            return False
+    return True
 
 
 def _put(piece: nn.Module, path: str, value: Any, root: nn.Module) -> None:
@@ -446,8 +509,17 @@ class Course:
         """Whether a node only reshapes, pools over everything or drops out, as what comes before a readout does."""
         module = self.module(node)
         if module is None:
-            return name_of(node) in _TAIL
+            return name_of(node) in _TAIL and not self._taken(node)
         return isinstance(module, _TAIL_MODULES) or (id(module) in self._free and self._makes_vectors(node))
+
+    def _taken(self, node: fx.Node) -> bool:
+        """Whether a node takes a tensor with all samples out of a tuple that a module gives, as an LSTM's outputs are."""
+        return (
+            _picks(node)
+            and self.is_tensor(node)
+            and not self.is_tensor(node.all_input_nodes[0])
+            and self.tensor(node).shape[:1] == self.tensor(self.result).shape[:1]
+        )
 
     def _makes_vectors(self, node: fx.Node) -> bool:
         """Whether a node makes a vector per sample of something larger: a pooling of somebody's own, say."""

@@ -102,8 +102,8 @@ class Tracer(fx.Tracer):
         self._values: dict[fx.Node, Any] = {}
         self._inputs: Mapping[str, Any] = {}
         self._net = nn.Module()
-        self.ends: dict[str, fx.Node] = {}
-        """What opened modules gave, by path."""
+        self.ends: dict[str, tuple[fx.Node, ...]] = {}
+        """What modules gave, by path; of a tuple, list or dict what is in it."""
         self.counts: dict[str, int] = {}
         """How often modules ran, by path."""
 
@@ -148,6 +148,12 @@ class Tracer(fx.Tracer):
         before, self._concrete = self._concrete, True
         mode = "training" if self._net.training else "evaluation"
         values = {name: v.clone() if isinstance(v, Tensor) else v for name, v in self._inputs.items()}
+        entered = [""]
+
+        def enter(name: str, module: nn.Module, args: Any) -> None:
+            entered[0] = name
+
+        hooks = [m.register_forward_pre_hook(partial(enter, name)) for name, m in self._net.named_modules() if name]
         try:
             with torch.no_grad(), preserved(self._net):
                 self._call(self._net, values)
@@ -155,11 +161,14 @@ class Tracer(fx.Tracer):
             raise
         except Exception as error:
             few = "more than 1 value per channel" in str(error)
-            more = "; give an example of several samples" if few else ""
+            where = f", because {entered[0]!r} normalises over the batch" if entered[0] else ""
+            more = f"; give an example of several samples{where}" if few else ""
             raise ValueError(
                 f"{type(self._net).__name__} cannot run the example in {mode} mode: {_first_line(error)}{more}"
             ) from error
         finally:
+            for hook in hooks:
+                hook.remove()
             self._concrete = before
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
@@ -271,8 +280,7 @@ class Tracer(fx.Tracer):
         self.counts[path] = self.counts.get(path, 0) + 1
         try:
             result = super().call_module(m, forward, args, kwargs)
-            if isinstance(result, fx.Proxy):
-                self.ends[path] = result.node
+            self.ends[path] = tuple(given.node for given in _parts(result) if isinstance(given, fx.Proxy))
             return result
         except Exception:
             if self._failed is None:
@@ -360,6 +368,13 @@ def _buffers_written_into() -> Iterator[None]:
 
     with mock.patch.object(nn.Module, "__setattr__", put):
         yield
+
+
+def _parts(result: Any) -> list[Any]:
+    """What a module gave, in the order in which a named cut looks for the tensor that counts."""
+    if isinstance(result, Mapping):
+        return [result[key] for key in sorted(result, key=str)]
+    return list(result) if isinstance(result, tuple | list) else [result]
 
 
 def _symbolic(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from locallearn.nets.border import Border
 from locallearn.nets.cut import CannotTrace, cut_network
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+S = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 
 
 class _Glue(nn.Module):
@@ -89,6 +91,48 @@ def test_pieces_can_be_copied_pickled_and_saved() -> None:
         assert torch.equal(copied.eval()(X), net(X))
 
 
+class _Tree(nn.Module):
+    """Runs what stands in a tree, in its order or not."""
+
+    def __init__(self, order: list[str], function: bool = False) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"a": nn.Linear(6, 8), "b": nn.BatchNorm1d(8), "c": nn.Linear(8, 8)})
+        self.drop, self.act, self.head = nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 3)
+        self.order, self.function = order, function
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        for name in self.order:
+            x = self.get_submodule(name)(x)
+        x = x.sin() if self.function else x
+        return self.head(x if scale is None else x * scale)
+
+
+def test_a_plain_chain_of_modules_is_handed_over_as_one() -> None:
+    chain = ["body.a", "body.b", "act", "body.c", "drop"]
+    for order, function, inputs, plain in (
+        (["body.a", "body.b", "body.c", "act", "drop"], False, S, True),
+        (chain, False, S, False),  # in no order of a tree: body, act, body again
+        (["body.a", "act", "drop"], True, S, False),
+        (["body.a", "drop", "act"], False, (S, torch.ones(8)), False),  # a context goes to every piece
+        (["body.a", "act", "drop", "act"], False, S, False),  # one module twice
+    ):
+        net = _Tree(order, function)
+        blocks = cut_network(net, [], inputs).blocks
+        assert (type(blocks[0]) is nn.Sequential) is plain, order
+        assert {name for name, _ in blocks.named_buffers()} <= {f"members.network.{n}" for n, _ in net.named_buffers()}
+        assert {name.split(".", 2)[2] for name, _ in blocks.members.named_parameters(prefix="m")} <= {
+            name for name, _ in net.named_parameters()
+        }
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        for mode in (True, False):
+            net.train(mode)
+            blocks.train(mode)
+            torch.manual_seed(3)
+            want = net(*given)
+            torch.manual_seed(3)
+            assert torch.equal(blocks(*given), want)
+
+
 def test_training_a_piece_trains_the_network() -> None:
     net = _Glue()
     blocks = cut_network(net, ["conv1"], X).blocks
@@ -132,13 +176,12 @@ class _Several(nn.Module):
         return kinds[self.kind] if self.training or self.kind != "named" else scores
 
 
-S = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("kind", ["dict", "tuple", "named", "nested"])
 def test_outputs_of_many_kinds(kind: str) -> None:
     net = _Several(kind)
-    cut = cut_network(net, ["one"], S)
+    guessed = kind == "tuple"
+    with pytest.warns(UserWarning, match="of which the first is taken") if guessed else nullcontext():
+        cut = cut_network(net, ["one"], S)
     assert cut.blocks(S).shape == (5, 3)
     assert cut.unused == ("aux.1.weight", "aux.1.bias")  # nothing that counts depends on it
     if kind == "dict":
