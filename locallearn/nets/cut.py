@@ -178,8 +178,8 @@ def _nothing_between(number: int, names: Sequence[str], cuts: Sequence[str], las
     behind = repr(cuts[number]) if number < len(cuts) else "the readout"
     where = f"between {cuts[number - 1]!r} and {behind}" if number else f"before {behind}"
     return (
-        f"block {names[number]!r}, {where}, would have no parameters, so there is nothing to train in it: leave out the cut "
-        "before or behind it"
+        f"block {names[number]!r} would have no parameters, so there is nothing to train {where}: leave out the cut before or "
+        "behind it"
     )
 
 
