@@ -80,7 +80,7 @@ def moonshot(rule: str) -> Words:
 
 def _study() -> list[tuple[str, int, Words]]:
     """Rules and backpropagation on the rules' own networks, with joules, in every mode; the most valuable first."""
-    # Rates by `locallearn tune`, six trials each, constant as here (docs/study.md), and Fashion-MNIST takes those of MNIST; those
+    # Rates by `locallearn tune`, six trials each, constant as here (docs/study.md); Fashion-MNIST takes those of MNIST; those
     # of CIFAR-10, Forward-Forward and CaFo are their experiments'. A schedule as long as the cap would make the cap part of
     # what a target costs.
     constant = "scheduler=null"
