@@ -90,7 +90,6 @@ FORWARD_ONLY = (
     "forward_projection_fashion_mnist",
     "ridge_mnist",
     "physical_ff_vowels",
-    "physical_ff_vowels_noise",
     "zeroth_order_digits",
     "forward_gradient_cifar10_guesses",
     "python_topics_tuned",
@@ -118,6 +117,27 @@ def test_rows_of_rules_and_backpropagation_to_one_target_are_those_of_the_record
     told = [[cell.strip(" *`") for cell in line.split("|")[1:-1]][1:] for line in lines]
     folders = sorted((DOCS / "records" / "forward_projection_target").iterdir())
     assert sorted(told) == sorted(row for folder in folders for row in rows_of(folder))
+
+
+def test_accuracies_on_devices_that_suffer_are_those_of_the_records() -> None:
+    """By what the network has beside the devices, and by how much of what."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for record in scan([DOCS / "records" / "physical_ff_vowels_noise"]).records:
+        net = record.part("config")["net"]
+        device = net["device"]
+        ways = [way for way in ("noise", "drift") if device[way]] or ["noise", "drift"]  # none of either is in both rows
+        for way in ways:
+            row = found.setdefault((way, "yes" if net["skip"] else "no"), {})
+            row.setdefault(f"{device[way]:g}", []).append(100 * float(record.data["test"]["accuracy"]))
+    after = PAGE.partition("| of the device | a way around it |")[2].partition("\n\n")[0]
+    heads, _, *lines = [[cell.strip(" *`") for cell in line.split("|")[:-1]] for line in after.splitlines()]
+    heads = [head for head in heads if head]
+    told = {(row[1], row[2]): dict(zip(heads, row[3:], strict=False)) for row in lines}
+    assert told.keys() == found.keys()
+    for key, cells in found.items():
+        wanted = {size: f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for size, v in cells.items()}
+        assert {size: cell for size, cell in told[key].items() if cell} == wanted, key
+        assert all(len(v) == 3 for v in cells.values())
 
 
 def _groups(folder: str) -> dict[tuple[str, str], list[Record]]:
