@@ -90,6 +90,7 @@ FORWARD_ONLY = (
     "forward_projection_fashion_mnist",
     "ridge_mnist",
     "physical_ff_vowels",
+    "physical_ff_mnist",
     "zeroth_order_digits",
     "forward_gradient_cifar10_guesses",
     "python_topics_tuned",
