@@ -557,7 +557,7 @@ def test_codes_stay_codes() -> None:
         ({"rank": 2}, "only variant=eggroll has a use for it"),
         ({"bits": 8}, "only variant=qes has a use for it"),
         ({"variant": "fzoo", "n": 4, "antithetic": True}, "looks at one side"),
-        ({"variant": "fzoo"}, "set n=2 or more"),
+        ({"variant": "fzoo", "n": 1}, "set n=2 or more"),
         ({"antithetic": False, "shaping": "sign"}, "set n=2 or more"),
         ({"variant": "qes", "antithetic": False}, "both sides"),
         ({"variant": "qes", "bits": 9}, "bits is 9"),

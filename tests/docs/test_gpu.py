@@ -100,6 +100,7 @@ def test_whoever_ends_the_queue_ends_its_processes_and_has_the_archive(
     how: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _queue_of(monkeypatch, SLEEPS, "a", "b")
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be deaf to it
 
     def interrupt() -> None:
         log = tmp_path / "logs" / "a.txt"
@@ -108,7 +109,10 @@ def test_whoever_ends_the_queue_ends_its_processes_and_has_the_archive(
         os.kill(os.getpid(), how)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    assert _call(tmp_path) == 130
+    try:
+        assert _call(tmp_path) == 130
+    finally:
+        signal.signal(signal.SIGINT, usual)
     out = capsys.readouterr().out
     assert "a: " in out  # its end was seen
     assert "left: a, b; failed: nothing" in out

@@ -230,6 +230,8 @@ def _check_command(command: str, words: list[str], extra: list[str]) -> None:
     if command in ("analyze", "report"):  # several runs, before settings
         compose_settings([word for word in words if "=" in word])
         return
+    if command == "meters":
+        words = [word for word in words if word != "--json"]
     assert command in COMMANDS
     for run in _sweep(words):
         runs = [run]

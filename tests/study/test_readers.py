@@ -29,6 +29,7 @@ KEPT = {
     **dict.fromkeys([f"parts.*.hardware.{key}" for key in ("cores", "memory_gib", "os")], "decides no number"),
     **dict.fromkeys([f"parts.*.versions.{key}" for key in ("hydra-core", "optuna", "plotly")], "decides no number"),
     "error": "shown of runs that did not finish",
+    "beginning": "null here; of runs that begin with another's weights rows and notes tell by it (tests/cli/test_identity.py)",
     "blocks.*": "the order of the curves, which a changed name leaves as it is",
 }
 KEPT_METRICS = {
