@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from locallearn.batch import Batch
 from locallearn.functional.zeroth_order import GRID
 from locallearn.nets import Blocks, mlp
 from locallearn.study._estimates import measure_estimates
+from tests.algorithms.steps import flat, sgd, take
 from tests.references import reference
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,21 +49,6 @@ def _attached(net: nn.Module, batch: Batch, loss: Callable[..., Tensor] = F.cros
 def _net() -> Blocks:
     torch.manual_seed(0)
     return mlp((6,), 3, (5, 4))
-
-
-def _sgd(rule: ZerothOrder, lr: float = 0.1, **settings: Any) -> dict[str, torch.optim.Optimizer]:
-    return {unit: torch.optim.SGD(groups, lr=lr, **settings) for unit, groups in rule.units().items()}
-
-
-def _step(rule: Any, optimizers: dict[str, torch.optim.Optimizer], updates: Iterator[Any]) -> None:
-    for update in updates:
-        update.backward()
-        optimizers[update.unit].step()
-        optimizers[update.unit].zero_grad()
-
-
-def _flat(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().double() for p in module.parameters()])
 
 
 def _estimate(rule: Any, batch: Batch) -> dict[str, Tensor]:
@@ -116,10 +102,10 @@ def test_in_place_is_the_same_step() -> None:
         ends = []
         for variant in ("spsa", "mezo"):
             rule = _attached(_net(), batch, variant=variant, n=3, exact=exact)
-            optimizers = _sgd(rule, weight_decay=0.1, momentum=0.9)
+            optimizers = sgd(rule, weight_decay=0.1, momentum=0.9)
             for _ in range(4):
-                _step(rule, optimizers, rule.updates(batch))
-            ends.append(_flat(rule.blocks))
+                take(rule.updates(batch), optimizers)
+            ends.append(flat(rule.blocks))
         assert float((ends[0] - ends[1]).abs().max()) <= near
 
 
@@ -145,7 +131,7 @@ def test_mezo_as_its_authors_code_does_it(monkeypatch: pytest.MonkeyPatch) -> No
     )
     seen = rule.losses(batch)
     assert seen[0].tolist() == pytest.approx([float(known["f64/loss_plus"]), float(known["f64/loss_minus"])], abs=1e-12)
-    _step(rule, _sgd(rule, float(known["lr"]), weight_decay=float(known["weight_decay"])), rule.learn(seen))
+    take(rule.learn(seen), sgd(rule, float(known["lr"]), weight_decay=float(known["weight_decay"])))
     assert float(rule.scalars[0]) == pytest.approx(float(known["f64/projected_grad"]), rel=1e-6)
     for p, name in zip(net.parameters(), names, strict=True):
         assert float((p.detach() - tensors[f"f64/w1/{name}"]).abs().max()) < 1e-8  # the number is float32 here
@@ -253,11 +239,11 @@ def test_looking_leaves_the_weights(name: str) -> None:
     """Home after losses, bit by bit where there is a copy or a grid; in place within 1.5 ulp of what was added per cycle."""
     batch = _batch()
     rule = _attached(_net(), batch, **VARIANTS[name])
-    before = _flat(rule.blocks)
+    before = flat(rule.blocks)
     cycles = 5
     for _ in range(cycles):
         rule.losses(batch)
-    drift = (_flat(rule.blocks) - before).abs()
+    drift = (flat(rule.blocks) - before).abs()
     if name in ("mezo", "fzoo"):
         ulp = torch.finfo(torch.float32).eps * (before.abs() + 2 * rule.eps * 4.4)
         assert bool((drift <= cycles * rule.n * 1.5 * ulp).all())
@@ -268,7 +254,7 @@ def test_looking_leaves_the_weights(name: str) -> None:
 
 def test_exact_comes_home_after_thousands_of_moves() -> None:
     rule = _attached(_net(), _batch(), variant="mezo", exact=True, eps=1e-3)
-    before = _flat(rule.blocks)
+    before = flat(rule.blocks)
     assert bool((before / GRID == (before / GRID).round()).all())
     way = rule._way()
     way.begin(0)
@@ -278,7 +264,7 @@ def test_exact_comes_home_after_thousands_of_moves() -> None:
         for _ in range(2500):
             for times in (1, -2, 1):
                 way._move(target, z[: part.count], times)
-    assert torch.equal(_flat(rule.blocks), before)
+    assert torch.equal(flat(rule.blocks), before)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -322,9 +308,9 @@ def test_nothing_is_differentiated(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.autograd.graph, "_engine_run_backward", fail)
     monkeypatch.setattr(torch.autograd, "_engine_run_backward", fail)
     rule.blocks.register_forward_hook(lambda module, given, output: fail() if output.requires_grad else None)
-    before = _flat(rule.blocks)
-    _step(rule, _sgd(rule, 1.0), rule.updates(batch))
-    assert float((_flat(rule.blocks) - before).abs().max()) > 0
+    before = flat(rule.blocks)
+    take(rule.updates(batch), sgd(rule, 1.0))
+    assert float((flat(rule.blocks) - before).abs().max()) > 0
 
 
 def test_the_audit_confirms_codes() -> None:
@@ -366,11 +352,11 @@ def _memory(depth: int, **settings: Any) -> tuple[int, int, int]:
     with torch.no_grad():
         inference = _peak(net, lambda: net(batch.inputs))
     rule = _attached(net, batch, **settings)
-    optimizers = _sgd(rule)
+    optimizers = sgd(rule)
     return (
         sum(p.numel() * 4 for p in net.parameters()),
         inference,
-        _peak(net, lambda: _step(rule, optimizers, rule.updates(batch))),
+        _peak(net, lambda: take(rule.updates(batch), optimizers)),
     )
 
 
@@ -391,14 +377,14 @@ def test_mezo_in_the_memory_of_inference() -> None:
 def _trained(tmp_path: Path, steps: int = 8, **settings: Any) -> tuple[Any, Path]:
     """A rule that has trained on data, with its rate falling, and its trajectory."""
     rule, file = _attached(_net(), _batch(), **settings), tmp_path / "t.bin"
-    optimizers = _sgd(rule, momentum=0.9, weight_decay=0.01)
+    optimizers = sgd(rule, momentum=0.9, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizers["network"], 0.9)
     draw = torch.Generator().manual_seed(0)
     with trajectory.Writer(file, rule, list(optimizers.values())) as writer:
         for _ in range(steps):
             writer.before()
             rows = torch.randint(12, (6,), generator=draw)
-            _step(rule, optimizers, rule.updates(Batch(_batch().inputs[rows], _batch().targets[rows])))
+            take(rule.updates(Batch(_batch().inputs[rows], _batch().targets[rows])), optimizers)
             writer.step()
             scheduler.step()
         writer.epoch()
@@ -407,7 +393,7 @@ def _trained(tmp_path: Path, steps: int = 8, **settings: Any) -> tuple[Any, Path
 
 def _replayed(file: Path, **settings: Any) -> Any:
     rule = _attached(_net(), _batch(), **settings)
-    for _ in trajectory.replay(rule, _sgd(rule, 123.0, momentum=0.9, weight_decay=0.01), trajectory.read(file)):
+    for _ in trajectory.replay(rule, sgd(rule, 123.0, momentum=0.9, weight_decay=0.01), trajectory.read(file)):
         pass
     return rule
 
@@ -419,9 +405,9 @@ def test_replay(name: str, exact: bool, tmp_path: Path) -> None:
     settings = {**VARIANTS[name], "exact": exact, "seed": 4}
     rule, file = _trained(tmp_path, **settings)
     again = _replayed(file, **settings)
-    apart = float((_flat(rule.blocks) - _flat(again.blocks)).abs().max())
+    apart = float((flat(rule.blocks) - flat(again.blocks)).abs().max())
     assert apart == 0 if exact or name not in ("mezo", "fzoo") else 0 < apart < 1e-5
-    assert float((_flat(rule.blocks) - _flat(_net())).abs().max()) > 1e-3
+    assert float((flat(rule.blocks) - flat(_net())).abs().max()) > 1e-3
     found = trajectory.read(file)
     assert len(found.steps) == 8
     assert found.weights[8] == bytes.fromhex(trajectory.digest(trajectory.weights_of(rule)))[:8]
@@ -430,7 +416,7 @@ def test_replay(name: str, exact: bool, tmp_path: Path) -> None:
 def test_signs_take_little_room(tmp_path: Path) -> None:
     settings = {"variant": "eggroll", "n": 7, "shaping": "sign"}
     rule, file = _trained(tmp_path, steps=40, **settings)
-    assert torch.equal(_flat(rule.blocks), _flat(_replayed(file, **settings).blocks))
+    assert torch.equal(flat(rule.blocks), flat(_replayed(file, **settings).blocks))
     header = trajectory.read(file).checks[0][1]
     rates = 40 * (2 + 2 * 16)  # falling in every step
     assert file.stat().st_size - header == rates + 40 * (1 + 2) + 2 * 9
@@ -468,16 +454,16 @@ def test_a_trajectory_goes_with_its_training_only(tmp_path: Path) -> None:
     with torch.no_grad():
         next(rule.blocks.parameters()).add_(0.1)
     with pytest.raises(ValueError, match="not those that the training began with"):
-        next(trajectory.replay(rule, _sgd(rule), trajectory.read(file)))
+        next(trajectory.replay(rule, sgd(rule), trajectory.read(file)))
     with pytest.raises(ValueError, match="never overwritten"):
-        trajectory.Writer(file, rule, list(_sgd(rule).values()))
+        trajectory.Writer(file, rule, list(sgd(rule).values()))
 
 
 def test_going_on_with_a_trajectory(tmp_path: Path) -> None:
     """After a kill the file is cut to the checkpoint's step, and goes on as if nothing had been."""
     rule, file = _trained(tmp_path, variant="mezo", steps=10)
     whole = trajectory.read(file).steps
-    optimizers = _sgd(rule, momentum=0.9, weight_decay=0.01)
+    optimizers = sgd(rule, momentum=0.9, weight_decay=0.01)
     with trajectory.Writer(file, rule, list(optimizers.values()), steps=6) as writer:
         rule.scalars = torch.tensor([9.0])
         writer.step()
@@ -496,26 +482,26 @@ def test_directions_shared_out(variant: str, ranks: int) -> None:
     make = partial(_attached, batch=batch, variant=variant, n=4, exact=True)
     alone, parties = make(_net()), [make(_net()) for _ in range(ranks)]
     for rule in (alone, *parties):
-        rule.optimizers = _sgd(rule, momentum=0.5)
+        rule.optimizers = sgd(rule, momentum=0.5)
     for _ in range(3):
-        _step(alone, alone.optimizers, alone.updates(batch))
+        take(alone.updates(batch), alone.optimizers)
         shared = torch.empty(4, 2, dtype=torch.float64)
         for rank, rule in enumerate(parties):
             own = [i for i in reversed(range(4)) if i % ranks == rank]
             shared[own] = rule.losses(batch, own)
         for rule in parties:
-            _step(rule, rule.optimizers, rule.learn(shared))
+            take(rule.learn(shared), rule.optimizers)
     for rule in parties:
-        assert torch.equal(_flat(rule.blocks), _flat(alone.blocks))
+        assert torch.equal(flat(rule.blocks), flat(alone.blocks))
 
 
 def test_whoever_stops_in_the_middle_finds_the_weights_home() -> None:
     rule = _attached(_net(), _batch(), variant="mezo", exact=True)
-    before = _flat(rule.blocks)
+    before = flat(rule.blocks)
     updates = rule.updates(_batch())
     next(updates)
     updates.close()
-    assert torch.equal(_flat(rule.blocks), before)
+    assert torch.equal(flat(rule.blocks), before)
 
     def broken(outputs: Tensor, targets: Tensor) -> Tensor:
         raise KeyboardInterrupt
@@ -523,7 +509,7 @@ def test_whoever_stops_in_the_middle_finds_the_weights_home() -> None:
     rule._loss = broken
     with pytest.raises(KeyboardInterrupt):
         next(rule.updates(_batch()))
-    assert torch.equal(_flat(rule.blocks), before)
+    assert torch.equal(flat(rule.blocks), before)
 
 
 def test_codes_stay_codes() -> None:
@@ -531,9 +517,9 @@ def test_codes_stay_codes() -> None:
     rule = _attached(_net(), _batch(), variant="qes", n=4, bits=4, residual_decay=1.0)
     start = [held.codes.clone() for held in rule.coded]
     vectors = [p.detach().clone() for p in rule.blocks.parameters() if p.ndim < 2]
-    optimizers = _sgd(rule, 0.5)
+    optimizers = sgd(rule, 0.5)
     for _ in range(6):
-        _step(rule, optimizers, rule.updates(_batch()))
+        take(rule.updates(_batch()), optimizers)
         matrices = [p for p in rule.blocks.parameters() if p.ndim > 1]
         for held, p in zip(rule.coded, matrices, strict=True):
             assert torch.equal(p.detach(), held.weight())
@@ -598,6 +584,6 @@ def test_probes_are_seen_under_autocast(variant: str) -> None:
     rule = _attached(_net(), _batch(), **{**VARIANTS[variant], "eps": 0.5})  # seen in bfloat16
     before = [p.clone() for p in rule.parameters()]
     with torch.autocast("cpu", torch.bfloat16):
-        _step(rule, _sgd(rule, 10.0), rule.updates(_batch()))
+        take(rule.updates(_batch()), sgd(rule, 10.0))
     moved = [not torch.equal(p, known) for p, known in zip(rule.parameters(), before, strict=True) if p.ndim > 1]
     assert all(moved)  # qes leaves vectors

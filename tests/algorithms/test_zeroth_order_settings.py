@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from locallearn.cost import measure_update
 from locallearn.functional.counter_noise import numbers
 from locallearn.functional.zeroth_order import GRID, curvature_weights
 from locallearn.nets import Blocks, mlp
+from tests.algorithms.steps import flat, sgd, take
 
 _ROWS, _WIDTH = 12, 6
 
@@ -38,21 +39,6 @@ def _attached(net: Blocks, batch: Batch, loss: Callable[..., Tensor] = F.cross_e
     rule = ZerothOrder(**settings)
     rule.attach(net, TaskInfo(batch, 3, loss))
     return rule
-
-
-def _sgd(rule: ZerothOrder, lr: float = 0.1, **settings: Any) -> dict[str, torch.optim.Optimizer]:
-    return {unit: torch.optim.SGD(groups, lr=lr, **settings) for unit, groups in rule.units().items()}
-
-
-def _step(updates: Iterator[Any], optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    for update in updates:
-        update.backward()
-        optimizers[update.unit].step()
-        optimizers[update.unit].zero_grad()
-
-
-def _flat(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().double() for p in module.parameters()])
 
 
 # -- against a plain loop --------------------------------------------------------------------------------------------------
@@ -134,12 +120,12 @@ def test_a_plain_loop_makes_the_same_steps(how: dict[str, Any]) -> None:
     net[0].append(nn.LayerNorm(5, dtype=torch.float64))
     plain = copy.deepcopy(net)
     rule = _attached(net, batch, seed=3, **how)
-    optimizers = _sgd(rule, 0.05, momentum=0.5, weight_decay=0.1)
+    optimizers = sgd(rule, 0.05, momentum=0.5, weight_decay=0.1)
     for _ in range(3):
-        _step(rule.updates(batch), optimizers)
+        take(rule.updates(batch), optimizers)
     _plain_loop(rule, plain, batch, 3, 0.05, 0.1, **how)
-    moved = float((_flat(net) - _flat(_net_with_norm())).abs().max())
-    assert float((_flat(net) - _flat(plain)).abs().max()) < 1e-6 * max(1.0, moved)
+    moved = float((flat(net) - flat(_net_with_norm())).abs().max())
+    assert float((flat(net) - flat(plain)).abs().max()) < 1e-6 * max(1.0, moved)
     assert moved > 1e-3
 
 
@@ -157,38 +143,38 @@ def test_the_scale_of_the_loss_is_gone() -> None:
         rule = _attached(
             _net(), _batch(), lambda x, y, k=times: k * F.cross_entropy(x, y), variant="mezo", normalise=normalise
         )
-        optimizers = _sgd(rule, 1e-3)
-        before = _flat(rule.blocks)
+        optimizers = sgd(rule, 1e-3)
+        before = flat(rule.blocks)
         for step in range(4):
-            _step(rule.updates(_batch()), optimizers)
+            take(rule.updates(_batch()), optimizers)
             if step == 0 and normalise:
                 z = [_drawn(rule, k, p, 0, 0, None).flatten() for k, p in rule.blocks.named_parameters()]
-                assert torch.allclose((_flat(rule.blocks) - before).abs(), 1e-3 * torch.cat(z).abs(), atol=1e-9)
-        ends[normalise, times] = _flat(rule.blocks)
+                assert torch.allclose((flat(rule.blocks) - before).abs(), 1e-3 * torch.cat(z).abs(), atol=1e-9)
+        ends[normalise, times] = flat(rule.blocks)
     assert torch.allclose(ends["scalar_ema", 1], ends["scalar_ema", 1000], atol=1e-8)
     assert float((ends[None, 1] - ends[None, 1000]).abs().max()) > 0.1
 
 
 def test_nothing_to_say_is_no_step() -> None:
     rule = _attached(_net(), _batch(), lambda x, y: x.sum() * 0, normalise="scalar_ema")
-    before = _flat(rule.blocks)
-    _step(rule.updates(_batch()), _sgd(rule))
-    assert torch.equal(_flat(rule.blocks), before)
+    before = flat(rule.blocks)
+    take(rule.updates(_batch()), sgd(rule))
+    assert torch.equal(flat(rule.blocks), before)
 
 
 def test_the_running_mean_is_in_the_checkpoint() -> None:
     """Training goes on from a checkpoint, and from a copy, as if nothing had been."""
     rule = _attached(_net(), _batch(), normalise="scalar_ema", n=2)
     for _ in range(3):
-        _step(rule.updates(_batch()), _sgd(rule))
+        take(rule.updates(_batch()), sgd(rule))
     other = _attached(_net(), _batch(), normalise="scalar_ema", n=2)
     other.load_state_dict(rule.state_dict())
     for one in (other, copy.deepcopy(rule)):
         known = copy.deepcopy(rule)
         for made in (known, one):
             for _ in range(2):
-                _step(made.updates(_batch()), _sgd(made))
-        assert torch.equal(_flat(one.blocks), _flat(known.blocks))
+                take(made.updates(_batch()), sgd(made))
+        assert torch.equal(flat(one.blocks), flat(known.blocks))
 
 
 # -- curvature -------------------------------------------------------------------------------------------------------------
@@ -319,7 +305,7 @@ def test_statistics_of_blocks_move_once() -> None:
     rule.train()
     masks: list[Tensor] = []
     net[0][2].register_forward_hook(lambda module, given, output: masks.append(output == 0))
-    _step(rule.updates(_batch()), _sgd(rule))
+    take(rule.updates(_batch()), sgd(rule))
     assert int(net[0][1].num_batches_tracked) == 1
     assert len(masks) == 5  # what is handed on, then both sides of two directions
     assert all(torch.equal(mask, masks[1]) for mask in masks[1:])
@@ -341,18 +327,18 @@ def test_replay(name: str, exact: bool, tmp_path: Path) -> None:
     settings = {**_REPLAYED[name], "exact": exact}
     batch, file = _batch(torch.float32), tmp_path / "t.bin"
     rule = _attached(_net(torch.float32), batch, **settings)
-    optimizers = _sgd(rule, 0.02, momentum=0.9)
+    optimizers = sgd(rule, 0.02, momentum=0.9)
     with trajectory.Writer(file, rule, list(optimizers.values())) as writer:
         for _ in range(5):
             writer.before()
-            _step(rule.updates(batch), optimizers)
+            take(rule.updates(batch), optimizers)
             writer.step()
     known = trajectory.read(file)
     again = _attached(_net(torch.float32), batch, **settings)
-    assert list(trajectory.replay(again, _sgd(again, 9.0, momentum=0.9), known)) == [1, 2, 3, 4, 5]
-    apart = float((_flat(rule.blocks) - _flat(again.blocks)).abs().max())
+    assert list(trajectory.replay(again, sgd(again, 9.0, momentum=0.9), known)) == [1, 2, 3, 4, 5]
+    apart = float((flat(rule.blocks) - flat(again.blocks)).abs().max())
     assert apart == 0 if exact else apart < 1e-5
-    assert float((_flat(rule.blocks) - _flat(_net(torch.float32))).abs().max()) > 1e-3
+    assert float((flat(rule.blocks) - flat(_net(torch.float32))).abs().max()) > 1e-3
     assert all(len(step.c) == rule.numbers for step in known.steps)
     without = {
         key: value for key, value in settings.items() if key not in ("normalise", "curvature_exponent", "losses")
@@ -367,17 +353,17 @@ def test_directions_shared_out(losses: str) -> None:
     batch = _batch(torch.float32)
     settings = {"variant": "mezo", "n": 3, "exact": True, "normalise": "scalar_ema", "curvature_exponent": 0.1}
     rules = [_attached(_net(torch.float32), batch, losses=losses, **settings) for _ in range(4)]
-    before = _flat(rules[0])
+    before = flat(rules[0])
     assert torch.equal(before, (before / GRID).round() * GRID)  # heads, too
     rules[0].losses(batch)
-    assert torch.equal(_flat(rules[0]), before)
+    assert torch.equal(flat(rules[0]), before)
     for _ in range(2):
-        _step(rules[0].updates(batch), _sgd(rules[0]))
+        take(rules[0].updates(batch), sgd(rules[0]))
         shared = torch.cat([rule.losses(batch, [i]) for i, rule in enumerate(rules[1:])])
         for rule in rules[1:]:
-            _step(rule.learn(shared), _sgd(rule))
+            take(rule.learn(shared), sgd(rule))
     for rule in rules[1:]:
-        assert torch.equal(_flat(rule), _flat(rules[0]))
+        assert torch.equal(flat(rule), flat(rules[0]))
     if losses == "local":
         with pytest.raises(ValueError, match=r"3 directions and 2 blocks, \(3, 2, 3\)"):
             next(rules[0].learn(torch.zeros(3, 2)))

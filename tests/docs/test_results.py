@@ -126,10 +126,8 @@ def test_accuracies_on_devices_that_suffer_are_those_of_the_records() -> None:
     for record in scan([DOCS / "records" / "physical_ff_vowels_noise"]).records:
         net = record.part("config")["net"]
         device = net["device"]
-        ways = [way for way in ("noise", "drift") if device[way]] or [
-            "noise",
-            "drift",
-        ]  # none of either is in both rows
+        both = ["noise", "drift"]
+        ways = [way for way in both if device[way]] or both  # none of either is in both rows
         for way in ways:
             row = found.setdefault((way, "yes" if net["skip"] else "no"), {})
             row.setdefault(f"{device[way]:g}", []).append(100 * float(record.data["test"]["accuracy"]))
