@@ -90,7 +90,7 @@ def bench(
         algorithms: names that ``make`` knows.
         make: makes the plan of an algorithm, with further settings.
         rounds: counted rounds after one that warms up; in each round every contender runs once, in turn.
-        steps: batches per round; for ``strategy`` at most those of an epoch.
+        steps: batches per round; for ``strategy`` at most those of an epoch, after a few that are not counted.
         depths: numbers of equal blocks for ``memory``, the first one is the baseline; networks that are not made of
             ``hidden`` widths do not look at it.
         counts: numbers of directions for ``estimates``, of which rounds x steps are drawn each.
@@ -99,8 +99,8 @@ def bench(
         A table for the terminal, and the record's folder.
 
     Raises:
-        ValueError: an unknown ``what``, no rounds, no steps, no depths, no backprop to compare steps with, or a rule whose
-            costs are not its own (it is simulated).
+        ValueError: an unknown ``what``, no rounds, no steps, no depths, no backprop to compare steps with, a rule whose
+            costs are not its own (it is simulated), or for ``strategy`` an epoch of too few batches.
     """
     if what not in KINDS:
         raise ValueError(f"bench.what is {what!r}, expected one of {', '.join(KINDS)}")
@@ -120,7 +120,11 @@ def bench(
             sheet, figures = _data(algorithms, make, rounds)
         else:
             if what == "strategy":
-                steps = min(steps, len(_loader(plan)))
+                steps = min(steps, len(_loader(plan)) - _WARM)
+                if steps < 1:
+                    raise ValueError(
+                        f"an epoch has {steps + _WARM} batches, of which the first {_WARM} are not counted: use smaller batches"
+                    )
             contenders = _step(algorithms, make, steps) if what == "step" else _strategy(algorithms, make, steps)
             timings = _alternate(contenders, rounds)
             sheet = _timing_table(what, timings, steps)
@@ -319,14 +323,20 @@ def _counted_step(loop: _Loop, batch: Batch) -> float | None:
     return None if counter.uncounted else counter.total
 
 
+# Batches of a new Trainer that are not counted: in the first an optimizer makes its state, and memory is touched that the
+# plain loop, which is the same from round to round, has touched before.
+_WARM = 3
+
+
 class _EpochClock(pl.Callback):
-    """Seconds from the first to the last batch of an epoch inside a Trainer."""
+    """Seconds of an epoch's batches inside a Trainer, less those of the first few."""
 
     seconds = 0.0
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start = _now(trainer.strategy.root_device)
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == _WARM:
+            self._start = _now(trainer.strategy.root_device)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -350,7 +360,7 @@ def _strategy(algorithms: Sequence[str], make: Make, steps: int) -> list[_Conten
             task = attached_task(plan)
             clock = _EpochClock()
             plan.scheduler = None  # the plain loop has none either
-            once = {"max_epochs": 1, "limit_train_batches": steps, "limit_val_batches": 0, "logger": False}
+            once = {"max_epochs": 1, "limit_train_batches": _WARM + steps, "limit_val_batches": 0, "logger": False}
             trainer = make_trainer(plan, plan.algorithm, [clock], **once)
             with quiet(), stoppable():
                 trainer.fit(task, train_dataloaders=loader)
