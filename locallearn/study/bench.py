@@ -334,7 +334,9 @@ class _EpochClock(pl.Callback):
     seconds = 0.0
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == _WARM:
             self._start = _now(trainer.strategy.root_device)
 
