@@ -10,7 +10,8 @@ import pytest
 from locallearn.records import Record
 from locallearn.report import write_report
 from locallearn.report._analysis import read_analyses
-from tests.report.test_browser import BROWSER, NASTY, dom, drawn, placed
+from tests.report.browser import BROWSER
+from tests.report.test_browser import NASTY, dom, drawn, placed
 from tests.report.test_page import Page
 
 Make = Callable[..., Record]
@@ -244,7 +245,7 @@ def test_a_browser_draws_all_of_it_and_runs_nothing_that_a_file_holds(make: Make
     likeness["rows"][0][1] = NASTY
     _put(records[0], likeness, "similarity-1.json")
     page = write_report(records, tmp_path / "r.html", title="Safe")
-    text = dom(page, tmp_path / "profile", 20_000)
+    text = dom(page)
     assert "<title>Safe</title>" in text
     assert drawn(text) == placed(page)
     assert (
