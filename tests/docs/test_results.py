@@ -91,6 +91,7 @@ FORWARD_ONLY = (
     "ridge_mnist",
     "physical_ff_vowels",
     "physical_ff_mnist",
+    "physical_ff_mnist_full",
     "zeroth_order_digits",
     "forward_gradient_cifar10_guesses",
     "python_topics_tuned",
