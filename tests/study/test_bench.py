@@ -18,8 +18,10 @@ from locallearn.batch import Batch
 from locallearn.cli import main
 from locallearn.records import load_record, scan
 from locallearn.report import write_report
-from locallearn.study.bench import KINDS, _alternate, _Contender, bench
+from locallearn.strategies import LocalStrategy
+from locallearn.study.bench import KINDS, _alternate, _Contender, _strategy, bench
 from locallearn.study.train import Plan, attached_task, run
+from locallearn.tasks.images import ImageData
 from tests.study.conftest import MakePlan
 
 SMALL = ("net.hidden=[8,8]", "trainer.accelerator=cpu", "bench.rounds=2", "bench.steps=2")
@@ -203,12 +205,8 @@ def test_strategy_runs_the_same_batches_in_the_loop_and_in_the_trainer(make_plan
     _, folder = bench(
         "strategy", ["backprop"], lambda name, *more: _watched(make_plan(name), calls), rounds=2, steps=5, depths=[]
     )
-    assert list(Counter(map(id, calls)).values()) == [
-        15,
-        5,
-        5,
-        5,
-    ]  # one plan for the loop, a new one for the Trainer in every round
+    # one plan for the loop, a new one for the Trainer in every round, with three batches that are not counted
+    assert list(Counter(map(id, calls)).values()) == [15, 8, 8, 8]
     loop, trainer = _figures(folder)["contenders"]
     assert trainer["baseline"] == loop["baseline"] == loop["name"]
     assert trainer["ratio"] == pytest.approx(
@@ -222,9 +220,32 @@ def test_strategy_counts_no_more_batches_than_an_epoch_has(make_plan: MakePlan) 
     table, folder = bench(
         "strategy", ["backprop"], lambda name, *more: _watched(make_plan(name), calls), rounds=1, steps=500, depths=[]
     )
-    assert _figures(folder)["steps"] == 21  # 1293 samples, 64 in a batch
-    assert len(calls) == 2 * 2 * 21
-    assert "of 21 batches" in str(table.title)
+    assert _figures(folder)["steps"] == 18  # 1293 samples, 64 in a batch, and three batches that are not counted
+    assert len(calls) == 2 * (18 + 21)
+    assert "of 18 batches" in str(table.title)
+
+
+def test_strategy_does_not_count_what_a_new_trainer_does_first(
+    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that ticks with every step of the strategy."""
+    ticks, step = [0], LocalStrategy.training_step
+
+    def ticking(strategy: LocalStrategy, *args: Any, **kwargs: Any) -> torch.Tensor:
+        ticks[0] += 1
+        return step(strategy, *args, **kwargs)
+
+    monkeypatch.setattr(LocalStrategy, "training_step", ticking)
+    monkeypatch.setattr("locallearn.study.bench._now", lambda device: ticks[0])
+    made = _strategy(["backprop"], lambda name, *more: make_plan(name), 4)
+    assert made[1].round() == 4
+    assert ticks == [7]
+
+
+def test_strategy_refuses_an_epoch_that_is_over_before_it_counts(make_plan: MakePlan) -> None:
+    plan = make_plan("backprop", data=ImageData("digits", batch_size=1000))
+    with pytest.raises(ValueError, match="has 2 batches, of which the first 3 are not counted: use smaller batches"):
+        bench("strategy", ["backprop"], lambda *_: plan, rounds=1, steps=5, depths=[])
 
 
 class _SlowLoader:
