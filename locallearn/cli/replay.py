@@ -17,6 +17,7 @@ def replay(words: list[str]) -> int:
 
     from locallearn.algorithms.zeroth_order import ZerothOrder
     from locallearn.algorithms.zeroth_order import trajectory as kept
+    from locallearn.nets.weights import digest
     from locallearn.precision import multiplying
     from locallearn.records import load_record, write_file
     from locallearn.strategies.making import make_optimizers
@@ -39,14 +40,14 @@ def replay(words: list[str]) -> int:
     model = read_tensors(folder / MODEL)["state_dict"] if (folder / MODEL).is_file() else None
     found = kept.weights_of(rule)
     final = None if model is None else {name: model[f"net.{name}"] for name in found}
-    wanted = None if final is None else bytes.fromhex(kept.digest(final))[:8]
+    wanted = None if final is None else bytes.fromhex(digest(final))[:8]
     at = max((n for n, known in trajectory.weights.items() if known == wanted), default=len(trajectory.steps))
     chosen = {name: weight.clone() for name, weight in found.items()}
     equal = 0
     with multiplying(plan.matmul_precision):
         for number in kept.replay(rule, make_optimizers(rule, plan.optimizer), trajectory):
             if number in trajectory.weights:
-                equal += bytes.fromhex(kept.digest(found))[:8] == trajectory.weights[number]
+                equal += bytes.fromhex(digest(found))[:8] == trajectory.weights[number]
             if number == at:
                 chosen = {name: weight.detach().cpu().clone() for name, weight in found.items()}
     unchecked = len(trajectory.steps) - trajectory.checks[-1][0]

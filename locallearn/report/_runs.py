@@ -151,7 +151,7 @@ def provenance(records: Sequence[Record], rows: Sequence[Row], page: Path, book:
     )
     table = scrolled(f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>", "Runs", "wide runs")
     notes = [f"{record.id}: {note}" for record in records for note in texts(record.data.get("notes"))]
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    begun = [f"{record.id}: {record.begins_with_in_words}" for record in records if record.begins_with is not None]
     return (
         "<h2 id='runs'>Provenance</h2>"
         f"<details><summary>Runs, their folders and commands ({len(lines)})</summary>{table}</details>"
@@ -159,11 +159,19 @@ def provenance(records: Sequence[Record], rows: Sequence[Row], page: Path, book:
         + _settings(records, "versions", "Versions")
         + _settings(records, "source", "Source")
         + _settings(records, "precision", "Arithmetic")
-        + (f'<details><summary>Notes</summary><ul class="plain">{items}</ul></details>' if notes else "")
+        + _listed("Weights that training began with (run, beginning of their SHA-256)", begun)
+        + _listed("Notes", notes)
         + "".join(_stages(row) for row in rows[:_CONFIGS])
         + "".join(_config(row) for row in rows[:_CONFIGS])
         + ("<p class='note'>Further configurations are in the runs' folders.</p>" if len(rows) > _CONFIGS else "")
     )
+
+
+def _listed(title: str, entries: Sequence[str]) -> str:
+    if not entries:
+        return ""
+    items = "".join(f"<li>{escape(entry)}</li>" for entry in entries)
+    return f'<details><summary>{escape(title)}</summary><ul class="plain">{items}</ul></details>'
 
 
 def _line(record: Record) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from locallearn.algorithms.zeroth_order.trajectory import digest
 from locallearn.nets.blocks import Blocks
+from locallearn.nets.weights import digest
 from locallearn.study._tensors import read_tensors
 from locallearn.study.plan import MODEL
 

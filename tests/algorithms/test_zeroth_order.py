@@ -21,6 +21,7 @@ from locallearn.audit import audit
 from locallearn.batch import Batch
 from locallearn.functional.zeroth_order import GRID
 from locallearn.nets import Blocks, mlp
+from locallearn.nets.weights import digest
 from locallearn.study._estimates import measure_estimates
 from tests.algorithms.steps import flat, sgd, take
 from tests.references import reference
@@ -410,7 +411,7 @@ def test_replay(name: str, exact: bool, tmp_path: Path) -> None:
     assert float((flat(rule.blocks) - flat(_net())).abs().max()) > 1e-3
     found = trajectory.read(file)
     assert len(found.steps) == 8
-    assert found.weights[8] == bytes.fromhex(trajectory.digest(trajectory.weights_of(rule)))[:8]
+    assert found.weights[8] == bytes.fromhex(digest(trajectory.weights_of(rule)))[:8]
 
 
 def test_signs_take_little_room(tmp_path: Path) -> None:

@@ -609,3 +609,15 @@ def test_a_picture_that_is_none_or_too_large_is_left_out_by_name(make: Make, sho
     assert [re.findall("by (.), seed 0", alt) for alt in alts] == [["b"], ["d"]]
     assert "reconstructions.png is not a PNG picture." in page.text
     assert "The reconstructions of 1 of 4 rules, to keep the page small" in page.text
+
+
+def test_a_page_says_which_weights_a_run_began_with(make: Make, tmp_path: Path) -> None:
+    begun = make("backprop", 0, beginning={"run": "the-body", "weights": "0123456789abcdef" * 4, "drawn": None})
+    drawn = make("backprop", 1)
+    text = write_report([begun, drawn], tmp_path / "r.html").read_text(encoding="utf-8")
+    told = text.partition("Weights that training began with")[2].partition("</details>")[0]
+    assert f"<li>{begun.id}: the-body (01234567)</li>" in told
+    assert drawn.id not in told
+    assert "Weights that training began with" not in write_report([drawn], tmp_path / "r.html").read_text(
+        encoding="utf-8"
+    )

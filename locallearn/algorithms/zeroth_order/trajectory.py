@@ -29,20 +29,11 @@ from torch.optim import Optimizer
 
 from locallearn.algorithms.zeroth_order._rule import ZerothOrder
 from locallearn.functional.counter_noise import VERSION
+from locallearn.nets.weights import digest
 
 _MAGIC = b"LLZOTRJ\x01"
 _EVERY = 64
 Rates = tuple[tuple[float, float], ...]
-
-
-def digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and bytes of weights."""
-    found = hashlib.sha256()
-    for name, weight in weights.items():
-        flat = weight.detach().cpu().contiguous()
-        found.update(f"{name} {tuple(flat.shape)} {flat.dtype}\n".encode())
-        found.update(flat.view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def weights_of(rule: ZerothOrder) -> dict[str, Tensor]:
