@@ -7,8 +7,10 @@
 
 The entries are those of gpu_queue.py. Those that measure seconds or joules run alone, one after another; then come those that
 ask for accuracies only, several at a time, on one device. An entry that takes twice its estimate (--patience) is stopped as by
-Ctrl-C, and so is everything at the limit, at a Ctrl-C and when the process is told to end: the same command again takes over
-what is finished and goes on with the rest. Records are in OUT/records, one folder per entry, outputs in OUT/logs, and
+Ctrl-C, and so is everything at the limit, at a Ctrl-C, when the process is told to end and when its terminal is lost: the same
+command again takes over what is finished and goes on with the rest. One queue works in one OUT; after kill -9 what it had
+begun runs on, and the next queue says so and does not start beside it.
+Records are in OUT/records, one folder per entry, outputs in OUT/logs, and
 OUT/records.tar.gz holds what is to be committed, without weights: copy it to docs/records/. A rehearsal has another OUT.
 Needs locallearn importable: installed, or its unpacked wheel on PYTHONPATH.
 """
@@ -16,6 +18,7 @@ Needs locallearn importable: installed, or its unpacked wheel on PYTHONPATH.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shlex
 import signal
@@ -50,7 +53,15 @@ def main(words: Sequence[str] | None = None) -> int:
             return _refuse(
                 "PyTorch sees no CUDA device here; --tiny --data digits --accelerator cpu rehearses the queue without one"
             )
-    return _Queue(said).run(entries)
+    said.out.mkdir(parents=True, exist_ok=True)
+    with (said.out / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _refuse(
+                f"another queue, or a training that one has left behind, works in {said.out}: wait for it or end it"
+            )
+        return _Queue(said, lock.fileno()).run(entries)
 
 
 def _refuse(why: str) -> int:
@@ -91,8 +102,9 @@ def _names(text: str) -> list[str]:
 class _Queue:
     """Runs entries as processes until the time is up."""
 
-    def __init__(self, said: argparse.Namespace) -> None:
+    def __init__(self, said: argparse.Namespace, lock: int) -> None:
         self._said = said
+        self._lock = lock  # processes have it, too: it is held until the last of them has ended
         self._out: Path = said.out.absolute()
         self._until = time.monotonic() + said.limit
         self._running: list[_Running] = []
@@ -103,7 +115,7 @@ class _Queue:
     def run(self, entries: Sequence[Entry]) -> int:
         waiting = [entry for entry in entries if not self._is_done(entry)]
         interrupted = False
-        usual = signal.signal(signal.SIGTERM, _interrupt)
+        usual = {one: signal.signal(one, _interrupt) for one in (signal.SIGTERM, signal.SIGHUP)}
         try:
             for entry in sorted(
                 waiting, key=lambda entry: not self._is_alone(entry)
@@ -115,7 +127,8 @@ class _Queue:
             interrupted = True
         finally:
             self._end_all()
-            signal.signal(signal.SIGTERM, usual)
+            for one, handler in usual.items():
+                signal.signal(one, handler)
             self._archive()
         left = [entry.name for entry in waiting if not self._is_done(entry)]
         told = ", ".join(left) or "nothing", ", ".join(self._failed) or "nothing"
@@ -158,7 +171,12 @@ class _Queue:
         one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         with self._log(entry).open("ab") as log:
             process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **one}, start_new_session=True
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **one},
+                start_new_session=True,
+                pass_fds=(self._lock,),
             )
         self._running.append(_Running(entry, process, time.monotonic()))
 

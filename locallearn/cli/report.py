@@ -35,12 +35,12 @@ def report(words: list[str]) -> int:
             recovered(root)
     out = Path(str(cfg.report.out or roots[0] / "report.html")).expanduser()
     watched = "--watch" in options
-    found = _write(roots, out, cfg.report.title, "--figures" in options, watched)
+    left_out, problems = _write(roots, out, cfg.report.title, "--figures" in options, watched)
     if not watched and os.access(roots[0], os.W_OK) and not folders and not cfg.report.records:
         reindexed(roots[0])
     for count, what in (
-        (found.left_out, "left out"),
-        (len(found.problems) - found.left_out, "with values that cannot be used"),
+        (left_out, "left out"),
+        (problems - left_out, "with values that cannot be used"),
     ):
         if count:
             records = "record" if count == 1 else "records"
@@ -52,8 +52,8 @@ def report(words: list[str]) -> int:
     return 0
 
 
-def _write(roots: Sequence[Path], out: Path, title: str, figures: bool, watched: bool) -> Any:
-    """One page of what is there now; what was found is returned."""
+def _write(roots: Sequence[Path], out: Path, title: str, figures: bool, watched: bool) -> tuple[int, int]:
+    """One page of what is there now; how many records it leaves out, and with how many there is a problem."""
     from locallearn.records import scan
     from locallearn.report import write_report
 
@@ -66,14 +66,20 @@ def _write(roots: Sequence[Path], out: Path, title: str, figures: bool, watched:
         problems = [text for text in problems if not any(text.startswith(run.path.name) for run in running)]
     reload_s = _RELOAD_S if watched else None
     write_report(found.records, out, title=title, problems=problems, figures=figures, running=running, watch_s=reload_s)
-    return found
+    told = len(found.problems) - len(problems)
+    return max(0, found.left_out - told), len(problems)
 
 
 def _watch(roots: Sequence[Path], out: Path, title: str, figures: bool) -> None:
     """Writes the page again whenever records change, until it is interrupted."""
+    from locallearn.records import recover
+
     seen = _state(roots)
     while True:
         time.sleep(_EVERY_S)
+        for root in roots:  # a run that was killed changes nothing by itself, and would go on for ever
+            if os.access(root, os.W_OK):
+                recover(root)
         state = _state(roots)
         if state == seen:
             continue

@@ -8,7 +8,7 @@ from typing import Any
 
 from locallearn.cli.arms import distinct, refuse_shared
 from locallearn.cli.plans import check_seed
-from locallearn.cli.settings import UsageError
+from locallearn.cli.settings import UsageError, by_content, unstaged
 from locallearn.records._settings import ENDS, OF_COMMANDS, OF_MEASURING, OF_PLACES, group_of
 
 SEED = 1000
@@ -37,14 +37,18 @@ def fixed_words(
     """What makes this search another one than that with other words.
 
     Args:
-        words: typed, for all algorithms.
+        words: typed, for all algorithms; a file among them counts by its content.
         seeds: of every trial.
         objectives: ``tune.objectives``.
         joules: they are looked for, so it matters how they are measured.
         weights: digest of those that every trial begins with, whatever they were called.
     """
     apart = {*OF_PLACES, *OF_COMMANDS, *(() if joules else OF_MEASURING), "seed", "init_from"}
-    kept = [word for word in words if group_of(word) not in apart or word.lstrip("+~").startswith(_OF_THE_SEARCH)]
+    kept = [
+        word
+        for word in unstaged(by_content(words))
+        if group_of(word) not in apart or word.lstrip("+~").startswith(_OF_THE_SEARCH)
+    ]
     told = [] if objectives is None else [f"objectives={list(objectives)}"]
     return [*kept, f"seeds={list(seeds)}", *told, *([] if weights is None else [f"init_from={weights}"])]
 

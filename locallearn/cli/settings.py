@@ -28,6 +28,7 @@ GROUPS = (
 )
 
 _PLACES = "hydra.searchpath="
+_STAGING = "locallearn-"  # how the name of a folder of experiments' files begins
 
 
 class UsageError(Exception):
@@ -78,11 +79,7 @@ def located(words: Sequence[str]) -> list[str]:
     Raises:
         UsageError: there is no such file.
     """
-    found: list[str] = []
-    for word in words:
-        key, _, name = word.partition("=")
-        own = key == "experiment" and name.endswith((".yaml", ".yml"))
-        found.append(f"experiment={_staged(name)}" if own else word)
+    found = by_content(words)
     if found == list(words):
         return found
     given = [word for word in found if word.startswith(_PLACES)]
@@ -91,6 +88,34 @@ def located(words: Sequence[str]) -> list[str]:
         *(word for word in found if word not in given),
         f"{_PLACES}[{','.join([*further, f'file://{_staging()}'])}]",
     ]
+
+
+def by_content(words: Sequence[str]) -> list[str]:
+    """The same words, but an experiment's file goes by a name that changes with what it holds.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    found: list[str] = []
+    for word in words:
+        key, _, name = word.partition("=")
+        own = key == "experiment" and name.endswith((".yaml", ".yml"))
+        found.append(f"experiment={_staged(name)}" if own else word)
+    return found
+
+
+def unstaged(words: Sequence[str]) -> list[str]:
+    """The same words without the folder in which a process puts experiments' files: it is another one every time."""
+    found = []
+    for word in words:
+        if word.startswith(_PLACES):
+            places = word.removeprefix(_PLACES).strip("[] ").split(",")
+            places = [place for place in places if not Path(place).name.startswith(_STAGING)]
+            if not places:
+                continue
+            word = f"{_PLACES}[{','.join(places)}]"
+        found.append(word)
+    return found
 
 
 def _staged(file: str) -> str:
@@ -114,7 +139,7 @@ def _staged(file: str) -> str:
 @cache
 def _staging() -> Path:
     """A folder for this process, where Hydra finds experiments that are somebody's own files."""
-    folder = tempfile.mkdtemp(prefix="locallearn-")
+    folder = tempfile.mkdtemp(prefix=_STAGING)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 

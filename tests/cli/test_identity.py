@@ -12,7 +12,7 @@ import torch
 from locallearn.cli import tuned
 from locallearn.cli.compare import _signature
 from locallearn.cli.searching import fixed_words
-from locallearn.cli.settings import compose_settings
+from locallearn.cli.settings import compose_settings, located
 from locallearn.cli.tune import _said_here
 from locallearn.records import _settings as kinds
 from locallearn.records import load_record
@@ -172,3 +172,22 @@ def test_a_replay_begins_where_the_run_began(cli: Cli, first: Path, tmp_path: Pa
     outcome = cli("replay", str(run))
     assert outcome.code == 2
     assert "other weights are there now" in outcome.err
+
+
+def test_a_search_in_a_file_that_was_changed_is_another_search(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+
+    def name() -> list[str]:
+        return fixed_words([f"experiment={file}"], [1], None)
+
+    file.write_text("# @package _global_\nnet: {hidden: [16]}\n", encoding="utf-8")
+    first = name()
+    file.write_text("# @package _global_\nnet: {hidden: [64, 64]}\n", encoding="utf-8")
+    assert name() != first
+    moved = tmp_path / "elsewhere" / "mine.yaml"
+    moved.parent.mkdir()
+    moved.write_text("# @package _global_\nnet: {hidden: [16]}\n", encoding="utf-8")
+    assert fixed_words([f"experiment={moved}"], [1], None) == first
+    given = [f"experiment={moved}", "hydra.searchpath=[file:///elsewhere]"]
+    assert fixed_words(located(given), [1], None) == [*first[:1], "hydra.searchpath=[file:///elsewhere]", *first[1:]]
+    assert fixed_words(located(given[:1]), [1], None) == first

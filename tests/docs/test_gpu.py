@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import tarfile
 import threading
@@ -95,7 +97,7 @@ def test_done_is_what_ran_with_just_these_words(
     assert (tmp_path / "records" / "a.1" / "run" / "record.json").exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_whoever_ends_the_queue_ends_its_processes_and_has_the_archive(
     how: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +120,34 @@ def test_whoever_ends_the_queue_ends_its_processes_and_has_the_archive(
     assert "left: a, b; failed: nothing" in out
     with tarfile.open(tmp_path / "records.tar.gz") as archive:
         assert "records/a/run/record.json" in archive.getnames()
+
+
+def test_no_queue_trains_beside_what_another_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after kill -9: the queue is gone, and what it had started still has the lock."""
+    _queue_of(monkeypatch, SLEEPS, "a")
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.fileno(),))
+    try:
+        assert _call(tmp_path) == 2
+        assert "a training that one has left behind, works in" in capsys.readouterr().err
+        assert not (tmp_path / "logs").exists()
+    finally:
+        left.communicate(b"\n")
+    _queue_of(monkeypatch, WRITES, "a")
+    assert _call(tmp_path) == 0
+
+
+def test_what_is_started_has_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        f"import fcntl, pathlib\nlock = pathlib.Path({str(tmp_path)!r}, 'lock').open()\n"
+        "try:\n    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\nexcept BlockingIOError:\n    print('held')\n"
+    )
+    _queue_of(monkeypatch, script, "a")
+    assert _call(tmp_path) == 0
+    assert "held" in (tmp_path / "logs" / "a.txt").read_text(encoding="utf-8")
 
 
 def test_what_takes_too_long_is_stopped_and_what_fails_is_named(

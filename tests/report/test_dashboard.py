@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from locallearn.cli import report as command
-from locallearn.records import Record
+from locallearn.records import Record, RunFolder
 from locallearn.report import write_report
 from locallearn.report._charts import cost_charts
 from locallearn.report._columns import AT_LEAST, TIMES, UNKNOWN, columns
@@ -390,6 +390,30 @@ def test_watch_writes_the_page_again_when_records_change(
     monkeypatch.undo()
     assert command.report([str(tmp_path / "runs")]) == 0
     assert "data-watch" not in page.read_text(encoding="utf-8").partition("<head>")[0]
+
+
+def test_watch_sees_that_a_run_was_killed(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder.create(
+        tmp_path / "runs", {"algorithm": "backprop", "dataset": "digits", "net": "mlp", "seed": 0}
+    )
+    page, seen = tmp_path / "runs" / "report.html", []
+
+    def look(_: float) -> None:
+        seen.append(page.read_text(encoding="utf-8"))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        assert folder._lock is not None
+        folder._lock.release()  # as the system does for a process that is gone
+
+    monkeypatch.setattr(command.time, "sleep", look)
+    with pytest.raises(KeyboardInterrupt):
+        command.report(["--watch", str(tmp_path / "runs")])
+    assert "1 run going on" in seen[0]
+    assert "going on" not in seen[1]
+    assert "interrupted" in seen[1]
+    assert "left out" not in capsys.readouterr().err  # of the run that went on, which is no problem
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
