@@ -93,6 +93,7 @@ FORWARD_ONLY = (
     "physical_ff_mnist",
     "physical_ff_mnist_full",
     "zeroth_order_digits",
+    "zeroth_order_mnist",
     "forward_gradient_cifar10_guesses",
     "python_topics_tuned",
 )
