@@ -30,6 +30,8 @@ _LATER: dict[str, Any] = {
     **{"net.skips": True, "init_from": None, "scheduler_interval": "epoch", "task.label_smoothing": 0, "task.views": 1},
     **{"trainer.channels_last": False, "trainer.compile": None, "trainer.compile_backend": "inductor"},
     "trainer.check_val_every_n_epoch": 1,
+    **{"algorithm.normalise": None, "algorithm.beta2": 0.999, "algorithm.curvature_exponent": None},
+    **{"algorithm.losses": "global", "algorithm.head_limit": None},
 }
 # Packages that decide no number of a run.
 _IDLE_PACKAGES = frozenset({"hydra-core", "optuna", "plotly"})

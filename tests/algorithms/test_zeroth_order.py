@@ -193,6 +193,63 @@ class _Mixed(nn.Module):
         return Blocks({"one": self.one, "two": self.two}, self.readout)
 
 
+class _Functional(nn.Module):
+    """Its first layer is never called: its weight is used all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(F.linear(x, self.one.weight, self.one.bias)))
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.look, self.mid, self.out = nn.Embedding(16, 16), nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+        self.out.weight = self.look.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.mid(self.look(x.long() % 16).mean(1))))
+
+
+@pytest.mark.parametrize("eps", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("make", [_Functional, _Tied, lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU())])
+def test_weights_outside_of_the_known_layers_pass_one_after_another_however_small_the_steps(
+    make: Callable[[], nn.Module], eps: float
+) -> None:
+    """Numbers are those of directions that are written out: a small step hides what a joint pass leaves out."""
+    torch.manual_seed(0)
+    net = make()
+    batch = Batch(torch.randint(0, 16, (16, 8)).float(), torch.arange(16) % 3)
+    rule = _attached(Blocks({"all": net}, nn.Linear(16, 3)), batch, variant="eggroll", n=4, eps=eps)
+    rule.losses(batch)
+    assert rule._factored is isinstance(net, nn.Sequential)
+
+
+def test_a_weight_that_thaws_passes_one_after_another() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.shift = nn.Linear(8, 16), nn.Parameter(torch.zeros(16), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.shift
+
+    torch.manual_seed(0)
+    net, batch = Shifted(), Batch(torch.randn(16, 8), torch.arange(16) % 3)
+    rule = _attached(Blocks({"all": net}, nn.Linear(16, 3)), batch, variant="eggroll", n=4)
+    rule.losses(batch)
+    assert rule._factored is True
+    net.shift.requires_grad_(True)
+    rule.losses(batch)
+    assert rule._factored is False
+    net.shift.requires_grad_(False)
+    rule.losses(batch)
+    assert rule._factored is True
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_many_at_once_are_what_they_are_one_by_one(rank: int) -> None:
     """Factored = written out, forward and step, for linear layers, convolutions and normalisation, in float64."""

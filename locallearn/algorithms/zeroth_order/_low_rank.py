@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -145,9 +146,12 @@ def known_layers(blocks: Blocks, weights: dict[str, nn.Parameter]) -> dict[nn.Mo
     """Layers that hold the weights, and of each of these its names in the layer and in the network.
 
     Raises:
-        NotImplementedError: a weight that belongs to none whose share can be computed on the side.
+        NotImplementedError: a weight that belongs to none whose share can be computed on the side, or to another module, too.
     """
     names = {id(p): name for name, p in weights.items()}
+    held_by = Counter(id(p) for module in blocks.modules() for _, p in module.named_parameters(recurse=False))
+    if any(held_by[one] > 1 for one in names):
+        raise NotImplementedError
     found: dict[nn.Module, dict[str, str]] = {}
     for layer in blocks.modules():
         plain = type(layer) is nn.Linear or (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -245,7 +246,8 @@ class ZerothOrder(ByOptions):
                     self.coded.append(held)
                     p.copy_(held.weight())
                 self._coded_names = list(learned)
-        self._factored: bool | None = None if self.variant_name == "eggroll" else False
+        self._factored: bool | None = None
+        self._factored_for: tuple[str, ...] = ()  # the weights that learned when it was found out
 
     def _named(self) -> dict[str, nn.Parameter]:
         """All weights that may learn, by the name of their noise."""
@@ -531,30 +533,41 @@ class ZerothOrder(ByOptions):
         """Whether many directions can pass at once; tried on a few rows against the directions written out."""
         if self._random or batch.context or batch.rows is not None:
             return False
-        if self._factored is None:
+        learned = tuple(way.weights)
+        if self._factored is None or learned != self._factored_for:  # weights may be frozen and thawed
+            self._factored_for = learned
             self._factored = self._agree(way, batch)
         return self._factored
 
     def _agree(self, way: LowRank, batch: Batch) -> bool:
+        """Whether both ways change the outputs alike, by steps as long as the weights: ε may be lost in rounding."""
         few = batch.inputs[:3]
         signs = torch.tensor([1, -1, 1])
         members = torch.tensor([0, 0, self.n - 1])
-        try:
-            known_layers(self.blocks, way.weights)
-            found = way.together(self.blocks, members, signs, lambda: self.blocks(few))
-        except (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError):
-            return False
+        weights = way.weights.values()
+        size = (sum(float(p.double().square().sum()) for p in weights) / sum(p.numel() for p in weights)) ** 0.5
+        usual, way.setting = way.setting, replace(way.setting, eps=max(self.eps, size))
         ones = []
         try:
+            known_layers(self.blocks, way.weights)
+            base = self.blocks(few)
+            found = way.together(self.blocks, members, signs, lambda: self.blocks(few))
             for member, sign in zip(members.tolist(), signs.tolist(), strict=True):
                 way.visit(member, sign)
                 torch.clear_autocast_cache()
                 ones.append(self.blocks(few))
+        except (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError):
+            return False
         finally:
             way.home()
+            way.setting = usual
         dense = torch.stack(ones)
-        size = float(dense.abs().max())
-        return found.shape == dense.shape and torch.allclose(found, dense, rtol=1e-2, atol=1e-3 * max(size, 1e-6))
+        if found.shape != dense.shape:
+            return False
+        moved, wanted = ((outputs - base).double().flatten(1) for outputs in (found, dense))
+        rounding = torch.finfo(dense.dtype).eps
+        allowed = max(1e-2, 16 * rounding) * wanted.norm(dim=1) + rounding * float(base.double().norm())
+        return bool(((moved - wanted).norm(dim=1) <= allowed).all())
 
     def _seen_together(self, way: LowRank, batch: Batch, directions: Sequence[int]) -> Tensor:
         sides = (1, -1) if self.antithetic else (1,)
