@@ -42,6 +42,7 @@ from locallearn.losses.local_heads import (
 )
 from locallearn.nets.blocks import Blocks, fitted
 from locallearn.nets.heads import ConvHead, LinearHead, MLPHead, ResidualHead, TokenHead
+from locallearn.nets.layout import Signal
 from locallearn.nets.units import residual_branches, sample_shapes
 
 Head = Literal["linear", "conv1", "1c2f", "dgl", "man", "mirror", "auglocal", "token"]
@@ -72,7 +73,7 @@ class HeadParts:
     """What a block's local loss is made of.
 
     Attributes:
-        head: ``linear``: on the flattened output; ``conv1``: one 3x3 convolution of stride 2, mean, linear (TRGL);
+        head: ``linear``: on the flattened output; ``conv1``: one convolution of size 3 and stride 2, mean, linear (TRGL);
             ``1c2f``: the same with a hidden layer (InfoPro); ``dgl``: DGL's "mlp-sr"; ``man``: MAN++'s form of it;
             ``mirror``: a residual unit of stride 2 for every later stage; ``auglocal``: some of the later units (AugLocal);
             ``token``: LayerNorm, the first token, linear layer (vision transformers).
@@ -341,17 +342,20 @@ class BlockHeads(nn.Module):
         if parts.head == "linear":
             return self._linear(index, shape, outputs)
         if parts.head == "token":
-            if len(shape) != 2:
+            if len(shape) != 2 or isinstance(shape, Signal):
+                given = "a one-dimensional map (C, L) of shape " if isinstance(shape, Signal) else ""
                 raise ValueError(
                     f"head=token reads tokens of shape (T, D), the class token first, and block {self.names[index]!r} gives "
-                    f"{tuple(shape)}: use another head"
+                    f"{given}{tuple(shape)}: use another head"
                 )
             return TokenHead(shape[1], outputs)
-        channels, height, width = self._map(index, shape, f"head={parts.head}")
 
         def scaled(channels: int) -> int:
             return max(1, round(parts.width * channels))
 
+        if parts.head == "conv1" and isinstance(shape, Signal):
+            return ConvHead(shape.channels, outputs, scaled(shape.channels), dimensions=1)
+        channels, height, width = self._map(index, shape, f"head={parts.head}")
         later = [unit for inner in maps[index + 1 :] for unit in inner]
         smaller = _stages(height * width, later)
         if parts.head == "conv1":
@@ -379,7 +383,8 @@ class BlockHeads(nn.Module):
         predsim, asked = self.parts.loss == "predsim", self.parts.head_limit
         limit = asked
         if predsim and asked is None:
-            limit = max(_LIMIT, shape[-1] if len(shape) < 3 else shape[0])  # vectors, and channels, stay as they are
+            first = len(shape) == 3 or isinstance(shape, Signal)
+            limit = max(_LIMIT, shape[0] if first else shape[-1])  # vectors, and channels, stay as they are
         try:
             head = LinearHead(shape, outputs, limit, bias=predsim)
         except ValueError as error:
@@ -404,6 +409,8 @@ class BlockHeads(nn.Module):
         if len(shape) != 3:
             given = {1: "vectors", 2: "tokens"}.get(len(shape), "a tensor")
             instead = "head=token, or head=linear" if len(shape) == 2 else "head=linear"
+            if isinstance(shape, Signal):
+                given, instead = "a one-dimensional map (C, L)", "head=linear or head=conv1"
             raise ValueError(
                 f"{what} reads maps of shape (C, H, W), and block {self.names[index]!r} gives {given} of shape "
                 f"{tuple(shape)}: use {instead} with loss=ce, sim or predsim, or another network"

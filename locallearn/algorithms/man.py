@@ -17,6 +17,7 @@ from locallearn.batch import Batch
 from locallearn.nets.blocks import fitted
 from locallearn.nets.border import main
 from locallearn.nets.inplace import InputGuard, try_out
+from locallearn.nets.layout import ChannelAxes
 from locallearn.nets.units import first_unit
 
 
@@ -132,11 +133,11 @@ class MAN(LocalHeads):
         shapes = []
         x = fitted(self.blocks, example.inputs)
         self.trained.eval()
-        with torch.no_grad():
+        with torch.no_grad(), ChannelAxes() as axes:
             for i, output in enumerate(self.blocks.features(x, *example.context)):
                 if i < len(self.trained):
                     try:
-                        shapes.append(tuple(main(self.trained[i](output, *example.context)).shape[1:]))
+                        shapes.append(axes.shape(main(self.trained[i](output, *example.context))))
                     except Exception as error:
                         carrier = self.blocks.carrier(example.inputs, example.context)
                         if carrier is not None and self.unit is None:
@@ -152,7 +153,7 @@ class MAN(LocalHeads):
                     # Its guard must know it before training: a copy made in the first step alone would round otherwise.
                     try_out({"unit": self.trained[i]}, output, example.context)
                 else:
-                    shapes.append(tuple(output.shape[1:]))
+                    shapes.append(axes.shape(output))
         self.trained.train()
         return shapes
 

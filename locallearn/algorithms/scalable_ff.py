@@ -74,7 +74,7 @@ class ScalableForwardForward(LayerLocal):
             if len(shape) != 3:
                 raise ValueError(
                     f"scalable Forward-Forward makes class maps of maps (C, H, W), and block {name!r} gives a tensor of shape "
-                    f"{shape} per sample: use a convolutional network, or another algorithm"
+                    f"{tuple(shape)} per sample: use a convolutional network, or another algorithm"
                 )
         self.local = nn.ModuleList(
             ScalableForwardForwardLoss(

@@ -10,18 +10,21 @@ from torch import Tensor, nn
 from locallearn.functional import local_heads
 from locallearn.functional.local_heads import Reduction
 from locallearn.nets.heads import Decoder, LinearHead
+from locallearn.nets.layout import Signal
 
 
 class SimilarityLoss(nn.Module):
     """Samples of one class should look alike to a trained map of the layer's output, and others should not.
 
-    A map passes a 3x3 convolution, a vector a linear layer, both as wide as it and without bias. Tokens ``(T, D)`` are
-    averaged and then taken as a vector (a choice of ours: the paper has none).
+    A map passes a convolution of kernel size 3, a vector a linear layer, both as wide as it and without bias. Tokens
+    ``(T, D)`` are averaged and then taken as a vector, and a one-dimensional map is a map of one column (choices of ours: the
+    paper has neither).
 
     Give the parameters of the layer and of this module to one optimizer, and detach what goes on to the next layer.
 
     Args:
-        shape: of one sample of the layer's output: ``(C, H, W)``, ``(T, D)`` or ``(D,)``.
+        shape: of one sample of the layer's output: ``(C, H, W)``, ``(T, D)`` or ``(D,)``, or of a one-dimensional map
+            ``Signal(C, L)`` (``locallearn.nets.layout``).
         classes: number of classes C.
         side: largest side of the map that is compared; larger ones are averaged down to it before the convolution
             (ours). ``None``: as it is.
@@ -46,10 +49,15 @@ class SimilarityLoss(nn.Module):
         if not 1 <= len(shape) <= 3:
             raise ValueError(f"shape={tuple(shape)}: expected (channels, height, width), (tokens, width) or (width,).")
         self.classes = classes
-        self.tokens = len(shape) == 2
+        self.signal = isinstance(shape, Signal)
+        self.tokens = len(shape) == 2 and not self.signal
         self.pool: nn.Module = nn.Identity()
         self.layer: nn.Module
-        if len(shape) == 3:
+        if self.signal:
+            if side is not None and shape[1] > side:
+                self.pool = nn.AdaptiveAvgPool1d(side)
+            self.layer = nn.Conv1d(shape[0], shape[0], 3, padding=1, bias=False)
+        elif len(shape) == 3:
             if side is not None and max(shape[1:]) > side:
                 self.pool = nn.AdaptiveAvgPool2d((min(side, shape[1]), min(side, shape[2])))
             self.layer = nn.Conv2d(shape[0], shape[0], 3, padding=1, bias=False)
@@ -68,7 +76,8 @@ class SimilarityLoss(nn.Module):
             ValueError: ``targets`` is not one class id per sample.
         """
         x = activations.mean(1) if self.tokens else self.pool(activations)
-        return local_heads.similarity_loss(self.layer(x), targets, self.classes, reduction)
+        made = self.layer(x)
+        return local_heads.similarity_loss(made[..., None] if self.signal else made, targets, self.classes, reduction)
 
 
 class PredSimLoss(nn.Module):

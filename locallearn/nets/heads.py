@@ -1,6 +1,7 @@
 """Auxiliary heads: small networks that read one block's output and give class scores; inference drops them.
 
-A head is built from the shape of one sample of what it reads: a map ``(C, H, W)``, tokens ``(T, D)`` or a vector ``(D,)``.
+A head is built from the shape of one sample of what it reads: a map ``(C, H, W)``, tokens ``(T, D)``, a vector ``(D,)``, or a
+one-dimensional map :class:`~locallearn.nets.layout.Signal` ``(C, L)``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from locallearn.nets.layout import Signal
 from locallearn.nets.residual import ResidualUnit
 
 Shape = Sequence[int]
@@ -100,6 +102,9 @@ def _fitting(shape: Shape, limit: int | None) -> tuple[nn.Module, int]:
         rows, columns, above, beside = pooling(channels, height, width, limit)
         left = channels * -(-height // rows) * -(-width // columns)
         return nn.AvgPool2d((rows, columns), padding=(above, beside)), left
+    if isinstance(shape, Signal):
+        window, _, padding, _ = pooling(*shape, 1, limit)
+        return nn.AvgPool1d(window, padding=padding), shape.channels * -(-shape.length // window)
     if len(shape) == 2 and shape[1] <= limit:
         return _TokenMean(), shape[1]
     raise ValueError(
@@ -127,7 +132,7 @@ class TokenHead(nn.Module):
 
 
 class ConvHead(nn.Sequential):
-    """One 3x3 convolution of stride 2 with BatchNorm and ReLU, mean over positions, linear layer.
+    """One convolution of kernel size 3 and stride 2 with BatchNorm and ReLU, mean over positions, linear layer.
 
     Args:
         channels: of the map.
@@ -135,15 +140,19 @@ class ConvHead(nn.Sequential):
         width: the convolution's output channels.
         stride: of the convolution.
         hidden: width of a hidden layer with ReLU before the last one; 0: none. With 128 it is InfoPro's "1c2f".
+        dimensions: 2: it reads ``(C, H, W)``; 1: ``(C, L)``.
     """
 
-    def __init__(self, channels: int, outputs: int, width: int, stride: int = 2, hidden: int = 0) -> None:
+    def __init__(
+        self, channels: int, outputs: int, width: int, stride: int = 2, hidden: int = 0, dimensions: Literal[1, 2] = 2
+    ) -> None:
         inner = [nn.Linear(width, hidden), nn.ReLU()] if hidden else []
+        flat = dimensions == 1
         super().__init__(
-            nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(width),
+            (nn.Conv1d if flat else nn.Conv2d)(channels, width, 3, stride=stride, padding=1, bias=False),
+            (nn.BatchNorm1d if flat else nn.BatchNorm2d)(width),
             nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
+            (nn.AdaptiveAvgPool1d if flat else nn.AdaptiveAvgPool2d)(1),
             nn.Flatten(),
             *inner,
             nn.Linear(hidden or width, outputs),
@@ -181,7 +190,7 @@ Pooled = Literal["linear", "mlp", "cnn"]
 
 
 class PooledHead(nn.Sequential):
-    """The heads of Fournier et al. (arXiv 2306.06968), which read a map averaged to 2 x 2.
+    """The heads of Fournier et al. (arXiv 2306.06968), which read a map averaged to 2 x 2, or one of one dimension to 2.
 
     ``linear``: BatchNorm, average, linear layer. ``mlp``: average, three times linear layer, BatchNorm, ReLU, then a linear
     layer. ``cnn``: 1x1 convolution to ``width`` channels, BatchNorm, ReLU, three times 3x3 convolution of stride 2, BatchNorm,
@@ -201,9 +210,10 @@ class PooledHead(nn.Sequential):
 
     def __init__(self, kind: Pooled, shape: Shape, outputs: int, width: int | None = None, norm: bool = True) -> None:
         if len(shape) > 3 or (kind == "cnn" and len(shape) < 3):
-            reads = "maps" if kind == "cnn" else "maps, tokens or vectors"
+            reads = "maps (C, H, W)" if kind == "cnn" else "maps, tokens or vectors"
             raise ValueError(f"a {kind} head reads {reads}, and the output of a sample has shape {tuple(shape)}")
-        channels, layers = shape[0] if len(shape) == 3 else shape[-1], list[nn.Module]()
+        signal = isinstance(shape, Signal)
+        channels, layers = shape[0] if len(shape) == 3 or signal else shape[-1], list[nn.Module]()
         if kind == "cnn":
             width = 32 if width is None else width
             layers += _normed(nn.Conv2d(channels, width, 1, bias=not norm), norm)
@@ -212,7 +222,12 @@ class PooledHead(nn.Sequential):
             channels, shape = width, (width, *(-(-side // 8) for side in shape[1:]))
         elif kind == "linear" and norm and len(shape) == 3:
             layers += [nn.BatchNorm2d(channels)]
-        if len(shape) == 3:
+        elif kind == "linear" and norm and signal:
+            layers += [nn.BatchNorm1d(channels)]
+        if signal:
+            layers += [nn.AdaptiveAvgPool1d(min(2, shape[1])), nn.Flatten()]
+            channels *= min(2, shape[1])
+        elif len(shape) == 3:
             size = min(2, shape[1]), min(2, shape[2])
             layers += [nn.AdaptiveAvgPool2d(size), nn.Flatten()]
             channels *= math.prod(size)

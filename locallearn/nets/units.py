@@ -11,6 +11,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from locallearn.nets.blocks import NORMALISATIONS, Blocks
+from locallearn.nets.layout import ChannelAxes
 
 # Of residual units that are known: whose they are, and the modules whose output is added to the shortcut.
 _BRANCHES = {
@@ -108,7 +109,8 @@ def sample_shapes(
     output are side paths (squeeze and excitation) and left out.
 
     Returns:
-        Shapes by block; and by block a list of maps ``(C, H, W)``, the output last, empty where the output is no map.
+        Shapes by block, that of a one-dimensional map as a :class:`~locallearn.nets.layout.Signal`; and by block a list of
+        maps ``(C, H, W)``, the output last, empty where the output is none.
     """
     entering: list[list[tuple[int, ...]]] = [[] for _ in blocks]
 
@@ -122,8 +124,8 @@ def sample_shapes(
         for unit in units(block)
     ]
     try:
-        with torch.no_grad():
-            outputs = [tuple(output.shape[1:]) for output in blocks.features(inputs, *context)]
+        with torch.no_grad(), ChannelAxes() as axes:
+            outputs = [axes.shape(output) for output in blocks.features(inputs, *context)]
     finally:
         for hook in hooks:
             hook.remove()

@@ -17,7 +17,10 @@ from locallearn.algorithms.layer_local import LayerLocal, feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import cafo
 from locallearn.functional.cafo import check_targets
+from locallearn.nets.blocks import fitted
 from locallearn.nets.border import Border, main, replaced
+from locallearn.nets.layout import Signal
+from locallearn.nets.units import sample_shapes
 
 Learning = Literal["random", "dfa"]
 Predictor = Literal["mse", "ce", "sparsemax"]
@@ -148,7 +151,10 @@ class CaFo(LayerLocal):
             loss: cafo.Loss = "ce" if self.predictor == "ce" else "sparsemax"
             made = [Stepped(size, task.outputs, loss, self.rows) for size in sizes]
         self.predictors = nn.ModuleList(made)
-        self.standards = nn.ModuleList(Standard() for _ in sizes if self._standardises)
+        self.standards = nn.ModuleList()
+        if self._standardises:
+            shapes, _ = sample_shapes(self.blocks, fitted(self.blocks, task.example.inputs), task.example.context)
+            self.standards.extend(Standard(len(shape) == 2 and not isinstance(shape, Signal)) for shape in shapes)
         self.epoch = Epoch()
         self.feedback: DirectFeedback | None = None
         if self.learning == "dfa":

@@ -13,16 +13,20 @@ GIB = 2**30
 class Standard(Grown):
     """Takes mean and deviation of every channel out of a block's outputs, as measured once on training data.
 
-    A channel is an entry of a vector, a map of an image, or, of tokens ``(N, T, D)``, an entry of every token; one that never
-    varies keeps its scale.
+    A channel is an entry of a vector, a map of an image or of a sequence ``(N, C, L)``, or, of tokens ``(N, T, D)``, an entry
+    of every token; one that never varies keeps its scale.
+
+    Args:
+        tokens: whether the outputs are tokens.
     """
 
     eps = 1e-4  # as in the normalisation of the paper's blocks
     mean: Tensor
     variance: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: bool = False) -> None:
         super().__init__()
+        self._channel = 2 if tokens else 1
         for name in ("mean", "variance"):
             self.register_buffer(name, torch.zeros(0))
 
@@ -33,7 +37,7 @@ class Standard(Grown):
 
     def measure(self, outputs: Tensor) -> None:
         """Take mean and variance of every channel of these outputs, ``(N, C, ...)`` or ``(N, T, D)``."""
-        over = [d for d in range(outputs.ndim) if d != self._channel(outputs)]
+        over = [d for d in range(outputs.ndim) if d != self._channel]
         variance, mean = torch.var_mean(outputs.double(), over, correction=0)
         self.mean, self.variance = mean.to(self.mean), variance.to(self.mean)
 
@@ -42,13 +46,9 @@ class Standard(Grown):
         if not self.measured:
             return outputs
         shape = [1] * outputs.ndim
-        shape[self._channel(outputs)] = -1
+        shape[self._channel] = -1
         scale = torch.where(self.variance > 0, self.variance + self.eps, 1).rsqrt()
         return (outputs - self.mean.view(shape)) * scale.view(shape)
-
-    @staticmethod
-    def _channel(outputs: Tensor) -> int:
-        return 2 if outputs.ndim == 3 else 1
 
 
 class Epoch(Grown):

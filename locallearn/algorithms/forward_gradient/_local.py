@@ -19,7 +19,9 @@ from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Combine, Noise
 from locallearn.functional.local_losses import readout_gradients, replicated_slopes
 from locallearn.nets.blocks import Blocks, fitted
+from locallearn.nets.layout import Signal
 from locallearn.nets.local_mixer import GroupedLinear, MixerBlock, normalised, normalised_along
+from locallearn.nets.units import sample_shapes
 
 _OUTPUT = "output of the block"  # no buffer has a name with spaces
 
@@ -82,10 +84,11 @@ class LocalForwardGradient(ForwardGradient):
         self.heads = nn.ModuleList()
         self._parts: list[_Weights | _Slices] = []
         x = fitted(self.blocks, task.example.inputs)
-        for name, block in zip(self.blocks.names, self.blocks, strict=True):
+        shapes, _ = sample_shapes(self.blocks, x, task.example.context)
+        for name, block, shape in zip(self.blocks.names, self.blocks, shapes, strict=True):
             with torch.no_grad():
                 x = block(x, *task.example.context)
-            head = LocalReadout(name, block, x, task.outputs, self.groups)
+            head = LocalReadout(name, block, shape, task.outputs, self.groups)
             self.heads.append(head)
             alone = Blocks({name: block})
             if self.perturb == "weights":
@@ -165,7 +168,7 @@ class LocalReadout(nn.Module):
     Args:
         name: of the block, for messages.
         block: a :class:`~locallearn.nets.local_mixer.MixerBlock` says its groups, and is read through their normalisation.
-        output: of the block, for an example.
+        shape: of one sample of the block's output.
         outputs: number of classes K.
         groups: of channels; ``None``: the block's, or 1.
 
@@ -177,11 +180,12 @@ class LocalReadout(nn.Module):
         ValueError: the groups do not divide the channels.
     """
 
-    def __init__(self, name: str, block: nn.Module, output: Tensor, outputs: int, groups: int | None) -> None:
+    def __init__(self, name: str, block: nn.Module, shape: Sequence[int], outputs: int, groups: int | None) -> None:
         super().__init__()
+        self.signal = isinstance(shape, Signal)
         mixer = isinstance(block, MixerBlock)
         self.groups: int = groups or (block.groups if isinstance(block, MixerBlock) else 1)
-        channels = as_patches(output).shape[2]
+        channels = shape[0] if len(shape) > 2 or self.signal else shape[-1]
         if channels % self.groups:
             raise ValueError(
                 f"groups is {self.groups}, which does not divide the {channels} channels of block {name!r}: choose a divisor"
@@ -195,9 +199,15 @@ class LocalReadout(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, channels).normal_(std=min(2 * channels**-0.5, 0.1)))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
+    def patches(self, output: Tensor) -> Tensor:
+        """What the block puts out as ``(N, P, C)``: a vector is one patch, a token or a place of a map is one each."""
+        if output.ndim == 2:
+            return output[:, None]
+        return output if output.ndim == 3 and not self.signal else output.flatten(2).mT
+
     def features(self, output: Tensor) -> Tensor:
         """What it reads: ``(N, P, C)`` in its own precision."""
-        found = as_patches(output).to(self.weight.dtype)
+        found = self.patches(output).to(self.weight.dtype)
         return normalised(found, self.groups) if self.normalises else found
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
@@ -210,9 +220,9 @@ class LocalReadout(nn.Module):
         """The loss of every sample, ``(N,)``, and the derivative of every slice's, ``(N, P, G)``."""
         with torch.autocast(output.device.type, enabled=False):
             along = torch.zeros_like(output) if along is None else along
-            moved = as_patches(along).to(self.weight.dtype)
+            moved = self.patches(along).to(self.weight.dtype)
             if self.normalises:
-                moved = normalised_along(as_patches(output).to(self.weight.dtype), moved, self.groups)
+                moved = normalised_along(self.patches(output).to(self.weight.dtype), moved, self.groups)
             found = self.features(output)
             return replicated_slopes(found, moved, self.weight, self.bias, targets, self.groups)
 
@@ -316,7 +326,7 @@ class _Slices(Activities):
         weights = self._drawn(generator)
         output, _, calls, _ = self._pass(batch, generator, weights=weights)
         names = {id(layer): name for name, layer in self.layers().items()}
-        patches, groups = as_patches(output).shape[1], self.head.groups
+        patches, groups = self.head.patches(output).shape[1], self.head.groups
         reach: dict[str, _Reach] = {}
         for i, call in enumerate(calls):
             channels, places = _layout(call.layer, call.direction.shape)
@@ -353,7 +363,7 @@ class _Slices(Activities):
         _, along, _, _ = self._pass(wanted, generator, one_side, weights)
         if along is None:
             return True
-        moved = torch.unflatten(as_patches(along), 2, (self.head.groups, -1)) != 0
+        moved = torch.unflatten(self.head.patches(along), 2, (self.head.groups, -1)) != 0
         return not bool((moved & ~side[..., None]).any())
 
 
@@ -374,10 +384,3 @@ def _spread(values: Tensor, layer: nn.Module, shape: Sequence[int]) -> Tensor:
     if isinstance(layer, nn.Linear | GroupedLinear):
         return values.reshape(samples, *spots, -1)
     return values.mT.reshape(samples, -1, *spots)
-
-
-def as_patches(output: Tensor) -> Tensor:
-    """What a block puts out as ``(N, P, C)``: a vector is one patch, a token or a place of a map is one each."""
-    if output.ndim == 2:
-        return output[:, None]
-    return output if output.ndim == 3 else output.flatten(2).mT
