@@ -838,7 +838,7 @@ def test_targets_that_were_made_up_are_said_to_be() -> None:
             {"targets": targets, "loss": lambda o, t: F.cross_entropy(o, t)},
             r"^loss= fails on outputs of shape \(N, 5, 7\) and the given targets of shape \(N, 5\), torch.int64",
         ),
-        ({"targets": targets, "loss": lambda o, t: o}, r"given targets .* \(it gives shape \(2, 5, 7\)\)"),
+        ({"targets": targets, "loss": lambda o, t: o}, r"gives a tensor of shape \(2, 5, 7\), expected .* one number"),
     ):
         with pytest.raises(ValueError, match=message):
             ll.localize(_Tokens(), ll.Backprop(), ["embed"], example=ids, **given)  # type: ignore[arg-type]
@@ -899,3 +899,83 @@ def test_batches_unlike_the_example_are_told_where_they_fail() -> None:
         local.step(X, Y)
     assert local.predict(X[:3]).shape == (3, 10)  # another number of samples is nothing to refuse
     local.step(X[:5], Y[:5])
+
+
+# -- what a loss leaves out, and targets beyond the first two ---------------------------------------------------------
+
+
+class _Places(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(self.one(x)))
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["targets", "none"])
+@pytest.mark.parametrize(
+    ("label", "loss"),
+    [
+        (-100, F.cross_entropy),
+        (255, partial(F.cross_entropy, ignore_index=255)),
+        (255, nn.CrossEntropyLoss(ignore_index=255)),
+    ],
+    ids=["usual", "partial", "module"],
+)
+def test_labels_of_places_that_the_loss_leaves_out_are_no_class_ids(label: int, loss: Any, given: bool) -> None:
+    torch.manual_seed(0)
+    net, images = _Places(), torch.randn(4, 3, 5, 5)
+    labels = torch.randint(4, (4, 5, 5))
+    labels[:, :2] = label
+    by_hand = copy.deepcopy(net)
+    targets = {"targets": labels} if given else {}
+    local = ll.localize(
+        net,
+        ll.Backprop(),
+        cuts=["one"],
+        example=images,
+        loss=loss,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        **targets,
+    )
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for _ in range(2):
+        local.step(images, labels)
+        optimizer.zero_grad()
+        loss(by_hand(images), labels).backward()
+        optimizer.step()
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(net.parameters(), by_hand.parameters(), strict=True))
+    labels[0, 3, 3] = 77
+    with pytest.raises(ValueError, match="to 77, expected class ids 0 to 3"):
+        local.step(images, labels)
+    with pytest.raises(ValueError, match=f"all labels of this batch are {label}, which the loss leaves out"):
+        local.step(images, torch.full_like(labels, label))
+
+
+def test_all_targets_of_the_example_say_whether_they_are_class_ids() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5)), torch.randn(12, 8)
+    numbers = torch.tensor([1, 3, 40, 2, 5, 9, 11, 0, 1, 2, 3, 60])
+
+    def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.mean(1) - targets).square().mean()
+
+    local = ll.localize(net, ll.Backprop(), cuts=1, example=x, targets=numbers, loss=squares)
+    assert local.task.classes is False
+    local.step(x, numbers)
+    with pytest.raises(ValueError, match=r"targets go from 0 to 60, expected class ids 0 to 4; .* give classes=False"):
+        ll.localize(net, ll.Backprop(), cuts=1, example=x, targets=numbers, classes=True)
+
+
+def test_a_loss_that_is_at_fault_itself_is_not_mended_by_targets() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5)), torch.randn(12, 8)
+    for loss, told in (
+        (nn.CrossEntropyLoss(reduction="none"), "gives a tensor of shape .2,., expected a tensor of one number"),
+        (
+            nn.CosineEmbeddingLoss(),
+            r"called as loss\(outputs, targets\), and says: .*missing 1 required positional argument",
+        ),
+    ):
+        with pytest.raises(ValueError, match=told) as error:
+            ll.localize(net, ll.Backprop(), cuts=1, example=x, loss=loss)
+        assert "targets=" not in str(error.value)

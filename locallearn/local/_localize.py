@@ -132,8 +132,12 @@ def _cut_and_attach(
         # What the network gives are features: rules that need an output layer add one, or say so.
         cut = cut_network(net, cuts, example, input=input, output=output, readout=False)
     if classes is None:
-        known = None if targets is None else two_of(targets, cut.arguments.values)
-        classes = known is not None and are_ids(result_of(net, cut).shape, known)
+        classes = False
+        if targets is not None:
+            shape = result_of(net, cut).shape
+            if two_of(targets, cut.arguments.values) is not targets:  # the network was shown two, and all of them count
+                shape = torch.Size((len(targets), *shape[1:]))
+            classes = are_ids(shape, targets, loss)
     return cut, attach_cut(net, cut, algorithm, loss=loss, classes=classes, outputs=outputs, targets=targets)
 
 

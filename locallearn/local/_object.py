@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
 from locallearn.batch import Batch
 from locallearn.cost import drive, undisturbed
-from locallearn.local._targets import by_entry, dense, of_classes, only_broadcast, unfit
+from locallearn.local._targets import by_entry, counted, dense, left_out, of_classes, only_broadcast, unfit
 from locallearn.nets.blocks import evaluating
 from locallearn.nets.cut import Cut
 from locallearn.nets.execution import Execution
@@ -92,11 +92,16 @@ class Local:
             if of_classes(loss) and alike and targets.shape[1:] != wanted.shape[1:]:
                 raise ValueError(dense(targets.shape, wanted.shape, self.task.outputs, self._given))
             targets = targets.long()
-            counted = targets if rows is None else targets[rows]
-            if not counted.numel():
+            seen = targets if rows is None else targets[rows]
+            if not seen.numel():
                 raise ValueError("this batch is empty: there is nothing to learn from")
             if targets.device.type == "cpu":
-                low, high = int(counted.min()), int(counted.max())
+                seen = counted(seen, loss)
+                if not seen.numel():
+                    raise ValueError(
+                        f"all labels of this batch are {left_out(loss)}, which the loss leaves out: leave it out, too"
+                    )
+                low, high = int(seen.min()), int(seen.max())
                 ignored = wanted.ndim > 1 and not of_classes(loss)  # such as -100, by a loss of the user's own
                 if (low < 0 and not ignored) or high >= self.task.outputs:
                     raise ValueError(

@@ -39,6 +39,26 @@ def by_entry(loss: Any) -> bool:
     return loss in _BY_ENTRY or isinstance(loss, _MODULES_BY_ENTRY)
 
 
+def left_out(loss: Any) -> int | None:
+    """The label that a loss of PyTorch's leaves out (``ignore_index``); ``None``: there is none, or nobody knows."""
+    bare = _bare(loss)
+    if isinstance(bare, nn.CrossEntropyLoss | nn.NLLLoss):
+        return bare.ignore_index
+    if bare not in (F.cross_entropy, F.nll_loss):
+        return None
+    while isinstance(loss, partial):
+        if "ignore_index" in loss.keywords:
+            return int(loss.keywords["ignore_index"])
+        loss = loss.func
+    return -100
+
+
+def counted(labels: Tensor, loss: Any) -> Tensor:
+    """Labels of places that a loss looks at: those that it leaves out are no class ids."""
+    label = left_out(loss) if labels.ndim > 1 else None
+    return labels if label is None else labels[labels != label]
+
+
 def _bare(loss: Any) -> Any:
     while isinstance(loss, partial):
         loss = loss.func
@@ -86,14 +106,34 @@ def classes_in(shape: Sequence[int], targets: Tensor) -> int | None:
     return int(shape[-1]) if len(shape) > 1 and tuple(targets.shape) == tuple(shape[:-1]) else None
 
 
-def are_ids(shape: Sequence[int], targets: Any) -> bool:
+def are_ids(shape: Sequence[int], targets: Any, loss: Loss) -> bool:
     """Whether targets look like class ids for outputs of this shape."""
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
         return False
     count = classes_in(shape, targets)
-    if count is None or not targets.numel() or int(targets.max()) >= count:
+    if count is None or not targets.numel():
+        return False
+    seen = counted(targets, loss)
+    if seen.numel() and int(seen.max()) >= count:
         return False
     return targets.ndim > 1 or int(targets.min()) >= 0  # of places, losses may leave some out, by a number such as -100
+
+
+def refuse_strangers(targets: Tensor, outputs: int, loss: Loss) -> None:
+    """Given class ids that are none, wherever in the example.
+
+    Raises:
+        ValueError: names the least and the greatest.
+    """
+    seen = counted(targets, loss)
+    if not seen.numel():
+        return
+    low, high = int(seen.min()), int(seen.max())
+    if (low < 0 and targets.ndim == 1) or high >= outputs:
+        raise ValueError(
+            f"targets go from {low} to {high}, expected class ids 0 to {outputs - 1}; where they are numbers to predict, give "
+            "classes=False"
+        )
 
 
 def refuse_unfit(targets: Tensor, result: Tensor, loss: Loss, classes: bool) -> None:
@@ -161,10 +201,13 @@ def blamed(loss: Loss, result: Tensor, targets: Tensor, given: bool) -> str | No
     try:
         with torch.no_grad():
             value = loss(result, targets)
-            if isinstance(value, Tensor) and value.numel() == 1:
-                return None
-            said = f"it gives {f'shape {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__}"
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return None
+        gives = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        return f"loss= gives {gives}, expected a tensor of one number: its mean over the samples, say"
     except Exception as error:
+        if isinstance(error, TypeError) and "positional argument" in str(error):
+            return f"loss= is called as loss(outputs, targets), and says: {error}"
         said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     what = f"{told(targets.shape)}, {targets.dtype}"
     if given:
