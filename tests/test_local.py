@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_geometric.nn.models import GAT, GCN
 
 import locallearn as ll
+from locallearn.algorithms import TaskInfo
 from locallearn.local import bytes_in
 from locallearn.local._where import partition
 from locallearn.strategies import LocalStrategy
@@ -979,3 +980,26 @@ def test_a_loss_that_is_at_fault_itself_is_not_mended_by_targets() -> None:
         with pytest.raises(ValueError, match=told) as error:
             ll.localize(net, ll.Backprop(), cuts=1, example=x, loss=loss)
         assert "targets=" not in str(error.value)
+
+
+def _perceptron() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def test_weights_in_float16_do_not_learn() -> None:
+    net, x = _perceptron().half(), torch.randn(8, 6).half()
+    with pytest.raises(ValueError, match=r"weight '0.weight' of block '1' is float16.*float32.*bfloat16.*freeze"):
+        ll.localize(net, ll.MonoForward(), cuts=2, example=x)
+    net[2].bfloat16()
+    with pytest.raises(ValueError, match=r"weight '0.weight' of block 'block0' is float16"):
+        ll.MonoForward().attach(ll.Blocks.cut(net), TaskInfo(ll.Batch(x, torch.arange(8) % 4), 4, F.cross_entropy))
+    local = ll.localize(net.bfloat16(), ll.MonoForward(), cuts=2, example=x.bfloat16())
+    assert all(loss.isfinite() for _ in range(3) for loss in local.step(x.bfloat16(), torch.arange(8) % 4).values())
+
+
+@pytest.mark.parametrize("half", ["network", "example"])
+def test_float16_on_one_side_is_told(half: str) -> None:
+    net, x = _perceptron(), torch.randn(8, 6)
+    net, x = (net.half(), x) if half == "network" else (net, x.half())
+    with pytest.raises(ValueError, match=r"float16: give network and example both in float32 or both in bfloat16"):
+        ll.localize(net, ll.MonoForward(), cuts=2, example=x)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.batch import Batch
-from locallearn.nets.blocks import Blocks, evaluating, rest
+from locallearn.nets.blocks import Blocks, evaluating, refuse_half, rest
 
 ParamGroup = dict[str, Any]
 """What a torch optimizer takes: ``{"params": [...]}`` and, where a unit wants its own, options such as ``lr``."""
@@ -243,6 +243,7 @@ class Algorithm(nn.Module, ABC):
             )
         if hasattr(self, "blocks"):
             raise ValueError(f"{type(self).__name__} is attached to a network already: make a new one for another")
+        refuse_half(blocks)
         own = {*self._modules, *self._buffers}
         self.blocks = blocks
         self.outputs = task.outputs

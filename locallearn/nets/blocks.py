@@ -192,6 +192,21 @@ def fitted(module: nn.Module, x: Tensor) -> Tensor:
     return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
 
 
+def refuse_half(blocks: Blocks) -> None:
+    """Refuse blocks that would learn in float16.
+
+    Raises:
+        ValueError: names the block and the weight.
+    """
+    for block, module in blocks._runnable.items():
+        for name, p in module.named_parameters():
+            if p.dtype is torch.float16 and p.requires_grad:
+                raise ValueError(
+                    f"weight {name!r} of block {block!r} is float16, in which small steps are rounded away and Adam divides by "
+                    "0: use float32 (net.float()) or bfloat16 (net.bfloat16()), or freeze it with requires_grad_(False)"
+                )
+
+
 def rest(root: nn.Module, resting: frozenset[str], asleep: Container[str], held: Container[int]) -> frozenset[str]:
     """Put the parts of a network into eval mode that do not learn, and those back into training mode that do again.
 

@@ -163,6 +163,8 @@ class Tracer(fx.Tracer):
             few = "more than 1 value per channel" in str(error)
             where = f", because {entered[0]!r} normalises over the batch" if entered[0] else ""
             more = f"; give an example of several samples{where}" if few else ""
+            if "Half" in str(error):
+                more = "; Half is float16: give network and example both in float32 or both in bfloat16"
             raise ValueError(
                 f"{type(self._net).__name__} cannot run the example in {mode} mode: {_first_line(error)}{more}"
             ) from error

@@ -321,6 +321,34 @@ def test_an_operation_without_a_forward_mode_derivative_is_named(function: Any, 
         _attached(net, Batch(torch.randn(4, 6), torch.arange(4) % 3))
 
 
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(3, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.memory(x.unflatten(1, (2, 3)))[0][:, -1]
+        return last
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="elsewhere an LSTM runs plain operations")
+@pytest.mark.parametrize("settings", [{}, {"losses": "local"}, {"guess": "local", "perturb": "activities"}])
+def test_a_recurrent_layer_is_named_with_what_helps(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    net = Blocks({"first": nn.Linear(6, 6), "second": _Recurrent(), "third": nn.Linear(6, 6)}, readout=nn.Linear(6, 3))
+    batch = Batch(torch.randn(4, 6), torch.arange(4) % 3)
+    words = (
+        r"rnn\S* has none .*, and is run in block 'second' by 'memory' \(LSTM\) .*flags\(enabled=False\).*nn\.Linear"
+    )
+    hooks = [len(part._forward_hooks) for part in net.modules()]
+    with pytest.raises(ValueError, match=words):
+        _attached(net, batch, **settings)
+    assert hooks == [len(part._forward_hooks) for part in net.modules()]
+    with torch.backends.mkldnn.flags(enabled=False):
+        for update in _attached(net, batch, **settings).updates(batch):
+            assert update.gradients is None or all(g.isfinite().all() for g in update.gradients.values())
+
+
 class _Overwrites(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -455,7 +455,7 @@ class GuidedForwardGradient(ForwardGradient):
         weight = next(self.blocks.parameters())
         for heads in (self.heads, self.guess_heads):  # which attach() moves only afterwards
             heads.to(weight.device, weight.dtype).train(len(batch.inputs) > 1)
-        with _told(), preserved(self), self._practice(len(batch.inputs) > 1):
+        with _told(self.blocks), preserved(self), self._practice(len(batch.inputs) > 1):
             generator = Generator(weight.device).manual_seed(0)
             for _ in self._projected(batch, generator) if self.simulated else self._honest(batch, generator):
                 pass

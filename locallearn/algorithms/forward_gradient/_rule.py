@@ -19,7 +19,7 @@ from locallearn.algorithms.forward_gradient._weights import Weights
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Combine, Noise, relative_error
-from locallearn.nets.blocks import fitted, rest
+from locallearn.nets.blocks import Blocks, fitted, rest
 from locallearn.nets.heads import Pooled
 from locallearn.nets.trace import preserved
 
@@ -204,7 +204,7 @@ class ForwardGradient(ByOptions):
         feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
         output_layer(self.blocks, "ForwardGradient")
         self._make(task)
-        with _told(), self._practice(len(task.example.inputs) > 1):
+        with _told(self.blocks), self._practice(len(task.example.inputs) > 1):
             inputs = fitted(self.blocks, task.example.inputs)
             move = partial(torch.utils._pytree.tree_map_only, Tensor, lambda value: value.to(inputs.device))
             targets = task.example.targets if task.example.rows is not None else task.example.targets[: len(inputs)]
@@ -259,8 +259,23 @@ def plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Say in one sentence which operation has no forward-mode derivative."""
+def _told(blocks: Blocks) -> Iterator[None]:
+    """Say in one sentence which operation of which block has no forward-mode derivative."""
+    running: list[str] = []  # modules, the innermost last; one that fails is never left
+
+    def enter(name: str, *_: Any) -> None:
+        running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    parts = [*blocks.members.items(), *([] if blocks.readout is None else [("readout", blocks.readout)])]
+    hooks = []
+    for name, block in parts:
+        for path, module in block.named_modules():
+            told = f"block {name!r}" + (f" by {path!r} ({type(module).__name__})" if path else "")
+            hooks.append(module.register_forward_pre_hook(partial(enter, told)))
+            hooks.append(module.register_forward_hook(leave))
     try:
         with warnings.catch_warnings():  # of PyTorch's own, which loads derivatives written in what it calls deprecated
             warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)
@@ -277,9 +292,21 @@ def _told() -> Iterator[None]:
             ) from error
         if "forward AD" not in text and "jvp" not in text and "forward mode" not in text.lower():
             raise
-        name = next((group for group in found.groups() if group), None) if found else None
+        name = (next((group for group in found.groups() if group), None) if found else None) or "one of these"
+        where = f", and is run in {running[-1]}" if running else ""
+        instead = (
+            "put operations in its place that have one (sums of products for distances, plain attention for fused attention, "
+            "your autograd.Function with a jvp), or use another rule"
+        )
+        if re.search("rnn|lstm|gru", name):
+            instead = (
+                "on a CPU, attach and train within torch.backends.mkldnn.flags(enabled=False), which runs plain operations in "
+                "its place; else write the recurrence with nn.Linear, or use another rule (zeroth_order, mono_forward)"
+            )
         raise ValueError(
-            f"forward gradients need the forward-mode derivative of every operation, and {name or 'one of these'} has none in "
-            f"PyTorch ({text[:160]}): put operations in its place that have one (sums of products for distances, plain "
-            "attention for fused attention, your autograd.Function with a jvp), or use another rule"
+            f"forward gradients need the forward-mode derivative of every operation, and {name} has none in "
+            f"PyTorch{where} ({text[:160]}): {instead}"
         ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
