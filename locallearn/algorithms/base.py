@@ -192,6 +192,11 @@ class Algorithm(nn.Module, ABC):
         return {}
 
     @property
+    def learns_in_half(self) -> bool:
+        """Whether weights in float16 may learn; gradients in it underflow, losses do not. Default: no."""
+        return False
+
+    @property
     def linear_optimizer(self) -> str | None:
         """Why this rule needs an optimizer that is linear in its gradients (SGD, with or without momentum), else ``None``.
 
@@ -243,7 +248,8 @@ class Algorithm(nn.Module, ABC):
             )
         if hasattr(self, "blocks"):
             raise ValueError(f"{type(self).__name__} is attached to a network already: make a new one for another")
-        refuse_half(blocks)
+        if not self.learns_in_half:
+            refuse_half(blocks)
         own = {*self._modules, *self._buffers}
         self.blocks = blocks
         self.outputs = task.outputs

@@ -193,6 +193,24 @@ class _Mixed(nn.Module):
         return Blocks({"one": self.one, "two": self.two}, self.readout)
 
 
+@pytest.mark.parametrize("variant", ["spsa", "mezo", "eggroll"])
+def test_weights_in_float16_learn_from_losses(variant: str) -> None:
+    """Large models are tuned so; rules that make gradients refuse them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).half()
+    x = torch.randn(32, 8, dtype=torch.float16)
+    batch = Batch(x, (x.float().sum(1) > 0).long())
+    rule = _attached(net, batch, variant=variant, n=8, eps=1e-2)
+    optimizers = {unit: torch.optim.SGD(groups, lr=0.05) for unit, groups in rule.units().items()}
+    before = F.cross_entropy(net(x).float(), batch.targets)
+    for _ in range(60):
+        for update in rule.updates(batch):
+            update.backward()
+            optimizers[update.unit].step()
+            optimizers[update.unit].zero_grad()
+    assert F.cross_entropy(net(x).float(), batch.targets) < 0.7 * before
+
+
 class _Functional(nn.Module):
     """Its first layer is never called: its weight is used all the same."""
 

@@ -171,6 +171,11 @@ class ZerothOrder(ByOptions):
         return LocalZerothOrder
 
     @property
+    def learns_in_half(self) -> bool:
+        """Yes: losses are float32, and no gradient is ever made."""
+        return True
+
+    @property
     def locality(self) -> Locality:
         """Forward-only: no backward pass at all."""
         return Locality.FORWARD_ONLY
