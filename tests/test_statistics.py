@@ -1,13 +1,15 @@
 import itertools
+import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
+import yaml
 
 from locallearn.records import Record
 from locallearn.statistics import (
@@ -21,7 +23,9 @@ from locallearn.statistics import (
     summarise,
     t_interval,
 )
+from locallearn.statistics._identity import differing, settings
 
+ROOT = Path(__file__).parents[1]
 T_975 = {2: 4.302653, 4: 2.776445, 9: 2.262157}  # from a printed table
 
 
@@ -290,6 +294,52 @@ def test_a_setting_that_came_later_sets_older_runs_apart_only_where_it_is_used()
     assert list(by_label(compare_table([older, run("mono", 0, 0.6, trainer={"devices": 1, **later})]))) == ["mono"]
     faster = run("mono", 0, 0.6, trainer={"devices": 1, **later, "compile": "blocks"})
     assert len(compare_table([older, faster])) == 2
+
+
+def test_a_setting_of_one_rule_that_came_later_is_known_by_its_class() -> None:
+    """Two rules may have settings of one name and defaults of their own."""
+    zeroth, forward = "locallearn.algorithms.ZerothOrder", "locallearn.algorithms.ForwardForward"
+    later = {"normalise": None, "beta2": 0.999, "curvature_exponent": None, "losses": "global", "head_limit": None}
+    older = run("zo", 0, 0.5, algorithm={"_target_": zeroth, "n": 4})
+    assert len(compare_table([older, run("zo", 0, 0.6, algorithm={"_target_": zeroth, "n": 4, **later})])) == 1
+    local = {**later, "losses": "local"}
+    assert len(compare_table([older, run("zo", 0, 0.6, algorithm={"_target_": zeroth, "n": 4, **local})])) == 2
+    older = run("ff", 0, 0.5, algorithm={"_target_": forward})
+    assert len(compare_table([older, run("ff", 0, 0.6, algorithm={"_target_": forward, "normalise": "rms"})])) == 1
+    assert len(compare_table([older, run("ff", 0, 0.6, algorithm={"_target_": forward, "normalise": None})])) == 2
+
+
+def _defaults() -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Group, class and settings that ``conf/`` has of it; of a class with several files those that all of them agree about."""
+    found: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for group in ("algorithm", "dataset", "net", "task", "trainer"):
+        for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
+            values = yaml.safe_load(path.read_text())
+            values.pop("defaults", None)
+            found.setdefault((group, values.get("_target_")), []).append(values)
+    for (group, target), files in found.items():
+        shared = {key: value for key, value in files[0].items() if all(key in f and f[key] == value for f in files)}
+        yield group, target, shared
+
+
+def test_settings_that_older_committed_records_lack_set_them_apart_from_no_new_run() -> None:
+    """A record without a setting is the experiment that a run with its default is today."""
+    configs = [json.loads(path.read_text())["config"] for path in sorted(ROOT.glob("docs/records/*/*/record.json"))]
+    assert configs
+    top = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
+    del top["defaults"]
+    known: list[tuple[str | None, str, list[dict[str, Any]], dict[str, Any]]] = [(None, "config.yaml", configs, top)]
+    for group, target, defaults in _defaults():
+        olds = [config[group] for config in configs if (config.get(group) or {}).get("_target_") == target]
+        known.append((group, target or group, olds, defaults))
+    forgotten = set()
+    for group, owner, olds, defaults in known:
+        for key, value in defaults.items():
+            for old in (old for old in olds if key not in old):
+                both = [part if group is None else {group: part} for part in (old, {**old, key: value})]
+                if differing([settings(record("rule", 0, config=config)) for config in both]):
+                    forgotten.add(f"{owner}: {key}={value}")
+    assert forgotten == set()
 
 
 def test_settings_of_other_commands_set_no_run_apart() -> None:

@@ -29,9 +29,28 @@ _LATER: dict[str, Any] = {
     },
     **{"net.skips": True, "init_from": None, "scheduler_interval": "epoch", "task.label_smoothing": 0, "task.views": 1},
     **{"trainer.channels_last": False, "trainer.compile": None, "trainer.compile_backend": "inductor"},
-    "trainer.check_val_every_n_epoch": 1,
-    **{"algorithm.normalise": None, "algorithm.beta2": 0.999, "algorithm.curvature_exponent": None},
-    **{"algorithm.losses": "global", "algorithm.head_limit": None},
+    **{"trainer.check_val_every_n_epoch": 1, "trainer.matmul_precision": "highest"},
+}
+# The same of one class or function: another one's setting of the same name may have another default.
+_LATER_OF: dict[str, dict[str, Any]] = {
+    "locallearn.algorithms.DeepSupervision": {
+        **{"head": "linear", "width": 1, "depth": 2, "decay": 0.5, "head_limit": None},
+        **{"loss": "ce", "smoothing": 0, "beta": 0.99, "similarity_side": None, "contrast": False, "temperature": 0.07},
+        **{"reconstruction": [1.0, 0.0], "classification": [0.0, 1.0], "pixels": None, "movement": 0},
+    },
+    "locallearn.algorithms.ForwardForward": {
+        **{"loss": "logistic", "alpha": 4, "competition": "cwc", "blurs": 6, "recurrent": None},
+        **{"goodness": "squares", "normalise": "rms"},
+    },
+    "locallearn.algorithms.ForwardGradient": {
+        **{"losses": "global", "groups": None, "mask": None, "guess": None, "target": "global", "simulated": False},
+        **{"head": "linear", "head_width": None, "head_norm": True},
+    },
+    "locallearn.algorithms.ZerothOrder": {
+        **{"normalise": None, "beta2": 0.999, "curvature_exponent": None, "losses": "global", "head_limit": None},
+    },
+    "locallearn.nets.mlp": {"activation": "relu", "bias": True},
+    "locallearn.nets.resnet": {"cuts": "units"},
 }
 # Packages that decide no number of a run.
 _IDLE_PACKAGES = frozenset({"hydra-core", "optuna", "plotly"})
@@ -109,9 +128,13 @@ def _setting(name: str, value: str) -> str:
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    target = config.get("_target_")
+    later = _LATER_OF.get(target, {}) if isinstance(target, str) else {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if key == "seed" or name in _FREE_SETTINGS or (name in _LATER and value == _LATER[name]):
+        if key == "seed" or name in _FREE_SETTINGS:
+            continue
+        if (name in _LATER and value == _LATER[name]) or (key in later and value == later[key]):
             continue
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{name}.")
