@@ -268,6 +268,54 @@ def test_a_weight_that_thaws_passes_one_after_another() -> None:
     assert rule._factored is True
 
 
+@pytest.mark.parametrize("eps", [1e-2, 1e-4])
+@pytest.mark.parametrize(
+    "make", [_Functional, _Tied, lambda: nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU())]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_trial_of_the_joint_pass_decides_the_same_in_low_precision(
+    make: Callable[[], nn.Module], eps: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    net = make()
+    batch = Batch(torch.randint(0, 16, (16, 8)).float(), torch.arange(16) % 3)
+    rule = _attached(Blocks({"all": net}, nn.Linear(16, 3)), batch, variant="eggroll", n=4, eps=eps)
+    with torch.autocast("cpu", dtype):
+        rule.losses(batch)
+    assert rule._factored is isinstance(net, nn.Sequential)
+
+
+def test_the_trial_of_the_joint_pass_leaves_no_trace() -> None:
+    """Weights, statistics and the random numbers of the run are what they are without it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU())
+    batch = Batch(torch.randn(16, 8), torch.arange(16) % 3)
+    blocks = Blocks({"all": net}, nn.Linear(16, 3))
+    rule = _attached(blocks, batch, variant="eggroll", n=4)
+    rule.losses(batch)
+    assert rule._factored is True
+    found, state = [], {name: value.clone() for name, value in blocks.state_dict().items()}
+    for tried in (True, None):  # None: tried anew
+        blocks.load_state_dict(state)
+        rule._factored = tried
+        torch.manual_seed(1)
+        losses = rule.losses(batch)
+        found.append((losses, torch.get_rng_state(), *(value.clone() for value in blocks.state_dict().values())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["spsa", "mezo", "fzoo", "eggroll", "qes"])
+def test_a_network_that_is_frozen_as_a_whole_stays_as_it_is_and_thaws(variant: str) -> None:
+    torch.manual_seed(0)
+    batch = Batch(torch.randn(16, 8), torch.arange(16) % 3)
+    blocks = Blocks({"all": nn.Sequential(nn.Linear(8, 16), nn.ReLU())}, nn.Linear(16, 3))
+    rule = _attached(blocks, batch, variant=variant, n=4)
+    for wanted in (False, True):
+        blocks.requires_grad_(wanted)
+        updates = list(rule.updates(batch))
+        assert any(update.gradients for update in updates) is wanted
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_many_at_once_are_what_they_are_one_by_one(rank: int) -> None:
     """Factored = written out, forward and step, for linear layers, convolutions and normalisation, in float64."""

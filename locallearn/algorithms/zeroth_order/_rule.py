@@ -536,7 +536,7 @@ class ZerothOrder(ByOptions):
 
     def _passes_together(self, way: LowRank, batch: Batch) -> bool:
         """Whether many directions can pass at once; tried on a few rows against the directions written out."""
-        if self._random or batch.context or batch.rows is not None:
+        if self._random or batch.context or batch.rows is not None or not way.weights:
             return False
         learned = tuple(way.weights)
         if self._factored is None or learned != self._factored_for:  # weights may be frozen and thawed
