@@ -42,7 +42,7 @@ from locallearn.losses.local_heads import (
 )
 from locallearn.nets.blocks import Blocks, fitted
 from locallearn.nets.heads import ConvHead, LinearHead, MLPHead, ResidualHead, TokenHead
-from locallearn.nets.layout import Signal
+from locallearn.nets.layout import Signal, channel_axis
 from locallearn.nets.units import residual_branches, sample_shapes
 
 Head = Literal["linear", "conv1", "1c2f", "dgl", "man", "mirror", "auglocal", "token"]
@@ -383,8 +383,7 @@ class BlockHeads(nn.Module):
         predsim, asked = self.parts.loss == "predsim", self.parts.head_limit
         limit = asked
         if predsim and asked is None:
-            first = len(shape) == 3 or isinstance(shape, Signal)
-            limit = max(_LIMIT, shape[0] if first else shape[-1])  # vectors, and channels, stay as they are
+            limit = max(_LIMIT, shape[channel_axis(shape) - 1])  # vectors, and channels, stay as they are
         try:
             head = LinearHead(shape, outputs, limit, bias=predsim)
         except ValueError as error:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locallearn.nets.layout import Signal
+from locallearn.nets.layout import Signal, channel_axis
 from locallearn.nets.residual import ResidualUnit
 
 Shape = Sequence[int]
@@ -213,7 +213,7 @@ class PooledHead(nn.Sequential):
             reads = "maps (C, H, W)" if kind == "cnn" else "maps, tokens or vectors"
             raise ValueError(f"a {kind} head reads {reads}, and the output of a sample has shape {tuple(shape)}")
         signal = isinstance(shape, Signal)
-        channels, layers = shape[0] if len(shape) == 3 or signal else shape[-1], list[nn.Module]()
+        channels, layers = shape[channel_axis(shape) - 1], list[nn.Module]()
         if kind == "cnn":
             width = 32 if width is None else width
             layers += _normed(nn.Conv2d(channels, width, 1, bias=not norm), norm)

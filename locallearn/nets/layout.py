@@ -32,6 +32,11 @@ class Signal(NamedTuple):
     length: int
 
 
+def channel_axis(shape: Sequence[int]) -> int:
+    """Where a batch of samples of this shape has its channels: maps behind the samples, vectors and tokens last."""
+    return 1 if len(shape) > 2 or isinstance(shape, Signal) else len(shape)
+
+
 class ChannelAxes(TorchFunctionMode):
     """Follows the axis of the channels through whatever runs inside of it.
 

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from locallearn.report import _page, write_report
+from tests.report.browser import BROWSER
 from tests.report.varied import many, varied
 
-_BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # The clock goes by the page's own entries; what is printed comes out of the browser's log.
 _PROBE = """
 setTimeout(() => {
@@ -33,10 +33,10 @@ new MutationObserver(() => {
 
 def load(page: Path, width: int) -> dict[str, float]:
     """One load of a page in a browser of its own."""
-    assert _BROWSER is not None, "neither chromium nor google-chrome is on the PATH"
+    assert BROWSER is not None, "neither chromium nor google-chrome is on the PATH"
     profile = tempfile.mkdtemp()
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--remote-debugging-port=0"]
-    command = [_BROWSER, *options, f"--user-data-dir={profile}", f"--window-size={width},900", page.as_uri()]
+    command = [BROWSER, *options, f"--user-data-dir={profile}", f"--window-size={width},900", page.as_uri()]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert process.stderr is not None

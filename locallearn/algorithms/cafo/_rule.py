@@ -19,7 +19,7 @@ from locallearn.functional import cafo
 from locallearn.functional.cafo import check_targets
 from locallearn.nets.blocks import fitted
 from locallearn.nets.border import Border, main, replaced
-from locallearn.nets.layout import Signal
+from locallearn.nets.layout import channel_axis
 from locallearn.nets.units import sample_shapes
 
 Learning = Literal["random", "dfa"]
@@ -154,7 +154,7 @@ class CaFo(LayerLocal):
         self.standards = nn.ModuleList()
         if self._standardises:
             shapes, _ = sample_shapes(self.blocks, fitted(self.blocks, task.example.inputs), task.example.context)
-            self.standards.extend(Standard(len(shape) == 2 and not isinstance(shape, Signal)) for shape in shapes)
+            self.standards.extend(Standard(channel_axis(shape)) for shape in shapes)
         self.epoch = Epoch()
         self.feedback: DirectFeedback | None = None
         if self.learning == "dfa":

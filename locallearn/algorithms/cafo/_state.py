@@ -17,16 +17,16 @@ class Standard(Grown):
     of every token; one that never varies keeps its scale.
 
     Args:
-        tokens: whether the outputs are tokens.
+        axis: of the channels in the outputs.
     """
 
     eps = 1e-4  # as in the normalisation of the paper's blocks
     mean: Tensor
     variance: Tensor
 
-    def __init__(self, tokens: bool = False) -> None:
+    def __init__(self, axis: int) -> None:
         super().__init__()
-        self._channel = 2 if tokens else 1
+        self._axis = axis
         for name in ("mean", "variance"):
             self.register_buffer(name, torch.zeros(0))
 
@@ -37,7 +37,7 @@ class Standard(Grown):
 
     def measure(self, outputs: Tensor) -> None:
         """Take mean and variance of every channel of these outputs, ``(N, C, ...)`` or ``(N, T, D)``."""
-        over = [d for d in range(outputs.ndim) if d != self._channel]
+        over = [d for d in range(outputs.ndim) if d != self._axis]
         variance, mean = torch.var_mean(outputs.double(), over, correction=0)
         self.mean, self.variance = mean.to(self.mean), variance.to(self.mean)
 
@@ -46,7 +46,7 @@ class Standard(Grown):
         if not self.measured:
             return outputs
         shape = [1] * outputs.ndim
-        shape[self._channel] = -1
+        shape[self._axis] = -1
         scale = torch.where(self.variance > 0, self.variance + self.eps, 1).rsqrt()
         return (outputs - self.mean.view(shape)) * scale.view(shape)
 

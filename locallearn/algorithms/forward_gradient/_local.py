@@ -19,7 +19,7 @@ from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Combine, Noise
 from locallearn.functional.local_losses import readout_gradients, replicated_slopes
 from locallearn.nets.blocks import Blocks, fitted
-from locallearn.nets.layout import Signal
+from locallearn.nets.layout import channel_axis
 from locallearn.nets.local_mixer import GroupedLinear, MixerBlock, normalised, normalised_along
 from locallearn.nets.units import sample_shapes
 
@@ -182,10 +182,10 @@ class LocalReadout(nn.Module):
 
     def __init__(self, name: str, block: nn.Module, shape: Sequence[int], outputs: int, groups: int | None) -> None:
         super().__init__()
-        self.signal = isinstance(shape, Signal)
+        self._axis = channel_axis(shape)
         mixer = isinstance(block, MixerBlock)
         self.groups: int = groups or (block.groups if isinstance(block, MixerBlock) else 1)
-        channels = shape[0] if len(shape) > 2 or self.signal else shape[-1]
+        channels = shape[self._axis - 1]
         if channels % self.groups:
             raise ValueError(
                 f"groups is {self.groups}, which does not divide the {channels} channels of block {name!r}: choose a divisor"
@@ -203,7 +203,7 @@ class LocalReadout(nn.Module):
         """What the block puts out as ``(N, P, C)``: a vector is one patch, a token or a place of a map is one each."""
         if output.ndim == 2:
             return output[:, None]
-        return output if output.ndim == 3 and not self.signal else output.flatten(2).mT
+        return output if self._axis == 2 else output.flatten(2).mT
 
     def features(self, output: Tensor) -> Tensor:
         """What it reads: ``(N, P, C)`` in its own precision."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -149,27 +148,24 @@ def known_layers(blocks: Blocks, weights: dict[str, nn.Parameter]) -> dict[nn.Mo
         NotImplementedError: a weight that belongs to none whose share can be computed on the side, or to another module, too.
     """
     names = {id(p): name for name, p in weights.items()}
-    held_by = Counter(id(p) for module in blocks.modules() for _, p in module.named_parameters(recurse=False))
-    if any(held_by[one] > 1 for one in names):
-        raise NotImplementedError
     found: dict[nn.Module, dict[str, str]] = {}
     for layer in blocks.modules():
-        plain = type(layer) is nn.Linear or (
-            type(layer) is nn.Conv2d
-            and layer.groups == 1
-            and not isinstance(layer.padding, str)
-            and layer.padding_mode == "zeros"
-        )
-        normalising = isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
-        if not plain and not normalising:
-            continue
         own = {key: names[id(p)] for key, p in layer.named_parameters(recurse=False) if id(p) in names}
+        if own and not _known(layer):
+            raise NotImplementedError
         if own:
             found[layer] = own
     held = [name for own in found.values() for name in own.values()]
     if sorted(held) != sorted(weights):
         raise NotImplementedError
     return found
+
+
+def _known(layer: nn.Module) -> bool:
+    """Whether what directions add to this layer's output can be computed on the side."""
+    if type(layer) is nn.Conv2d:
+        return layer.groups == 1 and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+    return type(layer) is nn.Linear or isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
 
 
 def _share(

@@ -25,7 +25,7 @@ from locallearn.algorithms.forward_gradient._passes import Draws
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.algorithms.zeroth_order._coded import Coded, Codes
 from locallearn.algorithms.zeroth_order._dense import Dense
-from locallearn.algorithms.zeroth_order._low_rank import LowRank, known_layers
+from locallearn.algorithms.zeroth_order._low_rank import LowRank
 from locallearn.algorithms.zeroth_order._settings import (
     BETA2,
     DEFAULTS,
@@ -554,7 +554,6 @@ class ZerothOrder(ByOptions):
         usual, way.setting = way.setting, replace(way.setting, eps=max(self.eps, size))
         ones = []
         try:
-            known_layers(self.blocks, way.weights)
             base = self.blocks(few)
             found = way.together(self.blocks, members, signs, lambda: self.blocks(few))
             for member, sign in zip(members.tolist(), signs.tolist(), strict=True):
