@@ -21,7 +21,7 @@ _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 _MOVING = {
     *("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint", "mT", "T", "mH", "H"),
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "__getitem__", "select", "unbind"),
-    *("mean", "sum", "amax", "amin", "max", "min"),
+    *("mean", "sum", "amax", "amin", "max", "min", "einsum"),
 }
 
 
@@ -43,7 +43,8 @@ class ChannelAxes(TorchFunctionMode):
     The first layer that knows decides: convolutions, poolings and BatchNorm have channels behind the samples, linear layers,
     LayerNorm, embeddings and attention have them last, recurrent layers in any case. From there on the axis only moves: where
     to, a transposition, a reshape or a mean shows on a tensor that counts the channels. So a residual unit that turns its map
-    round for a linear layer and back again is seen as what it is.
+    round for a linear layer and back again is seen as what it is. Channels that are spread over two axes, or stacked beside others,
+    are lost from then on.
     """
 
     def __init__(self) -> None:

@@ -246,6 +246,48 @@ def test_weights_outside_of_the_known_layers_pass_one_after_another_however_smal
     assert rule._factored is isinstance(net, nn.Sequential)
 
 
+class _Counting(nn.Module):
+    """It fails in a way of its own on other rows than it was given."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.layer, self.error = nn.Linear(8, 8), error
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)
+        if len(found) != len(x):
+            raise self.error("rows")
+        return found.relu()
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, AttributeError, RuntimeError])
+def test_a_network_that_counts_its_rows_passes_one_after_another(error: type[Exception]) -> None:
+    torch.manual_seed(0)
+    batch = Batch(torch.randn(16, 8), torch.arange(16) % 3)
+    rule = _attached(Blocks({"all": _Counting(error)}, nn.Linear(8, 3)), batch, variant="eggroll", n=4)
+    assert rule.losses(batch).isfinite().all()
+    assert rule._factored is False
+
+
+def test_a_batch_of_one_row_decides_as_any_other() -> None:
+    """The input that goes around the first layer has not been repeated; of one row alone nobody would see it."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x + self.layer(x))
+
+    torch.manual_seed(0)
+    batch = Batch(torch.randn(16, 8), torch.arange(16) % 3)
+    rule = _attached(Blocks({"all": Around()}, nn.Linear(8, 3)), batch, variant="eggroll", n=4)
+    rule.losses(Batch(batch.inputs[:1], batch.targets[:1]))
+    assert rule._factored is False
+    assert rule.losses(batch).isfinite().all()
+
+
 def test_a_weight_that_thaws_passes_one_after_another() -> None:
     class Shifted(nn.Module):
         def __init__(self) -> None:

@@ -45,6 +45,7 @@ FIRST: dict[str, Forward] = {
     "convolved over embeddings": lambda x: CONV(TABLE(x[:, 0].long()).transpose(1, 2)),
     "a mean over the rows of a map": lambda x: SQUARE(x[:, :, None].expand(-1, -1, 6, -1)).mean(2),
     "flattened from a map": lambda x: SQUARE(x[..., None]).flatten(2),
+    "places mixed by einsum": lambda x: torch.einsum("nij,ncj->nci", torch.rand(4, 6, 6).softmax(-1), CONV(x)),
     "worked on in place": lambda x: CONV(x).relu_().add_(1),
     "from a function of one's own": lambda x: Flip.apply(CONV(x)),
 }
@@ -54,6 +55,10 @@ LAST: dict[str, Forward] = {
     "turned at the end": lambda x: CONV(x).transpose(1, 2),
     "permuted": lambda x: CONV(x).permute(0, 2, 1).contiguous(),
     "mT": lambda x: CONV(x).mT * 1,
+    "turned by einsum": lambda x: torch.einsum("ncl->nlc", CONV(x)),
+    "attention behind patches by einsum": lambda x: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True).eval()(
+        torch.einsum("ncl->nlc", CONV(x))
+    ),
     "patches": lambda x: SQUARE(x[..., None]).flatten(2).transpose(1, 2),
     "patches by reshape": lambda x: SQUARE(x[..., None]).reshape(-1, 6, 6).permute(0, 2, 1),
     "turned in place": lambda x: CONV(x).transpose_(1, 2),
