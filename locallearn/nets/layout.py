@@ -43,8 +43,8 @@ class ChannelAxes(TorchFunctionMode):
     The first layer that knows decides: convolutions, poolings and BatchNorm have channels behind the samples, linear layers,
     LayerNorm, embeddings and attention have them last, recurrent layers in any case. From there on the axis only moves: where
     to, a transposition, a reshape or a mean shows on a tensor that counts the channels. So a residual unit that turns its map
-    round for a linear layer and back again is seen as what it is. Channels that are spread over two axes, or stacked beside others,
-    are lost from then on.
+    round for a linear layer and back again is seen as what it is. Channels that are spread over two axes, or stacked beside
+    others, are lost from then on.
     """
 
     def __init__(self) -> None:
