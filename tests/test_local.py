@@ -964,13 +964,73 @@ def test_all_targets_of_the_example_say_whether_they_are_class_ids() -> None:
     local = ll.localize(net, ll.Backprop(), cuts=1, example=x, targets=numbers, loss=squares)
     assert local.task.classes is False
     local.step(x, numbers)
-    with pytest.raises(ValueError, match=r"targets go from 0 to 60, expected class ids 0 to 4; .* give classes=False"):
+    with pytest.raises(
+        ValueError, match=r"labels go from 0 to 60, expected class ids 0 to 4: .* a loss for them and classes=False"
+    ):
         ll.localize(net, ll.Backprop(), cuts=1, example=x, targets=numbers, classes=True)
+
+
+def test_samples_that_the_loss_leaves_out_whole_have_to_be_left_out_of_the_batch() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5)), torch.randn(12, 8)
+    labels = torch.arange(12) % 5
+    some = torch.where(torch.arange(12) == 7, -100, labels)
+    told = "labels go from -100 to 4, .*; samples labelled -100, which the loss leaves out, have to be left out, too"
+    for rule in (ll.Backprop(), ll.MonoForward()):
+        with pytest.raises(ValueError, match=told):
+            ll.localize(copy.deepcopy(net), rule, cuts=["1"], example=x, targets=some)
+        local = ll.localize(copy.deepcopy(net), rule, cuts=["1"], example=x)
+        with pytest.raises(ValueError, match=told):
+            local.step(x, some)
+        with pytest.raises(
+            ValueError, match=r"labels go from -1 to 4, .* 5 outputs; .* give a loss for them and classes=False"
+        ):
+            local.step(x, torch.where(some < 0, -1, some))
+        local.step(x[some >= 0], some[some >= 0])
+
+
+def test_numbers_that_looked_like_class_ids_are_told_the_way_out() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5)), torch.randn(12, 8)
+    ratings = torch.arange(12) % 5
+
+    def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.mean(1) - targets).square().mean()
+
+    local = ll.localize(net, ll.Backprop(), cuts=1, example=x, targets=ratings, loss=squares)
+    with pytest.raises(
+        ValueError, match=r"labels go from 3 to 7, .*; where they are numbers to predict, give classes=False"
+    ):
+        local.step(x, ratings + 3)
+    with pytest.raises(ValueError, match=r"labels are torch.float32, .* give classes=False"):
+        local.step(x, ratings + 0.5)
+    local = ll.localize(net, ll.Backprop(), cuts=1, example=x, targets=ratings, loss=squares, classes=False)
+    local.step(x, ratings + 3)
+    soft = torch.rand(12, 5).softmax(1)
+    with pytest.raises(ValueError, match=r"labels are torch.float32, .* or probabilities, give classes=False"):
+        ll.localize(net, ll.Backprop(), cuts=1, example=x, targets=soft)
+    ll.localize(net, ll.Backprop(), cuts=1, example=x, targets=soft, classes=False).step(x, soft)
+
+
+def test_a_sample_whose_labels_are_all_left_out_is_not_the_hardest() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(4, 3, 5, 5), torch.randint(4, (4, 5, 5))
+    labels[2] = -100
+    local = ll.localize(_Places(), ll.Backprop(keep=0.75), cuts=1, example=images, targets=labels)
+    assert isinstance(local.algorithm, ll.Backprop)
+    assert local.algorithm.last_losses is not None
+    for _ in range(3):
+        local.step(images, labels, source=torch.arange(4))
+    assert local.algorithm.last_losses.losses[2] == 0
+    assert all(local.algorithm.last_losses.losses[[0, 1, 3]] > 0)  # which all have learned since
 
 
 def test_a_loss_that_is_at_fault_itself_is_not_mended_by_targets() -> None:
     net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5)), torch.randn(12, 8)
+
+    def marked(outputs: Tensor, targets: Tensor, *, margin: float) -> Tensor:
+        return (outputs - targets - margin).square().mean()
+
     for loss, told in (
+        (marked, r"called as loss\(outputs, targets\), and says: .*missing 1 required keyword-only argument"),
         (nn.CrossEntropyLoss(reduction="none"), "gives a tensor of shape .2,., expected a tensor of one number"),
         (
             nn.CosineEmbeddingLoss(),

@@ -178,5 +178,8 @@ class LastLosses(Grown):
         return self.losses[places]
 
     def note(self, batch: Batch, losses: Tensor) -> None:
-        """Keep the losses of the samples of a batch."""
-        self.losses[batch.places] = losses.to(self.losses.dtype)
+        """Keep the losses of the samples of a batch; of one all of whose labels the loss leaves out (not a number): none.
+
+        Sorted as it is, it would count as the hardest of all, and be chosen ever after.
+        """
+        self.losses[batch.places] = losses.to(self.losses.dtype).masked_fill(losses.isnan(), 0.0)

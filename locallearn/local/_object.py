@@ -16,7 +16,17 @@ from torch.utils._pytree import tree_leaves
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
 from locallearn.batch import Batch
 from locallearn.cost import drive, undisturbed
-from locallearn.local._targets import by_entry, counted, dense, left_out, of_classes, only_broadcast, unfit
+from locallearn.local._targets import (
+    by_entry,
+    counted,
+    dense,
+    left_out,
+    no_ids,
+    of_classes,
+    only_broadcast,
+    strangers,
+    unfit,
+)
 from locallearn.nets.blocks import evaluating
 from locallearn.nets.cut import Cut
 from locallearn.nets.execution import Execution
@@ -86,8 +96,9 @@ class Local:
                     f"labels have shape {tuple(targets.shape)}, expected class ids of shape "
                     f"({', '.join(['N', *map(str, wanted.shape[1:])])}{',' if wanted.ndim == 1 else ''})"
                 )
-            if targets.is_floating_point() or targets.dtype == torch.bool:
-                raise ValueError(f"labels are {targets.dtype}, expected class ids of dtype int64")
+            said = no_ids(targets.dtype)
+            if said is not None:
+                raise ValueError(said)
             alike = main.shape[1:] == self.task.example.inputs.shape[1:]  # inputs of another size have other places
             if of_classes(loss) and alike and targets.shape[1:] != wanted.shape[1:]:
                 raise ValueError(dense(targets.shape, wanted.shape, self.task.outputs, self._given))
@@ -96,18 +107,13 @@ class Local:
             if not seen.numel():
                 raise ValueError("this batch is empty: there is nothing to learn from")
             if targets.device.type == "cpu":
-                seen = counted(seen, loss)
-                if not seen.numel():
+                if not counted(seen, loss).numel():
                     raise ValueError(
                         f"all labels of this batch are {left_out(loss)}, which the loss leaves out: leave it out, too"
                     )
-                low, high = int(seen.min()), int(seen.max())
-                ignored = wanted.ndim > 1 and not of_classes(loss)  # such as -100, by a loss of the user's own
-                if (low < 0 and not ignored) or high >= self.task.outputs:
-                    raise ValueError(
-                        f"labels go from {low} to {high}, expected class ids 0 to {self.task.outputs - 1}: the network has "
-                        f"{self.task.outputs} outputs"
-                    )
+                said = strangers(seen, self.task.outputs, loss)
+                if said is not None:
+                    raise ValueError(said)
         known = self.task.example
         matched = main.ndim and targets.ndim and len(known.inputs) == len(known.targets)  # else of a graph as a whole
         if matched and len(main) != len(targets):

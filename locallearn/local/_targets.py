@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -119,21 +120,31 @@ def are_ids(shape: Sequence[int], targets: Any, loss: Loss) -> bool:
     return targets.ndim > 1 or int(targets.min()) >= 0  # of places, losses may leave some out, by a number such as -100
 
 
-def refuse_strangers(targets: Tensor, outputs: int, loss: Loss) -> None:
-    """Given class ids that are none, wherever in the example.
-
-    Raises:
-        ValueError: names the least and the greatest.
-    """
-    seen = counted(targets, loss)
+def strangers(labels: Tensor, outputs: int, loss: Loss) -> str | None:
+    """What is wrong with labels some of which are no class ids, whatever the loss leaves out; ``None``: nothing."""
+    seen = counted(labels, loss)
     if not seen.numel():
-        return
+        return None
     low, high = int(seen.min()), int(seen.max())
-    if (low < 0 and targets.ndim == 1) or high >= outputs:
-        raise ValueError(
-            f"targets go from {low} to {high}, expected class ids 0 to {outputs - 1}; where they are numbers to predict, give "
-            "classes=False"
-        )
+    ignored = labels.ndim > 1 and not of_classes(loss)  # such as -100, by a loss of the user's own
+    if (low >= 0 or ignored) and high < outputs:
+        return None
+    said = f"labels go from {low} to {high}, expected class ids 0 to {outputs - 1}: the network has {outputs} outputs"
+    label = left_out(loss)
+    if label in (low, high) and not 0 <= label < outputs and labels.ndim == 1:
+        # Most rules read the label of every sample themselves, not through the loss.
+        return f"{said}; samples labelled {label}, which the loss leaves out, have to be left out, too (nodes by rows=)"
+    return f"{said}; where they are numbers to predict, give {'a loss for them and ' if of_classes(loss) else ''}classes=False"
+
+
+def no_ids(dtype: torch.dtype) -> str | None:
+    """What is wrong with labels of this dtype; ``None``: it may hold class ids."""
+    if not dtype.is_floating_point and dtype != torch.bool:
+        return None
+    return (
+        f"labels are {dtype}, expected class ids of dtype int64; where they are numbers to predict or probabilities, give "
+        "classes=False"
+    )
 
 
 def refuse_unfit(targets: Tensor, result: Tensor, loss: Loss, classes: bool) -> None:
@@ -145,8 +156,9 @@ def refuse_unfit(targets: Tensor, result: Tensor, loss: Loss, classes: bool) -> 
     shape = tuple(result.shape)
     given = tuple(targets.shape)
     if classes:
-        if targets.is_floating_point() or targets.dtype == torch.bool:
-            raise ValueError(f"labels are {targets.dtype}, expected class ids of dtype int64")
+        said = no_ids(targets.dtype)
+        if said is not None:
+            raise ValueError(said)
         if of_classes(loss) and given != (*shape[:1], *shape[2:]):
             raise ValueError(
                 f"targets have shape {told(given)}, and class ids for outputs of shape {told(shape)} have shape "
@@ -206,7 +218,7 @@ def blamed(loss: Loss, result: Tensor, targets: Tensor, given: bool) -> str | No
         gives = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         return f"loss= gives {gives}, expected a tensor of one number: its mean over the samples, say"
     except Exception as error:
-        if isinstance(error, TypeError) and "positional argument" in str(error):
+        if isinstance(error, TypeError) and re.search("(positional|keyword-only) argument", str(error)):
             return f"loss= is called as loss(outputs, targets), and says: {error}"
         said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     what = f"{told(targets.shape)}, {targets.dtype}"
