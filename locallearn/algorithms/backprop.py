@@ -13,6 +13,7 @@ from locallearn.algorithms._selection import By, LastLosses, Selection, rows_of,
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
 from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
+from locallearn.losses._of_torch import divisor
 from locallearn.nets.blocks import evaluating, width_of
 
 
@@ -155,9 +156,14 @@ class Backprop(Algorithm):
         aside = {p: p.grad for p in self.blocks.parameters() if p.requires_grad}
         for p in aside:
             p.grad = None
-        losses = []
-        for part in torch.arange(rows).tensor_split(min(self._parts, rows)):
-            loss = self._lost(rows_of(batch, slice(int(part[0]), int(part[-1]) + 1))) * (len(part) / rows)
+        losses, whole = [], divisor(self._loss, batch.targets)
+        for places in torch.arange(rows).tensor_split(min(self._parts, rows)):
+            part = rows_of(batch, slice(int(places[0]), int(places[-1]) + 1))
+            loss, counts = self._lost(part), divisor(self._loss, part.targets)
+            if whole is None or counts is None:
+                loss = loss * (len(places) / rows)
+            else:  # of a part without labels the mean is not a number; nothing flows back from it
+                loss = torch.where(counts > 0, loss * counts / whole, 0.0)
             if loss.requires_grad:
                 torch.autograd.backward(loss)
             losses.append(loss.detach())

@@ -20,13 +20,13 @@ from locallearn.local._targets import (
     by_entry,
     counted,
     dense,
-    left_out,
     no_ids,
     of_classes,
     only_broadcast,
     strangers,
     unfit,
 )
+from locallearn.losses._of_torch import left_out
 from locallearn.nets.blocks import evaluating
 from locallearn.nets.cut import Cut
 from locallearn.nets.execution import Execution

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from locallearn.losses._of_torch import bare, left_out
 from locallearn.nets.blocks import width_of
 from locallearn.nets.equal import rows_of, some_rows
 
@@ -30,40 +30,20 @@ _MODULES_BY_ENTRY = (
 
 def of_classes(loss: Any) -> bool:
     """Whether a loss is one of PyTorch's that read class ids."""
-    loss = _bare(loss)
+    loss = bare(loss)
     return loss in _OF_CLASSES or isinstance(loss, _MODULES_OF_CLASSES)
 
 
 def by_entry(loss: Any) -> bool:
     """Whether a loss is one of PyTorch's that compare outputs and targets entry by entry."""
-    loss = _bare(loss)
+    loss = bare(loss)
     return loss in _BY_ENTRY or isinstance(loss, _MODULES_BY_ENTRY)
-
-
-def left_out(loss: Any) -> int | None:
-    """The label that a loss of PyTorch's leaves out (``ignore_index``); ``None``: there is none, or nobody knows."""
-    bare = _bare(loss)
-    if isinstance(bare, nn.CrossEntropyLoss | nn.NLLLoss):
-        return bare.ignore_index
-    if bare not in (F.cross_entropy, F.nll_loss):
-        return None
-    while isinstance(loss, partial):
-        if "ignore_index" in loss.keywords:
-            return int(loss.keywords["ignore_index"])
-        loss = loss.func
-    return -100
 
 
 def counted(labels: Tensor, loss: Any) -> Tensor:
     """Labels of places that a loss looks at: those that it leaves out are no class ids."""
     label = left_out(loss) if labels.ndim > 1 else None
     return labels if label is None else labels[labels != label]
-
-
-def _bare(loss: Any) -> Any:
-    while isinstance(loss, partial):
-        loss = loss.func
-    return loss
 
 
 def two_of(targets: Any, values: Mapping[str, Any]) -> Tensor:
@@ -174,8 +154,8 @@ _LAST = "; where they come last, give loss=lambda o, t: F.cross_entropy(o.flatte
 
 def unfit(given: Sequence[int], outputs: Sequence[int], loss: Loss) -> str:
     """What is wrong with targets that fit only by broadcasting, or not at all."""
-    bare = _bare(loss)
-    name = getattr(bare, "__name__", type(bare).__name__)
+    inner = bare(loss)
+    name = getattr(inner, "__name__", type(inner).__name__)
     return (
         f"targets have shape {told(given)}, and {name} compares them entry by entry with outputs of shape {told(outputs)}: "
         "give targets of that shape, else every sample would be compared with those of others"

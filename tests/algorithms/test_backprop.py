@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -257,3 +259,32 @@ def test_the_variant_says_how_memory_is_saved() -> None:
     assert Backprop().variant is None
     assert Backprop(checkpoint="auto").variant == "checkpoint=auto"
     assert Backprop(checkpoint=["a", "b"], accumulate=4).variant == "checkpoint=[a,b], accumulate=4"
+
+
+_WEIGHTS = torch.tensor([1.0, 5.0, 2.0, 0.5], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("label", "loss"),
+    [
+        (-100, F.cross_entropy),
+        (1, partial(F.cross_entropy, ignore_index=1)),
+        (255, nn.CrossEntropyLoss(weight=_WEIGHTS, ignore_index=255, label_smoothing=0.1)),
+        (-100, partial(F.cross_entropy, weight=_WEIGHTS)),
+    ],
+    ids=["usual", "partial", "module", "weights"],
+)
+def test_parts_count_by_what_the_mean_divides_by(label: int, loss: Any) -> None:
+    torch.manual_seed(0)
+    net = Blocks({"one": nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())}, nn.Conv2d(5, CLASSES, 1)).double()
+    images, labels = torch.randn(6, 3, 4, 4, dtype=torch.float64), torch.randint(CLASSES, (6, 4, 4))
+    labels[2:4], labels[0, :3] = label, label  # the second part of three, and some of the first
+    algorithm = Backprop(accumulate=3)
+    algorithm.attach(net, TaskInfo(Batch(images[:2], labels[:2]), CLASSES, loss))
+    (update,) = algorithm.train().updates(Batch(images, labels))
+    whole = loss(net(images), labels)
+    assert update.loss is not None
+    assert update.gradients is not None
+    torch.testing.assert_close(update.loss, whole.detach())
+    for p, expected in zip(net.parameters(), torch.autograd.grad(whole, list(net.parameters())), strict=True):
+        torch.testing.assert_close(update.gradients[p], expected)
