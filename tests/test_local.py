@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import random
 import warnings
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_geometric.nn.models import GAT, GCN
 
 import locallearn as ll
+from locallearn import algorithms
 from locallearn.algorithms import TaskInfo
 from locallearn.local import bytes_in
 from locallearn.local._where import partition
@@ -396,6 +398,43 @@ def test_segmentation_is_trained_by_the_networks_own_output_and_refused_by_rules
     for rule in (ll.MonoForward(), ll.DeepSupervision(), ll.LocalHeads(loss="predsim")):
         with pytest.raises(ValueError, match=r"one class per sample, and these labels have shape \(N, 8, 8\)"):
             ll.localize(_Segments(), rule, cuts=["a"], example=x)
+
+
+def _rules() -> list[type[ll.Algorithm]]:
+    made = [getattr(algorithms, name) for name in algorithms.__all__]
+    known = [rule for rule in made if isinstance(rule, type) and issubclass(rule, ll.Algorithm)]
+    return [
+        rule for rule in known if not inspect.isabstract(rule) and rule not in (ll.Algorithm, algorithms.ForwardGNN)
+    ]
+
+
+_OF_PLACES = (
+    *(ll.Backprop, algorithms.BackpropL1, ll.FeedbackAlignment, ll.ProductFeedbackAlignment),
+    *(ll.ForwardGradient, ll.ZerothOrder),
+)
+
+
+@pytest.mark.parametrize("rule", _rules(), ids=lambda rule: str(rule.__name__))
+def test_every_rule_trains_labels_of_places_or_says_that_it_answers_with_one_class_per_sample(
+    rule: type[ll.Algorithm],
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    x, y = X[:6, :, :5, :5], torch.arange(150).view(6, 5, 5) % 4
+    make = partial(ll.localize, net, rule(), cuts=["1"], example=x, targets=y, optimizer=SGD)
+    if rule not in _OF_PLACES:
+        with pytest.raises(ValueError, match=r"one class per sample, and these labels have shape \(N, 5, 5\)"):
+            make()
+        return
+    local = make()
+    local.step(x, y)
+    assert local.predict(x).shape == (6, 4, 5, 5)
+
+
+def test_ridge_is_told_that_targets_are_not_as_many_as_they_were() -> None:
+    net, x = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)), X[:6, :, :5, :5]
+    local = ll.localize(net, ll.Ridge(), cuts=["1"], example=x, loss=lambda o, t: (o.mean(1) - t).square().mean())
+    with pytest.raises(ValueError, match="a sample's targets are 9 numbers and the network's output is 36"):
+        local.step(x, torch.zeros(6, 3, 3))
 
 
 class _Adds(nn.Module):

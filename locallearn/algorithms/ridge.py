@@ -112,11 +112,7 @@ class Ridge(ClosedFormLayers):
         super().build(task)
         readout = self.layers[-1]
         wanted = self._wanted(task.example._replace(targets=task.example.targets[: len(task.example.inputs)]))
-        if wanted.shape[1] != readout.width * readout.positions:
-            raise ValueError(
-                f"a sample's targets are {wanted.shape[1]} numbers and the network's output is "
-                f"{readout.width * readout.positions}: ridge fits one to the other, so they have to be as many"
-            )
+        self._refuse_unlike(wanted, readout.positions)
         if wanted.is_complex():
             raise ValueError("targets are complex numbers, expected real ones")
         self._check_memory([readout])
@@ -145,8 +141,17 @@ class Ridge(ClosedFormLayers):
     def _offset(self) -> Intercept:
         return self.intercept if self.layers[-1].module.bias is not None else "none"
 
+    def _refuse_unlike(self, targets: Tensor, positions: int) -> None:
+        outputs = self.layers[-1].width * positions
+        if targets.shape[1] != outputs:
+            raise ValueError(
+                f"a sample's targets are {targets.shape[1]} numbers and the network's output is {outputs}: ridge fits one to "
+                "the other, so they have to be as many"
+            )
+
     def _spread(self, targets: Tensor, positions: int) -> Tensor:
         layer = self.layers[-1]
+        self._refuse_unlike(targets, positions)
         if isinstance(layer.module, torch.nn.Linear):
             return targets.reshape(-1, layer.width)
         return targets.reshape(len(targets), layer.width, positions).transpose(1, 2).reshape(-1, layer.width)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo
+from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, refuse_dense
 from locallearn.algorithms.layer_local import LayerLocal, feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import scalable_ff as sff
@@ -67,6 +67,7 @@ class ScalableForwardForward(LayerLocal):
         """Give every block its convolution."""
         if not task.classes:
             raise ValueError("scalable Forward-Forward compares the goodness of classes, and this task has none")
+        refuse_dense(task, "scalable Forward-Forward")
         feature_sizes(self.blocks, task.example)  # says what cannot be run
         inputs = fitted(self.blocks, task.example.inputs)
         shapes, _ = sample_shapes(self.blocks, inputs, task.example.context)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update, refuse_dense
 from locallearn.algorithms.cafo._direct import DirectFeedback
 from locallearn.algorithms.cafo._predictors import ClosedForm, Stepped
 from locallearn.algorithms.cafo._state import GIB, Epoch, FeatureStore, Standard
@@ -135,6 +135,7 @@ class CaFo(LayerLocal):
         """Give every block its predictor, and what learns by direct feedback its matrices."""
         if not task.classes:
             raise ValueError("CaFo fits predictors of class labels to every block, and this task has none")
+        refuse_dense(task, "CaFo")
         if task.outputs < 2:
             raise ValueError(f"CaFo tells classes apart, and this task has {task.outputs}: it takes at least 2")
         if task.example.context:

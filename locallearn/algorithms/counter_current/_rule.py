@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, refuse_dense
 from locallearn.algorithms.counter_current._mirror import NORMS, WEIGHTS, Layer, mirror, trace, weights
 from locallearn.algorithms.counter_current._pairs import ClassPairs, MapPairs, Pairs
 from locallearn.batch import Batch
@@ -307,6 +307,7 @@ class CounterCurrent(Algorithm):
                 "counter-current learning mirrors plain layers, and this task has a context or selected rows (a graph?): "
                 "use another algorithm"
             )
+        refuse_dense(task, "counter-current learning")
         if not task.classes:
             for name, given in (("gram", self.gram), ("flooding", self.flooding)):
                 if given is not None:

@@ -17,6 +17,7 @@ from locallearn.algorithms.base import (
     TaskInfo,
     Update,
     output_layer,
+    refuse_dense,
     refuse_made_weights,
 )
 from locallearn.algorithms.layer_local import feature_sizes
@@ -176,6 +177,7 @@ class Pepita(Algorithm):
             raise ValueError(
                 "PEPITA sends the error of a softmax over classes to the input, and this task has no classes"
             )
+        refuse_dense(task, "PEPITA")
         if example.context or example.rows is not None:
             raise ValueError(
                 "PEPITA changes every input by the error of its own output, which a task with a context or with rows that "
