@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 
 from locallearn.nets.arguments import Arguments, Output
 from locallearn.nets.blocks import NORMALISATIONS, Blocks
+from locallearn.nets.course import Course, is_layer, name_of
 from locallearn.nets.equal import check_equal, rows_of, some_rows
-from locallearn.nets.pieces import Course, is_layer, name_of, piece
+from locallearn.nets.pieces import piece
 from locallearn.nets.trace import CannotTrace, in_mode, preserved, trace
 
 _LEAVES = (nn.modules.rnn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoderLayer)

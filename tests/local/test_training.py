@@ -1,0 +1,366 @@
+"""``ll.localize``: one call puts any network under a rule, and it learns as a loop by hand would teach it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch_geometric.nn.models import GAT, GCN
+
+import locallearn as ll
+from locallearn.algorithms import TaskInfo
+from locallearn.strategies import LocalStrategy
+from locallearn.tasks.classification import Classification
+from locallearn.testing import plain_loop
+from tests.local.nets import DRAW, SGD, X, Y, mlp, mobile, resnet, vit
+
+
+def _dense() -> nn.Module:
+    return torchvision.models.DenseNet(8, (1, 1, 1, 1), 16, num_classes=10)
+
+
+def _vgg() -> nn.Module:
+    """VGG-11 of an eighth of its width; its head, which is made 25088-4096-4096 at any width, is made smaller."""
+    with torch.device("meta"):
+        net = torchvision.models.VGG(nn.Identity(), 10, init_weights=False)
+    net.features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"])
+    layers = [nn.Linear(64 * 49, 32), nn.ReLU(True), nn.Dropout(0.0), nn.Linear(32, 32), nn.ReLU(True), nn.Dropout(0.0)]
+    net.classifier = nn.Sequential(*layers, nn.Linear(32, 10))
+    return net
+
+
+def _by_hand_resnet(net: Any) -> list[Callable[[Tensor], Tensor]]:
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
+    return [stem, net.layer2, net.layer3, net.layer4, nn.Sequential(net.avgpool, nn.Flatten(), net.fc)]
+
+
+def _by_hand_vit(net: Any) -> list[Callable[[Tensor], Tensor]]:
+    def first(x: Tensor) -> Tensor:
+        tokens = net.conv_proj(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([net.class_token.expand(len(x), -1, -1), tokens], 1) + net.encoder.pos_embedding
+        out: Tensor = net.encoder.layers[0](net.encoder.dropout(tokens))
+        return out
+
+    return [first, lambda x: net.encoder.ln(net.encoder.layers[1](x)), lambda x: net.heads(x[:, 0])]
+
+
+def _by_hand_dense(net: Any) -> list[Callable[[Tensor], Tensor]]:
+    parts = net.features
+
+    def head(x: Tensor) -> Tensor:
+        out: Tensor = net.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return out
+
+    return [parts[:5], lambda x: F.relu(parts[5:](x)), head]
+
+
+def _by_hand_mobile(net: Any) -> list[Callable[[Tensor], Tensor]]:
+    return [net.features[:4], net.features[4:], lambda x: net.classifier(net.avgpool(x).flatten(1))]
+
+
+def _by_hand_vgg(net: Any) -> list[Callable[[Tensor], Tensor]]:
+    parts, head = net.features, net.classifier
+    last = nn.Sequential(parts[11:], net.avgpool, nn.Flatten(), head[:5])
+    return [parts[:6], parts[6:11], last, head[5:]]
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], list[str], Callable[[Any], list[Callable[[Tensor], Tensor]]]]] = {
+    "resnet": (resnet, ["layer1", "layer2", "layer3"], _by_hand_resnet),
+    "vit": (vit, ["encoder.layers.encoder_layer_0"], _by_hand_vit),
+    "densenet": (_dense, ["features.denseblock1"], _by_hand_dense),
+    "vgg": (_vgg, ["features.5", "features.10"], _by_hand_vgg),
+    "mobilenet": (mobile, ["features.3"], _by_hand_mobile),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_an_epoch_equals_a_loop_that_knows_nothing_of_cutting(name: str) -> None:
+    make, cuts, by_hand = NETS[name]
+    torch.manual_seed(1)
+    net = make()
+    twin = copy.deepcopy(net)
+    keys = list(net.state_dict())
+    local = ll.localize(net, ll.MonoForward(seed=2), cuts=cuts, example=X[:4], optimizer=SGD)
+    assert list(net.state_dict()) == keys
+    assert {id(p) for p in local.blocks.parameters()} == {id(p) for p in net.parameters()}
+    heads = [nn.Parameter(p.projection.detach().clone()) for p in local.algorithm.heads.projections]  # type: ignore[union-attr]
+    *blocks, readout = by_hand(twin)
+    optimizer = SGD([*twin.parameters(), *heads])
+    twin.train()
+    for images, labels in zip(X.split(6), Y.split(6), strict=True):
+        losses = local.step(images, labels)
+        x, total = images, []
+        for i, block in enumerate(blocks):
+            output = block(x)
+            scores = output.flatten(1) @ heads[i].T if i < len(heads) else readout(output)
+            total.append(F.cross_entropy(scores, labels))
+            x = output.detach()
+        optimizer.zero_grad()
+        sum(total).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        assert torch.allclose(torch.stack(list(losses.values())), torch.stack(total).detach(), rtol=1e-4)
+    for key, value in twin.state_dict().items():
+        assert torch.allclose(net.state_dict()[key].double(), value.double(), rtol=1e-4, atol=1e-6), key
+    assert torch.allclose(
+        local.predict(X), net.eval()(X), atol=1e-5
+    )  # attention has a path of its own without gradients
+
+
+def test_one_block_is_backpropagation_of_its_loss() -> None:
+    net = vit()
+    twin = copy.deepcopy(net)
+    local = ll.localize(net, ll.MonoForward(), cuts=1, example=X[:4], optimizer=SGD)
+    optimizer = SGD(twin.parameters())
+    for _ in range(2):
+        loss = F.cross_entropy(twin(X), Y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        (mine,) = local.step(X, Y).values()
+        assert torch.allclose(mine, loss.detach())
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_loop_with_an_empty_body_trains_as_step_does_and_a_body_may_clip() -> None:
+    states = []
+    for way in range(3):
+        torch.manual_seed(0)
+        local = ll.localize(mobile(), ll.MonoForward(), cuts=["features.3"], example=X[:4], optimizer=SGD)
+        if way == 0:
+            local.step(X, Y)
+        else:
+            for update in local.updates(X, Y):
+                if way == 2:
+                    update.backward()
+        states.append(local.net.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+        assert torch.equal(value, states[2][name]), name
+
+
+def test_state_resumes_and_modes_are_followed() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        make_optimizer = partial(torch.optim.Adam, lr=1e-3)
+        return ll.localize(mobile(), ll.MonoForward(), cuts=["features.3"], example=X[:4], optimizer=make_optimizer)
+
+    whole, halves = make(), make()
+    whole.step(X, Y)
+    halves.step(X, Y)
+    file = io.BytesIO()
+    torch.save(halves.state_dict(), file)
+    file.seek(0)
+    fresh = make()
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    whole.step(X, Y)
+    fresh.step(X, Y)
+    for name, value in whole.net.state_dict().items():
+        assert torch.equal(value, fresh.net.state_dict()[name]), name
+    with pytest.raises(ValueError, match="optimizers is missing"):
+        fresh.load_state_dict({"net": {}, "algorithm": {}})
+    net = fresh.net.eval()
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    fresh.step(X, Y)  # as in any loop: evaluation mode moves no statistics
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+    net.train()
+    fresh.predict(X)
+    assert all(m.training for m in net.modules())
+    fresh.step(X, Y)
+    assert any(not torch.equal(value, before[name]) for name, value in net.named_buffers())
+
+
+@pytest.mark.parametrize("make", [GCN, GAT])
+def test_graphs(make: Any) -> None:
+    nodes, edges = torch.randn(9, 5, generator=DRAW), torch.randint(9, (2, 30), generator=DRAW)
+    net = make(5, 8, 3, 3)
+    example: dict[str, Tensor] = {"x": nodes, "edge_index": edges}
+    if make is GCN:
+        example["edge_weight"] = torch.rand(30, generator=DRAW)
+    local = ll.localize(net, ll.MonoForward(), cuts=["convs.0", "convs.1"], example=example)
+    losses = local.step(example, torch.arange(9) % 3, rows=torch.arange(5))
+    assert list(losses) == ["convs_0", "convs_1"]
+    assert torch.allclose(local.predict(example), net.eval()(**example))
+
+
+def test_states_of_something_else_are_refused_and_a_copy_is_a_network_of_its_own() -> None:
+    local = ll.localize(mlp(), ll.MonoForward(), cuts=["0"], example=torch.randn(4, 5))
+    other = ll.localize(mlp(), ll.MonoForward(), cuts=["0"], example=torch.randn(4, 5), optimizer=SGD)
+    with pytest.raises(ValueError, match=r"the state of another optimizer than Adam"):
+        local.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"no state of a Local, but a int"):
+        local.load_state_dict(3)  # type: ignore[arg-type]
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    local = ll.localize(net.eval(), ll.MonoForward(), cuts=["2"], example=torch.randn(4, 5))
+    twin = copy.deepcopy(local)
+    twin.net.train()[1].eval()  # type: ignore[index]
+    before = twin.net.state_dict()["1.running_mean"].clone()
+    twin.step(torch.randn(4, 5), torch.arange(4) % 3)
+    assert torch.equal(twin.net.state_dict()["1.running_mean"], before)  # the user's eval() of one part counts
+    assert not torch.equal(twin.net.state_dict()["0.weight"], net.state_dict()["0.weight"])
+
+
+def test_lightning_trains_it_too() -> None:
+    torch.manual_seed(0)
+    local = ll.localize(mobile(), ll.MonoForward(), cuts=["features.3"], example=X[:4], optimizer=SGD)
+    twin = copy.deepcopy(local.net)
+    task = Classification(local.blocks, X[:2], 10)
+    flags: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        strategy=LocalStrategy(local), max_epochs=1, accelerator="cpu", enable_model_summary=False, **flags
+    )
+    trainer.fit(task, DataLoader(TensorDataset(X, Y), batch_size=6))
+    other = ll.localize(twin, ll.MonoForward(), cuts=["features.3"], example=X[:4], optimizer=SGD)
+    for images, labels in zip(X.split(6), Y.split(6), strict=True):
+        other.step(images, labels)
+    for (name, a), b in zip(local.net.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+class _Adds(nn.Module):
+    """What it gives is no single layer's: the input is added in the end; the same weight may be used twice."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 5)
+        self.tied = tied
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(F.relu(self.a(x))) if self.tied else F.relu(self.a(x))
+        out: Tensor = self.b(y) if self.tied else self.b(y) + x[:, :5]
+        return F.linear(out, self.b.weight.T @ self.b.weight[:, :5].T) if self.tied else out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_where_no_layer_can_be_kept_apart_the_networks_own_output_learns(tied: bool) -> None:
+    """Not a head of the rule's on top of it, with which ``net(x)`` would be nothing that was trained."""
+    x, labels = X[:, 0, :1, :12].flatten(1), Y % 5
+    net = _Adds(tied)
+    twin = copy.deepcopy(net)
+    local = ll.localize(net, ll.MonoForward(), cuts=1, example=x, optimizer=SGD)
+    optimizer = SGD(twin.parameters())
+    F.cross_entropy(twin(x), labels).backward()
+    optimizer.step()
+    local.step(x, labels)
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(local.predict(x), net(x))
+
+
+def test_names_of_the_package_are_lazy() -> None:
+    assert ll.MonoForward is __import__("locallearn.algorithms").algorithms.MonoForward
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = ll.Nothing
+
+
+def test_a_frozen_network_is_refused_before_and_after() -> None:
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    local = ll.localize(net, ll.MonoForward(), cuts=["0", "2"], example=x)
+    net[0].requires_grad_(False)
+    before = net[0].weight.clone(), net[2].weight.clone()
+    local.step(x, y)
+    assert torch.equal(before[0], net[0].weight)
+    assert not torch.equal(before[1], net[2].weight)
+    net.requires_grad_(False)
+    with pytest.raises(ValueError, match="all 6 parameters of Sequential are frozen"):
+        local.step(x, y)
+    with pytest.raises(ValueError, match="set requires_grad_"):
+        ll.localize(net, ll.MonoForward(), cuts=["0"], example=x)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_its_unit() -> None:
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    local = ll.localize(net, ll.MonoForward(), cuts=["0"], example=x)
+    before = net[0].weight.clone()
+    with pytest.raises(ValueError, match="unit '0' is nan, because the inputs have entries that are not finite"):
+        local.step(x.index_fill(1, torch.tensor([0]), float("nan")), y)
+    assert torch.equal(before, net[0].weight)
+    with torch.no_grad():
+        net[0].weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="unit '0' diverged: its loss is nan; a smaller learning rate"):
+        local.step(x, y)
+
+
+def test_a_batch_of_one_sample_is_refused_before_anything_learns() -> None:
+    """A later block has nothing to normalise by, or a later block's head; the blocks before it could have learned."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)]
+    flat = nn.Sequential(*layers, nn.BatchNorm1d(4), nn.Linear(4, 10))
+    maps = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)]
+    small = nn.Sequential(*maps, nn.Flatten(), nn.Linear(16, 10))
+    cases = [
+        (flat, ll.MonoForward(), ["1", "4"], "block '4' has a normalisation"),
+        (
+            small,
+            ll.algorithms.LocalHeads(head="conv1"),
+            ["1", "3", "4"],
+            "the head of block '3' normalises over the batch",
+        ),
+    ]
+    for net, algorithm, cuts, sentence in cases:
+        local = ll.localize(net, algorithm, cuts=cuts, example=X[:4], optimizer=SGD)
+        before = copy.deepcopy(local.state_dict())
+        with pytest.raises(ValueError, match=sentence):
+            local.step(X[:1], Y[:1])
+        after = local.state_dict()
+        for part in ("net", "algorithm"):
+            for name, value in before[part].items():
+                assert not isinstance(value, Tensor) or torch.equal(value, after[part][name]), name
+        local.step(X[:2], Y[:2])
+    fits = ll.localize(
+        nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 10)),
+        ll.MonoForward(),
+        cuts=["2"],
+        example=X,
+        optimizer=SGD,
+    )
+    twin = copy.deepcopy(fits.algorithm)
+    plain_loop(twin, [ll.Batch(X[:1], Y[:1])] * 2, SGD)
+    for _ in range(2):
+        fits.step(X[:1], Y[:1])
+    assert all(torch.equal(p, q) for p, q in zip(fits.algorithm.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rule", [ll.algorithms.Pepita, ll.algorithms.CounterCurrent, ll.algorithms.PhysicalFF])
+def test_rules_that_look_at_modules_see_those_of_a_plain_chain(rule: Any) -> None:
+    net, x = mlp(), torch.randn(6, 5)
+    before = copy.deepcopy(net.state_dict())
+    local = ll.localize(net, rule(), 2, example=x, optimizer=SGD)
+    for _ in range(2):
+        local.step(x, torch.arange(6) % 3)
+    assert not torch.equal(net.state_dict()["2.weight"], before["2.weight"])
+
+
+def _perceptron() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def test_weights_in_float16_do_not_learn() -> None:
+    net, x = _perceptron().half(), torch.randn(8, 6).half()
+    with pytest.raises(ValueError, match=r"weight '0.weight' of block '1' is float16.*float32.*bfloat16.*freeze"):
+        ll.localize(net, ll.MonoForward(), cuts=2, example=x)
+    net[2].bfloat16()
+    with pytest.raises(ValueError, match=r"weight '0.weight' of block 'block0' is float16"):
+        ll.MonoForward().attach(ll.Blocks.cut(net), TaskInfo(ll.Batch(x, torch.arange(8) % 4), 4, F.cross_entropy))
+    local = ll.localize(net.bfloat16(), ll.MonoForward(), cuts=2, example=x.bfloat16())
+    assert all(loss.isfinite() for _ in range(3) for loss in local.step(x.bfloat16(), torch.arange(8) % 4).values())
+
+
+@pytest.mark.parametrize("half", ["network", "example"])
+def test_float16_on_one_side_is_told(half: str) -> None:
+    net, x = _perceptron(), torch.randn(8, 6)
+    net, x = (net.half(), x) if half == "network" else (net, x.half())
+    with pytest.raises(ValueError, match=r"float16: give network and example both in float32 or both in bfloat16"):
+        ll.localize(net, ll.MonoForward(), cuts=2, example=x)
