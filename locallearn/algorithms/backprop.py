@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from locallearn.algorithms._segments import Checkpoint, Segments, segments
 from locallearn.algorithms._selection import By, LastLosses, Selection, rows_of, sample_losses
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
-from locallearn.algorithms.layer_local import feature_sizes
+from locallearn.algorithms.dry_run import dry_run, refuse_narrow
 from locallearn.batch import Batch
 from locallearn.losses._of_torch import divisor
 from locallearn.nets.blocks import evaluating, width_of
@@ -93,7 +93,8 @@ class Backprop(Algorithm):
 
     def build(self, task: TaskInfo) -> None:
         """Add nothing."""
-        feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
+        dry_run(self.blocks, task.example)  # refuses a network that cannot take the data
+        refuse_narrow(self.blocks, task)
         if (
             self.blocks.readout is None
         ):  # where no layer could be kept apart, the blocks may give the outputs themselves

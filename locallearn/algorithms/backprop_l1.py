@@ -9,6 +9,7 @@ from torch import Tensor
 
 from locallearn.algorithms.backprop import Backprop
 from locallearn.algorithms.base import TaskInfo, Update, output_layer, selected
+from locallearn.algorithms.dry_run import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import emergent
 
@@ -34,6 +35,7 @@ class BackpropL1(Backprop):
         """Add nothing. What is charged is what comes before the output layer, so there has to be one."""
         output_layer(self.blocks, "backprop_l1")
         super().build(task)
+        feature_sizes(self.blocks, task.example)  # the price is that of a sample's activity
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         """The task's loss with the price of activity."""

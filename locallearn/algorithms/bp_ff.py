@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, choices, refuse_dense
-from locallearn.algorithms.layer_local import feature_sizes
+from locallearn.algorithms.dry_run import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import emergent
 from locallearn.functional import forward_forward as ff

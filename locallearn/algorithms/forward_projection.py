@@ -11,6 +11,7 @@ from locallearn.algorithms._closed_form import ClosedFormLayers, Form
 from locallearn.algorithms._grown import Grown
 from locallearn.algorithms._linear_layers import LinearLayer
 from locallearn.algorithms.base import TaskInfo, choices
+from locallearn.algorithms.dry_run import feature_sizes
 from locallearn.functional import forward_projection as equations
 from locallearn.functional.ridge import check_penalty
 from locallearn.nets.activations import Mod2, Square
@@ -97,7 +98,12 @@ class ForwardProjection(ClosedFormLayers):
             raise ValueError(
                 "ForwardProjection projects class labels to every layer, and this task has none: use ridge"
             )
+        feature_sizes(self.blocks, task.example)  # every row of a layer's input has its sample's label
         super().build(task)
+        if self.layers[-1].width < task.outputs:
+            raise ValueError(
+                f"the readout has {self.layers[-1].width} outputs for {task.outputs} classes: make it as wide"
+            )
         *hidden, readout = self.layers
         learns = [layer for layer in hidden if layer.module.weight.requires_grad]
         if not readout.module.weight.requires_grad:

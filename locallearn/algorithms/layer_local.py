@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from locallearn.algorithms.base import Algorithm, ParamGroup, Update
+from locallearn.algorithms.dry_run import of_one_sample
 from locallearn.batch import Batch
-from locallearn.nets.blocks import Blocks, fitted
 from locallearn.nets.border import Border, main, replaced
 
 
@@ -50,7 +50,10 @@ class LayerLocal(Algorithm):
 
         Default: one plain pass with the context. The output is a tensor, or a :class:`~locallearn.nets.border.Border`.
         """
-        return self.blocks[index](inputs, *batch.context)
+        try:
+            return self.blocks[index](inputs, *batch.context)
+        except ValueError as error:
+            raise of_one_sample(error, self.blocks.names[index])  # noqa: B904  # says itself what it comes from
 
     def emit(self, index: int, output: Tensor) -> Tensor:
         """What the next block sees of this block's output. Must be detached."""
@@ -212,34 +215,3 @@ class FrozenActivations:
             self._filled[border] = torch.cat((filled, filled.new_zeros(more)))
         self._stores[border][index] = values
         self._filled[border][index] = True
-
-
-def feature_sizes(blocks: Blocks, example: Batch) -> list[int]:
-    """Entries per sample of every block's main output, from a dry run.
-
-    Raises:
-        ValueError: a block that the example cannot pass, by name.
-    """
-    sizes: list[int] = []
-    x: Any
-    x, context = example.inputs, example.context
-    if next(blocks.parameters(), None) is None:
-        raise ValueError(
-            f"the network has no parameters in its blocks {', '.join(blocks.names)}, so there is nothing to train"
-        )
-    x = fitted(blocks, x)
-    with torch.no_grad():
-        for name, block in zip(blocks.names, blocks, strict=True):
-            try:
-                x = block(x, *context)
-            except Exception as error:
-                raise ValueError(
-                    f"block {name!r} cannot take what comes before it, of shape {tuple(main(x).shape)}: {error}"
-                ) from error
-            features = main(x)
-            if not isinstance(features, Tensor) or features.ndim < 2:
-                raise ValueError(
-                    f"block {name!r} gives {type(features).__name__}, expected a tensor with samples as rows"
-                )
-            sizes.append(features[0].numel())
-    return sizes

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.dry_run import feature_sizes
 from locallearn.algorithms.heads import BlockHeads, Head, takes_parts
-from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.algorithms.local_heads import LocalHeads
 from locallearn.batch import Batch
 from locallearn.nets.blocks import fitted

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, refuse_dense
-from locallearn.algorithms.layer_local import LayerLocal, feature_sizes
+from locallearn.algorithms.dry_run import feature_sizes
+from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.batch import Batch
 from locallearn.functional import scalable_ff as sff
 from locallearn.losses.scalable_ff import ScalableForwardForwardLoss, check

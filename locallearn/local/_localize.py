@@ -16,7 +16,7 @@ from locallearn.algorithms.base import Algorithm, TaskInfo
 from locallearn.batch import Batch
 from locallearn.cost import activation_bytes, drive
 from locallearn.local._attach import attach_cut, result_of
-from locallearn.local._object import Local, OptimizerFactory
+from locallearn.local._object import Local, OptimizerFactory, refuse_without_gradients
 from locallearn.local._targets import Loss, are_ids, of_classes, two_of
 from locallearn.local._where import BYTES, balanced, bytes_in, check_net, kind, partition, short, weigh
 from locallearn.nets.blocks import width_of
@@ -93,6 +93,7 @@ def localize(
             f"optimizer is a {type(optimizer).__name__}, and every unit needs one of its own: give what makes them, e.g. "
             "functools.partial(torch.optim.AdamW, lr=1e-3)"
         )
+    refuse_without_gradients(algorithm)
     make: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3) if optimizer is None else optimizer
     again = partial(
         _cut_and_attach, net, example=example, targets=targets, loss=loss or F.cross_entropy,

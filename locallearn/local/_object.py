@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.dry_run import of_one_sample
 from locallearn.batch import Batch
 from locallearn.cost import drive, undisturbed
 from locallearn.local._targets import (
@@ -146,11 +147,7 @@ class Local:
             ValueError: a batch that the network or the rule cannot be trained on; of one of a single sample nothing has
                 learned then.
         """
-        if not torch.is_grad_enabled() and self.algorithm.locality is not Locality.FORWARD_ONLY:
-            raise ValueError(
-                "gradients are switched off here (torch.no_grad() or inference_mode()), so nothing could be learned: train "
-                "outside of it"
-            )
+        refuse_without_gradients(self.algorithm)
         self._refuse_frozen()
         self._follow()
         batch = self.batch(inputs, targets, rows, source)
@@ -198,11 +195,9 @@ class Local:
         self._takes_single = True
 
     def _explain_single(self, error: ValueError, done: int) -> None:
-        if "more than 1 value per channel" in str(error):
-            raise ValueError(
-                f"block {self.blocks.names[min(done, len(self.blocks) - 1)]!r} has a normalisation, which has nothing to "
-                "normalise by in a batch of one sample: use larger batches, and drop_last=True in the loader"
-            ) from error
+        told = of_one_sample(error, self.blocks.names[min(done, len(self.blocks) - 1)])
+        if told is not error:
+            raise told
 
     def step(
         self, inputs: Any, targets: Tensor, rows: Tensor | None = None, source: Tensor | None = None
@@ -366,3 +361,16 @@ def _diverged(unit: str, loss: Tensor, inputs: Any) -> str:
         f"unit {unit!r} diverged: its loss is {float(loss)}; a smaller learning rate may help, or clipped gradients "
         "(in a loop over updates())"
     )
+
+
+def refuse_without_gradients(algorithm: Algorithm) -> None:
+    """Refuse to train where PyTorch keeps no graph.
+
+    Raises:
+        ValueError: gradients are switched off, and the rule needs them.
+    """
+    if not torch.is_grad_enabled() and algorithm.locality is not Locality.FORWARD_ONLY:
+        raise ValueError(
+            "gradients are switched off here (torch.no_grad() or inference_mode()), so nothing could be learned: train "
+            "outside of it"
+        )

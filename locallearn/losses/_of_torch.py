@@ -18,7 +18,7 @@ def bare(loss: Any) -> Any:
 
 def left_out(loss: Any) -> int | None:
     """The label that a loss of PyTorch's leaves out (``ignore_index``); ``None``: there is none, or nobody knows."""
-    if not _known(loss):
+    if not reads_ids(loss):
         return None
     return int(_setting(loss, "ignore_index", -100))
 
@@ -28,14 +28,15 @@ def divisor(loss: Any, targets: Tensor) -> Tensor | None:
 
     ``None``: it is no such mean, or nobody knows; then every sample counts as much.
     """
-    if not _known(loss) or _setting(loss, "reduction", "mean") != "mean" or targets.is_floating_point():
+    if not reads_ids(loss) or _setting(loss, "reduction", "mean") != "mean" or targets.is_floating_point():
         return None
     counted = targets.ne(_setting(loss, "ignore_index", -100))
     weight: Tensor | None = _setting(loss, "weight", None)
     return counted.sum() if weight is None else (weight[targets.where(counted, 0)] * counted).sum()
 
 
-def _known(loss: Any) -> bool:
+def reads_ids(loss: Any) -> bool:
+    """Whether a loss is PyTorch's cross entropy or negative log likelihood."""
     inner = bare(loss)
     return inner in (F.cross_entropy, F.nll_loss) or isinstance(inner, nn.CrossEntropyLoss | nn.NLLLoss)
 

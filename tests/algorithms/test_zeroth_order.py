@@ -40,10 +40,12 @@ def _batch(rows: int = 12, width: int = 6) -> Batch:
     return Batch(torch.randn(rows, width, generator=draw), torch.arange(rows) % 3)
 
 
-def _attached(net: nn.Module, batch: Batch, loss: Callable[..., Tensor] = F.cross_entropy, **settings: Any) -> Any:
+def _attached(
+    net: nn.Module, batch: Batch, loss: Callable[..., Tensor] = F.cross_entropy, classes: int = 3, **settings: Any
+) -> Any:
     rule = ZerothOrder(**settings)
     blocks = net if isinstance(net, Blocks) else Blocks.cut(net)
-    rule.attach(blocks, TaskInfo(batch._replace(inputs=batch.inputs[:2], targets=batch.targets[:2]), 3, loss))
+    rule.attach(blocks, TaskInfo(batch._replace(inputs=batch.inputs[:2], targets=batch.targets[:2]), classes, loss))
     return rule
 
 
@@ -126,7 +128,7 @@ def test_mezo_as_its_authors_code_does_it(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("locallearn.algorithms.zeroth_order._dense.Dense._made", made)
     batch = Batch(tensors["f64/x"], torch.from_numpy(known["f64/y"]))
-    rule = _attached(net, batch, variant="mezo", eps=float(known["zo_eps"]))
+    rule = _attached(net, batch, classes=2, variant="mezo", eps=float(known["zo_eps"]))
     assert float(F.cross_entropy(net(batch.inputs), batch.targets).detach()) == pytest.approx(
         float(known["f64/loss_clean"])
     )

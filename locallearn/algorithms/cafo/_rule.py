@@ -13,7 +13,8 @@ from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update, r
 from locallearn.algorithms.cafo._direct import DirectFeedback
 from locallearn.algorithms.cafo._predictors import ClosedForm, Stepped
 from locallearn.algorithms.cafo._state import GIB, Epoch, FeatureStore, Standard
-from locallearn.algorithms.layer_local import LayerLocal, feature_sizes
+from locallearn.algorithms.dry_run import feature_sizes
+from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.batch import Batch
 from locallearn.functional import cafo
 from locallearn.functional.cafo import check_targets
@@ -141,7 +142,7 @@ class CaFo(LayerLocal):
         if task.example.context:
             raise ValueError(
                 "CaFo fits a predictor to the output of every sample by itself, and these batches have a context (a graph's "
-                "edges): use mono_forward or forward_gnn"
+                "edges, a mask): use mono_forward, or forward_gnn for a graph"
             )
         sizes = feature_sizes(self.blocks, task.example)
         self.predictors: nn.ModuleList
@@ -353,7 +354,8 @@ class CaFo(LayerLocal):
         if index is None:
             raise ValueError(
                 "the outputs of frozen blocks are looked up by Batch.index, and these batches carry none (an augmented sample "
-                "is a new one every time): set algorithm.cache=false, or dataset.augment=null"
+                "is a new one every time; a loop of one's own hands on none): set algorithm.cache=false, or "
+                "dataset.augment=null"
             )
         store = self._store
         if not all(store.holds(i, index) for i in wanted):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, refuse_dense
 from locallearn.algorithms.counter_current._mirror import NORMS, WEIGHTS, Layer, mirror, trace, weights
 from locallearn.algorithms.counter_current._pairs import ClassPairs, MapPairs, Pairs
+from locallearn.algorithms.dry_run import refuse_narrow
 from locallearn.batch import Batch
 from locallearn.functional import counter_current as ccl
 from locallearn.losses.counter_current import CounterCurrentLoss
@@ -160,6 +161,7 @@ class CounterCurrent(Algorithm):
             layers, x = trace(name, stage, x)
             traced.append(layers)
             shapes.append(x.shape[1:])
+        refuse_narrow(self.blocks, task)
         convolutional = any(isinstance(layer.module, nn.Conv2d) for layers in traced for layer in layers)
         self.kind = _kind(self.loss, task, convolutional)
         self._pairs: Pairs

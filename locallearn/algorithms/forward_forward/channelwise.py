@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.algorithms.base import Locality, TaskInfo
+from locallearn.algorithms.dry_run import feature_sizes
 from locallearn.algorithms.forward_forward.frame import refuse_unfit
 from locallearn.algorithms.forward_forward.supervised import ForwardForward, Inference
-from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import layer_collaboration
 from locallearn.losses.channelwise import ChannelwiseCompetitiveLoss

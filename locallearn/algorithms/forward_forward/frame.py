@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from locallearn.algorithms.base import ParamGroup, TaskInfo, refuse_dense
-from locallearn.algorithms.layer_local import LayerLocal, feature_sizes
+from locallearn.algorithms.dry_run import feature_sizes
+from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.batch import Batch
 from locallearn.functional import forward_forward as ff
 from locallearn.functional import layer_collaboration

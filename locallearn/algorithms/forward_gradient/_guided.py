@@ -11,11 +11,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from locallearn.algorithms.base import Locality, ParamGroup, TaskInfo, Update, choices, output_layer, refuse_dense
+from locallearn.algorithms.dry_run import feature_sizes
 from locallearn.algorithms.forward_gradient._guesses import Call, Guesses, OnOutputs, OnWeights, learning
 from locallearn.algorithms.forward_gradient._passes import Draws, refuse_no_mean
 from locallearn.algorithms.forward_gradient._rule import ForwardGradient, _told, plain_attention
 from locallearn.algorithms.forward_gradient._targets import Chain, slopes_at_output, slopes_at_weights
-from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import guess_slopes
 from locallearn.nets.blocks import fitted

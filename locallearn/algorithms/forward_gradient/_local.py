@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locallearn.algorithms.base import ParamGroup, TaskInfo, Update, output_layer, refuse_dense, selected
+from locallearn.algorithms.dry_run import feature_sizes
 from locallearn.algorithms.forward_gradient._activities import Activities, add
 from locallearn.algorithms.forward_gradient._passes import Draws, run, settle
 from locallearn.algorithms.forward_gradient._rule import ForwardGradient, plain_attention
@@ -80,6 +81,7 @@ class LocalForwardGradient(ForwardGradient):
             raise ValueError(
                 f"{owner} has the plain cross entropy in closed form, and this task's loss is another: use losses=global"
             )
+        feature_sizes(self.blocks, task.example)  # refuses blocks whose rows are no samples
         mask = self.mask is not False
         self.heads = nn.ModuleList()
         self._parts: list[_Weights | _Slices] = []

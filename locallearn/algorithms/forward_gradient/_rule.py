@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from locallearn.algorithms.base import ByOptions, Locality, ParamGroup, TaskInfo, Update, choices, output_layer
+from locallearn.algorithms.dry_run import dry_run, refuse_narrow
 from locallearn.algorithms.forward_gradient._activities import Activities
 from locallearn.algorithms.forward_gradient._weights import Weights
-from locallearn.algorithms.layer_local import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional.forward_gradient import Combine, Noise, relative_error
 from locallearn.nets.blocks import Blocks, fitted, rest
@@ -201,7 +201,8 @@ class ForwardGradient(ByOptions):
 
     def build(self, task: TaskInfo) -> None:
         """Add nothing; one step is tried, so that what has no forward-mode derivative is told before training."""
-        feature_sizes(self.blocks, task.example)  # refuses a network that cannot take the data
+        dry_run(self.blocks, task.example)  # refuses a network that cannot take the data
+        refuse_narrow(self.blocks, task)
         output_layer(self.blocks, "ForwardGradient")
         self._make(task)
         with _told(self.blocks), self._practice(len(task.example.inputs) > 1):

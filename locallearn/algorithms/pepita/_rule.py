@@ -20,7 +20,7 @@ from locallearn.algorithms.base import (
     refuse_dense,
     refuse_made_weights,
 )
-from locallearn.algorithms.layer_local import feature_sizes
+from locallearn.algorithms.dry_run import feature_sizes
 from locallearn.algorithms.pepita._layers import Layer, taken_apart
 from locallearn.algorithms.pepita._steps import STEPS
 from locallearn.batch import Batch

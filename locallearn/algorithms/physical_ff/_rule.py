@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from locallearn.algorithms.base import Algorithm, Locality, TaskInfo, Update, choices, refuse_dense
-from locallearn.algorithms.layer_local import feature_sizes
+from locallearn.algorithms.dry_run import feature_sizes
 from locallearn.algorithms.physical_ff._layers import Layer
 from locallearn.batch import Batch
 
