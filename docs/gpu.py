@@ -113,9 +113,12 @@ class _Queue:
             (self._out / name).mkdir(parents=True, exist_ok=True)
 
     def run(self, entries: Sequence[Entry]) -> int:
+        from locallearn.study._signals import hang_up
+
         waiting = [entry for entry in entries if not self._is_done(entry)]
         interrupted = False
-        usual = {one: signal.signal(one, _interrupt) for one in (signal.SIGTERM, signal.SIGHUP)}
+        usual = {signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt)}
+        usual[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up())
         try:
             for entry in sorted(
                 waiting, key=lambda entry: not self._is_alone(entry)
@@ -126,10 +129,12 @@ class _Queue:
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            self._end_all()
-            for one, handler in usual.items():
-                signal.signal(one, handler)
-            self._archive()
+            try:
+                self._end_all()
+            finally:
+                self._archive()
+                for one, handler in usual.items():
+                    signal.signal(one, handler)
         left = [entry.name for entry in waiting if not self._is_done(entry)]
         told = ", ".join(left) or "nothing", ", ".join(self._failed) or "nothing"
         print(f"done: {len(waiting) - len(left)}; left: {told[0]}; failed: {told[1]}")

@@ -22,8 +22,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords and not config.getoption("--run-slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: give --run-slow to run it"))
-        if "postgres" in item.keywords and "postgres" not in config.getoption("-m"):
-            item.add_marker(pytest.mark.skip(reason="starts a PostgreSQL server: give -m postgres to run it"))
+        for mark, server in (("postgres", "PostgreSQL"), ("mariadb", "MariaDB")):
+            if mark in item.keywords and mark not in config.getoption("-m"):
+                item.add_marker(pytest.mark.skip(reason=f"starts a {server} server: give -m {mark} to run it"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from locallearn.study.plan import Interrupted
 
@@ -28,13 +29,33 @@ def _answered(number: int, handler: Any, instead_of: Any = None) -> Iterator[Non
         signal.signal(number, before)
 
 
-def terminations() -> contextlib.AbstractContextManager[None]:
-    """A termination signal is taken for Ctrl-C, unless somebody has given it a handler.
+@contextlib.contextmanager
+def terminations() -> Iterator[None]:
+    """A termination signal and the loss of the terminal are taken for Ctrl-C, unless somebody has given them a handler.
 
-    Without one it would leave workers behind, and Lightning only notes it: it ends a training at its next batch, and after the
-    last one, or in a short test, nothing.
+    Without one a termination would leave workers behind, and Lightning only notes it: it ends a training at its next batch, and
+    after the last one, or in a short test, nothing. A lost terminal (``SIGHUP``: a connection that broke) would end the process
+    at once; under ``nohup`` it is not noticed.
     """
-    return _answered(signal.SIGTERM, signal.default_int_handler, instead_of=signal.SIG_DFL)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_answered(signal.SIGTERM, signal.default_int_handler, instead_of=signal.SIG_DFL))
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            stack.enter_context(_answered(signal.SIGHUP, hang_up(), instead_of=signal.SIG_DFL))
+        yield
+
+
+def hang_up() -> Callable[..., NoReturn]:
+    """What answers the loss of the terminal. What is said from then on goes nowhere: writing to it would be an error."""
+    terminals = [number for number in (1, 2) if os.isatty(number)]
+
+    def answer(*_: object) -> NoReturn:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+        raise KeyboardInterrupt
+
+    return answer
 
 
 def deaf() -> contextlib.AbstractContextManager[None]:

@@ -34,11 +34,12 @@ T = TypeVar("T")
 JOURNALS = (".journal", ".log", ".jsonl")
 """Endings of a storage's name that mean Optuna's journal."""
 
-# One lock for whoever takes a trial from this database; the number is ours alone.
+# One lock for whoever takes a trial from this database; the number is ours alone. PostgreSQL waits for it however long. MySQL
+# and MariaDB answer 1 where it is held, 0 when the seconds are over, NULL otherwise; MariaDB has no word for "however long".
 _ALONE = {
     "postgresql": "SELECT pg_advisory_xact_lock(5487120163)",
-    "mysql": "SELECT GET_LOCK('locallearn.tune', -1)",
-    "mariadb": "SELECT GET_LOCK('locallearn.tune', -1)",
+    "mysql": "SELECT GET_LOCK('locallearn.tune', 60)",
+    "mariadb": "SELECT GET_LOCK('locallearn.tune', 60)",
 }
 # Heartbeats may come late by two of themselves before their trial is taken for dead.
 _GRACE = 3
@@ -220,7 +221,7 @@ class _Database:
         try:
             self._locks = sqlalchemy.create_engine(url, poolclass=NullPool)
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
-            extra = "pip install 'locallearn[postgresql]'" if "postgres" in storage else "install it"
+            extra = f"pip install 'locallearn[{'postgresql' if url.get_backend_name() == 'postgresql' else 'mysql'}]'"
             raise ValueError(f"tune.storage is {self._where}, whose driver is not here ({error}): {extra}") from error
 
     def __enter__(self) -> _Database:
@@ -246,7 +247,12 @@ class _Database:
     @contextmanager
     def alone(self) -> Iterator[None]:
         with self._locks.connect() as connection:
-            connection.execute(self._statement)
+            while (held := connection.execute(self._statement).scalar()) == 0:
+                pass  # somebody else is in there for longer
+            if held is None:
+                raise ValueError(
+                    f"tune.storage {self._where} gives no lock, without which a trial would be taken twice"
+                )
             yield
 
     def left(self, study: optuna.Study, running: Sequence[FrozenTrial]) -> set[int]:
@@ -293,6 +299,8 @@ def _with_driver(url: sqlalchemy.URL) -> sqlalchemy.URL:
     if url.drivername in ("postgres", "postgresql"):
         drivers = [name for name in ("psycopg", "psycopg2") if importlib.util.find_spec(name)]
         return url.set(drivername=f"postgresql+{drivers[0] if drivers else 'psycopg'}")
+    if url.drivername in ("mysql", "mariadb") and not importlib.util.find_spec("MySQLdb"):
+        return url.set(drivername=f"{url.drivername}+pymysql")
     return url
 
 

@@ -26,6 +26,7 @@ from locallearn.records import RunFolder, recover
 from locallearn.study._callbacks import _Keeper
 from locallearn.study.train import Interrupted
 from tests.cli.conftest import SMALL, Cli, Outcome
+from tests.terminals import lost
 
 _SETTINGS = (
     "algorithm=forward_forward",
@@ -118,6 +119,15 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(
     assert {
         path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
     } == before  # what was left is left alone
+
+
+def test_a_lost_terminal_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    """As a termination does; and what is said to nobody is no error."""
+    settings = (*SMALL, *_SETTINGS, "trainer.max_epochs=100000", "trainer.checkpoint_s=3600")
+    assert lost(["-m", "locallearn.cli", "train", *settings], tmp_path, "epoch 2 ") == 130
+    (folder,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
+    assert _read(folder)["status"] == "interrupted"
+    assert (folder / "resume.ckpt").is_file()
 
 
 @pytest.mark.slow

@@ -20,11 +20,14 @@ import torch
 from locallearn.cli.arms import arms_of
 from locallearn.cli.plans import make_plan
 from locallearn.cli.settings import compose_settings
+from tests.terminals import lost
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 
 import gpu
 import gpu_queue
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_entries_have_a_name_each() -> None:
@@ -118,6 +121,25 @@ def test_whoever_ends_the_queue_ends_its_processes_and_has_the_archive(
     out = capsys.readouterr().out
     assert "a: " in out  # its end was seen
     assert "left: a, b; failed: nothing" in out
+    with tarfile.open(tmp_path / "records.tar.gz") as archive:
+        assert "records/a/run/record.json" in archive.getnames()
+
+
+def test_a_lost_terminal_costs_no_archive(tmp_path: Path) -> None:
+    """Nobody hears what the queue says then."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(DOCS)!r}); import gpu, gpu_queue\n"
+        f"gpu.queue = lambda: [gpu_queue.Entry('a', 60, ({SLEEPS!r},), alone=True)]\n"
+        "gpu.LOCALLEARN = (sys.executable, '-c', 'import sys; exec(sys.argv[1])')\n"
+        "start = gpu._Queue._start\n"
+        "def told(queue, entry):\n"
+        "    start(queue, entry)\n"
+        "    while 'began' not in gpu._text(queue._log(entry)): pass\n"
+        "    print('began', flush=True)\n"
+        "gpu._Queue._start = told\n"
+        f"sys.exit(gpu.main(['--accelerator', 'cpu', '--out', {str(tmp_path)!r}]))"
+    )
+    assert lost(["-c", script], tmp_path, "began") == 130
     with tarfile.open(tmp_path / "records.tar.gz") as archive:
         assert "records/a/run/record.json" in archive.getnames()
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
-import subprocess
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 
 from locallearn.study._storages import masked, shared
 from locallearn.study.tune import Options
+from tests.study.servers import mariadb, postgresql
 from tests.study.tuning import FakeRuns, asked_for, ended, search, until, worker
 
 pytestmark = [
@@ -28,87 +26,35 @@ Place = Callable[[str], str]
 SOON = Options(heartbeat_s=1)
 
 
-def _programs() -> Path | None:
-    """The newest of PostgreSQL's folders of programs."""
-    found = [Path(path) for path in (shutil.which("initdb"),) if path]
-    found += sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
-    return found[-1].resolve().parent if found else None
+@pytest.fixture(scope="module")
+def server() -> Iterator[Callable[[], str]]:
+    """A PostgreSQL server of our own, which makes databases."""
+    with postgresql() as database:
+        yield database
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """A PostgreSQL server of our own on a socket: the folder of the socket."""
-    psycopg = pytest.importorskip("psycopg", reason="needs psycopg: pip install 'locallearn[postgresql]'")
-    programs = _programs()
-    if programs is None:
-        pytest.skip("needs PostgreSQL's initdb and postgres")
-    user: dict[str, Any] = {}
-    if os.geteuid() == 0:  # the server refuses to be run by root
-        import pwd
-
-        names = {entry.pw_name for entry in pwd.getpwall()}
-        name = next((name for name in ("postgres", "nobody") if name in names), None)
-        if name is None:
-            pytest.skip("PostgreSQL refuses to run as root, and there is no user postgres or nobody")
-        user = {"user": name, "group": pwd.getpwnam(name).pw_gid, "extra_groups": []}
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # short: a socket's path has a limit
-    try:
-        if user:
-            shutil.chown(folder, user["user"], user["group"])
-        make = [
-            programs / "initdb",
-            "-D",
-            folder / "data",
-            "-U",
-            "tester",
-            "-A",
-            "trust",
-            "-E",
-            "UTF8",
-            "--locale=C",
-            "-N",
-        ]
-        made = subprocess.run(make, capture_output=True, text=True, cwd=folder, **user)
-        assert made.returncode == 0, made.stderr
-        start = [programs / "postgres", "-D", folder / "data", "-k", folder, "-h", "", "-c", "fsync=off"]
-        with (
-            (folder / "log").open("w") as log,
-            subprocess.Popen(start, stdout=log, stderr=log, cwd=folder, **user) as run,
-        ):
-            try:
-
-                def answers() -> bool:
-                    assert run.poll() is None, (folder / "log").read_text()
-                    try:
-                        psycopg.connect(host=str(folder), user="tester", dbname="postgres").close()
-                    except psycopg.OperationalError:
-                        return False
-                    return True
-
-                until(answers)
-                yield str(folder)
-            finally:
-                run.send_signal(signal.SIGINT)  # at once, whoever is connected
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def other_server() -> Iterator[Callable[[], str]]:
+    """A MariaDB server of our own, which makes databases."""
+    with mariadb() as database:
+        yield database
 
 
-@pytest.fixture(params=["sqlite", "journal", pytest.param("postgresql", marks=pytest.mark.postgres)])
+@pytest.fixture(
+    params=[
+        *("sqlite", "journal"),
+        pytest.param("postgresql", marks=pytest.mark.postgres),
+        pytest.param("mysql", marks=pytest.mark.mariadb),
+    ]
+)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A storage of every kind, as ``tune.storage`` names it, with nothing in it."""
-    if request.param == "postgresql":
-        return _database(request.getfixturevalue("server"))
+    if request.param in ("postgresql", "mysql"):
+        database: Callable[[], str] = request.getfixturevalue(
+            "server" if request.param == "postgresql" else "other_server"
+        )
+        return database()
     return f"{request.param}:///{tmp_path / 'trials'}"
-
-
-def _database(server: str) -> str:
-    """A new database on the server."""
-    import psycopg
-
-    name = f"trials_{time.monotonic_ns()}"
-    with psycopg.connect(host=server, user="tester", dbname="postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload, unused-ignore]
-    return f"postgresql://tester@/{name}?host={server}"
 
 
 def _trials(storage: str, study: str) -> list[optuna.trial.FrozenTrial]:
@@ -152,6 +98,25 @@ def test_a_killed_trial_is_run_again_with_its_settings(runs: FakeRuns, storage: 
         assert [trial.state.name for trial in _trials(storage, name)] == ["COMPLETE"] * 2
 
 
+def test_only_one_process_at_a_time_takes_a_trial(storage: str) -> None:
+    inside, order = threading.Event(), list[str]()
+    with shared(storage) as first, shared(storage) as second:
+
+        def wait() -> None:
+            inside.wait()
+            with second.alone():
+                order.append("second")
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        with first.alone():
+            inside.set()
+            time.sleep(0.5)
+            order.append("first")
+        waiting.join()
+    assert order == ["first", "second"]
+
+
 def _killed_often(runs: FakeRuns, storage: str, folder: Path, trials: int, kills: int) -> None:
     """Kill the older of two processes and start another one, until so many are dead: most in the middle of a trial."""
     draw = random.Random(0)
@@ -175,7 +140,7 @@ def _killed_often(runs: FakeRuns, storage: str, folder: Path, trials: int, kills
 
 
 def test_kills_at_any_moment_lose_no_trial_and_double_none(runs: FakeRuns, storage: str, tmp_path: Path) -> None:
-    kills = 20 if storage.startswith("postgresql") else 3
+    kills = 20 if storage.startswith(("postgresql", "mysql")) else 3
     trials = 2 * kills
     _killed_often(runs, storage, tmp_path, trials, kills)
     asked = asked_for(tmp_path)
@@ -195,14 +160,14 @@ def test_kills_at_any_moment_lose_no_trial_and_double_none(runs: FakeRuns, stora
 
 
 @pytest.mark.postgres
-def test_who_was_taken_for_dead_counts_nothing(runs: FakeRuns, server: str, tmp_path: Path) -> None:
+def test_who_was_taken_for_dead_counts_nothing(runs: FakeRuns, server: Callable[[], str], tmp_path: Path) -> None:
     """A process that stood still for longer than its heartbeats may be late comes back, and its trial is another's."""
 
     def slow(algorithm: str, settings: dict[str, float]) -> float:
         time.sleep(0.5)
         return 0.5
 
-    storage = _database(server)
+    storage = server()
     first = worker(runs, tmp_path, storage, 2, slow, options=SOON)
     until(lambda: len(asked_for(tmp_path)) == 1)
     os.kill(first, signal.SIGSTOP)
@@ -229,9 +194,9 @@ def test_a_line_that_was_cut_short_does_not_spoil_the_journal(runs: FakeRuns, tm
 
 @pytest.mark.postgres
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
-def test_a_heartbeat_that_is_old_frees_a_trial(server: str) -> None:
+def test_a_heartbeat_that_is_old_frees_a_trial(server: Callable[[], str]) -> None:
     """By the database's clock; one that was being taken when its process died has no name in it, and is free at once."""
-    storage = _database(server)
+    storage = server()
     with shared(storage, heartbeat_s=1) as place:
         study = optuna.create_study(storage=place.base, study_name="s")
         trials = [study.ask() for _ in range(3)]
