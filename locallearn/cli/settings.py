@@ -211,6 +211,16 @@ def names_argument(target: str, name: str) -> bool:
     return name in (_parameters(target) or {})
 
 
+def takes_mapping(target: str, name: str) -> bool:
+    """Whether an argument of what a ``_target_`` names is a mapping by its type."""
+    from hydra.utils import get_object
+
+    try:
+        return "a mapping" in _spoken(hints_of(get_object(target)).get(name))
+    except (ImportError, NameError, TypeError, ValueError):
+        return False  # somebody else's signature that cannot be read
+
+
 def _parameters(target: str) -> Mapping[str, Any] | None:
     """The signature behind a ``_target_``; ``None`` where it cannot be read: making it says what is wrong with the name."""
     import inspect

@@ -87,8 +87,8 @@ def factory(
         ) from error
     if isinstance(make, nn.Module) or not callable(make):
         raise ValueError(
-            f"name is {name!r}, which is {kind(make)}, an object and nothing that makes networks: name its class, or a function "
-            "that returns a new network every time, because every run starts from weights of its own"
+            f"name is {name!r}, which is {kind(make)}, an object and nothing that makes networks: name its class, or a "
+            "function that returns a new network every time, because every run starts from weights of its own"
         )
     given = dict(options or {})
     parameters = inspect.signature(make).parameters
