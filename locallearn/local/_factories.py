@@ -142,7 +142,7 @@ def _inputs(net: nn.Module, example: Tensor | Batch) -> Tensor | dict[str, Tenso
     if context:
         names = list(inspect.signature(net.forward).parameters)
         carried = ("edge_weight" if context[1].ndim == 1 else "edge_attr") if len(context) == 2 else None
-        if carried not in names[2:]:
+        if carried is None or carried not in names[2:]:
             return (inputs, *context)
         return {names[0]: inputs, names[1]: context[0], carried: context[1]}
     if not inputs.is_floating_point():
