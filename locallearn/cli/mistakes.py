@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from locallearn.cli.settings import GROUPS, UsageError, compose_settings, options, setting_names
+from locallearn.cli.settings import GROUPS, UsageError, compose_settings, options, setting_names, takes_mapping
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # no room, or none left for this user
 
@@ -106,7 +106,8 @@ def _configuration(error: Exception, words: Sequence[str]) -> str:
         return f"there is no {group} {name!r}; {group} is one of {', '.join(options(group))}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
-        return _unknown_key(unknown.group(1), getattr(error, "overrides", words))
+        given = getattr(error, "overrides", words)
+        return _inside_a_mapping(unknown.group(1), given) or _unknown_key(unknown.group(1), given)
     absent = re.search(r"Interpolation key '([^']+)' not found", text)
     if absent:
         return f"a setting is taken from {absent.group(1)!r}, which is not there: these choices do not go together"
@@ -125,9 +126,34 @@ def _configuration(error: Exception, words: Sequence[str]) -> str:
     return _one_line(text.partition("full_key")[0])
 
 
+def _chosen(words: Sequence[str]) -> list[str]:
+    """The words that choose from a group, of several choices the first."""
+    return [word.partition(",")[0] for word in words if word.partition("=")[0] in GROUPS]
+
+
+def _inside_a_mapping(key: str, words: Sequence[str]) -> str | None:
+    """How to give what belongs into a mapping that is empty by default; ``None`` where the key lies in none."""
+    from omegaconf import OmegaConf
+
+    settings = OmegaConf.to_container(compose_settings(_chosen(words))[0])
+    assert isinstance(settings, dict)
+    group, _, rest = key.partition(".")
+    mapping, *inner = rest.split(".")
+    made = settings.get(group)
+    if not inner or not isinstance(made, dict) or made.get(mapping, 0) not in (None, {}):
+        return None
+    if not takes_mapping(str(made.get("_target_")), mapping):
+        return None
+    value = next((word.partition("=")[2] for word in words if word.partition("=")[0] == key), "VALUE")
+    whole = value
+    for name in reversed(inner):
+        whole = f"{{{name}:{whole}}}"
+    return f"{key!r} is not there by default: write '+{key}={value}', or all at once, '{group}.{mapping}={whole}'"
+
+
 def _unknown_key(key: str, words: Sequence[str]) -> str:
     """What stands beside a key that does not exist, in the groups that were chosen."""
-    chosen = [word.partition(",")[0] for word in words if word.partition("=")[0] in GROUPS]
+    chosen = _chosen(words)
     keys = [k for k in setting_names(compose_settings(chosen)[0]) if not k.rpartition(".")[2].startswith("_")]
     parent, dot, last = key.rpartition(".")
     names = [word.partition("=")[2] for word in chosen if word.startswith(f"{parent}=")]

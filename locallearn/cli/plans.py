@@ -11,7 +11,7 @@ from typing import Any
 
 from locallearn.cli.arms import Arm
 from locallearn.cli.loggers import logger_maker
-from locallearn.cli.settings import UsageError, accepted, check_arguments, check_types
+from locallearn.cli.settings import UsageError, accepted, check_arguments, check_types, names_argument
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 _MATMUL = ("highest", "high", "medium")
@@ -76,6 +76,11 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
 
     device = _device(choices["algorithm"], config["net"])
 
+    def make_net() -> Any:
+        # Only now, because the example of a graph is read from its files; and only to who names it, not to any **kwargs.
+        seen = {"example": data.example()} if names_argument(cfg.net._target_, "example") else {}
+        return make(cfg.net, **accepted(cfg.net._target_, shapes), **seen, **net_settings)
+
     def make_task(net: Any) -> Any:
         given = {"example": data.example(), "classes": data.classes}
         return make(cfg.task, net=net, **accepted(cfg.task._target_, given))
@@ -87,7 +92,7 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
         },
         seed=cfg.seed,
         data=data,
-        make_net=partial(make, cfg.net, **accepted(cfg.net._target_, shapes), **net_settings),
+        make_net=make_net,
         make_task=make_task,
         algorithm=algorithm,
         variant=", ".join(

@@ -200,17 +200,37 @@ def check_types(node: Any, prefix: str = "") -> None:
 
 def accepted(target: str, offered: dict[str, Any]) -> dict[str, Any]:
     """Those of the offered arguments that the signature behind a ``_target_`` has."""
+    parameters = _parameters(target)
+    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return offered
+    return {key: value for key, value in offered.items() if key in parameters}
+
+
+def names_argument(target: str, name: str) -> bool:
+    """Whether the signature behind a ``_target_`` has an argument of this name."""
+    return name in (_parameters(target) or {})
+
+
+def takes_mapping(target: str, name: str) -> bool:
+    """Whether an argument of what a ``_target_`` names is a mapping by its type."""
+    from hydra.utils import get_object
+
+    try:
+        return "a mapping" in _spoken(hints_of(get_object(target)).get(name))
+    except (ImportError, NameError, TypeError, ValueError):
+        return False  # somebody else's signature that cannot be read
+
+
+def _parameters(target: str) -> Mapping[str, Any] | None:
+    """The signature behind a ``_target_``; ``None`` where it cannot be read: making it says what is wrong with the name."""
     import inspect
 
     from hydra.utils import get_object
 
     try:
-        parameters = inspect.signature(get_object(target)).parameters
+        return inspect.signature(get_object(target)).parameters
     except (ImportError, ValueError, TypeError):
-        return offered  # making it says what is wrong with the name
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return offered
-    return {key: value for key, value in offered.items() if key in parameters}
+        return None
 
 
 def check_arguments(made: Any, values: dict[str, Any], where: str) -> None:

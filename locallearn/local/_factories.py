@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from locallearn.local._where import balanced
+from locallearn.batch import Batch
+from locallearn.local._where import balanced, kind
 from locallearn.nets.blocks import Blocks
 from locallearn.nets.cut import cut_network
 
@@ -59,6 +60,7 @@ def factory(
     outputs: int,
     cuts: int | list[str] = 4,
     options: dict[str, Any] | None = None,
+    example: Tensor | Batch | None = None,
 ) -> nn.Module:
     """A network of anybody's making in blocks.
 
@@ -69,9 +71,12 @@ def factory(
         outputs: number of classes.
         cuts: names of the modules behind which blocks end, or the number of blocks; see :func:`localize`.
         options: what else it is made with.
+        example: inputs as the data have them, by which the network is run to be cut; of a graph the batch, whose context the
+            forward takes after the inputs: the edge index, then what edges carry (see :func:`_inputs`). Default: float32
+            numbers of ``input_shape``.
 
     Raises:
-        ValueError: there is nothing by this name, it makes no network, or that cannot be cut there.
+        ValueError: there is nothing by this name, it makes no network, that does not take these data, or cannot be cut there.
     """
     module, _, attribute = name.rpartition(".")
     try:
@@ -80,12 +85,17 @@ def factory(
         raise ValueError(
             f"name is {name!r}, expected a class or function with its module, my_package.make_net: {error}"
         ) from error
+    if isinstance(make, nn.Module) or not callable(make):
+        raise ValueError(
+            f"name is {name!r}, which is {kind(make)}, an object and nothing that makes networks: name its class, or a "
+            "function that returns a new network every time, because every run starts from weights of its own"
+        )
     given = dict(options or {})
     parameters = inspect.signature(make).parameters
     if "input_shape" in parameters:
         given.setdefault("input_shape", tuple(input_shape))
     net = _made(name, make, outputs, given)
-    return net if isinstance(net, Blocks) else _in_blocks(net, input_shape, cuts)
+    return net if isinstance(net, Blocks) else _in_blocks(net, input_shape, cuts, example)
 
 
 _COUNTS = ("num_classes", "num_labels", "outputs", "out_channels")
@@ -107,13 +117,35 @@ def _made(name: str, make: Callable[..., Any], outputs: int, options: Mapping[st
     return net
 
 
-def _in_blocks(net: nn.Module, input_shape: Sequence[int], cuts: int | Sequence[str]) -> Blocks:
+def _in_blocks(
+    net: nn.Module, input_shape: Sequence[int], cuts: int | Sequence[str], example: Tensor | Batch | None = None
+) -> Blocks:
     layers = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     if layers and len(input_shape) == 3 and layers[0].in_channels != input_shape[0]:
         raise ValueError(
             f"{type(net).__name__} takes images of {layers[0].in_channels} channels, and these have {input_shape[0]}: use "
             "another data set, or a factory of your own that makes its first layer fit"
         )
-    example = torch.randn(4, *input_shape, generator=torch.Generator().manual_seed(0))
-    names = balanced(net, cuts, example) if isinstance(cuts, int) else list(cuts)
-    return cut_network(net, names, example).blocks
+    given = _inputs(net, torch.zeros(2, *input_shape) if example is None else example)
+    names = balanced(net, cuts, given) if isinstance(cuts, int) else list(cuts)
+    return cut_network(net, names, given).blocks
+
+
+def _inputs(net: nn.Module, example: Tensor | Batch) -> Tensor | dict[str, Tensor] | tuple[Any, ...]:
+    """What the network is run on to be cut.
+
+    Plain numbers are drawn, because an example is zeros as a rule, on which many networks are the same. Ids stay what they
+    are, because only the data know which there are, and so does a graph, whose edges go with its nodes. What edges carry is
+    handed over by the name that torch_geometric's networks have for it, where the forward has it.
+    """
+    inputs, context = (example.inputs, example.context) if isinstance(example, Batch) else (example, ())
+    if context:
+        names = list(inspect.signature(net.forward).parameters)
+        carried = ("edge_weight" if context[1].ndim == 1 else "edge_attr") if len(context) == 2 else None
+        if carried is None or carried not in names[2:]:
+            return (inputs, *context)
+        return {names[0]: inputs, names[1]: context[0], carried: context[1]}
+    if not inputs.is_floating_point():
+        return inputs
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(4, *inputs.shape[1:], generator=draw, dtype=inputs.dtype)

@@ -98,7 +98,14 @@ class _Unscaled(MixedPrecision):
 
 
 class LocalTask(Protocol):
-    """What the strategy asks of a LightningModule; ``locallearn.tasks`` has the ones that come along."""
+    """What the strategy asks of a LightningModule; ``locallearn.tasks`` has the ones that come along.
+
+    Attributes:
+        net: the network.
+        algorithm: ``None`` until one is attached; validation and test predict with it.
+        metric: what quality is measured by, logged as ``validation/<metric>``.
+        maximise: whether more of it is better.
+    """
 
     net: Blocks
     algorithm: Algorithm | None
@@ -113,6 +120,10 @@ class LocalTask(Protocol):
 
     def use(self, algorithm: Algorithm) -> None:
         """Attach the algorithm and predict with it from now on."""
+
+
+# Attributes and methods of LocalTask beside `net`, which is asked for in words of its own.
+_OF_A_TASK = ("algorithm", "metric", "maximise", "info", "to_batch", "use")
 
 
 class LocalStrategy(SingleDeviceStrategy):
@@ -145,9 +156,10 @@ class LocalStrategy(SingleDeviceStrategy):
         execution: how blocks are run.
 
     Raises:
-        ValueError: before training, where the module has no blocks, the algorithm cannot train them, a scheduler cannot be
-            made, several devices or nodes are asked for, or :meth:`check` refuses the Trainer; during training, where
-            gradients are to be accumulated after all, or an optimizer asks for what the rule cannot give.
+        ValueError: before training, where the module has no blocks or is no :class:`LocalTask`, the algorithm cannot train
+            them, a scheduler cannot be made, several devices or nodes are asked for, or :meth:`check` refuses the Trainer;
+            during training, where gradients are to be accumulated after all, or an optimizer asks for what the rule cannot
+            give.
         Diverged: a unit's loss is not finite; names the unit and the step.
     """
 
@@ -227,6 +239,13 @@ class LocalStrategy(SingleDeviceStrategy):
             raise ValueError(
                 f"{type(model).__name__} has no blocks to train: give it a `net` made by locallearn.Blocks, as the tasks in "
                 "locallearn.tasks have"
+            )
+        missing = [name for name in _OF_A_TASK if not hasattr(model, name)]
+        if missing:
+            raise ValueError(
+                f"{type(model).__name__} has no {', '.join(missing)}, which LocalStrategy asks every task for: make it a "
+                "subclass of locallearn.tasks.classification.Classification, or of another task there, or write what is "
+                "missing (docs/own-network.md, A task of your own)"
             )
         if task.algorithm is None and getattr(self.algorithm, "blocks", None) is task.net:  # by localize
             task.algorithm = self.algorithm

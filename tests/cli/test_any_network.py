@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import locallearn
+from locallearn.batch import Batch
 from locallearn.cli import UsageError
+from locallearn.local import factory
 from locallearn.study._callbacks import _Keeper
 from locallearn.study.train import Interrupted
 from tests.cli.conftest import SMALL, Cli
@@ -62,8 +64,39 @@ class Skipping(nn.Module):
         return {"logits": self.fc(x.mean((2, 3))), "features": x}
 
 
+class Reading(nn.Module):
+    def __init__(self, num_classes, width=8):
+        super().__init__()
+        self.embed = nn.Embedding(256, width)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, ids):
+        return self.fc(self.second(self.first(self.embed(ids)).relu()).relu().mean(1))
+
+
+class Carrying(nn.Module):
+    def __init__(self, outputs, width=8):
+        super().__init__()
+        self.first = nn.Linear(5, width)
+        self.second = nn.Linear(width, width)
+        self.fc = nn.Linear(width, outputs)
+
+    def forward(self, x, edge_index, edge_weight=None, edge_attr=None):
+        scale = edge_weight if edge_attr is None else 2 * edge_attr.sum(1)
+        for layer in (self.first, self.second):
+            x = layer(x).relu()
+            x = x.index_add(0, edge_index[1], x[edge_index[0]] * scale.unsqueeze(1))
+        return self.fc(x)
+
+
 def no_network(num_classes):
     return num_classes
+
+
+made = Skipping(4)
+_COUNT = 4
 """
 _DATASET = "_target_: any_parts.Images\nbatch_size: 8\nseed: ${seed}\n"
 _OWN = ("net=factory", "net.name=any_parts.Skipping", "net.cuts=[stem,middle]", "dataset.limit_train=64")
@@ -167,7 +200,10 @@ def test_an_interrupted_factory_run_goes_on_with_trust(bare: Cli, monkeypatch: p
         (["net.name=any_parts.Skiping"], "Skiping"),
         (["net.name=Skipping"], "my_package.make_net"),
         (["net.name=any_parts.no_network"], "makes a int, expected a torch.nn.Module"),
+        (["net.name=any_parts.made"], "a Skipping, an object and nothing that makes networks"),
+        (["net.name=any_parts._COUNT"], "a int, an object and nothing that makes networks"),
         (["net.options={widht:3}"], "widht"),
+        (["net.options.width=4"], "write '+net.options.width=4', or all at once, 'net.options={width:4}'"),
         (["net.cuts=[middle,stem]"], "name them in that order"),
         (["net.cuts=true"], "cuts is True"),
     ],
@@ -177,6 +213,54 @@ def test_what_a_factory_cannot_give_is_told(words: list[str], told: str, bare: C
     assert outcome.code == 2
     assert told in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+_GCN = "net.options={in_channels:34,hidden_channels:8,num_layers:3,out_channels:4}"
+
+
+@pytest.mark.parametrize(
+    ("words", "blocks"),
+    [
+        (("dataset=python_topics", "dataset.limit_train=64", "net.name=any_parts.Reading"), ["first", "second"]),
+        (("dataset=karate_club", "net.name=torch_geometric.nn.GCN", _GCN), ["convs_0", "convs_1"]),
+    ],
+)
+def test_a_factorys_network_is_cut_by_the_example_of_its_data(
+    words: tuple[str, ...], blocks: list[str], bare: Cli
+) -> None:
+    outcome = bare("train", "net=factory", "net.cuts=2", *words)
+    assert outcome.code == 0, outcome.err
+    assert outcome.record["locality"] == "layer-local"
+    saved = locallearn.load(outcome.folder, trust=True)
+    assert saved.algorithm.blocks.names == blocks
+    predicted = bare("predict", str(outcome.folder), "--trust")
+    assert f"{outcome.record['test']['accuracy']:.4f}"[:5] in predicted.out
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_cut_network_of_token_ids_has_the_weights_that_the_factory_draws() -> None:
+    from any_parts import Reading  # type: ignore[import-not-found]  # written by the fixture
+
+    ids = torch.randint(256, (5, 12), dtype=torch.int32)
+    torch.manual_seed(3)
+    blocks = factory("any_parts.Reading", (12,), 4, cuts=2, example=ids)
+    torch.manual_seed(3)
+    net = Reading(4)
+    assert torch.equal(blocks(ids), net(ids))
+    assert sum(p.numel() for p in blocks.parameters()) == sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(("shape", "name"), [((7,), "edge_weight"), ((7, 2), "edge_attr")])
+def test_what_edges_carry_reaches_the_argument_that_is_meant_for_it(shape: tuple[int, ...], name: str) -> None:
+    from any_parts import Carrying
+
+    x, edges, carried = torch.randn(6, 5), torch.randint(6, (2, 7)), torch.rand(shape)
+    torch.manual_seed(3)
+    example = Batch(x, torch.zeros(6, dtype=torch.int64), (edges, carried))
+    blocks = factory("any_parts.Carrying", (5,), 4, cuts=2, example=example)
+    torch.manual_seed(3)
+    assert torch.allclose(blocks(x, edges, carried), Carrying(4)(x, edges, **{name: carried}), atol=1e-5)
 
 
 def test_a_name_is_missing(bare: Cli) -> None:

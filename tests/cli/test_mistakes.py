@@ -52,6 +52,8 @@ _TRAIN: list[tuple[list[str], tuple[str, ...]]] = [
     (["scheduler=foo"], ("scheduler", "'foo'", "_target_")),
     # settings that do not exist
     (["optimizer.lrr=1"], ("'optimizer.lrr'", "mean optimizer.lr?")),
+    (["net=gcn", "net.conv_options.a.b=4"], ("'+net.conv_options.a.b=4'", "'net.conv_options={a:{b:4}}'")),
+    (["dataset.limit_train.x=4"], ("there is no setting 'dataset.limit_train.x'",)),  # null, but no mapping
     (["sede=1"], ("'sede'", "mean seed?")),
     (["limit_train=100"], ("'limit_train'", "mean dataset.limit_train?")),  # the group left out, or another one
     (["epochs=3"], ("'epochs'", "mean trainer.max_epochs?")),

@@ -94,7 +94,8 @@ def _add_an_algorithm(names: dict[str, Any]) -> bool:
 
 
 def _own_network(names: dict[str, Any]) -> bool:
-    learned = (names[key] > 0.85 for key in ("accuracy", "local_accuracy", "baseline_accuracy", "transformer_accuracy"))
+    trained = ("accuracy", "local_accuracy", "baseline_accuracy", "own_accuracy", "transformer_accuracy")
+    learned = (names[key] > 0.85 for key in trained)
     cut = names["blocks"].names == ["embed", "layers_1"]
     return all((*learned, names["same"], cut, names["message"].startswith("Hidden cannot be cut")))
 

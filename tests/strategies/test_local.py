@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -38,8 +39,10 @@ from locallearn.algorithms import (
 )
 from locallearn.batch import Batch
 from locallearn.functional import mono_forward
+from locallearn.local import localize
 from locallearn.nets import Blocks
 from locallearn.strategies import Diverged, LocalStrategy
+from locallearn.strategies.local import _OF_A_TASK, LocalTask
 from locallearn.tasks.classification import Classification
 from locallearn.testing import plain_loop
 
@@ -363,6 +366,31 @@ class _NoBlocks(pl.LightningModule):
 def test_a_module_without_blocks_is_refused(make_trainer: Maker, train: Any) -> None:
     with pytest.raises(ValueError, match="_NoBlocks has no blocks to train"):
         make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=1).fit(_NoBlocks(), train)
+
+
+class _HalfATask(_NoBlocks):
+    def __init__(self, net: Blocks) -> None:
+        super().__init__()
+        self.net = net  # type: ignore[assignment]
+
+    def info(self) -> None:
+        return None
+
+
+def test_everything_that_a_module_lacks_to_be_a_task_is_named_at_once(make_trainer: Maker, train: Any) -> None:
+    net = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    made = localize(net, MonoForward(), cuts=2, example=torch.randn(8, 12))
+    told = r"_HalfATask has no algorithm, metric, maximise, to_batch, use, .*locallearn\.tasks\.classification\.Classification"
+    with pytest.raises(ValueError, match=told):
+        make_trainer(strategy=LocalStrategy(made), max_epochs=1).fit(_HalfATask(made.blocks), train)
+    blocks = Blocks.cut(copy.deepcopy(net))
+    with pytest.raises(ValueError, match=told):
+        make_trainer(strategy=LocalStrategy(MonoForward(), adam), max_epochs=1).fit(_HalfATask(blocks), train)
+
+
+def test_the_protocol_of_a_task_is_what_is_looked_for() -> None:
+    asked = {name for name in vars(LocalTask) if not name.startswith("_")} | set(LocalTask.__annotations__)
+    assert {"net", *_OF_A_TASK} == asked
 
 
 def test_a_module_of_another_algorithm_is_refused(make_module: Maker, make_trainer: Maker, train: Any) -> None:

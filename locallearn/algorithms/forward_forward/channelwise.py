@@ -34,7 +34,7 @@ class ChannelwiseForwardForward(ForwardForward):
     skips_first: ClassVar[bool] = False
 
     def _kind_in_words(self) -> str:
-        return "loss=channelwise, which knows no negatives,"
+        return "loss=channelwise, which knows no negatives"
 
     def _idle(self) -> tuple[str, ...]:
         threshold = ("threshold",) if self.competition == "cwc" else ()

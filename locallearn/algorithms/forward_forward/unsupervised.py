@@ -30,7 +30,7 @@ class HybridForwardForward(ForwardForward):
     inferences: ClassVar[tuple[Inference, ...]] = ("softmax",)
 
     def _kind_in_words(self) -> str:
-        return "negatives=hybrid, where no label is in the input,"
+        return "negatives=hybrid, where no label is in the input"
 
     def _idle(self) -> tuple[str, ...]:
         return (*(name for name in super()._idle() if name != "blurs"), "label_strength")
