@@ -154,7 +154,7 @@ def provenance(records: Sequence[Record], rows: Sequence[Row], page: Path, book:
     begun = [f"{record.id}: {record.begins_with_in_words}" for record in records if record.begins_with is not None]
     return (
         "<h2 id='runs'>Provenance</h2>"
-        f"<details><summary>Runs, their folders and commands ({len(lines)})</summary>{table}</details>"
+        f"<details data-name='runs'><summary>Runs, their folders and commands ({len(lines)})</summary>{table}</details>"
         + _settings(records, "hardware", "Hardware")
         + _settings(records, "versions", "Versions")
         + _settings(records, "source", "Source")

@@ -113,7 +113,10 @@ def _headline(section: Section, style: Styles, book: Book) -> str:
     rows, shown = section.rows, section.shown
     first = _first(rows, shown)
     off = ["" if column.key in first else ' class="off"' for column in shown]
-    head = "".join(f'<th scope="col"{o}>{_heading(column)}</th>' for column, o in zip(shown, off, strict=True))
+    head = "".join(
+        f'<th scope="col" data-name="{escape(column.key)}"{o}>{_heading(column)}</th>'
+        for column, o in zip(shown, off, strict=True)
+    )
     lines: list[str] = []
     plain: list[Sequence[str]] = []
     for row in rows:
@@ -207,7 +210,11 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> str:
     words = list(dict.fromkeys(words))
     made = _list([LEGEND.format(baseline=baseline), _HOW])
     rest = words[_CAVEATS:]
-    more = f"<details><summary>{count(len(rest), 'further note')}</summary>{_list(rest)}</details>" if rest else ""
+    more = (
+        f"<details data-name='notes'><summary>{count(len(rest), 'further note')}</summary>{_list(rest)}</details>"
+        if rest
+        else ""
+    )
     return (
         f"{_list(words[:_CAVEATS]) if words else ''}{more}"
         f"<details><summary>How these numbers are made</summary>{made}</details>"
@@ -253,21 +260,27 @@ def _meter_notes(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
 
 def _parts(section: Section, points: int, book: Book) -> str:
     """Curves of every block and layer: of every rule as means, and of single runs; the chosen one is shown."""
-    choices: list[tuple[str, list[Chart]]] = []
+    # What is chosen is known by its rule and seed, without the number of seeds, which grows.
+    choices: list[tuple[str, str, list[Chart]]] = []
     for row, known, runs in zip(section.rows, section.curves, section.runs, strict=True):
         few = f", mean of {len(row.records)} seeds" if len(row.records) > 1 else ""
-        choices.append((f"{row.label}{few}", [*block_charts(row, known, points), *layer_charts(row, known, points)]))
+        choices.append(
+            (row.label, f"{row.label}{few}", [*block_charts(row, known, points), *layer_charts(row, known, points)])
+        )
         for seed, own in runs.items():
             name = f"{row.label}, seed {seed}"
             charts = [*block_charts(row, own, points, name), *layer_charts(row, own, points, name)]
-            choices.append((name, charts))
-    choices = [(name, charts) for name, charts in choices if charts]
+            choices.append((name, name, charts))
+    choices = [choice for choice in choices if choice[2]]
     if not choices:
         return ""
-    options = "".join(f'<option value="{i}">{escape(name)}</option>' for i, (name, _) in enumerate(choices))
+    options = "".join(
+        f'<option value="{i}" data-name="{escape(known)}">{escape(name)}</option>'
+        for i, (known, name, _) in enumerate(choices)
+    )
     places = "".join(
         f'<div data-choice="{i}"{"" if i == 0 else " hidden"}>{book.grid(charts)}</div>'
-        for i, (_, charts) in enumerate(choices)
+        for i, (*_, charts) in enumerate(choices)
     )
     alignment = " and Alignment" if any(name.startswith("layer/") for known in section.curves for name in known) else ""
     chooser = f'<p><label>Run: <select class="choose">{options}</select></label></p>' if len(choices) > 1 else ""

@@ -9,6 +9,9 @@
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const drawn = new Set();
+  // Seconds between two loads of a page that is written again and again; 0 for any other.
+  const every = Number(document.documentElement.dataset.watch || 0);
+  let drawing = 0;
 
   // ---------------------------------------------------------------- charts
   // Colours come from the style sheet, so that the charts follow the page between light and dark.
@@ -133,6 +136,13 @@
   };
 
   const draw = async (place) => {
+    drawing += 1;
+    try { await drawOnce(place); } finally {
+      drawing -= 1;
+      if (every && !drawing) settled();
+    }
+  };
+  const drawOnce = async (place) => {
     const figure = charts[Number(place.dataset.chart)];
     drawn.add(place);
     place.dataset.drawn = "yes";
@@ -180,6 +190,7 @@
   };
   const whole = (table) => {
     table.classList.remove("short");
+    table.dataset.whole = "yes";
     const button = table.parentElement.nextElementSibling;
     if (button && button.matches("button.all")) button.remove();
   };
@@ -199,18 +210,22 @@
     status.textContent = filtering ? `${kept} rows in ${comparisons} comparisons` : "";
     status.title = "Means are over all seeds of a row; choosing seeds narrows rows and lists of runs.";
     for (const place of drawn) if (place.closest("section") && !place.closest("section").hidden) draw(place);
-    try { sessionStorage.setItem(key, JSON.stringify([search.value, Object.entries(chosen).map(([k, s]) => [k, [...s]])])); }
-    catch { /* a browser that keeps nothing for files */ }
+    keep();
   };
+  // What a tab keeps of this page: the filter, and of a page that loads itself again everything that was chosen on it.
   const key = "locallearn " + location.pathname;
+  let before = ["", [], null];
+  try { before = JSON.parse(sessionStorage.getItem(key)) || before; } catch { /* a browser that keeps nothing for files */ }
+  const keep = () => {
+    const kept = [search.value, Object.entries(chosen).map(([k, s]) => [k, [...s]]), ...(every ? [state()] : [])];
+    try { sessionStorage.setItem(key, JSON.stringify(kept)); } catch { /* the same */ }
+  };
   const search = make("input", {type: "search", placeholder: "Search rules, settings, runs"});
   search.setAttribute("aria-label", "Search rules, settings and runs");
   const status = make("output");
   const menus = [];
   const filter = document.getElementById("filter");
   if (filter && rows.length > 1) {
-    let before = ["", []];
-    try { before = JSON.parse(sessionStorage.getItem(key)) || before; } catch { /* the same */ }
     search.value = before[0];
     words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     search.addEventListener("input", () => { words = search.value.toLowerCase().split(/\s+/).filter(Boolean); apply(); });
@@ -256,7 +271,6 @@
     document.addEventListener("keydown", (event) => {
       if (event.key === "Escape") menus.forEach((m) => { if (m.open) { m.open = false; m.querySelector("summary").focus(); } });
     });
-    if (words.length || before[1].some(([, set]) => set.length)) apply();
   }
 
   // ---------------------------------------------------------------- tables
@@ -264,8 +278,8 @@
     const found = text.replace(/[≥,\s]/g, "").match(/^[-+−]?\d*\.?\d+(e[-+]?\d+)?/i);
     return found ? Number(found[0].replace("−", "-")) : NaN;
   };
-  const sorter = (table, column, th) => () => {
-    const body = table.tBodies[0], up = th.getAttribute("aria-sort") === "descending";
+  const sort = (table, column, up) => {
+    const body = table.tBodies[0], heads = table.tHead.rows[0].cells;
     const told = (row) => { const cell = row.cells[column]; return cell ? cell.textContent.trim() : ""; };
     const lines = [...body.rows].map((row) => [row, told(row), number(told(row))]);
     const numeric = lines.filter(([, , n]) => !Number.isNaN(n)).length >= lines.length / 2;
@@ -276,20 +290,24 @@
       return sign * (m - n);
     });
     body.append(...lines.map(([row]) => row));
-    for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-    th.setAttribute("aria-sort", up ? "ascending" : "descending");
+    for (const other of heads) other.removeAttribute("aria-sort");
+    heads[column].setAttribute("aria-sort", up ? "ascending" : "descending");
   };
+  const heading = (th) => [...th.querySelector("button").childNodes].map((n) => n.textContent).join(", ");
+  // A heading ends with a unit, which a further run may change.
+  const nameOf = (th) => th.dataset.name || heading(th);
+  const boxesOf = new Map();
   const prepare = (table) => {
     if (table.dataset.ready || !table.tHead) return;
     table.dataset.ready = "yes";
     const heads = [...table.tHead.rows[0].cells];
     heads.forEach((th, column) => {
       const button = make("button", {className: "sort", type: "button"}, ...th.childNodes);
-      button.addEventListener("click", sorter(table, column, th));
+      button.addEventListener("click", () => sort(table, column, th.getAttribute("aria-sort") === "descending"));
       th.append(button);
     });
     if (table.classList.contains("cards")) {
-      const titles = heads.map((th) => [...th.querySelector("button").childNodes].map((n) => n.textContent).join(", "));
+      const titles = heads.map(heading);
       for (const row of table.tBodies[0].rows) for (const cell of row.cells) {
         if (cell.tagName === "TD") cell.dataset.h = titles[cell.cellIndex];
         cell.classList.toggle("none", cell.textContent === "–");
@@ -297,23 +315,25 @@
     }
     const button = table.parentElement.nextElementSibling;
     if (table.dataset.columns !== undefined && heads.some((th) => th.classList.contains("off"))) {
-      const boxes = heads.slice(2).map((th, i) => {
-        const box = make("input", {type: "checkbox", checked: !th.classList.contains("off")});
+      const labels = heads.slice(2).map((th, i) => {
+        const box = make("input", {type: "checkbox", name: nameOf(th), defaultChecked: !th.classList.contains("off")});
         box.addEventListener("change", () => {
           for (const row of table.rows) row.cells[i + 2].classList.toggle("off", !box.checked);
         });
-        return make("label", {}, box, " " + [...th.querySelector("button").childNodes].map((n) => n.textContent).join(", "));
+        return make("label", {}, box, " " + heading(th));
       });
+      boxesOf.set(table, labels.map((label) => label.firstChild));
       (button && button.matches("button.all") ? button : table.parentElement).after(make("details", {}, make("summary", {textContent: "Choose columns"}),
-        make("div", {className: "choices"}, ...boxes)));
+        make("div", {className: "choices"}, ...labels)));
     }
   };
   for (const button of $("button.all")) button.addEventListener("click", () => whole(button.previousElementSibling.firstChild));
   const opened = (details) => $("table", details).forEach(prepare);
   $("details").forEach((d) => d.addEventListener("toggle", () => { if (d.open) opened(d); }));
 
-  // ---------------------------------------------------------------- choices, and everything that can wait
-  for (const choose of $("select.choose")) {
+  // ---------------------------------------------------------------- choices of a run
+  const choosers = $("select.choose");
+  for (const choose of choosers) {
     const show = () => {
       for (const place of choose.closest(".chooser").querySelectorAll("[data-choice]")) {
         place.hidden = place.dataset.choice !== choose.value;
@@ -322,6 +342,121 @@
     choose.addEventListener("change", show);
     show();
   }
+  if (words.length || Object.values(chosen).some((set) => set.size)) apply();
+
+  // ---------------------------------------------------------------- a page that is written again and again
+  // Things by what stands over and in them, not by number: runs that came in meanwhile have moved them. What has the same
+  // name as something before it is counted.
+  const named = (elements, own) => {
+    const found = new Map(), text = (from, selector) => ((from && from.querySelector(selector)) || {textContent: ""}).textContent;
+    for (const element of elements) {
+      const name = [text(element.closest("section"), "h2"), text(element.closest("figure"), "h4"), own(element)].join("\n");
+      let free = name;
+      for (let n = 2; found.has(free); n++) free = `${name}\n${n}`;
+      found.set(free, element);
+    }
+    return found;
+  };
+  const tablesByName = () => named($("table"), (table) => table.parentElement.getAttribute("aria-label"));
+  // Menus are no details: none is open when the page loads itself again.
+  const detailsByName = () => named($("details").filter((d) => !d.closest("#filter") && !d.querySelector(":scope > .choices")),
+    (details) => details.dataset.name || details.querySelector("summary").textContent);
+  const choosersByName = () => named(choosers, () => "");
+  const marks = "header.page, nav, section, figure, h2, h3, details, .scroll, footer";
+  const marksByName = () => named($(marks), (mark) => [mark.tagName, mark.matches("h2, h3") ? mark.textContent
+    : mark.dataset.name || mark.getAttribute("aria-label") || (mark.querySelector(":scope > summary") || mark.firstChild).textContent]);
+  // What stands highest in the window, and where; nothing for a reader at the top, who is to see what is new there.
+  const standing = () => {
+    for (let y = 0; scrollY && y < innerHeight; y += 12) {
+      const hit = document.elementFromPoint(innerWidth / 4, y), mark = hit && !hit.closest("#filter") && hit.closest(marks);
+      if (mark) return [[...marksByName()].find(([, one]) => one === mark)[0], mark.getBoundingClientRect().top];
+    }
+    return [];
+  };
+  const state = () => {
+    const found = {sorts: [], columns: [], whole: [], open: [], runs: [], at: standing()};
+    for (const [name, table] of tablesByName()) {
+      const th = table.querySelector("th[aria-sort]");
+      if (th) found.sorts.push([name, nameOf(th), th.getAttribute("aria-sort") === "ascending"]);
+      const changed = (boxesOf.get(table) || []).filter((box) => box.checked !== box.defaultChecked);
+      for (const box of changed) found.columns.push([name, box.name, box.checked]);
+      if (table.dataset.whole) found.whole.push(name);
+    }
+    for (const [name, details] of detailsByName()) if (details.open) found.open.push(name);
+    for (const [name, choose] of choosersByName()) found.runs.push([name, choose.selectedOptions[0].dataset.name]);
+    return found;
+  };
+  // What is no longer there is passed over.
+  const restore = (kept) => {
+    const tables = tablesByName(), details = detailsByName(), byName = choosersByName();
+    for (const [name, title, up] of kept.sorts) {
+      const table = tables.get(name);
+      if (table) prepare(table);
+      const column = table ? [...table.tHead.rows[0].cells].findIndex((th) => nameOf(th) === title) : -1;
+      if (column >= 0) sort(table, column, up);
+    }
+    for (const [name, title, on] of kept.columns) {
+      const table = tables.get(name);
+      if (table) prepare(table);
+      const box = (boxesOf.get(table) || []).find((b) => b.name === title);
+      if (box && box.checked !== on) box.click();
+    }
+    for (const name of kept.whole) if (tables.has(name)) whole(tables.get(name));
+    for (const name of kept.open) if (details.has(name)) details.get(name).open = true;
+    for (const [name, run] of kept.runs) {
+      const choose = byName.get(name), option = choose && [...choose.options].find((o) => o.dataset.name === run);
+      if (option && !option.selected) {
+        option.selected = true;
+        choose.dispatchEvent(new Event("change"));
+      }
+    }
+  };
+  let at = null, due = 0;
+  const stand = () => {
+    const mark = at && marksByName().get(at[0]);
+    // An address with a place on the page would lead a reader away from the top.
+    if (at && !at.length) scrollTo(0, 0);
+    if (mark) scrollBy(0, mark.getBoundingClientRect().top - at[1]);
+  };
+  const held = make("output", {className: "held", hidden: true,
+    textContent: "New runs wait while a menu is open or the search is being typed in."});
+  // Not every browser tells that a list of choices is open.
+  const busy = () => menus.some((menu) => menu.open) || $("details[open] > .choices").length > 0 ||
+    document.activeElement === search || (CSS.supports("selector(:open)") && $("select:open").length > 0);
+  // Whether its file has changed a page from the disk cannot see: browsers let it read no file, not even its own, and its
+  // policy has it ask for nothing. So it loads itself whether there is something new or not.
+  const again = () => {
+    clearTimeout(due);
+    due = 0;
+    held.hidden = !document.hidden && !busy();
+    if (held.hidden && !drawing) location.reload();
+    else due = setTimeout(again, 500);
+  };
+  // Counted from the last chart that was drawn: a slow page is not loaded again before it has been seen.
+  const count = () => {
+    clearTimeout(due);
+    due = setTimeout(again, 1000 * every);
+  };
+  const settled = () => {
+    // Names that stand at lines instead of below the chart have moved what is below; then the reader may go anywhere.
+    stand();
+    at = null;
+    count();
+  };
+  if (every) {
+    document.body.append(held);
+    history.scrollRestoration = "manual";
+    if (before[2]) {
+      restore(before[2]);
+      at = before[2].at;
+      stand();
+    }
+    for (const moved of ["wheel", "touchstart", "pointerdown", "keydown"]) addEventListener(moved, () => { at = null; });
+    addEventListener("pagehide", keep);
+    document.addEventListener("visibilitychange", () => { if (!held.hidden) again(); });
+  }
+
+  // ---------------------------------------------------------------- everything that can wait
   // Plotly's script is kept compressed and read after the page is on the screen.
   const library = async () => {
     const kept = document.getElementById("library");
@@ -343,15 +478,14 @@
     const tables = $("table").filter((table) => !table.closest("details"));
     // In a narrow window the cells of a table carry its headings, near or far.
     tables.forEach((table) => (innerWidth <= 640 && table.matches(".cards") ? prepare(table) : lines.observe(table)));
-    await library();
-    places.forEach((place) => watcher.observe(place));
+    if (every) stand();
+    try {
+      await library();
+      places.forEach((place) => watcher.observe(place));
+    } finally { if (every) count(); }
   }));
   addEventListener("beforeprint", () => places.forEach((place) => {
     if (window.Plotly && place.offsetParent && !drawn.has(place)) draw(place);
   }));
   dark.addEventListener("change", () => drawn.forEach(draw));
-
-  // ---------------------------------------------------------------- a page that is written again and again
-  const every = Number(document.documentElement.dataset.watch || 0);
-  if (every) setInterval(() => { if (!document.hidden && document.activeElement !== search) location.reload(); }, 1000 * every);
 })();

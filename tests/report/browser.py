@@ -58,9 +58,21 @@ class Tab:
         """Load a page of the disk in a window of so many pixels, and wait for it."""
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self("Page.navigate", url=page.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+        self.loaded(1)
+
+    def loads(self) -> int:
+        """How many pages this tab has loaded so far."""
+        return sum(event.get("method") == "Page.loadEventFired" for event in self.events)
+
+    def loaded(self, times: int) -> None:
+        """Wait until it has loaded so many, and until the last one can draw."""
+        while self.loads() < times:
             self.events.append(self._next())
         self.wait("window.Plotly || !document.getElementById('charts')")
+
+    def another(self) -> Tab:
+        """A new tab of the same browser."""
+        return Tab(self._send, self._receive)
 
     def run(self, script: str) -> Any:
         """The value of an expression; promises are waited for."""
