@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from locallearn.cli.mistakes import explain
-from locallearn.cli.outputs import Outputs, outputs_of
-from locallearn.cli.plans import command_line, make_plan
+from locallearn.cli.outputs import outputs_of
+from locallearn.cli.plans import command_line, folder_setting, make_plan
 from locallearn.cli.saved import PLACES, read_places, run_folder, saved_settings
-from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings, located, multirun
+from locallearn.cli.settings import (
+    GROUPS,
+    Outcome,
+    Stopped,
+    UsageError,
+    compose_settings,
+    first_of,
+    launch_folder,
+    located,
+    multirun,
+)
 from locallearn.cli.terminal import Progress
 
 
@@ -97,44 +107,36 @@ def _train_once(cfg: Any, choices: dict[str, str], words: Sequence[str]) -> Path
 
 def _sweep(words: list[str]) -> int:
     """``train -m``: Hydra's own sweeper and launcher call one run per combination; then the table of all of them."""
+    from locallearn.records import load_record
+
+    first, _ = compose_settings(first_of(words))
+    outputs = outputs_of(first, None)
+    outputs.check()  # a place that cannot be written to is told before anything is trained
+    try:
+        with launch_folder(folder_setting(first, "runs_dir")) as folder:
+            outcomes = multirun(located(words, folder), _train_combination, folder)
+    except Stopped as stop:
+        if stop.outcome.folder is not None:
+            print(stop.outcome.folder)
+        return 130
+    folders = [Path(outcome.folder) for outcome in outcomes if outcome.folder is not None]
+    if folders:
+        outputs.give(list(map(load_record, folders)), "locallearn train -m")
+        if outputs.report is None:
+            print(f"locallearn: a page of all runs there: locallearn report {folders[0].parent}", file=sys.stderr)
+    return max((outcome.code for outcome in outcomes), default=0)
+
+
+def _train_combination(cfg: Any, words: list[str]) -> Outcome:
+    """One run of a sweep, in whatever process."""
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from locallearn.records import load_record
-    from locallearn.study.train import Interrupted
-
-    check_words(words)
-    words = located(words)
-    codes: list[int] = []
-    folders: list[Path] = []
-    outputs: list[Outputs] = []
-
-    def job(cfg: Any) -> None:
-        from hydra.core.hydra_config import HydraConfig
-
-        runtime = HydraConfig.get()
-        choices = {group: str(name) for group, name in runtime.runtime.choices.items() if group in GROUPS}
-        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
-        if not outputs:  # a place that cannot be written to is told before anything is trained
-            outputs.append(outputs_of(cfg, None))
-            outputs[0].check()
-        try:
-            folders.append(_train_once(cfg, choices, list(runtime.overrides.task)))
-        except Interrupted as error:
-            raise KeyboardInterrupt from error  # anything less Hydra keeps to itself until the sweep is over
-        except Exception as error:  # one bad combination must not end the sweep
-            code, sentence = explain(error, runtime.overrides.task)
-            swept = " ".join(word for word in runtime.overrides.task if word not in words)
-            print(f"locallearn: {f'{swept}: ' if swept else ''}{sentence}", file=sys.stderr)
-            codes.append(code)
-            folder = getattr(error, "run_folder", None)
-            folders.extend([] if folder is None else [folder])
-
+    choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if group in GROUPS}
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     try:
-        multirun(words, job)
-    except KeyboardInterrupt as stop:
-        raise stop.__cause__ or stop from None
-    if folders:
-        outputs[0].give(list(map(load_record, folders)), "locallearn train -m")
-        if outputs[0].report is None:
-            print(f"locallearn: a page of all runs there: locallearn report {folders[0].parent}", file=sys.stderr)
-    return max(codes, default=0)
+        return Outcome(folder=str(_train_once(cfg, choices, words)))
+    except Exception as error:  # one bad combination must not end the sweep
+        code, sentence = explain(error, words)
+        folder = getattr(error, "run_folder", None)
+        return Outcome(code, None if folder is None else str(folder), sentence)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,17 @@ from locallearn.cli.arms import Arm, arms_of
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import command_line, folder_setting, make_plan
 from locallearn.cli.searching import check_numbers, fixed_words, maker_of, objectives_of, seeds_of
-from locallearn.cli.settings import UsageError, check_words, compose_settings, located, multirun
+from locallearn.cli.settings import (
+    Outcome,
+    Stopped,
+    UsageError,
+    compose_settings,
+    first_of,
+    launch_folder,
+    located,
+    multirun,
+    unstaged,
+)
 from locallearn.cli.spaces import space_of
 from locallearn.cli.terminal import Progress, printing
 from locallearn.cli.tuned import write_experiments
@@ -23,11 +35,39 @@ def tune(words: list[str]) -> int:
     """Search settings on equal budgets, on validation data only; with ``-m`` one process per combination."""
     if "-m" in words or "--multirun" in words:
         return _launched([word for word in words if word not in ("-m", "--multirun")])
-    return _search(words)
+    found = _search(words)
+    if found is None:
+        print(f"locallearn: {_STOPPED}", file=sys.stderr)
+        return 130
+    return _recommend(found)
 
 
-def _search(words: list[str], helping: bool = False, deadline: float | None = None) -> int:
-    """Take part in a search; a process that only helps another one says nothing of what was found, and has its deadline."""
+_STOPPED = "interrupted; the same command goes on where the search stopped"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search found, with all that it takes to say so; processes hand it on.
+
+    Attributes:
+        best: outcomes of the algorithms.
+        arms: by algorithm.
+        shared: words that hold for all of them.
+        folder: the search's own.
+        seeds: that were tuned on.
+        spaces: what was drawn, by algorithm.
+    """
+
+    best: Sequence[Any]
+    arms: Mapping[str, Arm]
+    shared: Sequence[str]
+    folder: Path
+    seeds: Sequence[int]
+    spaces: Mapping[str, Mapping[str, Any]]
+
+
+def _search(words: list[str], helping: bool = False, deadline: float | None = None) -> _Found | None:
+    """Take part in a search; ``None`` where it was interrupted. A process that only helps another one has its deadline."""
     import time
 
     from locallearn.study.train import Interrupted, attached_task, weights_behind
@@ -120,12 +160,8 @@ def _search(words: list[str], helping: bool = False, deadline: float | None = No
                 options=options,
             )
     except (Interrupted, KeyboardInterrupt):  # in a trial or between two
-        if not helping:
-            print("locallearn: interrupted; the same command goes on where the search stopped", file=sys.stderr)
-        return 130
-    if helping:
-        return 0
-    return _recommend(found, arms, shared, runs_dir / "tune" / name, seeds, spaces)
+        return None
+    return _Found(found, arms, shared, runs_dir / "tune" / name, seeds, spaces)
 
 
 def _tried(arms: Iterable[str], spaces: Mapping[str, Any], make: Callable[[str, Sequence[str]], Any]) -> None:
@@ -204,7 +240,7 @@ def _help(words: list[str], threads: int, board: str | None, deadline: float | N
         os.environ["CUDA_VISIBLE_DEVICES"] = board
     torch.set_num_threads(threads)
     try:
-        sys.exit(_search(words, helping=True, deadline=deadline))
+        sys.exit(130 if _search(words, helping=True, deadline=deadline) is None else 0)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -214,49 +250,43 @@ def _help(words: list[str], threads: int, board: str | None, deadline: float | N
 
 
 def _launched(words: list[str]) -> int:
-    """``tune -m``: Hydra's launcher starts the processes of one search, here or wherever it does."""
-    check_words(words)
-    words = located(words)
-    places = [word for word in words if word.startswith("hydra.searchpath=")]
-    codes: list[int] = []
-
-    def job(cfg: Any) -> None:
-        from hydra.core.global_hydra import GlobalHydra
-        from hydra.core.hydra_config import HydraConfig
-
-        own = [*HydraConfig.get().overrides.task, *places]
-        launching, GlobalHydra.instance().hydra = (
-            GlobalHydra.instance().hydra,
-            None,
-        )  # the search composes settings itself
-        try:
-            codes.append(_search(own))
-        except Exception as error:
-            code, sentence = explain(error, own)
-            print(f"locallearn: {sentence}", file=sys.stderr)
-            codes.append(code)
-        finally:
-            GlobalHydra.instance().hydra = launching
-        if codes[-1] == 130:
-            raise KeyboardInterrupt  # anything less Hydra keeps to itself until all have run
-
-    multirun(words, job)
+    """``tune -m``: Hydra's launcher starts the processes of one search, here or wherever it does; this one recommends."""
+    first, _ = compose_settings(first_of(words))
+    try:
+        with launch_folder(folder_setting(first, "runs_dir")) as folder:
+            words = located(words, folder)
+            places = [word for word in words if word.startswith("hydra.searchpath=")]
+            outcomes = multirun(words, partial(_take_part, tuple(places)), folder)
+            codes = [outcome.code for outcome in outcomes]
+            searches: dict[Path, _Found] = {}  # more than one where something else than tune.worker is swept
+            for found in (outcome.found for outcome in outcomes if outcome.found is not None):
+                # Where time was up, whoever ended last has seen the most trials.
+                known = searches.get(found.folder, found)
+                searches[found.folder] = max(known, found, key=lambda one: sum(best.trials for best in one.best))
+            codes += [_recommend(found) for found in searches.values()]
+    except Stopped:
+        return 130
     return max(codes, default=0)
 
 
-def _recommend(
-    found: Sequence[Any],
-    arms: dict[str, Arm],
-    shared: Sequence[str],
-    folder: Path,
-    seeds: Sequence[int],
-    spaces: Mapping[str, Mapping[str, Any]],
-) -> int:
+def _take_part(places: Sequence[str], cfg: Any, words: list[str]) -> Outcome:
+    """One process's part in a launched search; the places where Hydra finds experiments are not among a job's own words."""
+    own = [*words, *places]
+    try:
+        found = _search(own)
+    except Exception as error:
+        code, sentence = explain(error, own)
+        return Outcome(code, sentence=sentence)
+    return Outcome(130, sentence=_STOPPED) if found is None else Outcome(found=found)
+
+
+def _recommend(search: _Found) -> int:
     """Print the best settings of every algorithm, and commands that run them; 1 where one has none."""
+    found, arms, shared = search.best, search.arms, search.shared
     good = [best for best in found if best.value is not None]
     own = [word for word in shared if not word.startswith(("tune.", "report.", "bench."))]
-    files = write_experiments(folder, good, arms, own, seeds)
-    _table(found, seeds, spaces)
+    files = write_experiments(search.folder, good, arms, own, search.seeds)
+    _table(found, search.seeds, search.spaces)
     for best in found:
         for name, shares in best.importances.items():
             if shares:
@@ -270,7 +300,7 @@ def _recommend(
                 f"e.g. {best.failures[0]}{advice}",
                 file=sys.stderr,
             )
-    here = [word for word in own if _said_here(word)]
+    here = [word for word in unstaged(own) if _said_here(word)]
     for best in good:
         print(command_line("train", [f"experiment={files[best.algorithm][0]}", *here]))
     if good:

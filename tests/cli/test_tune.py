@@ -131,7 +131,7 @@ def test_two_objectives_two_seeds_and_a_launcher(here: Path, capsys: pytest.Capt
     space = "tune.space={net.hidden:{choices:[[4],[64,64]]}}"
     assert main(["tune", "-m", "tune.worker=one,two", *words, space, "tune.objectives=[accuracy,flops]"]) == 0
     out = capsys.readouterr().out
-    assert out.count("Pareto set with train_flops") == 2
+    assert out.count("Pareto set with train_flops") == 1  # the jobs leave it to the process that launched them
     history = _history(here / "runs")
     [study] = history["studies"]
     assert [trial["worker"] for trial in study["trials"]] == ["one"] * 2
