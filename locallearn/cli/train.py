@@ -8,21 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from locallearn.cli.launching import Outcome, Stopped, first_of, launch_folder, multirun
 from locallearn.cli.mistakes import explain
 from locallearn.cli.outputs import outputs_of
 from locallearn.cli.plans import command_line, folder_setting, make_plan
 from locallearn.cli.saved import PLACES, read_places, run_folder, saved_settings
-from locallearn.cli.settings import (
-    GROUPS,
-    Outcome,
-    Stopped,
-    UsageError,
-    compose_settings,
-    first_of,
-    launch_folder,
-    located,
-    multirun,
-)
+from locallearn.cli.settings import GROUPS, UsageError, compose_settings, located
 from locallearn.cli.terminal import Progress
 
 

@@ -11,20 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from locallearn.cli.arms import Arm, arms_of
+from locallearn.cli.launching import Outcome, Stopped, first_of, launch_folder, multirun
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import command_line, folder_setting, make_plan
 from locallearn.cli.searching import check_numbers, fixed_words, maker_of, objectives_of, seeds_of
-from locallearn.cli.settings import (
-    Outcome,
-    Stopped,
-    UsageError,
-    compose_settings,
-    first_of,
-    launch_folder,
-    located,
-    multirun,
-    unstaged,
-)
+from locallearn.cli.settings import UsageError, compose_settings, located, unstaged
 from locallearn.cli.spaces import space_of
 from locallearn.cli.terminal import Progress, printing
 from locallearn.cli.tuned import write_experiments
