@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ def lost(words: Sequence[str], place: Path, said: str) -> int:
     pid, terminal = pty.fork()
     if pid == 0:
         try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
             os.chdir(place)
             os.environ["OMP_NUM_THREADS"] = "1"
             os.execv(sys.executable, [sys.executable, *words])

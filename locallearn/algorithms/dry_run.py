@@ -81,8 +81,11 @@ def refuse_narrow(blocks: Blocks, task: TaskInfo) -> None:
     """
     if blocks.readout is None or not task.classes or not reads_ids(task.loss):
         return
-    with torch.no_grad():
-        width = width_of(blocks(fitted(blocks, task.example.inputs), *task.example.context))
+    try:
+        with torch.no_grad():
+            width = width_of(blocks(fitted(blocks, task.example.inputs), *task.example.context))
+    except Exception:  # a readout that cannot run: the first batch says so
+        return
     if width < task.outputs:
         raise ValueError(f"the readout has {width} outputs for {task.outputs} classes: make it as wide")
 

@@ -81,7 +81,7 @@ def first_of(words: Sequence[str]) -> list[str]:
         ):  # a path need not follow Hydra's grammar
             found.append(word)
             continue
-        override = parser.parse_override(word)
+        (override,) = parser.parse_overrides([word])  # the plural names the word in its errors
         if not override.is_sweep_override():
             found.append(word)
         elif override.is_choice_sweep() or override.is_range_sweep():

@@ -123,8 +123,8 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(
 
 def test_a_lost_terminal_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     """As a termination does; and what is said to nobody is no error."""
-    settings = (*SMALL, *_SETTINGS, "trainer.max_epochs=100000", "trainer.checkpoint_s=3600")
-    assert lost(["-m", "locallearn.cli", "train", *settings], tmp_path, "epoch 2 ") == 130
+    settings = (*SMALL, *_SETTINGS, "trainer.max_epochs=100000")
+    assert lost(["-m", "locallearn.cli", "train", *settings], tmp_path, "validation ") == 130
     (folder,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
     assert _read(folder)["status"] == "interrupted"
     assert (folder / "resume.ckpt").is_file()

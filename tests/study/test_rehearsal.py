@@ -65,7 +65,7 @@ def _of_doubles() -> Blocks:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"make_net": _narrow}, "first batch cannot be trained: .*out of bounds"),
+        ({"make_net": _narrow}, "the readout has 5 outputs for 10 classes: make it as wide"),
         ({"make_net": _of_doubles}, "dtype|same"),
         (
             {"optimizer": partial(torch.optim.LBFGS, lr=0.1, max_iter=2), "rule": Pepita},
