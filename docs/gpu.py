@@ -29,7 +29,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from gpu_queue import Entry, queue, rehearsed
 
@@ -113,12 +112,12 @@ class _Queue:
             (self._out / name).mkdir(parents=True, exist_ok=True)
 
     def run(self, entries: Sequence[Entry]) -> int:
-        from locallearn.study._signals import hang_up
+        from locallearn.terminals import hang_up
 
         waiting = [entry for entry in entries if not self._is_done(entry)]
         interrupted = False
-        usual = {signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt)}
-        usual[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up())
+        ended = {signal.SIGTERM: signal.default_int_handler, signal.SIGHUP: hang_up()}
+        usual = {one: signal.signal(one, handler) for one, handler in ended.items()}
         try:
             for entry in sorted(
                 waiting, key=lambda entry: not self._is_alone(entry)
@@ -221,10 +220,6 @@ class _Queue:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 @dataclass

@@ -26,7 +26,7 @@ LAYERS = [
     {"losses"},
     {"functional"},
     {"nets"},
-    {"batch", "precision"},
+    {"batch", "precision", "terminals"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # Free parts: energy knows nothing of networks, conf holds no code. Who may import them stands here.

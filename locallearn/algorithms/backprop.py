@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from locallearn.algorithms._segments import Checkpoint, Segments, segments
 from locallearn.algorithms._selection import By, LastLosses, Selection, rows_of, sample_losses
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
-from locallearn.algorithms.dry_run import dry_run, refuse_narrow
+from locallearn.algorithms.dry_run import dry_run
 from locallearn.batch import Batch
 from locallearn.losses._of_torch import divisor
-from locallearn.nets.blocks import evaluating, width_of
+from locallearn.nets.blocks import width_of
 
 
 class Backprop(Algorithm):
@@ -93,15 +93,10 @@ class Backprop(Algorithm):
 
     def build(self, task: TaskInfo) -> None:
         """Add nothing."""
-        dry_run(self.blocks, task.example)  # refuses a network that cannot take the data
-        refuse_narrow(self.blocks, task)
-        if (
-            self.blocks.readout is None
-        ):  # where no layer could be kept apart, the blocks may give the outputs themselves
-            with evaluating(self.blocks), torch.no_grad():
-                given = self.blocks(task.example.inputs, *task.example.context)
-            if width_of(given) != task.outputs:
-                output_layer(self.blocks, "backpropagation")
+        *_, given = dry_run(self.blocks, task.example, task)  # refuses a network that cannot take the data
+        # Where no layer could be kept apart, the blocks may give the outputs themselves.
+        if self.blocks.readout is None and width_of(given) != task.outputs:
+            output_layer(self.blocks, "backpropagation")
         if self._parts > 1 and (task.example.context or task.example.rows is not None):
             raise ValueError(
                 f"accumulate is {self._parts}, but a graph is one batch whose nodes see one another: it cannot pass in parts"

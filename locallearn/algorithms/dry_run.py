@@ -14,11 +14,16 @@ from locallearn.nets.blocks import Blocks, fitted, width_of
 from locallearn.nets.border import main
 
 
-def dry_run(blocks: Blocks, example: Batch) -> list[Tensor]:
+def dry_run(blocks: Blocks, example: Batch, task: TaskInfo | None = None) -> list[Tensor]:
     """Main output of every block, without gradients.
 
+    Args:
+        blocks: the network.
+        example: what is run.
+        task: whose loss trains the readout, so that it has to have a score for every class; ``None``: none does.
+
     Raises:
-        ValueError: a block that the example cannot pass, by name.
+        ValueError: a block that the example cannot pass, by name; or a readout for fewer classes.
     """
     outputs: list[Tensor] = []
     x: Any
@@ -42,17 +47,25 @@ def dry_run(blocks: Blocks, example: Batch) -> list[Tensor]:
                     f"block {name!r} gives {type(features).__name__}, expected a tensor with samples as rows"
                 )
             outputs.append(features)
+        if task is not None and blocks.readout is not None:
+            try:
+                width = width_of(blocks.readout(outputs[-1], *context))
+            except Exception:  # a readout that cannot run: the first batch says so
+                return outputs
+            refuse_narrow(width, task)
     return outputs
 
 
-def feature_sizes(blocks: Blocks, example: Batch) -> list[int]:
+def feature_sizes(blocks: Blocks, example: Batch, task: TaskInfo | None = None) -> list[int]:
     """Entries per sample of every block's main output, from a dry run, for rules that look at a sample's features.
 
+    The arguments are those of :func:`dry_run`.
+
     Raises:
-        ValueError: a block that has no parameters, that the example cannot pass, or whose output has other rows than samples
-            (time first, or frames, patches or nodes as rows), by name.
+        ValueError: as there; and a block that has no parameters, or whose output has other rows than samples (time first, or
+            frames, patches or nodes as rows), by name.
     """
-    outputs = dry_run(blocks, example)
+    outputs = dry_run(blocks, example, task)
     for name, block in zip(blocks.names, blocks, strict=True):
         if next(block.parameters(), None) is None:
             raise ValueError(
@@ -73,33 +86,32 @@ def feature_sizes(blocks: Blocks, example: Batch) -> list[int]:
     return [output[0].numel() for output in outputs]
 
 
-def refuse_narrow(blocks: Blocks, task: TaskInfo) -> None:
-    """Refuse a network with fewer scores than the task has classes, where the task's loss trains them.
+def refuse_narrow(width: int, task: TaskInfo) -> None:
+    """Refuse a readout of fewer outputs than the task has classes, where its loss reads class ids.
 
     Raises:
         ValueError: says how many there are.
     """
-    if blocks.readout is None or not task.classes or not reads_ids(task.loss):
-        return
-    try:
-        with torch.no_grad():
-            width = width_of(blocks(fitted(blocks, task.example.inputs), *task.example.context))
-    except Exception:  # a readout that cannot run: the first batch says so
-        return
-    if width < task.outputs:
-        raise ValueError(f"the readout has {width} outputs for {task.outputs} classes: make it as wide")
+    if task.classes and reads_ids(task.loss) and width < task.outputs:
+        raise unlike_classes(width, task.outputs)
 
 
-def of_one_sample(error: ValueError, block: str) -> ValueError:
-    """What PyTorch's normalisations say of a batch of one sample, in words that name the block; any other error as it is."""
-    if "more than 1 value per channel" not in str(error):
-        return error
-    told = ValueError(
-        f"block {block!r} has a normalisation, which has nothing to normalise by in a batch of one sample: use larger "
-        "batches, and drop_last=True in the loader"
-    )
-    told.__cause__ = error
-    return told
+def unlike_classes(width: int, classes: int) -> ValueError:
+    """What is wrong with a readout of that many outputs."""
+    return ValueError(f"the readout has {width} outputs for {classes} classes: make it as wide")
+
+
+def refuse_single(error: ValueError, block: str) -> None:
+    """Say what PyTorch's normalisations say of a batch of one sample in words that name the block; pass over other errors.
+
+    Raises:
+        ValueError: from that error.
+    """
+    if "more than 1 value per channel" in str(error):
+        raise ValueError(
+            f"block {block!r} has a normalisation, which has nothing to normalise by in a batch of one sample: use larger "
+            "batches, and drop_last=True in the loader"
+        ) from error
 
 
 def _other_rows(name: str, found: str) -> str:

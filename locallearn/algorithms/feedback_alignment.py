@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from locallearn.algorithms._error_path import Fault, error_path, inside_checkpoint
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, output_layer, selected
-from locallearn.algorithms.dry_run import dry_run, refuse_narrow
+from locallearn.algorithms.dry_run import dry_run
 from locallearn.batch import Batch
 from locallearn.functional import feedback_alignment as fa
 from locallearn.functional.feedback_alignment import Geometry
@@ -138,8 +138,7 @@ class FeedbackChain(Algorithm):
         """Find the layers by a dry run, and draw their feedback weights."""
         output_layer(self.blocks, type(self).__name__)
         self._loss = task.loss
-        self.layers = self._find_layers(task.example)
-        refuse_narrow(self.blocks, task)
+        self.layers = self._find_layers(task)
         self.feedback = nn.ModuleDict()
         for name, layer in self.layers.items():
             weight = self.blocks.get_parameter(layer.parameter).detach()
@@ -260,7 +259,7 @@ class FeedbackChain(Algorithm):
     def _weight(self, name: str) -> nn.Parameter:
         return self.blocks.get_parameter(self.layers[name].parameter)
 
-    def _find_layers(self, example: Batch) -> dict[str, Layer]:
+    def _find_layers(self, task: TaskInfo) -> dict[str, Layer]:
         """Run the network once and note the layers above the first, in the order of the forward pass.
 
         Raises:
@@ -272,7 +271,8 @@ class FeedbackChain(Algorithm):
                     f"layer {_name(path)!r} is lazy, so its feedback weights have no shape yet: run the network once before "
                     "it is trained"
                 )
-        dry_run(self.blocks, example)  # tells which block it is that cannot run
+        example = task.example
+        dry_run(self.blocks, example, task)  # tells which block it is that cannot run
         inputs = fitted(self.blocks, example.inputs)
         frozen = [p for p in self.blocks.parameters() if not p.requires_grad and p.is_floating_point()]
         self.layers, self._lowest, self._products = {}, [], []

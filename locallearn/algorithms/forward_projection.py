@@ -11,7 +11,7 @@ from locallearn.algorithms._closed_form import ClosedFormLayers, Form
 from locallearn.algorithms._grown import Grown
 from locallearn.algorithms._linear_layers import LinearLayer
 from locallearn.algorithms.base import TaskInfo, choices
-from locallearn.algorithms.dry_run import feature_sizes
+from locallearn.algorithms.dry_run import feature_sizes, unlike_classes
 from locallearn.functional import forward_projection as equations
 from locallearn.functional.ridge import check_penalty
 from locallearn.nets.activations import Mod2, Square
@@ -101,9 +101,7 @@ class ForwardProjection(ClosedFormLayers):
         feature_sizes(self.blocks, task.example)  # every row of a layer's input has its sample's label
         super().build(task)
         if self.layers[-1].width < task.outputs:
-            raise ValueError(
-                f"the readout has {self.layers[-1].width} outputs for {task.outputs} classes: make it as wide"
-            )
+            raise unlike_classes(self.layers[-1].width, task.outputs)
         *hidden, readout = self.layers
         learns = [layer for layer in hidden if layer.module.weight.requires_grad]
         if not readout.module.weight.requires_grad:

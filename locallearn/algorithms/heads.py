@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from locallearn.algorithms._selection import sample_losses
 from locallearn.algorithms.base import ParamGroup, TaskInfo, choices, refuse_dense, selected
-from locallearn.algorithms.dry_run import feature_sizes, refuse_narrow
+from locallearn.algorithms.dry_run import feature_sizes
 from locallearn.batch import Batch
 from locallearn.functional import local_heads as equations
 from locallearn.functional.local_heads import Reduction
@@ -274,8 +274,7 @@ class BlockHeads(nn.Module):
         self.names = blocks.names
         self._loss = task.loss
         self._moved = [MovementLoss(weight) if weight else None for weight in parts.moves(len(blocks))]
-        sizes = feature_sizes(blocks, task.example)  # says what cannot be run
-        refuse_narrow(blocks, task)
+        sizes = feature_sizes(blocks, task.example, task)  # says what cannot be run
         self._check(blocks, task, owner)
         self._local = len(sizes) if blocks.readout is None else len(sizes) - 1
         self.weights = [self._weights_of(i) for i in range(self._local)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from locallearn.algorithms.base import Algorithm, ParamGroup, Update
-from locallearn.algorithms.dry_run import of_one_sample
+from locallearn.algorithms.dry_run import refuse_single
 from locallearn.batch import Batch
 from locallearn.nets.border import Border, main, replaced
 
@@ -53,7 +53,8 @@ class LayerLocal(Algorithm):
         try:
             return self.blocks[index](inputs, *batch.context)
         except ValueError as error:
-            raise of_one_sample(error, self.blocks.names[index])  # noqa: B904  # says itself what it comes from
+            refuse_single(error, self.blocks.names[index])
+            raise
 
     def emit(self, index: int, output: Tensor) -> Tensor:
         """What the next block sees of this block's output. Must be detached."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from locallearn.algorithms.base import Algorithm, TaskInfo
 from locallearn.batch import Batch
 from locallearn.cost import drive
-from locallearn.local._targets import Loss, blamed, classes_in, made_up, refuse_unfit, strangers, two_of
+from locallearn.local._targets import Loss, blamed, classes_in, made_up, refuse_strangers, refuse_unfit, two_of
 from locallearn.nets.arguments import Arguments
 from locallearn.nets.blocks import evaluating, width_of
 from locallearn.nets.cut import Cut
@@ -65,9 +65,8 @@ def attach_cut(
         known = made_up(result, count, classes)
     elif outputs in (None, width_of(result)):  # else these are features, of which a rule makes outputs
         refuse_unfit(known, result, loss, classes)
-        said = strangers(targets, count, loss) if classes and targets is not None else None
-        if said is not None:
-            raise ValueError(said)
+        if classes and targets is not None:
+            refuse_strangers(targets, count, loss)
     task = TaskInfo(given._replace(targets=known), count, loss, classes)
     try:
         algorithm.attach(cut.blocks, task)

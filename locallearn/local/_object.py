@@ -14,17 +14,17 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
-from locallearn.algorithms.dry_run import of_one_sample
+from locallearn.algorithms.dry_run import refuse_single
 from locallearn.batch import Batch
 from locallearn.cost import drive, undisturbed
 from locallearn.local._targets import (
     by_entry,
     counted,
     dense,
-    no_ids,
     of_classes,
     only_broadcast,
-    strangers,
+    refuse_no_ids,
+    refuse_strangers,
     unfit,
 )
 from locallearn.losses._of_torch import left_out
@@ -97,9 +97,7 @@ class Local:
                     f"labels have shape {tuple(targets.shape)}, expected class ids of shape "
                     f"({', '.join(['N', *map(str, wanted.shape[1:])])}{',' if wanted.ndim == 1 else ''})"
                 )
-            said = no_ids(targets.dtype)
-            if said is not None:
-                raise ValueError(said)
+            refuse_no_ids(targets.dtype)
             alike = main.shape[1:] == self.task.example.inputs.shape[1:]  # inputs of another size have other places
             if of_classes(loss) and alike and targets.shape[1:] != wanted.shape[1:]:
                 raise ValueError(dense(targets.shape, wanted.shape, self.task.outputs, self._given))
@@ -112,9 +110,7 @@ class Local:
                     raise ValueError(
                         f"all labels of this batch are {left_out(loss)}, which the loss leaves out: leave it out, too"
                     )
-                said = strangers(seen, self.task.outputs, loss)
-                if said is not None:
-                    raise ValueError(said)
+                refuse_strangers(seen, self.task.outputs, loss)
         known = self.task.example
         matched = main.ndim and targets.ndim and len(known.inputs) == len(known.targets)  # else of a graph as a whole
         if matched and len(main) != len(targets):
@@ -195,9 +191,7 @@ class Local:
         self._takes_single = True
 
     def _explain_single(self, error: ValueError, done: int) -> None:
-        told = of_one_sample(error, self.blocks.names[min(done, len(self.blocks) - 1)])
-        if told is not error:
-            raise told
+        refuse_single(error, self.blocks.names[min(done, len(self.blocks) - 1)])
 
     def step(
         self, inputs: Any, targets: Tensor, rows: Tensor | None = None, source: Tensor | None = None

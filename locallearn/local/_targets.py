@@ -100,31 +100,42 @@ def are_ids(shape: Sequence[int], targets: Any, loss: Loss) -> bool:
     return targets.ndim > 1 or int(targets.min()) >= 0  # of places, losses may leave some out, by a number such as -100
 
 
-def strangers(labels: Tensor, outputs: int, loss: Loss) -> str | None:
-    """What is wrong with labels some of which are no class ids, whatever the loss leaves out; ``None``: nothing."""
+def refuse_strangers(labels: Tensor, outputs: int, loss: Loss) -> None:
+    """Refuse labels some of which are no class ids; those that the loss leaves out may be anything.
+
+    Raises:
+        ValueError: names the least and the greatest.
+    """
     seen = counted(labels, loss)
     if not seen.numel():
-        return None
+        return
     low, high = int(seen.min()), int(seen.max())
     ignored = labels.ndim > 1 and not of_classes(loss)  # such as -100, by a loss of the user's own
     if (low >= 0 or ignored) and high < outputs:
-        return None
+        return
     said = f"labels go from {low} to {high}, expected class ids 0 to {outputs - 1}: the network has {outputs} outputs"
     label = left_out(loss)
     if label in (low, high) and not 0 <= label < outputs and labels.ndim == 1:
         # Most rules read the label of every sample themselves, not through the loss.
-        return f"{said}; samples labelled {label}, which the loss leaves out, have to be left out, too (nodes by rows=)"
-    return f"{said}; where they are numbers to predict, give {'a loss for them and ' if of_classes(loss) else ''}classes=False"
-
-
-def no_ids(dtype: torch.dtype) -> str | None:
-    """What is wrong with labels of this dtype; ``None``: it may hold class ids."""
-    if not dtype.is_floating_point and dtype != torch.bool:
-        return None
-    return (
-        f"labels are {dtype}, expected class ids of dtype int64; where they are numbers to predict or probabilities, give "
-        "classes=False"
+        raise ValueError(
+            f"{said}; samples labelled {label}, which the loss leaves out, have to be left out, too (nodes by rows=)"
+        )
+    raise ValueError(
+        f"{said}; where they are numbers to predict, give {'a loss for them and ' if of_classes(loss) else ''}classes=False"
     )
+
+
+def refuse_no_ids(dtype: torch.dtype) -> None:
+    """Refuse labels of a dtype that holds no class ids.
+
+    Raises:
+        ValueError: names it.
+    """
+    if dtype.is_floating_point or dtype == torch.bool:
+        raise ValueError(
+            f"labels are {dtype}, expected class ids of dtype int64; where they are numbers to predict or probabilities, give "
+            "classes=False"
+        )
 
 
 def refuse_unfit(targets: Tensor, result: Tensor, loss: Loss, classes: bool) -> None:
@@ -136,9 +147,7 @@ def refuse_unfit(targets: Tensor, result: Tensor, loss: Loss, classes: bool) -> 
     shape = tuple(result.shape)
     given = tuple(targets.shape)
     if classes:
-        said = no_ids(targets.dtype)
-        if said is not None:
-            raise ValueError(said)
+        refuse_no_ids(targets.dtype)
         if of_classes(loss) and given != (*shape[:1], *shape[2:]):
             raise ValueError(
                 f"targets have shape {told(given)}, and class ids for outputs of shape {told(shape)} have shape "

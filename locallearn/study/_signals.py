@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any
 
 from locallearn.study.plan import Interrupted
+from locallearn.terminals import hang_up
 
 
 @contextlib.contextmanager
@@ -42,20 +42,6 @@ def terminations() -> Iterator[None]:
         if hasattr(signal, "SIGHUP"):  # not on Windows
             stack.enter_context(_answered(signal.SIGHUP, hang_up(), instead_of=signal.SIG_DFL))
         yield
-
-
-def hang_up() -> Callable[..., NoReturn]:
-    """What answers the loss of the terminal. What is said from then on goes nowhere: writing to it would be an error."""
-    terminals = [number for number in (1, 2) if os.isatty(number)]
-
-    def answer(*_: object) -> NoReturn:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in terminals:
-            os.dup2(nowhere, number)
-        os.close(nowhere)
-        raise KeyboardInterrupt
-
-    return answer
 
 
 def deaf() -> contextlib.AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from locallearn.algorithms.dry_run import refuse_narrow
 from locallearn.batch import Batch
 from locallearn.functional import counter_current as ccl
 from locallearn.losses.counter_current import CounterCurrentLoss
-from locallearn.nets.blocks import evaluating
+from locallearn.nets.blocks import evaluating, width_of
 
 Target = Literal["class", "identity"]
 Loss = Literal["auto", "mlp", "cnn", "autoencoder"]
@@ -161,7 +161,7 @@ class CounterCurrent(Algorithm):
             layers, x = trace(name, stage, x)
             traced.append(layers)
             shapes.append(x.shape[1:])
-        refuse_narrow(self.blocks, task)
+        refuse_narrow(width_of(x), task)
         convolutional = any(isinstance(layer.module, nn.Conv2d) for layers in traced for layer in layers)
         self.kind = _kind(self.loss, task, convolutional)
         self._pairs: Pairs

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from locallearn.algorithms.base import ByOptions, Locality, ParamGroup, TaskInfo, Update, choices, output_layer
-from locallearn.algorithms.dry_run import dry_run, refuse_narrow
+from locallearn.algorithms.dry_run import dry_run
 from locallearn.algorithms.forward_gradient._activities import Activities
 from locallearn.algorithms.forward_gradient._weights import Weights
 from locallearn.batch import Batch
@@ -201,8 +201,7 @@ class ForwardGradient(ByOptions):
 
     def build(self, task: TaskInfo) -> None:
         """Add nothing; one step is tried, so that what has no forward-mode derivative is told before training."""
-        dry_run(self.blocks, task.example)  # refuses a network that cannot take the data
-        refuse_narrow(self.blocks, task)
+        dry_run(self.blocks, task.example, task)  # refuses a network that cannot take the data
         output_layer(self.blocks, "ForwardGradient")
         self._make(task)
         with _told(self.blocks), self._practice(len(task.example.inputs) > 1):

@@ -20,7 +20,7 @@ from locallearn.algorithms.base import (
     refuse_dense,
     refuse_made_weights,
 )
-from locallearn.algorithms.dry_run import feature_sizes
+from locallearn.algorithms.dry_run import feature_sizes, unlike_classes
 from locallearn.algorithms.pepita._layers import Layer, taken_apart
 from locallearn.algorithms.pepita._steps import STEPS
 from locallearn.batch import Batch
@@ -194,9 +194,7 @@ class Pepita(Algorithm):
         if not isinstance(self._readout.weights, nn.Linear) or self._readout.activation or self._readout.after:
             raise ValueError("the readout must be an nn.Linear, or nn.Flatten and nn.Linear, and nothing after it")
         if self._readout.weights.out_features != task.outputs:
-            raise ValueError(
-                f"the readout has {self._readout.weights.out_features} outputs for {task.outputs} classes: make it as wide"
-            )
+            raise unlike_classes(self._readout.weights.out_features, task.outputs)
         feature_sizes(self.blocks, example)  # refuses blocks that do not fit one another
         self._shapes = self._dry_run(example)
         width, weight = example.inputs[0].numel(), self._hidden[0].weights.weight

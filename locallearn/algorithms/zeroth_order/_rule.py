@@ -21,7 +21,7 @@ from locallearn.algorithms.base import (
     output_layer,
     selected,
 )
-from locallearn.algorithms.dry_run import dry_run, refuse_narrow
+from locallearn.algorithms.dry_run import dry_run
 from locallearn.algorithms.forward_gradient._passes import Draws
 from locallearn.algorithms.zeroth_order._coded import Coded, Codes
 from locallearn.algorithms.zeroth_order._dense import Dense
@@ -225,8 +225,7 @@ class ZerothOrder(ByOptions):
     # -- building ------------------------------------------------------------------------------------------------------
     def build(self, task: TaskInfo) -> None:
         """Check what can be; exact weights go to their grid, quantised ones to their codes."""
-        dry_run(self.blocks, task.example)  # refuses a network that cannot take the data
-        refuse_narrow(self.blocks, task)
+        dry_run(self.blocks, task.example, task)  # refuses a network that cannot take the data
         output_layer(self.blocks, "ZerothOrder")
         self._loss = task.loss
         learned = self._learned()
