@@ -41,6 +41,7 @@ _NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
 
 def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None = None) -> Any:
     """Typed objects for one run; ``arm`` is what it stands for in a comparison."""
+    import torch
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -77,8 +78,10 @@ def make_plan(cfg: Any, choices: dict[str, str], command: str, arm: Arm | None =
     device = _device(choices["algorithm"], config["net"])
 
     def make_net() -> Any:
-        # Only now, because the example of a graph is read from its files; and only to who names it, not to any **kwargs.
-        seen = {"example": data.example()} if names_argument(cfg.net._target_, "example") else {}
+        # Only now, because the example of a graph is read from its files; and only to who names it, not to any **kwargs. The
+        # weights are the seed's alone: data that draw for the first time here would change them.
+        with torch.random.fork_rng(devices=[]):
+            seen = {"example": data.example()} if names_argument(cfg.net._target_, "example") else {}
         return make(cfg.net, **accepted(cfg.net._target_, shapes), **seen, **net_settings)
 
     def make_task(net: Any) -> Any:

@@ -80,7 +80,8 @@ def factory(
     """
     module, _, attribute = name.rpartition(".")
     try:
-        make = getattr(import_module(module), attribute)
+        with torch.random.fork_rng(devices=[]):  # a module may draw when it is imported, which it is once in a process
+            make = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"name is {name!r}, expected a class or function with its module, my_package.make_net: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def bare(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     (tmp_path / "any_conf" / "dataset").mkdir(parents=True)
     (tmp_path / "any_conf" / "dataset" / "any_images.yaml").write_text(_DATASET, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "any_parts", raising=False)  # that of another test's folder
     kept = tuple(word for word in SMALL if not word.startswith("net."))
     monkeypatch.setattr("tests.cli.conftest.SMALL", kept)
     return cli
@@ -248,6 +250,17 @@ def test_a_cut_network_of_token_ids_has_the_weights_that_the_factory_draws() -> 
     net = Reading(4)
     assert torch.equal(blocks(ids), net(ids))
     assert sum(p.numel() for p in blocks.parameters()) == sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_factory_that_is_imported_for_the_first_time_draws_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for first in (True, False):
+        if first:
+            monkeypatch.delitem(sys.modules, "any_parts", raising=False)  # which makes a network when it is imported
+        torch.manual_seed(3)
+        drawn.append(factory("any_parts.Reading", (12,), 4, cuts=2, example=torch.randint(256, (5, 12))).state_dict())
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
 
 
 @pytest.mark.usefixtures("bare")
