@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ class Local:
             done += 1
             yield update
             optimizer = self.optimizers[update.unit]
-            if _needs_closure(optimizer):
+            if _needs_closure(type(optimizer)):
                 optimizer.step(partial(_again, update, optimizer, [True]))  # type: ignore[arg-type]
             else:
                 update.backward()
@@ -209,7 +210,7 @@ class Local:
         for update in self.updates(inputs, targets, rows, source):
             if update.loss is not None:
                 loss = update.loss.detach()
-                if loss.device.type == "cpu" and not bool(torch.isfinite(loss)):
+                if loss.device.type == "cpu" and not math.isfinite(loss.item()):
                     raise ValueError(_diverged(update.unit, loss, inputs))
                 losses[update.unit] = losses[update.unit] + loss if update.unit in losses else loss
         return losses
@@ -281,9 +282,9 @@ class Local:
 
     def _refuse_frozen(self) -> None:
         """Whether there is anything left of the network that could learn, where this rule moves its weights at all."""
-        parameters = list(self.net.parameters())
-        if any(p.requires_grad for p in parameters):
+        if any(p.requires_grad for p in self.net.parameters()):  # as a rule the first
             return
+        parameters = list(self.net.parameters())
         own = {id(p) for p in parameters}
         if any(
             id(p) in own for unit in self.optimizers.values() for group in unit.param_groups for p in group["params"]
@@ -324,8 +325,9 @@ def _optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optim
     return optimizers
 
 
-def _needs_closure(optimizer: Optimizer) -> bool:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
+@cache  # asked with every step of every unit
+def _needs_closure(kind: type[Optimizer]) -> bool:
+    closure = inspect.signature(kind.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
