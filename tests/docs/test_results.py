@@ -269,6 +269,17 @@ def test_forward_forward_over_ten_epochs_is_that_of_the_records() -> None:
         assert f"**{100 * record.data['test']['accuracy']:.2f}**" in row
 
 
+def test_the_step_beside_official_code_is_that_of_the_record() -> None:
+    file = DOCS / "records" / "beside_official_code" / "counter_current_step.json"
+    for timed in json.loads(file.read_text(encoding="utf-8"))["passes"]:
+        theirs, ours = ([1e3 * seconds / 78 for seconds in timed[f"{side}_s"]] for side in ("theirs", "ours"))
+        ratios = [own / other for own, other in zip(ours, theirs, strict=True)]
+        figures = [statistics.median(theirs), statistics.median(ours), statistics.median(ratios)]
+        gradients = "as they are" if timed["clip"] is None else "clipped at 1, as in its experiments"
+        cells = [*(f"{figure:.3f}" for figure in figures), f"{min(ratios):.3f} to {max(ratios):.3f}"]
+        assert f"| {gradients} | {' | '.join(cells)} |" in PAGE
+
+
 def test_the_paired_difference_is_that_of_the_records() -> None:
     """Mono-Forward against backpropagation on MNIST, seed by seed, worked out by SciPy."""
     rules = [_records("mono_forward_mnist", algorithm) for algorithm in ("mono_forward", "backprop")]
