@@ -81,6 +81,10 @@ class BackpropForwardForward(Algorithm):
         """Add nothing."""
         if not task.classes:
             raise ValueError("BP/FF writes class labels into the input, and this task has none")
+        if task.outputs < 2:
+            raise ValueError(
+                f"BP/FF tells a right label from a wrong one, and this task has {task.outputs} class: it needs at least 2"
+            )
         refuse_dense(task, "BP/FF")
         if task.example.context:
             raise ValueError(

@@ -299,6 +299,14 @@ class BlockHeads(nn.Module):
         if self._observes:
             self.register_buffer("low", torch.full((image[0],), torch.inf))
             self.register_buffer("high", torch.full((image[0],), -torch.inf))
+        if parts.loss == "infopro" and self._local == 1:
+            for part in ("reconstruction", "classification"):
+                first, last = getattr(parts, part)
+                if first != last:
+                    raise ValueError(
+                        f"{part}={[first, last]} runs from the first to the last local block, and block {self.names[0]!r} is "
+                        f"the only one: give both ends one weight, e.g. {part}=[1,1], or cut the network into more blocks"
+                    )
         self._contrast = SupervisedContrastiveLoss(parts.temperature)
 
     # -- making -------------------------------------------------------------------------------------------------------

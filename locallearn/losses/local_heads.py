@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from locallearn.functional import local_heads
 from locallearn.functional.local_heads import Reduction
 from locallearn.nets.heads import Decoder, LinearHead
-from locallearn.nets.layout import Signal
+from locallearn.nets.layout import Signal, channel_axis
 
 
 class SimilarityLoss(nn.Module):
@@ -87,7 +87,8 @@ class PredSimLoss(nn.Module):
         shape: of one sample of the layer's output.
         classes: number of classes C.
         beta: β.
-        limit: largest number of inputs of the linear head, to which maps are averaged; ``None``: no averaging.
+        limit: largest number of inputs of the linear head, to which maps and tokens are averaged; vectors, and one value per
+            channel, stay as they are; ``None``: no averaging.
         head: another head, ``(N, *shape)`` to ``(N, C)``; ``None``: linear with bias, its weights zero at the start.
 
     Attributes:
@@ -113,6 +114,8 @@ class PredSimLoss(nn.Module):
             raise ValueError(f"beta={beta} must be within 0 and 1.")
         self.beta = beta
         if head is None:
+            if limit is not None:
+                limit = max(limit, shape[channel_axis(shape) - 1])
             head = LinearHead(shape, classes, limit, bias=True)
             nn.init.zeros_(head.projection)
         self.head = head

@@ -14,7 +14,7 @@ from locallearn.nets.activations import Mod2, Square
 from locallearn.nets.blocks import Blocks
 
 _T = TypeVar("_T")
-Init = Literal["kaiming_uniform", "he_uniform", "xavier_uniform", "lecun_normal", "orthogonal"]
+Init = Literal["pytorch", "kaiming_uniform", "he_uniform", "xavier_uniform", "lecun_normal", "orthogonal"]
 Activation = Literal["relu", "leaky_relu", "elu", "tanh", "mod2", "square"]
 Pool = Literal["avg", "max"]
 Border = Literal["replicate", "none", "zeros"]
@@ -40,6 +40,7 @@ def _orthogonal(weight: Tensor) -> None:
 
 
 _INITS: dict[str, Callable[[Tensor], Any]] = {
+    "pytorch": _kaiming_uniform,  # and biases of the layer's own
     "kaiming_uniform": _kaiming_uniform,
     "he_uniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
     "xavier_uniform": nn.init.xavier_uniform_,
@@ -60,7 +61,8 @@ _POOLS: dict[str, Callable[[int], nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.
 def initialise(module: nn.Module, init: Init) -> None:
     """Draw every linear and convolutional weight of ``module`` afresh, and set its biases to zero.
 
-    ``kaiming_uniform``: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's own choice for weights.
+    ``pytorch``: the layers' own start, biases and all: both U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+    ``kaiming_uniform``: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's own choice for weights alone.
     ``he_uniform``: U(-sqrt(6/fan_in), sqrt(6/fan_in)) (He et al. 2015).
     ``xavier_uniform``: U(-sqrt(6/(fan_in+fan_out)), ...) (Glorot and Bengio 2010).
     ``lecun_normal``: N(0, 1/fan_in), the choice of Hinton's Forward-Forward code.
@@ -74,6 +76,9 @@ def initialise(module: nn.Module, init: Init) -> None:
     draw = choice("init", init, _INITS)
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
+            if init == "pytorch":
+                layer.reset_parameters()
+                continue
             draw(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -67,13 +67,16 @@ class LocallyConnected2d(nn.Module):
 
     def reset(self, init: Init) -> None:
         """Draw the weights of every position as those of a linear layer, see :func:`~locallearn.nets.initialise`."""
-        layer = nn.Linear(self.weight.shape[2], self.out_channels, bias=False)
+        biases = init == "pytorch" and self.bias is not None  # else they are zero
+        layer = nn.Linear(self.weight.shape[2], self.out_channels, bias=biases)
         with torch.no_grad():
-            for weight in self.weight:
-                initialise(layer, init)
-                weight.copy_(layer.weight)
             if self.bias is not None:
                 self.bias.zero_()
+            for position, weight in enumerate(self.weight):
+                initialise(layer, init)
+                weight.copy_(layer.weight)
+                if self.bias is not None and biases:
+                    self.bias.view(self.out_channels, self.positions)[:, position] = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, *input_size)`` to ``(N, out_channels, *output_size)``.

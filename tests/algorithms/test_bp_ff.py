@@ -158,6 +158,7 @@ def test_unknown_settings_are_refused(settings: dict[str, Any], said: str) -> No
 def test_what_it_cannot_train_is_refused(batch: Batch) -> None:
     for info, said in (
         (TaskInfo(batch, CLASSES, F.mse_loss, classes=False), "this task has none"),
+        (TaskInfo(batch, 1, F.cross_entropy), "this task has 1 class: it needs at least 2"),
         (TaskInfo(batch._replace(context=(torch.zeros(1),)), CLASSES, F.cross_entropy), "context of this task"),
         (TaskInfo(batch._replace(inputs=batch.inputs[:, :3]), CLASSES, F.cross_entropy), "too few for the label"),
     ):

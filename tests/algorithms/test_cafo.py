@@ -349,6 +349,18 @@ def test_a_singular_problem_is_told_in_the_figures() -> None:
     assert regular.diagnostics()["conv1"]["cholesky"] == 1
 
 
+def test_a_prediction_in_inference_mode_in_mid_epoch_leaves_ordinary_numbers() -> None:
+    algorithm = _gathered(_attached(predictor="mse"), [_data(40)])
+    with torch.inference_mode():
+        algorithm.predict(_data(10).inputs)
+    algorithm.end_epoch()
+    again = _gathered(_attached(predictor="mse"), [_data(40)])
+    again.end_epoch()
+    algorithm.load_state_dict(again.state_dict())
+    for mine, theirs in zip(_weights(algorithm), _weights(again), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_nothing_is_known_before_the_first_batch() -> None:
     algorithm = _attached(predictor="mse").eval()
     assert algorithm.units() == {}

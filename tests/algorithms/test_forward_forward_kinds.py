@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -87,6 +88,7 @@ def test_options_choose_the_class() -> None:
         ({"loss": "channelwise", "threshold": 2.0}, "threshold is 2.0"),
         ({"recurrent": 8, "negatives": "hard"}, "recurrent and negatives=hard do not go together"),
         ({"recurrent": 8, "loss": "channelwise"}, "recurrent and loss=channelwise do not go together"),
+        ({"threshold": math.nan}, "threshold is nan, expected a finite number"),
         ({"recurrent": 8, "inference": "softmax"}, "recurrent answers by 'goodness'"),
         ({"recurrent": 0}, "recurrent is 0 time steps"),
         ({"recurrent": True}, "recurrent is True time steps"),
@@ -98,6 +100,28 @@ def test_options_choose_the_class() -> None:
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ForwardForward(**options)
+
+
+# -- a readout under a schedule of stages ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("loss", ["logistic", "channelwise"])
+def test_goodness_judges_the_blocks_until_the_readout_learns(loss: str) -> None:
+    """In the last block's stage all blocks are there, and the readout has not learned yet: it would call all labels alike."""
+    by_readout, by_goodness = (_attached(loss=loss, inference=how) for how in ("softmax", "goodness"))
+    nn.init.normal_(by_readout.readout.weight)
+    for stage in ("layer1", "layer2", "layer3"):
+        for algorithm in (by_readout, by_goodness):
+            algorithm.train_only(frozenset([stage]))
+        assert torch.equal(by_readout.predict(IMAGES.inputs), by_goodness.predict(IMAGES.inputs))
+    for active in (frozenset(["readout"]), None):
+        by_readout.train_only(active)
+        features = torch.cat([x.flatten(1) for x in by_readout.activations(IMAGES.inputs)][by_readout.skip_first :], 1)
+        torch.testing.assert_close(by_readout.predict(IMAGES.inputs), features @ by_readout.readout.weight.T)
+
+
+def test_hard_negatives_want_a_readout_that_learns_with_the_blocks() -> None:
+    with pytest.raises(ValueError, match=r"negatives=hard draws wrong labels from the readout, .* use schedule=joint"):
+        _ = _attached(negatives="hard").stages
+    assert _attached(inference="softmax").stages[-1] == ["readout"]
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -119,6 +143,13 @@ def test_bad_input_is_refused_at_attach(options: dict[str, Any], inputs: Tensor,
     net = Blocks({"layer1": nn.Sequential(first, nn.Flatten(), nn.Linear(size, 8), nn.ReLU())})
     with pytest.raises(ValueError, match=sentence):
         ForwardForward(**options).attach(net, TaskInfo(Batch(inputs, torch.tensor([0, 0])), outputs, F.cross_entropy))
+
+
+def test_classes_share_out_channels_and_never_tokens() -> None:
+    net = Blocks({"embed": nn.Linear(6, 8), "mix": nn.Sequential(nn.Linear(8, 8), nn.ReLU())})
+    task = TaskInfo(Batch(torch.rand(2, 4, 6), torch.tensor([0, 1])), 4, F.cross_entropy)
+    with pytest.raises(ValueError, match=r"block 'embed' gives tokens of shape \(4, 8\) .* its 4 tokens"):
+        ForwardForward(loss="channelwise").attach(net, task)
 
 
 def test_blocks_that_take_nothing_from_above_are_refused() -> None:

@@ -59,6 +59,7 @@ ACCURACIES = [
     ("mono_forward_mnist", "backprop", 5),
     ("forward_forward_mnist", "forward_forward", 5),
     ("forward_forward_mnist_4x2000_long", "forward_forward", 1),
+    ("forward_forward_mnist_unsupervised", "forward_forward", 1),
     ("mono_forward_cifar10", "mono_forward", 1),
     ("cafo_cifar10", "cafo", 3),
     ("cafo_cifar10_ce", "cafo", 3),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from locallearn.nets import Blocks, cnn, mlp
+from locallearn.nets import Blocks, cnn, locally_connected, mlp
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -242,6 +245,18 @@ def test_initial_weights(init: str, std: float) -> None:
         assert 0.99 / 20 < weight.abs().max().item() <= 1 / 20
     else:
         assert weight.abs().max().item() > 3 * std
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, partial(locally_connected, kernel_sizes=(3,), strides=(1,))])
+def test_layers_keep_their_own_start_where_that_is_asked_for(make: Any) -> None:
+    """Weights and biases alike, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    torch.manual_seed(0)
+    block = make((3, 6, 6), 10, (400,), init="pytorch")[0]
+    weight, bias = block.parameters()
+    bound = {2: 108, 3: 27, 4: 27}[weight.ndim] ** -0.5
+    for drawn in (weight, bias):
+        assert drawn.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert drawn.abs().max().item() <= bound
 
 
 def test_the_same_seed_gives_the_same_network() -> None:

@@ -112,7 +112,11 @@ class ClosedForm(Grown):
     def finish(self) -> None:
         """Solve for the weights, and let the sums go."""
         if self.gathering:
-            weights, offset, self.found = self._solved()
+            weights, offset, found = self._solved()
+            with torch.inference_mode(
+                False
+            ):  # a prediction in inference mode may have solved: a buffer is an ordinary tensor
+                self.found = found.clone()
             self.weights.copy_(weights)
             self.offset.copy_(offset)
             self.forget()

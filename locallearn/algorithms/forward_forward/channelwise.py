@@ -16,6 +16,8 @@ from locallearn.batch import Batch
 from locallearn.functional import layer_collaboration
 from locallearn.losses.channelwise import ChannelwiseCompetitiveLoss
 from locallearn.nets.blocks import fitted
+from locallearn.nets.layout import channel_axis
+from locallearn.nets.units import sample_shapes
 
 
 class ChannelwiseForwardForward(ForwardForward):
@@ -66,7 +68,13 @@ class ChannelwiseForwardForward(ForwardForward):
         sizes = feature_sizes(self.blocks, task.example)
         x = fitted(self.blocks, task.example.inputs)
         with torch.no_grad():
-            for name, output in zip(self.blocks.names, self.blocks.features(x), strict=True):
+            shapes = sample_shapes(self.blocks, x, ())[0]
+            for name, shape, output in zip(self.blocks.names, shapes, self.blocks.features(x), strict=True):
+                if len(shape) > 1 and channel_axis(shape) != 1:
+                    raise ValueError(
+                        f"block {name!r} gives tokens of shape {tuple(shape)} per sample, and classes would share out its "
+                        f"{shape[0]} tokens instead of its channels: use blocks that give maps or vectors, or another loss"
+                    )
                 if output.shape[1] % task.outputs:
                     raise ValueError(
                         f"block {name!r} has {output.shape[1]} channels, which cannot be shared out among {task.outputs} "
@@ -100,7 +108,7 @@ class ChannelwiseForwardForward(ForwardForward):
 
     def predict(self, inputs: Tensor, *context: Any) -> Tensor:
         """Goodness of every class's channels in the last block, or summed over blocks, or the readout's logits, ``(N, C)``."""
-        if self.inference == "softmax" and self.depth == len(self.blocks):
+        if self.by_readout:
             return super().predict(inputs)
         groups = list(self._groups(inputs))
         return torch.stack([groups[i] for i in self.read(self.depth)]).sum(0)

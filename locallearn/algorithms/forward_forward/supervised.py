@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Container, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -73,7 +74,8 @@ class ForwardForward(_ByOptions):
             keeps it. ``None``: true where the first block reads the label from its input, and with hybrids; else false, and
             with ``inference="vote"``, where all blocks vote.
         label_strength: value of the label's slot.
-        readout_lr: learning rate of the readout; ``None``: that of the blocks.
+        readout_lr: learning rate of the readout, where there is one (hard negatives, hybrids, ``"softmax"``); ``None``: that of
+            the blocks.
         readout_weight_decay: weight decay of the readout; ``None``: that of the blocks.
         seed: of negatives, and of weights from above with ``recurrent`` (the readout starts at zero).
         loss: ``"logistic"``: as above; ``"symba"``: softplus(-alpha (G+ - G-)) with G the mean of squares;
@@ -127,6 +129,8 @@ class ForwardForward(_ByOptions):
         emergent.check_kind(goodness)
         emergent.check_scale(normalise)
         self.negatives = negatives
+        if threshold is not None and not math.isfinite(threshold):
+            raise ValueError(f"threshold is {threshold}, expected a finite number, or null for the output's own")
         self.inference: Inference = self.inferences[0] if inference is None else inference
         self.threshold = threshold
         self.temperature = temperature
@@ -181,6 +185,20 @@ class ForwardForward(_ByOptions):
         """Nothing but the label in the input and the positive/negative bit."""
         bit = "label in the input, positive/negative bit"
         return f"{bit}; wrong labels drawn from the readout's softmax" if self.negatives == "hard" else bit
+
+    @property
+    def stages(self) -> list[list[str]]:
+        """One block after the other, then the readout.
+
+        Raises:
+            ValueError: negatives would come from a readout that has not learned yet.
+        """
+        if self.negatives == "hard":
+            raise ValueError(
+                "negatives=hard draws wrong labels from the readout, which in a sequential schedule learns behind all blocks "
+                "and until then takes every label for as likely: set algorithm.negatives=uniform, or use schedule=joint"
+            )
+        return super().stages
 
     @property
     def variant(self) -> str | None:
@@ -275,7 +293,7 @@ class ForwardForward(_ByOptions):
 
     def predict(self, inputs: Tensor, *context: Any) -> Tensor:
         """Summed goodness of every label (negated for min-ssq), the blocks' votes, or the readout's logits, ``(N, C)``."""
-        if self.inference == "softmax" and self.depth == len(self.blocks):
+        if self.by_readout:
             assert self.readout is not None
             scores: Tensor = self.readout(self._features(self.activations(inputs)))
         elif self.inference == "vote":
@@ -284,6 +302,11 @@ class ForwardForward(_ByOptions):
             scores = super().predict(inputs)
         self._pre_activation = None  # the hook cannot tell prediction from learning, and would keep a graph alive
         return scores
+
+    @property
+    def by_readout(self) -> bool:
+        """Whether the readout answers: not in stages before its own, in which goodness judges what a block has learned."""
+        return self.inference == "softmax" and self.trains("readout")
 
     def readable(self, depth: int) -> range:
         """Blocks that a readout reads, of so many that are trained."""
