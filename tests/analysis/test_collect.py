@@ -211,6 +211,31 @@ def test_the_summary_is_made_of_the_functions() -> None:
             assert figures["map"]["values"] == scaled.tolist()
 
 
+@pytest.mark.parametrize("only_right", [True, False])
+def test_what_is_classified_wrongly_is_left_out_unless_it_is_asked_for(only_right: bool) -> None:
+    algorithm, batch = _attached(Backprop), _batch(80)
+    optimizers = {name: torch.optim.Adam(groups, lr=0.02) for name, groups in algorithm.units().items()}
+    for _ in range(30):
+        for update in algorithm.updates(batch):
+            update.backward()
+            optimizers[update.unit].step()
+            optimizers[update.unit].zero_grad()
+    wrong = torch.arange(80) < 9  # by their labels: three of class 1, two of the others
+    given = batch._replace(targets=torch.where(wrong, (batch.targets + 1) % CLASSES, batch.targets))
+    assert torch.equal(_all(algorithm, [given]).right, ~wrong)
+
+    result = analysis.analyse(algorithm, [given], CLASSES, only_right=only_right, per_class=99)
+    kept = ~wrong if only_right else torch.ones(80, dtype=torch.bool)
+    assert (result["samples"], result["accuracy"]) == (80, pytest.approx(71 / 80))
+    assert result["passes"]["plain"]["counts"] == torch.bincount(given.targets[kept], minlength=CLASSES).tolist()
+    whole = _all(algorithm, [given])
+    for figures, h in zip(result["passes"]["plain"]["layers"], whole.chosen(kept).layers.values(), strict=True):
+        assert figures["hoyer"] == pytest.approx(analysis.sparsity(h).mean, rel=1e-5)
+        assert figures["map"]["labels"] == given.targets[kept].sort().values.tolist()
+    alike = analysis.similarity({"a": (algorithm, [given]), "b": (algorithm, [given])}, CLASSES, only_right=only_right)
+    assert alike["samples"] == int(kept.sum())
+
+
 def test_likeness_of_two_networks_is_over_the_samples_that_both_know() -> None:
     one, two = _attached(Backprop), _attached(ForwardForward)
     for algorithm, seed in ((one, 1), (two, 2)):
