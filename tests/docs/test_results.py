@@ -264,6 +264,18 @@ def test_the_rows_of_layer_collaboration_are_those_of_the_records() -> None:
     assert sorted(found) == sorted(row[:3] + row[4:] for row in rows if len(row) == 7)
 
 
+def test_layer_collaboration_over_forty_epochs_is_that_of_the_records() -> None:
+    def by_variant(folder: str) -> dict[str, float]:
+        records = [r for r in scan([DOCS / "records" / folder]).records if r.dataset == "mnist"]
+        return {r.data["variant"] or "": 100 * r.data["test"]["accuracy"] for r in records if r.algorithm != "backprop"}
+
+    short, long = by_variant("layer_collaboration"), by_variant("layer_collaboration_40_epochs")
+    for variant, accuracy in long.items():
+        row = next(line for line in PAGE.partition("**Forty epochs")[2].splitlines() if f"| {variant} |" in line)
+        behind = [f"{found[''] - found[variant]:.2f}" for found in (long, short)] if variant else ["\u2013"] * 2
+        assert [cell.strip(" *") for cell in row.split("|")[4:7]] == [f"{accuracy:.2f}", *behind]
+
+
 def test_forward_forward_over_ten_epochs_is_that_of_the_records() -> None:
     for record in _records("forward_forward_mnist_4x2000", "forward_forward"):
         row = next(line for line in PAGE.splitlines() if f"| {record.data['variant']} |" in line and "4x2000)" in line)
