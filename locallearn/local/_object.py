@@ -170,7 +170,7 @@ class Local:
             done += 1
             yield update
             optimizer = self.optimizers[update.unit]
-            if _needs_closure(type(optimizer)):
+            if _needs_closure(type(optimizer).step):
                 optimizer.step(partial(_again, update, optimizer, [True]))  # type: ignore[arg-type]
             else:
                 update.backward()
@@ -326,8 +326,8 @@ def _optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optim
 
 
 @cache  # asked with every step of every unit
-def _needs_closure(kind: type[Optimizer]) -> bool:
-    closure = inspect.signature(kind.step).parameters.get("closure")
+def _needs_closure(step: Callable[..., Any]) -> bool:
+    closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
