@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from locallearn.batch import Batch
 from locallearn.nets.blocks import Blocks, evaluating, refuse_half, rest
@@ -100,6 +101,16 @@ class Update:
             differentiate(self.loss)
         if self.loss is not None:
             self.loss = self.loss.detach()
+
+
+def let_go(optimizer: Optimizer) -> None:
+    """Set a unit's gradients to ``None``: what :meth:`torch.optim.Optimizer.zero_grad` does, for a thirtieth of its price."""
+    if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):
+        optimizer.zero_grad()  # somebody else's
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 class Algorithm(nn.Module, ABC):

@@ -167,7 +167,7 @@ class LayerLocal(Algorithm):
         """
         if keep and not self.deterministic:
             raise ValueError(
-                f"{type(self).__name__} draws new negatives for every batch, so frozen activations cannot be cached: "
+                f"{type(self).__name__} draws anew for every batch (negatives, noise), so frozen activations cannot be cached: "
                 "set schedule.cache=false"
             )
         self._cache = FrozenActivations() if keep else None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from locallearn.cli.settings import GROUPS, UsageError, compose_settings, options, setting_names, takes_mapping
+from locallearn.cli.settings import GROUPS, PLACES, UsageError, compose_settings, options, setting_names, takes_mapping
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # no room, or none left for this user
 
@@ -127,8 +127,9 @@ def _configuration(error: Exception, words: Sequence[str]) -> str:
 
 
 def _chosen(words: Sequence[str]) -> list[str]:
-    """The words that choose from a group, of several choices the first."""
-    return [word.partition(",")[0] for word in words if word.partition("=")[0] in GROUPS]
+    """The words that choose from a group, of several choices the first, and the places where Hydra looks for choices."""
+    chosen = [word.partition(",")[0] for word in words if word.partition("=")[0] in GROUPS]
+    return [*chosen, *(word for word in words if word.startswith(PLACES))]
 
 
 def _inside_a_mapping(key: str, words: Sequence[str]) -> str | None:

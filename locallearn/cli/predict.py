@@ -76,12 +76,19 @@ def evaluate(saved: Saved, part: str) -> tuple[dict[str, float], list[tuple[Any,
 
     found: list[tuple[Any, Any, Any]] = []
     latest: list[Any] = []
+    asked: list[Any] = []  # of the rule itself, which a task of the user's may ask past its own forward
     judged: list[Any] = []
 
     class Keep(pl.Callback):
         def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
             batch = judged.pop() if judged else module.to_batch(batch)
-            rows, made, targets = batch.rows, latest.pop(), batch.targets
+            if not latest and not asked:
+                raise UsageError(
+                    f"{type(module).__name__} gives no outputs to show: let its test_step call the task itself, self(batch), "
+                    "or self.algorithm.predict"
+                )
+            rows, made, targets = batch.rows, (latest or asked).pop(), batch.targets
+            asked.clear()
             if rows is not None and rows.ndim == 1:
                 ids = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
                 made, targets = made[rows], targets[rows]
@@ -96,6 +103,13 @@ def evaluate(saved: Saved, part: str) -> tuple[dict[str, float], list[tuple[Any,
         judged.append(batch)  # of links, what the loader gave does not say which part it is
         return type(saved.task).judge(saved.task, batch)
 
+    def predict(*given: Any) -> Any:
+        made = type(algorithm).predict(algorithm, *given)
+        asked.append(made)
+        return made
+
+    algorithm = saved.algorithm
+    algorithm.predict = predict
     hook = saved.task.register_forward_hook(lambda module, given, made: latest.append(made))
     saved.task.judge = judge
     saved.trainer.callbacks.append(Keep())
@@ -105,7 +119,7 @@ def evaluate(saved: Saved, part: str) -> tuple[dict[str, float], list[tuple[Any,
             figures = run(saved.task, datamodule=saved.data, verbose=False)[0]
     finally:
         hook.remove()
-        del saved.task.judge
+        del saved.task.judge, algorithm.predict
         saved.trainer.callbacks.pop()
     return {name.partition("/")[2]: value for name, value in figures.items()}, found
 
@@ -135,6 +149,12 @@ def read_inputs(path: Path) -> Any:
         found = torch.from_numpy(array) if array.dtype.kind in "fiub" else None
     if not isinstance(found, torch.Tensor):
         raise UsageError(f"{path} holds no tensor of numbers, (N, ...)")
+    if found.is_floating_point() and found.ndim:
+        strange = int((~found.isfinite()).flatten(1).any(1).sum()) if found.ndim > 1 else int((~found.isfinite()).sum())
+        if strange:
+            raise UsageError(
+                f"{strange} of {len(found)} samples in {path} hold NaN or infinity, and nothing follows from those"
+            )
     return found
 
 

@@ -34,6 +34,10 @@ def report(words: list[str]) -> int:
         if os.access(root, os.W_OK):
             recovered(root)
     out = Path(str(cfg.report.out or roots[0] / "report.html")).expanduser()
+    if out.suffix not in (".html", ".htm"):
+        raise UsageError(
+            f"report.out is {out}, expected a name that ends in .html: --figures writes charts as SVG and PDF beside it"
+        )
     watched = "--watch" in options
     left_out, problems = _write(roots, out, cfg.report.title, "--figures" in options, watched)
     if not watched and os.access(roots[0], os.W_OK) and not folders and not cfg.report.records:

@@ -25,7 +25,7 @@ GROUPS = (
     "experiment",
 )
 
-_PLACES = "hydra.searchpath="
+PLACES = "hydra.searchpath="
 _STAGING = "locallearn-"  # how the name of a folder of experiments' files begins
 STAGED = f"{_STAGING}experiments"  # that of a launch
 
@@ -56,9 +56,9 @@ def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
             raise
         choices = {group: str(name) for group, name in cfg.hydra.runtime.choices.items() if group in GROUPS}
         chosen = experiment and any(word.startswith("algorithm=") for word in of_algorithm)
-        places = [word for word in overrides if word.startswith(_PLACES)]
+        places = [word for word in overrides if word.startswith(PLACES)]
         if chosen and _algorithm_of(*experiment, *places) != choices["algorithm"]:
-            cfg.algorithm = compose("config", of_algorithm).algorithm
+            cfg.algorithm = compose("config", [*of_algorithm, *places]).algorithm
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg, choices
@@ -86,11 +86,11 @@ def located(words: Sequence[str], folder: Path | None = None) -> list[str]:
     found = by_content(words, staging)
     if found == list(words):
         return found
-    given = [word for word in found if word.startswith(_PLACES)]
+    given = [word for word in found if word.startswith(PLACES)]
     further = [text for text in (word.partition("=")[2].strip("[] ") for word in given) if text]
     return [
         *(word for word in found if word not in given),
-        f"{_PLACES}[{','.join([*further, quoted(f'file://{staging}')])}]",
+        f"{PLACES}[{','.join([*further, quoted(f'file://{staging}')])}]",
     ]
 
 
@@ -112,12 +112,12 @@ def unstaged(words: Sequence[str]) -> list[str]:
     """The same words without the folder in which a process puts experiments' files: it is another one every time."""
     found = []
     for word in words:
-        if word.startswith(_PLACES):
-            places = word.removeprefix(_PLACES).strip("[] ").split(",")
+        if word.startswith(PLACES):
+            places = word.removeprefix(PLACES).strip("[] ").split(",")
             places = [place for place in places if not Path(place).name.startswith(_STAGING)]
             if not places:
                 continue
-            word = f"{_PLACES}[{','.join(places)}]"
+            word = f"{PLACES}[{','.join(places)}]"
         found.append(word)
     return found
 

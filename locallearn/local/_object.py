@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, let_go
 from locallearn.algorithms.dry_run import refuse_single
 from locallearn.batch import Batch
 from locallearn.cost import drive, undisturbed
@@ -71,6 +71,9 @@ class Local:
         self._mode: bool | None = None
         self._takes_single = False  # known once it has been tried
         self.optimizers = _optimizers(algorithm, optimizer)
+        stepped = self._stepped()
+        self._resting = [p for p in net.parameters() if id(p) not in stepped]
+        self._wiring = _wiring(net)
         self._refuse_frozen()
         self._follow()
 
@@ -145,9 +148,12 @@ class Local:
                 learned then.
         """
         refuse_without_gradients(self.algorithm)
+        self._refuse_exchanged()
         self._refuse_frozen()
         self._follow()
         batch = self.batch(inputs, targets, rows, source)
+        for own in self.optimizers.values():  # of somebody's backward pass, or of a loop that was broken off
+            let_go(own)
         self._try_single(batch)
         updates = self.algorithm.updates(batch)
         done = 0
@@ -175,7 +181,7 @@ class Local:
             else:
                 update.backward()
                 optimizer.step()
-            optimizer.zero_grad()
+            let_go(optimizer)
             del update
 
     def _try_single(self, batch: Batch) -> None:
@@ -238,7 +244,7 @@ class Local:
         """Go on from where :meth:`state_dict` was taken, under the same rule with the same cuts.
 
         Raises:
-            ValueError: it is the state of something else.
+            ValueError: it is the state of something else; then nothing has been loaded.
         """
         if not isinstance(state, Mapping):
             raise ValueError(f"this is no state of a Local, but a {type(state).__name__}")
@@ -250,22 +256,20 @@ class Local:
                 f"this state has units {', '.join(state['optimizers'])}, and there are {', '.join(self.optimizers)}: cut the "
                 "network at the same places, under the same rule"
             )
+        for unit, optimizer in self.optimizers.items():
+            _refuse_another(optimizer, state["optimizers"][unit])
+        before = copy.deepcopy((self.net.state_dict(), self.algorithm.state_dict()))
         try:
             self.net.load_state_dict(state["net"])
             self.algorithm.load_state_dict(state["algorithm"])
         except RuntimeError as error:
+            self.net.load_state_dict(before[0])  # PyTorch copies what fits before it says what does not
+            self.algorithm.load_state_dict(before[1])
             raise ValueError(
                 f"this is the state of another network or rule: {str(error).splitlines()[-1].strip()}"
             ) from error
         for unit, optimizer in self.optimizers.items():
-            given = state["optimizers"][unit]
-            for mine, theirs in zip(optimizer.param_groups, given["param_groups"], strict=False):
-                if set(mine) != set(theirs):
-                    raise ValueError(
-                        f"this is the state of another optimizer than {type(optimizer).__name__}, with settings "
-                        f"{', '.join(sorted(set(theirs) ^ set(mine)))} in one of the two only: make the same one"
-                    )
-            optimizer.load_state_dict(given)
+            optimizer.load_state_dict(state["optimizers"][unit])
 
     def _explain(self, error: Exception, inputs: Any) -> None:
         """Say what is unlike the example where that made a step or a prediction fail, else nothing.
@@ -276,19 +280,41 @@ class Local:
         unlike = self._arguments.unlike(self._arguments.by_name(inputs))
         if unlike is not None:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            kinds = {(p.dtype, p.device) for p in self.algorithm.parameters() if p.is_floating_point()}
+            apart = len(kinds) > 1 and len({(p.dtype, p.device) for p in self.net.parameters()}) == 1
+            remedy = (
+                ". The network was moved and the rule's own parts were not: local.algorithm.to(...) moves all"
+                if apart
+                else ""
+            )
             raise ValueError(
-                f"{unlike}: {type(self.net).__name__} and what the rule adds cannot run these ({said})"
+                f"{unlike}: {type(self.net).__name__} and what the rule adds cannot run these ({said}){remedy}"
             ) from error
+
+    def _stepped(self) -> set[int]:
+        """The parameters that optimizers have."""
+        return {id(p) for unit in self.optimizers.values() for group in unit.param_groups for p in group["params"]}
+
+    def _refuse_exchanged(self) -> None:
+        """Whether the network has parameters by now that it did not have when its optimizers were made."""
+        if all(len(old) == len(now) and all(old.get(k) is v for k, v in now.items()) for old, now in self._wiring):
+            return
+        known = self._stepped() | {id(p) for p in self._resting}
+        for name, parameter in self.net.named_parameters():
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"parameter {name!r} of {type(self.net).__name__} has come after localize: no optimizer has it, and "
+                    "the blocks may run what stood there before. Change the values of what is there (load_state_dict "
+                    "without assign=True), or localize the changed network"
+                )
+        self._wiring = _wiring(self.net)
 
     def _refuse_frozen(self) -> None:
         """Whether there is anything left of the network that could learn, where this rule moves its weights at all."""
         if any(p.requires_grad for p in self.net.parameters()):  # as a rule the first
             return
         parameters = list(self.net.parameters())
-        own = {id(p) for p in parameters}
-        if any(
-            id(p) in own for unit in self.optimizers.values() for group in unit.param_groups for p in group["params"]
-        ):
+        if self._stepped() & {id(p) for p in parameters}:
             raise ValueError(
                 f"all {len(parameters)} parameters of {type(self.net).__name__} are frozen (requires_grad is False), so a step "
                 "would move none of its weights: set requires_grad_(True) for what is to learn"
@@ -308,6 +334,12 @@ class Local:
             self.algorithm.get_submodule(path).eval()
 
 
+def _wiring(net: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What every module holds, as it was and as it is: comparing them costs less than listing all parameters."""
+    held = [own for module in net.modules() for own in (module._modules, module._parameters)]
+    return [(dict(own), own) for own in held]
+
+
 def _optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optimizer]:
     optimizers = {unit: make(groups) for unit, groups in algorithm.units().items()}
     reason = algorithm.linear_optimizer
@@ -323,6 +355,23 @@ def _optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optim
                 f"momentum: {reason}"
             )
     return optimizers
+
+
+def _refuse_another(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Refuse the state of an optimizer of another kind, or over other parameters. Learning rate schedules add a setting."""
+    for mine, theirs in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        differ = (set(mine) ^ set(theirs)) - {"initial_lr"}
+        if differ:
+            raise ValueError(
+                f"this is the state of another optimizer than {type(optimizer).__name__}, with settings "
+                f"{', '.join(sorted(differ))} in one of the two only: make the same one"
+            )
+    sizes = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"this is the state of an optimizer over groups of {sizes[1]} parameters, and these have {sizes[0]}: cut the "
+            "network at the same places, under the same rule"
+        )
 
 
 @cache  # asked with every step of every unit

@@ -67,6 +67,13 @@ class Program:
         return self  # nothing in it changes
 
 
+def kind_of(module: nn.Module) -> str:
+    """What a module is called in messages: operations that a network does between its modules have no class of its own."""
+    if isinstance(module, Piece):
+        return "step that is no module of its own (F.relu or +, say: nn.ReLU() is one)"
+    return type(module).__name__
+
+
 class Piece(nn.Module):
     """A part of somebody's network between two borders. It holds the network's own modules and parameters, under their paths.
 

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
-from locallearn.algorithms.base import Algorithm, TaskInfo
+from locallearn.algorithms.base import Algorithm, TaskInfo, let_go
 from locallearn.batch import Batch
 from locallearn.cost import to_device
 from locallearn.local import Local
@@ -39,7 +39,6 @@ from locallearn.strategies.making import (
     OptimizerFactory,
     SchedulerFactory,
     check_length,
-    let_go,
     make_optimizers,
     make_schedulers,
 )
@@ -403,6 +402,8 @@ class LocalStrategy(SingleDeviceStrategy):
         plugin, listened = self.precision_plugin, self._listened_to(module)
         # In plain precision there is nothing to enter.
         context = nullcontext if type(plugin) is Precision else plugin.train_step_context
+        for own in self._unit_optimizers.values():  # of somebody's backward pass through the network: a callback's, say
+            let_go(own)
         updates = self.algorithm.updates(batch)
         total: Tensor | None = None
         while True:

@@ -103,16 +103,6 @@ def make_optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, O
     return optimizers
 
 
-def let_go(optimizer: Optimizer) -> None:
-    """Set a unit's gradients to ``None``: what :meth:`torch.optim.Optimizer.zero_grad` does, for a thirtieth of its price."""
-    if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):
-        optimizer.zero_grad()  # somebody else's
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
-
-
 def _leave_accelerators_alone(optimizer: Optimizer) -> None:
     """Spare an optimizer of weights on the CPU to ask before every step whether a GPU is recording a graph.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
@@ -145,6 +146,38 @@ def test_a_rule_of_the_users_own_is_compared(cli: Cli, tmp_path: Path, read_reco
     words = ["hydra.searchpath=[file://my_conf]", "compare.algorithms=[backprop,mine]", "compare.seeds=[0]"]
     assert cli("compare", *words).code == 0
     assert [record["algorithm"] for record in read_records(tmp_path / "runs")] == ["backprop", "mine"]
+    # Under the recipe of another rule, and in a search, whose result is such a recipe.
+    words = [words[0], "experiment=mono_forward_mnist", "dataset=digits", "scheduler=null", "dataset.validation=0.2"]
+    assert cli("compare", *words, "compare.algorithms=[mine]", "compare.seeds=[0]", "runs_dir=recipe").code == 0
+    [record] = read_records(tmp_path / "recipe")
+    assert record["algorithm"] == "mine"
+    searched = cli("tune", words[0], "tune.algorithms=[backprop,mine]", "tune.trials=1", "runs_dir=search")
+    assert searched.code == 0, searched.err
+    for line in searched.out.splitlines()[-2:]:  # what it recommends to do next
+        _, command, *recommended = shlex.split(line)
+        assert cli(command, *recommended, "runs_dir=next", "compare.seeds=[0]").code == 0
+    # And what is mistyped beside it is told.
+    for word, told in (
+        ('compare.algorithms=["mine(sed=1)"]', "'algorithm.sed'"),
+        ("dataset.limit=3", "'dataset.limit'"),
+    ):
+        arms = () if word.startswith("compare") else ("compare.algorithms=[mine]",)
+        mistyped = cli("compare", words[0], *arms, word)
+        assert mistyped.code == 2
+        assert told in mistyped.err
+        assert mistyped.err.count("\n") == 1
+
+
+def test_what_cut_trainings_short_stands_under_the_table(cli: Cli) -> None:
+    words = [
+        "compare.algorithms=[backprop]",
+        "compare.seeds=[0]",
+        "+trainer.limit_train_batches=2",
+        "+trainer.max_steps=2",
+    ]
+    outcome = " ".join(cli("compare", *words).out.split())
+    assert "Its training was cut by trainer.limit_train_batches=2." in outcome
+    assert "Its training was cut by trainer.max_steps=2." in outcome
 
 
 def test_report_reads_several_folders(cli: Cli, tmp_path: Path) -> None:
@@ -279,6 +312,7 @@ def test_folders_in_the_home_folder_and_records_that_cannot_be_read(
     runs = tmp_path / "home" / "runs"
     (broken := runs / "broken").mkdir()
     (broken / "record.json").write_text("{", encoding="utf-8")
+    assert "ends in .html" in cli("report", 'runs_dir="~/runs"', "report.out=page.pdf").err
     outcome = cli("report", 'runs_dir="~/runs"', 'report.out="~/page.html"')
     assert outcome.code == 0
     assert outcome.err == "locallearn: 1 record left out, the page says why\n"

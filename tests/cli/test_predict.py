@@ -149,6 +149,7 @@ def test_links_have_a_table_of_their_own_and_pictures_none(cli: Cli, tmp_path: P
         (("RUN", "predict.inputs=flat.npy"), "expected (N, 1, 8, 8)"),
         (("RUN", "predict.inputs=whole.npy"), "expected floating point"),
         (("RUN", "predict.inputs=words.npy"), "no tensor of numbers"),
+        (("RUN", "predict.inputs=unknown.npy"), "1 of 3 samples in unknown.npy hold NaN or infinity"),
         (("RUN", "predict.inputs=flat.npy", "predict.part=test"), "give one of the two"),
         (("RUN", "predict.out=x.txt"), "ends in .csv or .npy"),
         (("RUN", "predict.out=nowhere/x.csv"), "cannot be written"),
@@ -163,6 +164,9 @@ def test_what_cannot_be_predicted_is_one_sentence(
         (tmp_path / name).write_text("text", encoding="utf-8")
     np.save(tmp_path / "flat.npy", np.zeros((3, 64), dtype=np.float32))
     np.save(tmp_path / "whole.npy", np.zeros((3, 1, 8, 8), dtype=np.uint8))
+    np.save(
+        tmp_path / "unknown.npy", np.where(np.arange(3 * 64).reshape(3, 1, 8, 8) == 70, np.nan, 0).astype(np.float32)
+    )
     np.save(tmp_path / "words.npy", np.array(["a", "b"]))
     refused = cli("predict", *(str(finished_run) if word == "RUN" else word for word in words))
     assert refused.code == 2

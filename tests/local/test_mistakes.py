@@ -104,3 +104,30 @@ def test_batches_unlike_the_example_are_told_where_they_fail() -> None:
         local.step(X, Y)
     assert local.predict(X[:3]).shape == (3, 10)  # another number of samples is nothing to refuse
     local.step(X[:5], Y[:5])
+
+
+def test_what_a_forward_does_between_its_modules_is_called_so() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.second(self.first(x).relu()).relu())
+
+    rows, labels = torch.randn(6, 5), torch.arange(6) % 3
+    for rule in (ll.Pepita(), ll.CounterCurrent()):
+        with pytest.raises(
+            ValueError, match=r"step that is no module of its own \(F.relu or \+, say: nn.ReLU\(\) is one\)"
+        ):
+            ll.localize(Plain(), rule, cuts=2, example=rows, targets=labels, optimizer=torch.optim.SGD)
+
+
+def test_a_network_that_was_moved_alone_is_told_apart_from_its_rule() -> None:
+    net = mlp()
+    local = ll.localize(net, ll.MonoForward(), cuts=2, example=torch.randn(6, 5))
+    net.double()
+    with pytest.raises(ValueError, match=r"local.algorithm.to\(...\) moves all"):
+        local.step(torch.randn(6, 5).double(), torch.arange(6) % 3)
+    local.algorithm.to(torch.float64)
+    assert local.step(torch.randn(6, 5).double(), torch.arange(6) % 3)

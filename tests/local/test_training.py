@@ -364,3 +364,72 @@ def test_float16_on_one_side_is_told(half: str) -> None:
     net, x = (net.half(), x) if half == "network" else (net, x.half())
     with pytest.raises(ValueError, match=r"float16: give network and example both in float32 or both in bfloat16"):
         ll.localize(net, ll.MonoForward(), cuts=2, example=x)
+
+
+V, CLASSES = torch.randn(12, 5, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
+ADAM = partial(torch.optim.Adam, lr=0.05)
+
+
+def _wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_gradients_of_somebody_elses_backward_pass_have_no_part_in_a_step() -> None:
+    """Adversarial inputs, or a look at a gradient: the network is the user's as well."""
+    nets = [mlp(), mlp()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    plain, looked = (ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD) for net in nets)
+    for _ in range(2):
+        F.cross_entropy(looked.net(V), CLASSES).backward()
+        for local in (plain, looked):
+            local.step(V, CLASSES)
+    for mine, theirs in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("how", ["a module", "assigned values"])
+def test_parameters_that_come_after_localize_are_refused(how: str) -> None:
+    net = mlp()
+    local = ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD)
+    local.step(V, CLASSES)
+    last = list(net.named_modules())[-1][0]
+    if how == "a module":
+        old = net.get_submodule(last)
+        net.set_submodule(last, nn.Linear(old.in_features, old.out_features))  # type: ignore[arg-type]
+    else:
+        net.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
+    with pytest.raises(ValueError, match="has come after localize: no optimizer has it"):
+        local.step(V, CLASSES)
+
+
+def test_a_parametrization_that_comes_later_trains_on() -> None:
+    net = mlp()
+    local = ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD)
+    first = next(module for module in net.modules() if isinstance(module, nn.Linear))
+    torch.nn.utils.parametrize.register_parametrization(first, "weight", nn.Identity())
+    before = first.weight.clone()
+    for one in (local, copy.deepcopy(local)):
+        one.step(V, CLASSES)
+    assert not torch.equal(first.weight, before)
+
+
+def test_a_state_that_is_refused_leaves_everything_as_it_was() -> None:
+    first, other = (ll.localize(mlp(), ll.MonoForward(), cuts=2, example=V, optimizer=make) for make in (SGD, ADAM))
+    wider = ll.localize(_wide(), ll.MonoForward(), cuts=2, example=V, optimizer=SGD)
+    before = copy.deepcopy(first.state_dict())
+    for strange, sentence in ((other, "another optimizer than SGD"), (wider, "another network or rule")):
+        with pytest.raises(ValueError, match=sentence):
+            first.load_state_dict(strange.state_dict())
+        for part in ("net", "algorithm"):
+            for name, value in first.state_dict()[part].items():
+                assert not isinstance(value, Tensor) or torch.equal(value, before[part][name])
+
+
+def test_a_schedule_that_is_made_before_or_after_loading_is_no_other_optimizer() -> None:
+    first, second = (ll.localize(mlp(), ll.MonoForward(), cuts=2, example=V, optimizer=SGD) for _ in range(2))
+    for optimizer in first.optimizers.values():
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    second.load_state_dict(first.state_dict())
+    for name, value in first.net.state_dict().items():
+        assert torch.equal(value, second.net.state_dict()[name])
+    first.load_state_dict(ll.localize(mlp(), ll.MonoForward(), cuts=2, example=V, optimizer=SGD).state_dict())

@@ -352,7 +352,7 @@ def _count(calls: list[int], index: int, *args: Any) -> None:
 
 
 def test_a_cache_needs_a_rule_without_draws_and_samples_with_a_place(fit: Maker, train: Any) -> None:
-    with pytest.raises(ValueError, match="draws new negatives"):
+    with pytest.raises(ValueError, match="draws anew for every batch"):
         fit(Schedule(sequential=True, cache=True), ForwardForward())
     train.batches = [batch._replace(index=None) for batch in train.batches]
     with pytest.raises(ValueError, match=r"Batch\.index"):

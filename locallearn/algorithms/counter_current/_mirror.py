@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from locallearn.nets.pieces import kind_of
+
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
@@ -30,7 +32,7 @@ def trace(name: str, stage: nn.Module, x: Tensor) -> tuple[list[Layer], Tensor]:
     for module in _flat(stage):
         if not isinstance(module, _KNOWN):
             raise ValueError(
-                f"{name!r} contains {type(module).__name__}, which counter-current learning cannot mirror: blocks of one "
+                f"{name!r} contains a {kind_of(module)}, which counter-current learning cannot mirror: blocks of one "
                 "linear or convolutional layer with BatchNorm, activation, pooling, flattening and upsampling can be"
             )
         try:

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from locallearn.algorithms.base import refuse_made_weights
 from locallearn.functional import pepita
 from locallearn.nets.blocks import in_order
+from locallearn.nets.pieces import kind_of
 
 _ELEMENTWISE = (
     nn.ReLU,
@@ -86,7 +87,7 @@ def taken_apart(name: str, block: nn.Module) -> Layer:
             )
         else:
             raise ValueError(
-                f"block {name!r} has a {type(module).__name__} where PEPITA has no rule for it: a block is nn.Flatten or "
+                f"block {name!r} has a {kind_of(module)} where PEPITA has no rule for it: a block is nn.Flatten or "
                 "nothing, one nn.Linear or nn.Conv2d, elementwise activations without weights, then pooling"
             )
     if weights is None:

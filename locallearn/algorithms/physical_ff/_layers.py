@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from locallearn.algorithms.base import refuse_made_weights
 from locallearn.nets.blocks import NORMALISATIONS, in_order
 from locallearn.nets.devices import Measured
+from locallearn.nets.pieces import kind_of
 
 Pointwise = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -65,7 +66,7 @@ def taken_apart(name: str, block: nn.Module, owner: str) -> Layer:
             any(True for _ in module.children()) and type(module) is not Measured
         ):
             raise ValueError(
-                f"block {name!r} has a {type(module).__name__}, and {owner} trains blocks of one nn.Linear or nn.Conv2d with "
+                f"block {name!r} has a {kind_of(module)}, and {owner} trains blocks of one nn.Linear or nn.Conv2d with "
                 "modules without weights around it: write such a block, or use another algorithm"
             )
         else:
