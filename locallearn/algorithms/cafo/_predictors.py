@@ -113,9 +113,8 @@ class ClosedForm(Grown):
         """Solve for the weights, and let the sums go."""
         if self.gathering:
             weights, offset, found = self._solved()
-            with torch.inference_mode(
-                False
-            ):  # a prediction in inference mode may have solved: a buffer is an ordinary tensor
+            # A prediction in inference mode may have solved, and a buffer must be an ordinary tensor.
+            with torch.inference_mode(False):
                 self.found = found.clone()
             self.weights.copy_(weights)
             self.offset.copy_(offset)
