@@ -48,6 +48,8 @@ def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
     overrides = located(overrides)
     experiment = [word for word in overrides if word.startswith("experiment=")]
     of_algorithm = [word for word in overrides if re.match(r"[+~]*algorithm\b", word)]
+    places = [word for word in overrides if word.startswith(PLACES)]
+    _check_places(places)
     with initialize_config_module("locallearn.conf", version_base="1.3"):
         try:
             cfg = compose("config", list(overrides), return_hydra_config=True)
@@ -56,12 +58,24 @@ def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
             raise
         choices = {group: str(name) for group, name in cfg.hydra.runtime.choices.items() if group in GROUPS}
         chosen = experiment and any(word.startswith("algorithm=") for word in of_algorithm)
-        places = [word for word in overrides if word.startswith(PLACES)]
         if chosen and _algorithm_of(*experiment, *places) != choices["algorithm"]:
             cfg.algorithm = compose("config", [*of_algorithm, *places]).algorithm
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg, choices
+
+
+def _check_places(words: Sequence[str]) -> None:
+    """Hydra only warns of a folder that is not there, and then knows nothing of what would be in it.
+
+    Raises:
+        UsageError: names the folder.
+    """
+    for word in words:
+        for place in word.removeprefix(PLACES).strip("[] ").split(","):
+            path = place.strip("'\" ").removeprefix("file://")
+            if path and "://" not in path and "$" not in path and not Path(path).is_dir():
+                raise UsageError(f"there is no folder {path} to look for settings in (hydra.searchpath)")
 
 
 @cache  # a comparison asks for every run

@@ -157,6 +157,7 @@ def test_a_rule_of_the_users_own_is_compared(cli: Cli, tmp_path: Path, read_reco
         _, command, *recommended = shlex.split(line)
         assert cli(command, *recommended, "runs_dir=next", "compare.seeds=[0]").code == 0
     # And what is mistyped beside it is told.
+    assert "there is no folder my_conff " in cli("train", "hydra.searchpath=[file://my_conff]", "algorithm=mine").err
     for word, told in (
         ('compare.algorithms=["mine(sed=1)"]', "'algorithm.sed'"),
         ("dataset.limit=3", "'dataset.limit'"),

@@ -47,7 +47,7 @@ _TRAIN: list[tuple[list[str], tuple[str, ...]]] = [
     (["task=node_classification"], ("node_classification", "graph")),
     (
         ["schedule=sequential", "schedule.cache=true", "algorithm=forward_forward"],
-        ("new negatives", "schedule.cache=false"),
+        ("draws anew for every batch", "schedule.cache=false"),
     ),
     (["scheduler=foo"], ("scheduler", "'foo'", "_target_")),
     # settings that do not exist
