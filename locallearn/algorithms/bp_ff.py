@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, choices, refuse_dense
-from locallearn.algorithms.dry_run import feature_sizes
+from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, choices
+from locallearn.algorithms.forward_forward.frame import check_labelled
 from locallearn.batch import Batch
 from locallearn.functional import emergent
 from locallearn.functional import forward_forward as ff
@@ -79,25 +79,7 @@ class BackpropForwardForward(Algorithm):
 
     def build(self, task: TaskInfo) -> None:
         """Add nothing."""
-        if not task.classes:
-            raise ValueError("BP/FF writes class labels into the input, and this task has none")
-        if task.outputs < 2:
-            raise ValueError(
-                f"BP/FF tells a right label from a wrong one, and this task has {task.outputs} class: it needs at least 2"
-            )
-        refuse_dense(task, "BP/FF")
-        if task.example.context:
-            raise ValueError(
-                "BP/FF stacks positives and negatives into one batch, which cannot be done with the context of this task (a "
-                "graph?): use another algorithm"
-            )
-        if not task.example.inputs.is_floating_point():
-            raise ValueError(
-                f"BP/FF writes labels over its inputs and scales them, and these are {task.example.inputs.dtype} (token ids?): "
-                "give floating point inputs, embeddings instead of ids"
-            )
-        ff.embed_neutral(task.example.inputs, task.outputs)  # refuses inputs that are too small for the label
-        feature_sizes(self.blocks, task.example)
+        check_labelled(self.blocks, task, "BP/FF")
 
     def units(self) -> dict[str, list[ParamGroup]]:
         """One unit: all blocks, without the readout, which has no part in the loss."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def read_inputs(path: Path) -> Any:
     if not isinstance(found, torch.Tensor):
         raise UsageError(f"{path} holds no tensor of numbers, (N, ...)")
     if found.is_floating_point() and found.ndim:
-        strange = int((~found.isfinite()).flatten(1).any(1).sum()) if found.ndim > 1 else int((~found.isfinite()).sum())
+        strange = int((~found.isfinite()).reshape(len(found), prod(found.shape[1:])).any(1).sum())
         if strange:
             raise UsageError(
                 f"{strange} of {len(found)} samples in {path} hold NaN or infinity, and nothing follows from those"

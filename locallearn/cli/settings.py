@@ -65,6 +65,11 @@ def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
     return cfg, choices
 
 
+def _listed(word: str) -> list[str]:
+    """The places that a search path names."""
+    return word.removeprefix(PLACES).strip("[] ").split(",")
+
+
 def _check_places(words: Sequence[str]) -> None:
     """Hydra only warns of a folder that is not there, and then knows nothing of what would be in it.
 
@@ -72,7 +77,7 @@ def _check_places(words: Sequence[str]) -> None:
         UsageError: names the folder.
     """
     for word in words:
-        for place in word.removeprefix(PLACES).strip("[] ").split(","):
+        for place in _listed(word):
             path = place.strip("'\" ").removeprefix("file://")
             if path and "://" not in path and "$" not in path and not Path(path).is_dir():
                 raise UsageError(f"there is no folder {path} to look for settings in (hydra.searchpath)")
@@ -127,8 +132,7 @@ def unstaged(words: Sequence[str]) -> list[str]:
     found = []
     for word in words:
         if word.startswith(PLACES):
-            places = word.removeprefix(PLACES).strip("[] ").split(",")
-            places = [place for place in places if not Path(place).name.startswith(_STAGING)]
+            places = [place for place in _listed(word) if not Path(place).name.startswith(_STAGING)]
             if not places:
                 continue
             word = f"{PLACES}[{','.join(places)}]"

@@ -39,8 +39,8 @@ def _orthogonal(weight: Tensor) -> None:
             weight.copy_(turned.transpose(0, 1))
 
 
-_INITS: dict[str, Callable[[Tensor], Any]] = {
-    "pytorch": _kaiming_uniform,  # and biases of the layer's own
+_INITS: dict[str, Callable[[Tensor], Any] | None] = {
+    "pytorch": None,  # the layer knows
     "kaiming_uniform": _kaiming_uniform,
     "he_uniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
     "xavier_uniform": nn.init.xavier_uniform_,
@@ -76,7 +76,7 @@ def initialise(module: nn.Module, init: Init) -> None:
     draw = choice("init", init, _INITS)
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            if init == "pytorch":
+            if draw is None:
                 layer.reset_parameters()
                 continue
             draw(layer.weight)

@@ -67,15 +67,15 @@ class LocallyConnected2d(nn.Module):
 
     def reset(self, init: Init) -> None:
         """Draw the weights of every position as those of a linear layer, see :func:`~locallearn.nets.initialise`."""
-        biases = init == "pytorch" and self.bias is not None  # else they are zero
-        layer = nn.Linear(self.weight.shape[2], self.out_channels, bias=biases)
+        biased = init == "pytorch" and self.bias is not None  # elsewhere they start at zero
+        layer = nn.Linear(self.weight.shape[2], self.out_channels, bias=biased)
         with torch.no_grad():
             if self.bias is not None:
                 self.bias.zero_()
             for position, weight in enumerate(self.weight):
                 initialise(layer, init)
                 weight.copy_(layer.weight)
-                if self.bias is not None and biases:
+                if biased and self.bias is not None:
                     self.bias.view(self.out_channels, self.positions)[:, position] = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:

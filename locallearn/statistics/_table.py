@@ -241,8 +241,8 @@ def _cut_short(records: Sequence[Record]) -> list[str]:
         notes.append(
             f"It learned from {_listed([f'{n:,}' for n in sorted(limits)])} training samples alone (dataset.limit_train)."
         )
+    trainers = [record.part("config").get("trainer") for record in records]
     for name, whole in (("limit_train_batches", 1.0), ("max_steps", -1), ("max_time", None)):
-        trainers = [record.part("config").get("trainer") for record in records]
         given = [trainer.get(name) for trainer in trainers if isinstance(trainer, Mapping)]
         cuts = sorted({str(value) for value in given if value is not None and value != whole})
         if cuts:

@@ -134,6 +134,29 @@ def test_links_have_a_table_of_their_own_and_pictures_none(cli: Cli, tmp_path: P
         table([(None, torch.zeros(2, 1, 8, 8), None)], classes=False)
 
 
+_ASKING = """
+from locallearn.tasks.classification import Classification
+
+
+class Asking(Classification):
+    def test_step(self, batch, batch_idx):
+        batch = self.to_batch(batch)
+        right = self.algorithm.predict(batch.inputs).argmax(1) == batch.targets
+        self.log("test/accuracy", right.float().mean(), on_epoch=True, batch_size=len(right))
+"""
+
+
+def test_a_task_may_ask_the_rule_itself(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "asking_task.py").write_text(_ASKING, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    outcome = cli("train", "algorithm=mono_forward", "task._target_=asking_task.Asking")
+    assert outcome.code == 0, outcome.err
+    predicted = cli("predict", str(outcome.folder), "--trust", "predict.out=out.npy")
+    assert predicted.code == 0, predicted.err
+    assert f"{outcome.record['test']['accuracy']:.4f}" in predicted.out
+    assert np.load(tmp_path / "out.npy").shape == (360, 10)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -246,3 +246,20 @@ def test_gradients_are_let_go_and_a_zero_grad_of_somebodys_own_is_called(
         assert task.algorithm is not None
         assert all(p.grad is None for p in task.algorithm.parameters())
     assert sum(zeroed) == len(train) * len(task.algorithm.units())
+
+
+def test_gradients_of_a_callbacks_own_backward_pass_have_no_part_in_a_step(
+    train: Any, make_module: Callable[..., Classification], make_trainer: Callable[..., pl.Trainer]
+) -> None:
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            module.net(batch[0]).sum().backward()
+
+    tasks = []
+    for callbacks in ([], [Look()]):
+        task = make_module()
+        strategy = LocalStrategy(MonoForward(seed=0), partial(torch.optim.SGD, lr=0.1))
+        make_trainer(strategy=strategy, max_epochs=1, callbacks=callbacks).fit(task, train)
+        tasks.append(task)
+    for plain, looked in zip(*(task.net.parameters() for task in tasks), strict=True):
+        assert torch.equal(plain, looked)

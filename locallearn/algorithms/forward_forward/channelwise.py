@@ -68,16 +68,15 @@ class ChannelwiseForwardForward(ForwardForward):
         sizes = feature_sizes(self.blocks, task.example)
         x = fitted(self.blocks, task.example.inputs)
         with torch.no_grad():
-            shapes = sample_shapes(self.blocks, x, ())[0]
-            for name, shape, output in zip(self.blocks.names, shapes, self.blocks.features(x), strict=True):
+            for name, shape in zip(self.blocks.names, sample_shapes(self.blocks, x, ())[0], strict=True):
                 if len(shape) > 1 and channel_axis(shape) != 1:
                     raise ValueError(
                         f"block {name!r} gives tokens of shape {tuple(shape)} per sample, and classes would share out its "
                         f"{shape[0]} tokens instead of its channels: use blocks that give maps or vectors, or another loss"
                     )
-                if output.shape[1] % task.outputs:
+                if shape[0] % task.outputs:
                     raise ValueError(
-                        f"block {name!r} has {output.shape[1]} channels, which cannot be shared out among {task.outputs} "
+                        f"block {name!r} has {shape[0]} channels, which cannot be shared out among {task.outputs} "
                         f"classes: give it a multiple of {task.outputs}, or use another loss"
                     )
         return sizes

@@ -14,6 +14,7 @@ from locallearn.algorithms.layer_local import LayerLocal
 from locallearn.batch import Batch
 from locallearn.functional import forward_forward as ff
 from locallearn.functional import layer_collaboration
+from locallearn.nets.blocks import Blocks
 
 
 class LabelledGoodness(LayerLocal):
@@ -44,15 +45,7 @@ class LabelledGoodness(LayerLocal):
         Raises:
             ValueError: says what was found and what is wanted.
         """
-        refuse_unfit(task)
-        inputs = task.example.inputs
-        if not inputs.is_floating_point():
-            raise ValueError(
-                f"Forward-Forward writes labels over its inputs and scales them, and these are {inputs.dtype} (token ids?): "
-                "give floating point inputs, embeddings instead of ids"
-            )
-        ff.embed_neutral(inputs, task.outputs)  # refuses inputs that are too small for the label
-        return feature_sizes(self.blocks, task.example)
+        return check_labelled(self.blocks, task, "Forward-Forward")
 
     def block_groups(self, index: int) -> list[ParamGroup]:
         """Weights, and biases without weight decay, as in the Matlab code."""
@@ -146,22 +139,39 @@ class LabelledGoodness(LayerLocal):
         return -total if self.minimise else total
 
 
-def refuse_unfit(task: TaskInfo) -> None:
+def check_labelled(blocks: Blocks, task: TaskInfo, owner: str) -> list[int]:
+    """Refuse tasks without labels to write or inputs to write over; entries per sample of every block's output.
+
+    Raises:
+        ValueError: says what was found and what is wanted.
+    """
+    refuse_unfit(task, owner)
+    inputs = task.example.inputs
+    if not inputs.is_floating_point():
+        raise ValueError(
+            f"{owner} writes labels over its inputs and scales them, and these are {inputs.dtype} (token ids?): "
+            "give floating point inputs, embeddings instead of ids"
+        )
+    ff.embed_neutral(inputs, task.outputs)  # refuses inputs that are too small for the label
+    return feature_sizes(blocks, task.example)
+
+
+def refuse_unfit(task: TaskInfo, owner: str = "Forward-Forward") -> None:
     """Refuse tasks that a rule of this line cannot learn.
 
     Raises:
         ValueError: no class labels, fewer than two of them, labels of places, or a context.
     """
     if not task.classes:
-        raise ValueError("Forward-Forward writes class labels into the input, and this task has none")
+        raise ValueError(f"{owner} writes class labels into the input, and this task has none")
     if task.outputs < 2:
         raise ValueError(
-            f"Forward-Forward tells a right label from a wrong one, and this task has {task.outputs} class: it needs at least 2"
+            f"{owner} tells a right label from a wrong one, and this task has {task.outputs} class: it needs at least 2"
         )
-    refuse_dense(task, "Forward-Forward")
+    refuse_dense(task, owner)
     if task.example.context:
         raise ValueError(
-            "Forward-Forward stacks positives and negatives into one batch, which cannot be done with the context of "
+            f"{owner} stacks positives and negatives into one batch, which cannot be done with the context of "
             "this task (a graph?): use another algorithm"
         )
 
