@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+# Starts NVML and sets up its logger when it is imported: before any test puts a fake in NVML's place or looks at loggers.
+import codecarbon.core.gpu  # noqa: F401
 import pytest
 
 from locallearn.energy import _codecarbon, _nvml
