@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from locallearn.cli.commands import COMMANDS
+from locallearn.cli.commands import COMMANDS, check_sections
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import say
 from locallearn.cli.settings import UsageError, compose_settings
@@ -101,6 +101,7 @@ def _dispatch(words: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(_HELP, end="")
         return 0
+    check_sections(name, rest)
     if "--cfg" in rest:
         from omegaconf import OmegaConf
 

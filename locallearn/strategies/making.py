@@ -83,10 +83,13 @@ def make_optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, O
     """One optimizer per unit.
 
     Raises:
-        ValueError: the rule needs an optimizer that is linear in its gradients, and this one is not; or it takes no
-            closure, which is how a unit's gradients are handed over.
+        ValueError: a setting of the optimizer is out of its range; the rule needs an optimizer that is linear in its
+            gradients, and this one is not; or it takes no closure, which is how a unit's gradients are handed over.
     """
-    optimizers = {unit: make(groups) for unit, groups in algorithm.units().items()}
+    try:
+        optimizers = {unit: make(groups) for unit, groups in algorithm.units().items()}
+    except ValueError as error:
+        raise ValueError(f"the optimizer cannot be made: {error}") from error
     reason = algorithm.linear_optimizer
     for optimizer in optimizers.values():
         if reason is not None and not isinstance(optimizer, torch.optim.SGD):

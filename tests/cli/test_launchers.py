@@ -37,7 +37,7 @@ def test_a_sweep_tells_which_jobs_failed_and_gives_the_table_of_the_rest(cli: Cl
     outcome = cli("train", "-m", APART, *TINY, "optimizer.lr=1e-3,-1", "compare.table=table.csv")
     assert outcome.code == 2
     assert [line for line in outcome.err.splitlines() if "Invalid" in line] == [
-        "locallearn: optimizer.lr=-1: Invalid learning rate: -1"
+        "locallearn: optimizer.lr=-1: the optimizer cannot be made: Invalid learning rate: -1"
     ]
     assert "Invalid" not in (tmp_path / "printed.txt").read_text(encoding="utf-8")
     assert "mono_forward" in (tmp_path / "table.csv").read_text(encoding="utf-8")
@@ -93,6 +93,7 @@ def test_mistakes_in_a_launched_search_have_the_same_exit_code(
     outcome = cli("tune", "-m", *launcher, *TINY, *words, "tune.worker=0,1")
     assert outcome.code == 2
     assert outcome.err.splitlines() == [
-        f"locallearn: tune.worker={worker}: Invalid learning rate: -2.0" for worker in (0, 1)
+        f"locallearn: tune.worker={worker}: the optimizer cannot be made: Invalid learning rate: -2.0"
+        for worker in (0, 1)
     ]
     assert not (tmp_path / "runs").exists()

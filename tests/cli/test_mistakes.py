@@ -67,13 +67,10 @@ _TRAIN: list[tuple[list[str], tuple[str, ...]]] = [
     # overrides that cannot be read
     (["seed=[1"], ("'seed=[1'", "KEY=VALUE")),
     (["foo"], ("'foo'", "KEY=VALUE")),
-    (
-        ["compare.algorithms=[backprop,local_heads(head=conv1,loss=predsim)]"],
-        ("single ones", """'compare.algorithms=[backprop,"local_heads(head=conv1,loss=predsim)"]'"""),
-    ),
     (["=3"], ("'=3'", "KEY=VALUE")),
     (["--bogus"], ("--bogus", "--help")),
     # numbers and ranges
+    (["optimizer.lr=-1"], ("the optimizer cannot be made", "learning rate: -1")),
     (["trainer.max_epochs=0"], ("trainer.max_epochs is 0", "at least 1")),
     (["trainer.max_epochs=abc"], ("trainer.max_epochs is abc", "whole number")),
     (["trainer.max_epochs=1.5"], ("trainer.max_epochs is 1.5", "whole number")),
@@ -178,6 +175,10 @@ _COMPARE: list[tuple[list[str], tuple[str, ...]]] = [
     (["compare.target=0.8"], ("compare.target", "compare.mode=target")),
     (["compare.mode=target", "compare.target=97"], ("97", "0.97")),
     (["compare.algorithms=[backprop,nope]"], ("'nope'", *_ALGORITHMS)),
+    (
+        ["compare.algorithms=[backprop,local_heads(head=conv1,loss=predsim)]"],
+        ("single ones", """'compare.algorithms=[backprop,"local_heads(head=conv1,loss=predsim)"]'"""),
+    ),
     (['compare.algorithms=[backprop,"pepita(lr=1)"]'], ("'algorithm.lr'", "algorithm.variant, algorithm.sign")),
     (["compare.algorithms=[]"], ("[]", "list")),
     (["compare.algorithms=backprop"], ("backprop", "list")),
@@ -208,6 +209,14 @@ _OTHERS: list[tuple[list[str], tuple[str, ...]]] = [
     (["audit", "algorithm=foo"], ("'foo'", *_ALGORITHMS)),
     (["data", "foo"], ("'foo'", "KEY=VALUE")),
     (["bench", "bench.algorithms=[nope]"], ("'nope'", *_ALGORITHMS)),
+    # settings of another command
+    (["train", "compare.seeds=[0,1]"], ("compare.seeds", "locallearn compare", "which train does not read")),
+    (["train", "-m", "seed=0,1", "+tune.trials=3"], ("tune.trials", "locallearn tune", "which train does not read")),
+    (["train", "resume=runs/x", "bench.steps=3"], ("bench.steps", "locallearn bench")),
+    (["compare", "tune.trials=3"], ("tune.trials", "locallearn tune", "which compare does not read")),
+    (["tune", "bench.algorithms=[backprop]"], ("bench.algorithms", "locallearn bench")),
+    (["audit", "compare.mode=matched"], ("compare.mode", "which audit does not read")),
+    (["report", "--cfg", "predict.part=test"], ("predict.part", "which report does not read")),
     # sweeps are composed by Hydra itself, and speak the same way
     (["train", "-m", "algorithm=backprop,foo"], ("'foo'", *_ALGORITHMS)),
     (["train", "-m", "optimizer.lrr=1,2"], ("'optimizer.lrr'", "mean optimizer.lr?")),
