@@ -660,3 +660,22 @@ def test_trainings_that_were_cut_short_say_so() -> None:
         run(0, [8], mode="matched", limit="many"),
     ):
         assert compare_table([told])[0].notes == ()
+
+
+def test_a_rule_that_trains_what_its_baseline_does_is_told() -> None:
+    """Equal losses tell; equal accuracies alone do not, nor does one seed of two."""
+
+    def run(algorithm: str, seed: int, loss: float, **values: Any) -> Record:
+        return record(algorithm, seed, test={"accuracy": 0.5, "loss": loss}, **values)
+
+    def told(*records: Record) -> bool:
+        rows = compare_table([run("backprop", 0, 0.25), run("backprop", 1, 0.75), *records])
+        assert not any("same weights" in note for note in rows[0].notes)
+        return any("both trained the same weights" in note for note in rows[1].notes)
+
+    assert told(run("mono", 0, 0.25), run("mono", 1, 0.75))
+    assert told(run("mono", 1, 0.75), run("mono", 2, 0.1))  # seeds that both have
+    assert not told(run("mono", 0, 0.25), run("mono", 1, 0.75000001))
+    assert not told(run("mono", 2, 0.25))
+    assert not told(record("mono", 0, 0.5))
+    assert not told(run("backprop", 0, 0.25, variant="checkpoint=auto"))

@@ -183,6 +183,8 @@ def _reference(group: _Group, groups: Sequence[_Group], baseline: str) -> tuple[
         told = [f"{name} ({spoken(mine.get(name))} against {spoken(theirs.get(name))})" for name in names]
         notes.append(f"Beside the rule it differs from its baseline in {_listed(told)}.")
     notes += _against(group.done, chosen.done)
+    if group.algorithm != baseline:  # its controls are meant to train as it does
+        notes += _same_weights(group.done, chosen.done)
     return chosen, tuple(notes)
 
 
@@ -319,6 +321,25 @@ def _against(mine: Sequence[Record], theirs: Sequence[Record]) -> list[str]:
         if values != others:
             told.append(f"{name} ({' / '.join(sorted(values))} against {' / '.join(sorted(others))})")
     return [f"It and its baseline were not made alike: {_listed(told)}."] if told else []
+
+
+def _same_weights(mine: Sequence[Record], theirs: Sequence[Record]) -> list[str]:
+    """Whether a rule trained what its baseline did: no two rules agree in a loss to the last digit by chance."""
+    ours, base = ({record.seed: _judged(record) for record in records} for records in (mine, theirs))
+    both = ours.keys() & base.keys()
+    if not both or not all(any(name.endswith("/loss") for name in ours[seed]) for seed in both):
+        return []
+    if any(ours[seed] != base[seed] for seed in both):
+        return []
+    return [
+        "It has the baseline's loss and metric to the last digit at every seed, so both trained the same weights: a local rule "
+        "with the same loss is backpropagation where the network is a single block, or one block and its readout."
+    ]
+
+
+def _judged(record: Record) -> dict[str, float | None]:
+    """What came of a run's weights on the test set."""
+    return {name: value for name, value in record.figures().items() if name.startswith("test/")}
 
 
 def _listed(words: Sequence[str], separator: str = "; ") -> str:
