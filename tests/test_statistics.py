@@ -662,6 +662,24 @@ def test_trainings_that_were_cut_short_say_so() -> None:
         assert compare_table([told])[0].notes == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("limit_train_batches", 1, True),  # one batch
+        ("limit_train_batches", 1.0, False),  # all of them
+        ("limit_train_batches", 0.5, True),
+        ("limit_train_batches", None, False),
+        ("max_steps", 100, True),
+        ("max_steps", -1, False),
+        ("max_time", "00:00:10:00", True),
+        ("max_time", None, False),
+    ],
+)
+def test_limits_of_the_trainer_are_told(name: str, value: Any, told: bool) -> None:
+    (row,) = compare_table([record("x", 0, config={"trainer": {name: value}})])
+    assert row.notes == ((f"Its training had a limit, trainer.{name}={value}.",) if told else ())
+
+
 def test_a_rule_that_trains_what_its_baseline_does_is_told() -> None:
     """Equal losses tell; equal accuracies alone do not, nor does one seed of two."""
 

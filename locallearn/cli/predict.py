@@ -104,8 +104,8 @@ def evaluate(saved: Saved, part: str) -> tuple[dict[str, float], list[tuple[Any,
         judged.append(batch)  # of links, what the loader gave does not say which part it is
         return type(saved.task).judge(saved.task, batch)
 
-    def predict(*given: Any) -> Any:
-        made = type(algorithm).predict(algorithm, *given)
+    def predict(*given: Any, **named: Any) -> Any:
+        made = type(algorithm).predict(algorithm, *given, **named)
         asked.append(made)
         return made
 

@@ -67,7 +67,16 @@ def compose_settings(overrides: Sequence[str]) -> tuple[Any, dict[str, str]]:
 
 def _listed(word: str) -> list[str]:
     """The places that a search path names."""
-    return word.removeprefix(PLACES).strip("[] ").split(",")
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    places = OverridesParser.create().parse_override(word).value()
+    return [str(place) for place in (places if isinstance(places, list) else [places])]
+
+
+def _search_path(places: Sequence[str]) -> str:
+    """The word that names these places."""
+    named = [place if re.fullmatch(r"[\w:/.~-]+", place) else quoted(place) for place in places]
+    return f"{PLACES}[{','.join(named)}]"
 
 
 def _check_places(words: Sequence[str]) -> None:
@@ -78,7 +87,7 @@ def _check_places(words: Sequence[str]) -> None:
     """
     for word in words:
         for place in _listed(word):
-            path = place.strip("'\" ").removeprefix("file://")
+            path = place.removeprefix("file://")
             if path and "://" not in path and "$" not in path and not Path(path).is_dir():
                 raise UsageError(f"there is no folder {path} to look for settings in (hydra.searchpath)")
 
@@ -106,11 +115,8 @@ def located(words: Sequence[str], folder: Path | None = None) -> list[str]:
     if found == list(words):
         return found
     given = [word for word in found if word.startswith(PLACES)]
-    further = [text for text in (word.partition("=")[2].strip("[] ") for word in given) if text]
-    return [
-        *(word for word in found if word not in given),
-        f"{PLACES}[{','.join([*further, quoted(f'file://{staging}')])}]",
-    ]
+    further = [place for word in given for place in _listed(word)]
+    return [*(word for word in found if word not in given), _search_path([*further, f"file://{staging}"])]
 
 
 def by_content(words: Sequence[str], staging: Path | None = None) -> list[str]:
@@ -135,7 +141,7 @@ def unstaged(words: Sequence[str]) -> list[str]:
             places = [place for place in _listed(word) if not Path(place).name.startswith(_STAGING)]
             if not places:
                 continue
-            word = f"{PLACES}[{','.join(places)}]"
+            word = _search_path(places)
         found.append(word)
     return found
 

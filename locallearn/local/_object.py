@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ class Local:
         self.optimizers = _optimizers(algorithm, optimizer)
         stepped = self._stepped()
         self._resting = [p for p in net.parameters() if id(p) not in stepped]
+        self._run = _run_by(self.blocks, net)
         self._wiring = _wiring(net)
         self._refuse_frozen()
         self._follow()
@@ -176,7 +178,7 @@ class Local:
             done += 1
             yield update
             optimizer = self.optimizers[update.unit]
-            if _needs_closure(type(optimizer).step):
+            if _needs_closure(optimizer):
                 optimizer.step(partial(_again, update, optimizer, [True]))  # type: ignore[arg-type]
             else:
                 update.backward()
@@ -258,16 +260,17 @@ class Local:
             )
         for unit, optimizer in self.optimizers.items():
             _refuse_another(optimizer, state["optimizers"][unit])
-        before = copy.deepcopy((self.net.state_dict(), self.algorithm.state_dict()))
+        before = copy.deepcopy(self.state_dict())
         try:
-            self.net.load_state_dict(state["net"])
-            self.algorithm.load_state_dict(state["algorithm"])
-        except RuntimeError as error:
-            self.net.load_state_dict(before[0])  # PyTorch copies what fits before it says what does not
-            self.algorithm.load_state_dict(before[1])
-            raise ValueError(
-                f"this is the state of another network or rule: {str(error).splitlines()[-1].strip()}"
-            ) from error
+            self._load(state)
+        except Exception as error:  # whatever a module or an optimizer of somebody's own says
+            self._load(before)  # PyTorch copies what fits before it says what does not
+            said = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+            raise ValueError(f"this is the state of another network, rule or optimizer: {said}") from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.algorithm.load_state_dict(state["algorithm"])
         for unit, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][unit])
 
@@ -296,18 +299,28 @@ class Local:
         return {id(p) for unit in self.optimizers.values() for group in unit.param_groups for p in group["params"]}
 
     def _refuse_exchanged(self) -> None:
-        """Whether the network has parameters by now that it did not have when its optimizers were made."""
+        """Whether the network runs something else by now than its blocks, or they run what no optimizer has.
+
+        What a network holds beside what runs (a probe, a copy of averaged weights) is nobody's business.
+        """
         if all(len(old) == len(now) and all(old.get(k) is v for k, v in now.items()) for old, now in self._wiring):
             return
+        found = _run_by(self.blocks, self.net)
         known = self._stepped() | {id(p) for p in self._resting}
-        for name, parameter in self.net.named_parameters():
-            if id(parameter) not in known:
-                raise ValueError(
-                    f"parameter {name!r} of {type(self.net).__name__} has come after localize: no optimizer has it, and "
-                    "the blocks may run what stood there before. Change the values of what is there (load_state_dict "
-                    "without assign=True), or localize the changed network"
-                )
-        self._wiring = _wiring(self.net)
+        changed = [f"module {name!r}" for name in _unlike(self._run.modules, found.modules)]
+        changed += [
+            f"the list of modules {name!r}".removesuffix(" ''") for name in _unlike(self._run.chained, found.chained)
+        ]
+        changed += [f"parameter {name!r}" for name, p in found.parameters.items() if id(p) not in known]
+        still = {id(p) for p in found.parameters.values()}
+        changed += [f"parameter {name!r}" for name, p in self._run.parameters.items() if id(p) not in still]
+        if changed:
+            raise ValueError(
+                f"{changed[0]} of {type(self.net).__name__} was exchanged after localize: the blocks run what stood there "
+                "before, or no optimizer has what stands there now. Change the values of what is there (load_state_dict "
+                "without assign=True), or localize the changed network"
+            )
+        self._run, self._wiring = found, _wiring(self.net)
 
     def _refuse_frozen(self) -> None:
         """Whether there is anything left of the network that could learn, where this rule moves its weights at all."""
@@ -334,6 +347,37 @@ class Local:
             self.algorithm.get_submodule(path).eval()
 
 
+class _Run(NamedTuple):
+    """What blocks run of a network, by its names there."""
+
+    modules: dict[str, nn.Module]
+    chained: dict[str, list[nn.Module]]
+    parameters: dict[str, nn.Parameter]
+
+
+def _run_by(blocks: nn.Module, net: nn.Module) -> _Run:
+    run = {id(module) for module in blocks.modules()}
+    named = dict(net.named_modules(remove_duplicate=False))
+    own = {id(p) for p in blocks.parameters()}
+    return _Run(
+        {name: module for name, module in named.items() if id(module) in run},
+        # These run all that they hold; of other modules their forward says what runs.
+        {name: list(m._modules.values()) for name, m in named.items() if type(m).forward is nn.Sequential.forward},
+        {name: p for name, p in net.named_parameters(remove_duplicate=False) if id(p) in own},
+    )
+
+
+def _unlike(old: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names that stood for something else, or for nothing."""
+    return [name for name, held in old.items() if not _same(held, now.get(name))]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(_same, one, other))
+    return one is other
+
+
 def _wiring(net: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """What every module holds, as it was and as it is: comparing them costs less than listing all parameters."""
     held = [own for module in net.modules() for own in (module._modules, module._parameters)]
@@ -357,10 +401,13 @@ def _optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optim
     return optimizers
 
 
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+
+
 def _refuse_another(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Refuse the state of an optimizer of another kind, or over other parameters. Learning rate schedules add a setting."""
+    """Refuse the state of an optimizer of another kind, or over other parameters. Learning rate schedules add settings."""
     for mine, theirs in zip(optimizer.param_groups, state["param_groups"], strict=False):
-        differ = (set(mine) ^ set(theirs)) - {"initial_lr"}
+        differ = (set(mine) ^ set(theirs)) - _OF_SCHEDULERS
         if differ:
             raise ValueError(
                 f"this is the state of another optimizer than {type(optimizer).__name__}, with settings "
@@ -374,10 +421,17 @@ def _refuse_another(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         )
 
 
-@cache  # asked with every step of every unit
-def _needs_closure(step: Callable[..., Any]) -> bool:
-    closure = inspect.signature(step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+_CLOSURES: MutableMapping[Any, bool] = WeakKeyDictionary()  # of functions: asked with every step of every unit
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's step cannot be called without one."""
+    step = getattr(optimizer.step, "__func__", optimizer.step)
+    needed = _CLOSURES.get(step)
+    if needed is None:
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        needed = _CLOSURES[step] = closure is not None and closure.default is inspect.Parameter.empty
+    return needed
 
 
 def _again(update: Update, optimizer: Optimizer, first: list[bool]) -> Tensor:

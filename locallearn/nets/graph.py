@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from locallearn.nets.blocks import Blocks
@@ -381,15 +382,17 @@ def _sparse_product(crow: Tensor, column: Tensor, values: Tensor, rows: int, col
         return torch.sparse_csr_tensor(crow, column, values, (rows, columns), check_invariants=False) @ dense
 
 
+@register_flop_formula(
+    torch.ops.locallearn.sparse_product
+)  # before PyTorch's counter begins, which then looks for no more
+def _flops(crow: Any, column: Any, values: Any, rows: int, columns: int, dense: Any, *_: Any, **__: Any) -> int:
+    """Two for every entry and column."""
+    return int(2 * values[0] * dense[1])
+
+
 @cache
 def _set_up() -> None:
-    """Once per process: count entries as FLOPs, and let PyTorch say here that its sparse matrices are in beta."""
-    from torch.utils.flop_counter import register_flop_formula
-
-    def flops(crow: Any, column: Any, values: Any, rows: int, columns: int, dense: Any, *_: Any, **__: Any) -> int:
-        return int(2 * values[0] * dense[1])
-
-    register_flop_formula(torch.ops.locallearn.sparse_product)(flops)
+    """Once per process: let PyTorch say here that its sparse matrices are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), torch.zeros(0), (1, 1))

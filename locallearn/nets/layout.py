@@ -26,10 +26,17 @@ _MOVING = {
 
 
 class Signal(NamedTuple):
-    """Shape of one sample of a one-dimensional map: what ``nn.Conv1d`` gives. A plain ``(T, D)`` is tokens."""
+    """Shape of one sample of a one-dimensional map: what ``nn.Conv1d`` gives."""
 
     channels: int
     length: int
+
+
+class Tokens(NamedTuple):
+    """Shape of one sample of a sequence that has its channels last for certain. A plain ``(T, D)`` is taken for one."""
+
+    positions: int
+    width: int
 
 
 def channel_axis(shape: Sequence[int]) -> int:
@@ -52,9 +59,10 @@ class ChannelAxes(TorchFunctionMode):
         self._axes: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 
     def shape(self, output: Tensor) -> tuple[int, ...]:
-        """Of one sample: a :class:`Signal` where three dimensions are known to be ``(N, C, L)``, else the plain shape."""
+        """Of one sample: a :class:`Signal` or :class:`Tokens` where three dimensions are known, else the plain shape."""
         shape = tuple(output.shape[1:])
-        return Signal(*shape) if len(shape) == 2 and self._axes.get(output) == 1 else shape
+        kind = {1: Signal, 2: Tokens}.get(self._axes.get(output, 0)) if len(shape) == 2 else None
+        return shape if kind is None else kind(*shape)
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         """Run one function, and note where the channels of what it gives lie."""

@@ -238,17 +238,17 @@ def _own_notes(group: _Group, figures: Mapping[str, Figure]) -> tuple[str, ...]:
 def _cut_short(records: Sequence[Record]) -> list[str]:
     """What made trainings smaller than they sound: fewer samples, or a cap that came before patience."""
     notes = []
-    limits = {_setting(record, "dataset", "limit_train") for record in records} - {None}
-    if limits:
+    samples = {_setting(record, "dataset", "limit_train") for record in records} - {None}
+    if samples:
         notes.append(
-            f"It learned from {_listed([f'{n:,}' for n in sorted(limits)])} training samples alone (dataset.limit_train)."
+            f"It learned from {_listed([f'{n:,}' for n in sorted(samples)])} training samples alone (dataset.limit_train)."
         )
     trainers = [record.part("config").get("trainer") for record in records]
-    for name, whole in (("limit_train_batches", 1.0), ("max_steps", -1), ("max_time", None)):
+    for name in ("limit_train_batches", "max_steps", "max_time"):
         given = [trainer.get(name) for trainer in trainers if isinstance(trainer, Mapping)]
-        cuts = sorted({str(value) for value in given if value is not None and value != whole})
-        if cuts:
-            notes.append(f"Its training was cut by trainer.{name}={_listed(cuts)}.")
+        limits = sorted({str(value) for value in given} - {"None", "-1", "1.0"})  # 1.0 is all batches, and 1 is one
+        if limits:
+            notes.append(f"Its training had a limit, trainer.{name}={_listed(limits)}.")
     capped = [
         (_setting(record, "trainer", "max_epochs"), record.data.get("epochs"))
         for record in records

@@ -101,7 +101,8 @@ def _run(plan: Plan) -> Path:
         recorder.copies.end(max(0, trainer.current_epoch - 1), trainer.global_step, figures)
         folder.update(figures)
         if plan.keep_model:
-            folder.write_with(MODEL, partial(_save_model, task))
+            with plan.schedule.as_far_as_trained(plan.algorithm):
+                folder.write_with(MODEL, partial(_save_model, task))
         recorder.copies.close("success")
         if recorder.copies.notes:
             folder.update({"notes": [*figures["notes"], *recorder.copies.notes]})
@@ -139,7 +140,9 @@ def _end(folder: RunFolder, status: str, reason: str, error: BaseException) -> N
 def _save_model(task: pl.LightningModule, place: Path) -> None:
     """What was trained, readable without running anybody's code; the record beside it says what to build around it."""
     state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in task.state_dict().items()}
-    active = cast(Algorithm, cast(LocalTask, task).algorithm).active  # a training that a target ended in the middle
+    active = cast(
+        Algorithm, cast(LocalTask, task).algorithm
+    ).active  # units that answer where a sequential training was stopped
     content = io.BytesIO()  # PyTorch's own words for a full disk do not say that it is full
     torch.save({"format": 1, "state_dict": state, "active": None if active is None else sorted(active)}, content)
     place.write_bytes(content.getbuffer())

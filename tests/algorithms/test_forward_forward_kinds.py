@@ -152,6 +152,29 @@ def test_classes_share_out_channels_and_never_tokens() -> None:
         ForwardForward(loss="channelwise").attach(net, task)
 
 
+class _Mixed(nn.Module):
+    """Channels that are mixed by a product that nobody takes for a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, 8, L)``, as it came."""
+        return torch.einsum("oc,ncl->nol", self.weight, x).relu()
+
+
+def test_classes_share_out_channels_of_which_nothing_is_known() -> None:
+    shaped = nn.Sequential(nn.Linear(6, 32), nn.Unflatten(1, (8, 4)), nn.ReLU())
+    for inputs, blocks in (
+        (torch.rand(2, 6), {"shaped": shaped, "signal": nn.Sequential(nn.Conv1d(8, 8, 3), nn.ReLU())}),
+        (torch.rand(2, 8, 5), {"mixed": _Mixed()}),
+    ):
+        rule = ForwardForward(loss="channelwise")
+        rule.attach(Blocks(blocks), TaskInfo(Batch(inputs, torch.tensor([0, 1])), 4, F.cross_entropy))
+        assert all(update.loss is not None for update in rule.updates(Batch(inputs, torch.tensor([0, 1]))))
+
+
 def test_blocks_that_take_nothing_from_above_are_refused() -> None:
     for layers, sentence in (
         ([nn.Conv2d(2, 3, 3), nn.ReLU()], "block 'only' gives \\(3, 4, 4\\)"),

@@ -680,6 +680,11 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], sente
             lambda: mlp((6,), 4, (5, 5)),
             "classification=\\[1, 0\\] runs from the first to the last local block, and block 'layer1' is the only one",
         ),
+        (
+            {"loss": "infopro", "reconstruction": [1, 0], "classification": [1, 1]},
+            lambda: cnn((1, 8, 8), 4, (4, 4), (3, 3)),
+            "reconstruction=\\[1, 0\\] runs from the first to the last local block, and block 'block1' is the only one",
+        ),
     ],
 )
 def test_networks_that_do_not_fit_are_refused_by_name(settings: dict[str, Any], net: Any, sentence: str) -> None:

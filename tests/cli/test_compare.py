@@ -155,7 +155,16 @@ def test_a_rule_of_the_users_own_is_compared(cli: Cli, tmp_path: Path, read_reco
     assert searched.code == 0, searched.err
     for line in searched.out.splitlines()[-2:]:  # what it recommends to do next
         _, command, *recommended = shlex.split(line)
-        assert cli(command, *recommended, "runs_dir=next", "compare.seeds=[0]").code == 0
+        assert cli(command, *recommended, "runs_dir=next").code == 0
+    # Wherever it lies.
+    for named, written in (
+        ("my,conf", "'file://my,conf'"),
+        ("my conf", r"file://my\ conf"),
+        ("my conf", "file://my conf"),
+    ):
+        (tmp_path / named / "algorithm").mkdir(parents=True, exist_ok=True)
+        (tmp_path / named / "algorithm" / "ours.yaml").write_text("_target_: locallearn.algorithms.MonoForward\n")
+        assert cli("train", f"hydra.searchpath=[{written}]", "algorithm=ours").code == 0
     # And what is mistyped beside it is told.
     assert "there is no folder my_conff " in cli("train", "hydra.searchpath=[file://my_conff]", "algorithm=mine").err
     for word, told in (
@@ -177,8 +186,8 @@ def test_what_cut_trainings_short_stands_under_the_table(cli: Cli) -> None:
         "+trainer.max_steps=2",
     ]
     outcome = " ".join(cli("compare", *words).out.split())
-    assert "Its training was cut by trainer.limit_train_batches=2." in outcome
-    assert "Its training was cut by trainer.max_steps=2." in outcome
+    assert "Its training had a limit, trainer.limit_train_batches=2." in outcome
+    assert "Its training had a limit, trainer.max_steps=2." in outcome
 
 
 def test_report_reads_several_folders(cli: Cli, tmp_path: Path) -> None:

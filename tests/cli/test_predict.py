@@ -109,18 +109,21 @@ def test_predictions_go_where_they_are_asked_for(cli: Cli, tmp_path: Path) -> No
     assert [line.split(",")[1] for line in lines[1:]] == [str(int(i)) for i in expected.argmax(1)]
 
 
-def test_a_training_that_was_ended_in_its_first_stage_predicts_with_what_it_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", [("compare.mode=target", "compare.target=0.05"), ("+trainer.max_steps=15",)])
+@pytest.mark.parametrize("rule", [("mono_forward",), ("forward_forward", "algorithm.inference=softmax")])
+def test_a_training_that_was_ended_before_its_last_stage_predicts_with_what_it_trained(
+    cli: Cli, rule: tuple[str, ...], end: tuple[str, ...]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    target = ("compare.mode=target", "compare.target=0.01", "schedule=sequential")
-    cfg, choices = compose_settings([*_IMAGES, "algorithm=mono_forward", *target])
-    plan = make_plan(cfg, choices, "")
-    saved = locallearn.load(run(plan))
-    assert saved.algorithm.active == plan.algorithm.active
-    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(saved.predict(images), plan.algorithm.eval().predict(images))
+    name, *own = rule
+    outcome = cli("train", f"algorithm={name}", *own, *end, "schedule=sequential", "optimizer.lr=0.01")
+    assert outcome.code == 0, outcome.err
+    assert outcome.record["untrained"]
+    saved = locallearn.load(outcome.folder)
+    assert saved.algorithm.active is not None
+    assert saved.algorithm.active.isdisjoint(outcome.record["untrained"])
+    predicted = cli("predict", str(outcome.folder))
+    assert f"test accuracy {outcome.record['test']['accuracy']:.4f}" in predicted.out + predicted.err
+    assert "the record says" not in predicted.out + predicted.err
 
 
 def test_links_have_a_table_of_their_own_and_pictures_none(cli: Cli, tmp_path: Path) -> None:
@@ -141,7 +144,7 @@ from locallearn.tasks.classification import Classification
 class Asking(Classification):
     def test_step(self, batch, batch_idx):
         batch = self.to_batch(batch)
-        right = self.algorithm.predict(batch.inputs).argmax(1) == batch.targets
+        right = self.algorithm.predict(inputs=batch.inputs).argmax(1) == batch.targets
         self.log("test/accuracy", right.float().mean(), on_epoch=True, batch_size=len(right))
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -398,13 +399,77 @@ def test_parameters_that_come_after_localize_are_refused(how: str) -> None:
         net.set_submodule(last, nn.Linear(old.in_features, old.out_features))  # type: ignore[arg-type]
     else:
         net.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
-    with pytest.raises(ValueError, match="has come after localize: no optimizer has it"):
+    with pytest.raises(ValueError, match="was exchanged after localize: the blocks run what stood there"):
         local.step(V, CLASSES)
 
 
-def test_a_parametrization_that_comes_later_trains_on() -> None:
-    net = mlp()
+class _Wrapped(nn.Module):
+    """A layer with something of one's own behind it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer, and twice."""
+        return 2 * self.layer(x)
+
+
+@pytest.mark.parametrize("how", ["exchanged", "swapped", "wrapped", "appended", "gone"])
+def test_a_network_that_runs_other_modules_than_its_blocks_is_refused(how: str) -> None:
+    """Though all its parameters have optimizers."""
+    net = nn.Sequential(
+        nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+    )
     local = ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD)
+    local.step(V, CLASSES)
+    if how == "exchanged":
+        net[1] = nn.Tanh()
+    elif how == "swapped":
+        net[2], net[4] = net[4], net[2]
+    elif how == "wrapped":
+        net[2] = _Wrapped(net[2])
+    elif how == "appended":
+        net.append(nn.Tanh())
+    else:
+        del net[3]
+    assert not torch.equal(net(V), local.predict(V))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="was exchanged after localize"):
+            local.step(V, CLASSES)
+
+
+class _Probed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores ``(N, 3)``."""
+        return self.head(self.body(x))  # type: ignore[no-any-return]
+
+
+def test_what_a_network_holds_beside_what_it_runs_is_its_own() -> None:
+    """A probe, weights averaged over time."""
+    net = _Probed()
+    local = ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD)
+    local.step(V, CLASSES)
+    net.probe = nn.Linear(6, 2)
+    net.averaged = copy.deepcopy(net.body).requires_grad_(False)
+    before = net.body[0].weight.clone()
+    for one in (local, copy.deepcopy(local)):
+        one.step(V, CLASSES)
+        assert not torch.equal(one.net.body[0].weight, before)
+    net.body[2] = nn.Linear(6, 6)  # and what it runs is still watched
+    with pytest.raises(ValueError, match=r"module 'body.2' of _Probed was exchanged"):
+        local.step(V, CLASSES)
+
+
+@pytest.mark.parametrize("rule", [ll.MonoForward, ll.ForwardForward])  # the latter leaves the network's readout alone
+def test_a_parametrization_that_comes_later_trains_on(rule: Any) -> None:
+    net = mlp()
+    local = ll.localize(net, rule(), cuts=2, example=V, optimizer=SGD)
     first = next(module for module in net.modules() if isinstance(module, nn.Linear))
     torch.nn.utils.parametrize.register_parametrization(first, "weight", nn.Identity())
     before = first.weight.clone()
@@ -417,19 +482,88 @@ def test_a_state_that_is_refused_leaves_everything_as_it_was() -> None:
     first, other = (ll.localize(mlp(), ll.MonoForward(), cuts=2, example=V, optimizer=make) for make in (SGD, ADAM))
     wider = ll.localize(_wide(), ll.MonoForward(), cuts=2, example=V, optimizer=SGD)
     before = copy.deepcopy(first.state_dict())
-    for strange, sentence in ((other, "another optimizer than SGD"), (wider, "another network or rule")):
+    moved = {
+        part: {k: v + 1 if isinstance(v, Tensor) else v for k, v in before[part].items()}
+        for part in ("net", "algorithm")
+    }
+    of_units = before["optimizers"]
+    for strange, sentence in (
+        (other.state_dict(), "another optimizer than SGD"),
+        (wider.state_dict(), "another network, rule or optimizer: .*size mismatch"),
+        (before | moved | {"algorithm": {}}, "another network, rule or optimizer: .*Missing"),
+        (
+            before | moved | {"optimizers": {u: {"param_groups": o["param_groups"]} for u, o in of_units.items()}},
+            "'state'",
+        ),
+        (before | moved | {"optimizers": {u: _fewer(o) for u, o in of_units.items()}}, r"groups of \[\d"),
+    ):
         with pytest.raises(ValueError, match=sentence):
-            first.load_state_dict(strange.state_dict())
+            first.load_state_dict(strange)
         for part in ("net", "algorithm"):
             for name, value in first.state_dict()[part].items():
                 assert not isinstance(value, Tensor) or torch.equal(value, before[part][name])
 
 
-def test_a_schedule_that_is_made_before_or_after_loading_is_no_other_optimizer() -> None:
-    first, second = (ll.localize(mlp(), ll.MonoForward(), cuts=2, example=V, optimizer=SGD) for _ in range(2))
+def _fewer(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer over one parameter less."""
+    first, *others = state["param_groups"]
+    return {**state, "param_groups": [{**first, "params": first["params"][1:]}, *others]}
+
+
+class _Choosy(nn.Linear):
+    """A layer with a state of its own, which it may refuse in its own words."""
+
+    made_with = "one"
+
+    def get_extra_state(self) -> Any:
+        """What it was made with."""
+        return self.made_with
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take no other."""
+        if state != self.made_with:
+            raise KeyError(f"made with {state}")
+
+
+def test_a_state_that_a_module_refuses_leaves_everything_as_it_was() -> None:
+    nets = [nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), _Choosy(6, 3)) for _ in range(2)]
+    nets[1][4].made_with = "another"
+    first, other = (ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD) for net in nets)
+    before = copy.deepcopy(nets[0].state_dict())
+    with pytest.raises(ValueError, match="made with another"):
+        first.load_state_dict(other.state_dict())
+    for name, value in nets[0].state_dict().items():
+        assert not isinstance(value, Tensor) or torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10),
+        partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=10),
+        partial(torch.optim.lr_scheduler.CyclicLR, base_lr=0.1, max_lr=0.2),
+        partial(torch.optim.swa_utils.SWALR, swa_lr=0.1),
+    ],
+)
+def test_a_schedule_that_is_made_before_or_after_loading_is_no_other_optimizer(schedule: Any) -> None:
+    make = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    first, second = (ll.localize(mlp(), ll.MonoForward(), cuts=2, example=V, optimizer=make) for _ in range(2))
     for optimizer in first.optimizers.values():
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        schedule(optimizer)
     second.load_state_dict(first.state_dict())
     for name, value in first.net.state_dict().items():
         assert torch.equal(value, second.net.state_dict()[name])
-    first.load_state_dict(ll.localize(mlp(), ll.MonoForward(), cuts=2, example=V, optimizer=SGD).state_dict())
+    first.load_state_dict(ll.localize(mlp(), ll.MonoForward(), cuts=2, example=V, optimizer=make).state_dict())
+
+
+def test_a_step_of_one_optimizers_own_may_need_a_closure() -> None:
+    """As a wrapper of a library's sets it, on the object."""
+    nets = [mlp(), mlp()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    plain, wrapped = (ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD) for net in nets)
+    plain.step(V, CLASSES)
+    for optimizer in wrapped.optimizers.values():
+        optimizer.step = types.MethodType(lambda self, closure: type(self).step(self, closure), optimizer)  # type: ignore[method-assign]
+    wrapped.step(V, CLASSES)
+    for mine, theirs in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(mine, theirs)

@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from locallearn.nets import Blocks, cnn, locally_connected, mlp
+from locallearn.nets.feedforward import initialise
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -252,6 +253,10 @@ def test_layers_keep_their_own_start_where_that_is_asked_for(make: Any) -> None:
     """Weights and biases alike, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     torch.manual_seed(0)
     block = make((3, 6, 6), 10, (400,), init="pytorch")[0]
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(1.0)  # whatever stood there
+    initialise(block, "pytorch")
     weight, bias = block.parameters()
     bound = {2: 108, 3: 27, 4: 27}[weight.ndim] ** -0.5
     for drawn in (weight, bias):

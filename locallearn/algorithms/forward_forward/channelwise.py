@@ -16,7 +16,7 @@ from locallearn.batch import Batch
 from locallearn.functional import layer_collaboration
 from locallearn.losses.channelwise import ChannelwiseCompetitiveLoss
 from locallearn.nets.blocks import fitted
-from locallearn.nets.layout import channel_axis
+from locallearn.nets.layout import Tokens
 from locallearn.nets.units import sample_shapes
 
 
@@ -69,7 +69,7 @@ class ChannelwiseForwardForward(ForwardForward):
         x = fitted(self.blocks, task.example.inputs)
         with torch.no_grad():
             for name, shape in zip(self.blocks.names, sample_shapes(self.blocks, x, ())[0], strict=True):
-                if len(shape) > 1 and channel_axis(shape) != 1:
+                if isinstance(shape, Tokens):
                     raise ValueError(
                         f"block {name!r} gives tokens of shape {tuple(shape)} per sample, and classes would share out its "
                         f"{shape[0]} tokens instead of its channels: use blocks that give maps or vectors, or another loss"
