@@ -680,16 +680,18 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], sente
             lambda: mlp((6,), 4, (5, 5)),
             "classification=\\[1, 0\\] runs from the first to the last local block, and block 'layer1' is the only one",
         ),
-        (
-            {"loss": "infopro", "reconstruction": [1, 0], "classification": [1, 1]},
-            lambda: cnn((1, 8, 8), 4, (4, 4), (3, 3)),
-            "reconstruction=\\[1, 0\\] runs from the first to the last local block, and block 'block1' is the only one",
-        ),
     ],
 )
 def test_networks_that_do_not_fit_are_refused_by_name(settings: dict[str, Any], net: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         _attached(LocalHeads(**settings), net(), ROWS)
+
+
+def test_a_decoder_of_one_block_has_one_weight() -> None:
+    ends: dict[str, Any] = {"loss": "infopro", "classification": (1, 1)}
+    with pytest.raises(ValueError, match=r"reconstruction=\[1, 0\] runs from .* block 'conv1' is the only one"):
+        _attached(LocalHeads(**ends, reconstruction=(1, 0)), cnn((3, 8, 8), 4, (4, 4)))
+    _attached(LocalHeads(**ends, reconstruction=(1, 1)), cnn((3, 8, 8), 4, (4, 4)))
 
 
 def test_other_bad_input_is_told() -> None:

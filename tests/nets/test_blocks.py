@@ -253,10 +253,11 @@ def test_layers_keep_their_own_start_where_that_is_asked_for(make: Any) -> None:
     """Weights and biases alike, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     torch.manual_seed(0)
     block = make((3, 6, 6), 10, (400,), init="pytorch")[0]
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(1.0)  # whatever stood there
-    initialise(block, "pytorch")
+    for layer in block.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):  # drawn afresh, whatever stood there
+            with torch.no_grad():
+                layer.weight.add_(1.0)
+            initialise(layer, "pytorch")
     weight, bias = block.parameters()
     bound = {2: 108, 3: 27, 4: 27}[weight.ndim] ** -0.5
     for drawn in (weight, bias):
