@@ -840,3 +840,24 @@ def test_the_figure_that_a_run_is_judged_by() -> None:
     assert judged(name="mean_squared_error", maximise=False) == Quality("mean_squared_error", False)
     assert judged(name="auc", maximise=True) == judged(name="auc") == Quality("auc", True)
     assert judged() == judged(name=3) == judged(name="") == Quality()
+
+
+@pytest.mark.parametrize(
+    ("value", "known"), [(0.0, True), (1.0 + 1e-7, True), (1.01, False), (37, False), (-0.1, False)]
+)
+def test_a_share_is_a_share_of_one(value: float, known: bool, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    data = {
+        "id": "x",
+        "algorithm": "a",
+        "dataset": "d",
+        "status": "done",
+        "seed": 1,
+        "test": {"accuracy": value, "loss": 37.0},
+    }
+    (tmp_path / "x" / "record.json").write_text(json.dumps(data), encoding="utf-8")
+    found = scan([tmp_path])
+    [record] = found.records
+    assert record.figures()["test/loss"] == 37.0
+    assert record.figures()["test/accuracy"] == (value if known else None)
+    assert any("test.accuracy" in problem and "a share of 1" in problem for problem in found.problems) != known

@@ -651,8 +651,8 @@ def test_trainings_that_were_cut_short_say_so() -> None:
     (row,) = compare_table([run(0, [8]), run(1, [5]), run(2, [3, 8])])
     assert row.notes == (
         "It learned from 1,000 training samples alone (dataset.limit_train).",
-        "2 of its 3 runs ended at the cap of 8 epochs (trainer.max_epochs), before validation had stopped improving: longer "
-        "trainings may give other figures.",
+        "2 of its 3 runs went on to the cap (trainer.max_epochs=8), not stopped by patience before: longer trainings may give "
+        "other figures.",
     )
     for told in (
         run(0, [5], limit=None),  # patience ended it

@@ -18,7 +18,7 @@ from __future__ import annotations
 from locallearn.records._files import plain_file, write_file
 from locallearn.records._folder import RunFolder
 from locallearn.records._index import read_index, rebuild_index
-from locallearn.records._keys import ANALYSIS, CHECKPOINT, COST_COLUMNS, SCHEMA, TEMPLATE, Metric, Quality
+from locallearn.records._keys import ANALYSIS, CHECKPOINT, COST_COLUMNS, SCHEMA, SHARES, TEMPLATE, Metric, Quality
 from locallearn.records._place import hardware, source, versions
 from locallearn.records._reading import Record, Scan, find_records, load_record, scan
 from locallearn.records._recovery import recover
@@ -28,6 +28,7 @@ __all__ = [
     "CHECKPOINT",
     "COST_COLUMNS",
     "SCHEMA",
+    "SHARES",
     "TEMPLATE",
     "Metric",
     "Quality",

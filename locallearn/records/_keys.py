@@ -14,6 +14,9 @@ CHECKPOINT: Final = "resume.ckpt"
 ANALYSIS: Final = "analysis"
 """Folder beside the runs' folders for what is worked out of kept models: one file per run, rebuilt at will."""
 
+SHARES: Final = ("accuracy", "auc")
+"""Metrics that are shares of 1, which people read in percent."""
+
 COST_COLUMNS: Final = (
     "train_s",
     "validation_s",

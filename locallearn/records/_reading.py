@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any
 
 from locallearn.records._files import plain_file
-from locallearn.records._keys import COST_COLUMNS, ENDINGS, TEMPLATE, UNRECORDED, Metric, Quality
+from locallearn.records._keys import COST_COLUMNS, ENDINGS, SHARES, TEMPLATE, UNRECORDED, Metric, Quality
 
 _NESTED = 100  # levels of a record that is no prank
 _CHARACTERS = 100_000  # of a text, and of a name
@@ -25,6 +25,7 @@ _LONE = re.compile("[\ud800-\udfff]")
 
 
 # What a target cost, beside the value that was to be reached.
+_ROUNDING = 1e-6  # of a share that was summed in float32
 _TO_TARGET = ("seconds", "joules", "samples")
 
 
@@ -135,7 +136,7 @@ class Record:
         """
         flat: dict[str, float | None] = {}
         for part in ("validation", "test"):
-            flat |= {f"{part}/{name}": _number(value) for name, value in self.part(part).items()}
+            flat |= {f"{part}/{name}": _quality(name)(value) for name, value in self.part(part).items()}
         cost = self.part("cost")
         flat |= {name: _cost(cost.get(name)) for name in COST_COLUMNS}
         for window in self.energy():
@@ -362,7 +363,7 @@ def _doubts(record: Record) -> list[str]:
             found.append((key, data[key], "an object"))
     cost = record.part("cost")
     numbers = [
-        (f"{part}.{name}", value, _number)
+        (f"{part}.{name}", value, _quality(name))
         for part in ("validation", "test")
         for name, value in record.part(part).items()
     ]
@@ -374,7 +375,7 @@ def _doubts(record: Record) -> list[str]:
         numbers += [(f"target.{name}.{source}".rstrip("."), one, _number) for source, one in inner]
     for name, value, read in numbers:
         if value is not None and read(value) is None:
-            found.append((name, value, "a number, or 0 and above for a cost"))
+            found.append((name, value, "a share of 1" if read is _share else "a number, or 0 and above for a cost"))
     sentences = [
         f"{_short(name)} is {_short(repr(value))}, wanted {kind}; it counts as unknown." for name, value, kind in found
     ]
@@ -387,6 +388,16 @@ def _doubts(record: Record) -> list[str]:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _quality(name: str) -> Callable[[Any], float | None]:
+    """What reads a metric or loss of this name."""
+    return _share if name in SHARES else _number
+
+
+def _share(value: Any) -> float | None:
+    number = _number(value)
+    return None if number is None or not -_ROUNDING <= number <= 1 + _ROUNDING else number
 
 
 def _cost(value: Any) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from locallearn.records import COST_COLUMNS, Quality
+from locallearn.records import COST_COLUMNS, SHARES, Quality
 from locallearn.statistics import Figure, Row
 
 UNKNOWN = "\N{EN DASH}"
@@ -26,7 +26,6 @@ _SECONDS = ((1.0, "s"), (3600.0, "h"))
 _BYTES = ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"))
 _PREFIXES = ((1e-6, "µ"), (1e-3, "m"), (1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P"))
 _COUNTS = ((1.0, ""), (1e3, "thousand"), (1e6, "million"), (1e9, "billion"))
-_PERCENTAGES = ("accuracy", "auc")
 _LONG = 1e15  # numbers with more digits are shown with an exponent
 _ABBREVIATIONS = {"auc": "AUC", "mse": "MSE"}
 
@@ -197,18 +196,18 @@ def metric_column(key: str, rows: Sequence[Row]) -> Column:
     part, _, name = key.partition("/")
     title = f"{part.capitalize()} {metric_title(name)}"
     lower = Quality(name, maximise=False) in [row.metric for row in rows]
-    if name in _PERCENTAGES:
+    if name in SHARES:
         return Column(key, title, "%", 0.01, 2, lower)
     return Column(key, title, "", 1.0, _digits(_means(key, rows), 4, 9), lower)
 
 
-def best_energy(shown: Sequence[Column], rows: Sequence[Row]) -> Column | None:
+def best_energy(shown: Sequence[Column], rows: Sequence[Row], of: str = "energy_j/") -> Column | None:
     """The source of joules that the charts show: measured before modelled, then the one that most rows know."""
-    found = [column for column in shown if column.key.startswith("energy_j/")]
+    found = [column for column in shown if column.key.startswith(of)]
 
     def rank(column: Column) -> tuple[bool, int, str]:
         known = sum(column.key in row.figures for row in rows)
-        return quality(column.key.partition("/")[2], rows) != "measured", -known, column.key
+        return quality(column.key.removeprefix(of), rows) != "measured", -known, column.key
 
     return min(found, key=rank, default=None)
 

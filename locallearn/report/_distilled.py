@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from locallearn.records import Record, plain_file
+from locallearn.records import SHARES, Record, plain_file
 from locallearn.report._charts import Chart, figure_of, plain_text, ramp
 from locallearn.report._columns import TIMES, UNKNOWN, known_number, metric_title, significant
 from locallearn.statistics import Row
@@ -36,7 +36,7 @@ def read_distilled(rows: Sequence[Row]) -> tuple[list[Chart], list[str]]:
 
 def _chart(row: Row, record: Record, data: Mapping[str, Any]) -> Chart:
     metric = str(data.get("metric"))[:80]
-    share = metric in ("accuracy", "auc")
+    share = metric in SHARES
     students = data.get("students")
     if not isinstance(students, list) or not students or not all(isinstance(one, Mapping) for one in students):
         raise ValueError("it has no students")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from locallearn.report._charts import lower
-from locallearn.report._columns import UNKNOWN, Column, quality, ratio_text
+from locallearn.report._columns import AT_LEAST, UNKNOWN, Column, quality, ratio_text
 from locallearn.report._html import Book, scrolled
 from locallearn.report._section import Section
 from locallearn.report._styles import Styles
@@ -38,8 +38,10 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
         place = f"{rows[0].place}"
         badge = f" ({rows[0].terms})" if rows[0].mode else ""
         name = f'<a href="#{section.anchor}">{escape(place)}</a><small>{escape(badge.strip(" ()"))}</small>'
-        figure = best.figures[metric.key] if best is not None and metric is not None else None
+        figure = best.figures.get(metric.key) if best is not None and metric is not None else None
         value = UNKNOWN if figure is None or metric is None else f"{metric.number(figure.centre)} {metric.unit}".strip()
+        if figure is not None and figure.censored:
+            value = f"{AT_LEAST} {value}"
         what = (
             ""
             if metric is None
@@ -58,6 +60,8 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
             if "joules" not in ratios
             else quality(ratios["joules"][0].key.partition("/")[2], rows).partition(" (")[0]
         )
+        bytes_ = "memory" if "memory" in told else "peak activations"
+        memory, which = told.get(bytes_, UNKNOWN), "activations" if bytes_ in told and bytes_ != "memory" else ""
         done, lost = sum(len(row.records) for row in rows), sum(len(row.missing) for row in rows)
         runs = str(done) if not lost else f"{done} of {done + lost}"
         dot = f'<span class="dot" style="background:{style[best.label].colour}"></span>' if best else ""
@@ -69,7 +73,7 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
             + (f"<small>{escape(doubt)}</small>" if doubt else ""),
             told.get("time", UNKNOWN),
             told.get("joules", UNKNOWN) + (f"<small>{escape(source)}</small>" if source else ""),
-            told.get("memory", UNKNOWN),
+            memory + (f"<small>{which}</small>" if which else ""),
             escape(found.certainty),
             runs,
         ]
@@ -79,6 +83,7 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
         )
         lines.append(f'<tr data-section="{section.anchor}"><th scope="row">{name}</th>{body}</tr>')
         joules = told.get("joules", UNKNOWN) + (f" ({source})" if source else "")
+        memory += f" ({which})" if which else ""
         plain.append(
             (
                 *(
@@ -89,7 +94,7 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
                     if found.rival
                     else difference,
                 ),
-                *(told.get("time", UNKNOWN), joules, told.get("memory", UNKNOWN), found.certainty, runs),
+                *(told.get("time", UNKNOWN), joules, memory, found.certainty, runs),
             )
         )
     header = tuple(word.format(baseline=baseline) for word in _HEADER)
@@ -104,6 +109,8 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
     note = f"The best row, and of the others the best one, is chosen by {', elsewhere by '.join(ways)}; figures are those of "
     note = f"{note}the test set where there are any. " if ways else ""
     note += f"Time, joules and memory are ratios to {baseline} of the best other rule, paired by seed."
+    if any(section.verdict.metric and section.verdict.metric.key.startswith("target/") for section in sections):
+        note += " Where a target was to be reached, what it cost is what is compared."
     if reach:
         note += f" The bar is its difference to {baseline} with the 95 % interval, the line in it no difference; ends beyond "
         note += f"{reach:g} points are cut, and dots are the other rules."
@@ -124,6 +131,8 @@ def _difference(section: Section, style: Styles, reach: float) -> tuple[str, str
     metric, pair, rival = found.metric, found.pair, found.rival
     if metric is None or rival is None or pair is None or pair.mean is None:
         return UNKNOWN, ""
+    if metric.key.startswith("target/"):
+        return ratio_text(pair.ratio) or UNKNOWN, ""
     text = f"{pair.mean / metric.scale:+.{metric.digits}f}"
     if metric.unit != "%":
         return text, ""

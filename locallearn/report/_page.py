@@ -158,9 +158,9 @@ def _render(
     left = [*problems, *damaged, *unseen, *unused, *unread, *unusable]
     more = [(anchor, name) for anchor, name, _ in others] + ([("runs", "Runs and provenance")] if records else [])
     links = " · ".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in more)
-    head = f"{_lead(records, rows, aside)}{failures(records, running)}"
+    head = f"{_lead(records, rows, aside)}{failures(records, running, rows)}"
     head += f'<p class="note">Also here: {links}</p>' if links else ""
-    tail = unfinished(records, left, out) + provenance(records, rows, out, book)
+    tail = unfinished(records, left, out, rows) + provenance(records, rows, out, book)
     form = '<div id="filter" role="search" hidden></div>'
     return _document(title, head, f"{form}{first}{body}{tail}", book, watch_s)
 

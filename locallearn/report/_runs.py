@@ -14,7 +14,7 @@ from locallearn.records import SCHEMA, Record
 from locallearn.report._charts import plain_text
 from locallearn.report._columns import UNKNOWN
 from locallearn.report._html import Book, count, plain_table, scrolled, texts
-from locallearn.statistics import Row
+from locallearn.statistics import Row, labelled
 
 # Configurations shown on a page of hundreds of runs, and signs of what records may fill it with.
 _CONFIGS = 100
@@ -53,8 +53,9 @@ def facets(records: Sequence[Record], label: str, place: str) -> str:
     return "".join(f' data-{key}="{escape(value)}"' for key, value in values.items())
 
 
-def failures(records: Sequence[Record], running: Sequence[Record]) -> str:
-    """What the top of the page says of runs that did not finish, and of those that go on."""
+def failures(records: Sequence[Record], running: Sequence[Record], rows: Sequence[Row]) -> str:
+    """What the top of the page says of runs that did not finish, by the labels of their rows, and of those that go on."""
+    labels = _labels(rows)
     others = [record for record in records if record.status != "done" and not record.part("bench")]
     parts = []
     if running:
@@ -66,8 +67,8 @@ def failures(records: Sequence[Record], running: Sequence[Record]) -> str:
         kinds = {status: sum(r.status == status for r in others) for status in dict.fromkeys(r.status for r in others)}
         said = ", ".join(f"{n} {status}" for status, n in kinds.items())
         items = "".join(
-            f"<li><b>{escape(record.algorithm)}</b> on {escape(record.dataset)}, seed {record.seed}, {escape(record.status)}: "
-            f"{escape(_short(record.text('error') or 'no reason was recorded'))}</li>"
+            f"<li><b>{escape(_label(record, labels))}</b> on {escape(record.dataset)}, seed {record.seed}, "
+            f"{escape(record.status)}: {escape(_short(record.text('error') or 'no reason was recorded'))}</li>"
             for record in others[:_NAMED]
         )
         more = f"<li>and {len(others) - _NAMED} more</li>" if len(others) > _NAMED else ""
@@ -78,12 +79,21 @@ def failures(records: Sequence[Record], running: Sequence[Record]) -> str:
     return "".join(parts)
 
 
+def _labels(rows: Sequence[Row]) -> dict[str, str]:
+    return {record.id: row.label for row in rows for record in (*row.records, *row.missing)}
+
+
+def _label(record: Record, labels: Mapping[str, str]) -> str:
+    """That of its row; of a run whose seed another one stands for, its rule's with the variant."""
+    return labels.get(record.id) or labelled(record.algorithm, record.text("variant"))
+
+
 def _progress(record: Record) -> str:
     try:
         lines = record.metrics()
     except ValueError:
         lines = []
-    told = f"{record.algorithm} on {record.dataset}, seed {record.seed}"
+    told = f"{labelled(record.algorithm, record.text('variant'))} on {record.dataset}, seed {record.seed}"
     if not lines:
         return f"{told}: no epoch yet"
     name = f"validation/{record.metric.name}"
@@ -97,8 +107,9 @@ def _short(text: str, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def unfinished(records: Sequence[Record], problems: Sequence[str], page: Path) -> str:
+def unfinished(records: Sequence[Record], problems: Sequence[str], page: Path, rows: Sequence[Row]) -> str:
     """Runs that failed or were interrupted, and what is left out, with the reasons."""
+    labels = _labels(rows)
     others = [record for record in records if record.status != "done" and not record.part("bench")]
     foreign = sum(record.data.get("schema") != SCHEMA for record in records)
     words = list(dict.fromkeys(problems))
@@ -108,12 +119,14 @@ def unfinished(records: Sequence[Record], problems: Sequence[str], page: Path) -
     if others:
         lines = "".join(
             f'<tr{facets([record], record.algorithm, record.id)}><th scope="row">{_linked(record, page)}</th>'
+            f'<td class="left wrap">{escape(_label(record, labels))}</td><td>{record.seed}</td>'
             f'<td class="left">{escape(record.status)}</td>'
             f'<td class="left wrap">{escape((record.text("error") or "No reason was recorded.")[:_ERROR_CHARACTERS])}</td></tr>'
             for record in others
         )
         head = (
-            '<thead><tr><th scope="col">Run</th><th scope="col" class="left">Status</th>'
+            '<thead><tr><th scope="col">Run</th><th scope="col" class="left">Rule</th><th scope="col">Seed</th>'
+            '<th scope="col" class="left">Status</th>'
             '<th scope="col" class="left">Why</th></tr></thead>'
         )
         parts.append(

@@ -200,7 +200,7 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> str:
         if pairs and min(pairs) < len(row.records):
             words.append(
                 f"{row.label}: paired with {baseline} over {min(pairs)} of its {len(row.records)} seeds; means are over all "
-                "that finished, ratios over the pairs."
+                "that have a figure, ratios over the pairs."
             )
     words += _reasons(rows, shown)
     machines = {settled(record.part("hardware")) for row in rows for record in row.records}

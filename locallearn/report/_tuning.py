@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locallearn.records import Record, plain_file
+from locallearn.records import SHARES, Record, plain_file
 from locallearn.report._charts import Chart, figure_of, plain_text, ramp, rounded, wrapped
 from locallearn.report._columns import UNKNOWN, known_number, metric_title, significant
 from locallearn.report._curves import thin
@@ -18,7 +18,6 @@ _FOLDER = "tune"
 _TRIALS = 2000  # of a study, as far as they are drawn
 _SHOWN = 40  # lines of a table of trials
 _STEPS = 4000  # validations of all trials of a search that are drawn
-_PERCENTAGES = ("accuracy", "auc")
 _MARKERS = {"PRUNED": "x", "FAIL": "triangle-down-open", "COMPLETE": "circle"}
 
 
@@ -74,7 +73,7 @@ def _search(data: Mapping[str, Any]) -> Search:
     if not studies:
         raise ValueError("it has no studies")
     name = _text(objectives[0].get("name")) or "value"
-    share = 100.0 if name in _PERCENTAGES else 1.0
+    share = 100.0 if name in SHARES else 1.0
     lower = objectives[0].get("direction") == "minimize"
     unit = " (%)" if share == 100.0 else ""
     title = f"{metric_title(name)}{unit}"

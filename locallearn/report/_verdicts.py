@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from locallearn.report._charts import lower
-from locallearn.report._columns import TIMES, Column, best_energy, headline_metric, judge_of, quality, ratio_text
+from locallearn.report._columns import (
+    AT_LEAST,
+    TIMES,
+    Column,
+    best_energy,
+    headline_metric,
+    judge_of,
+    metric_title,
+    quality,
+    ratio_text,
+)
 from locallearn.statistics import Arrivals, PairedDifference, Row
 
 _LONG = 90  # signs of a row's name in a sentence
@@ -20,13 +30,14 @@ class Verdict:
 
     Attributes:
         rows: of the section.
-        metric: the figure that is told, ``None`` where no finished run has one.
+        metric: the figure that is told, ``None`` where no finished run has one; in mode ``target`` a cost to it.
         chosen_by: name of the figure that chooses ``best`` and ``rival``, mostly the validation's: the best of many test
             figures is flattered by luck.
         best: the row with the best mean of it, of complete rows alone where there are any.
         rival: what stands against the baseline: the best row that is not the baseline.
         pair: the rival against the baseline in the metric, ``None`` without a baseline.
-        certainty: in two or three words whether the interval of the difference holds 0, or why there is none.
+        certainty: in two or three words whether the interval of the difference (of a cost: of the ratio) holds none, or
+            why there is no interval.
         sentence: the verdict.
         better: the baseline with its best settings, where the rival is compared with others.
     """
@@ -44,6 +55,8 @@ class Verdict:
 
 def verdict(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> Verdict:
     """What the numbers of a section say."""
+    if rows[0].mode == "target" and any(column.key == "target/seconds" for column in shown):
+        return _to_target(rows, shown, baseline)
     metric = headline_metric(shown, rows[0].metric)
     known = [row for row in rows if metric is not None and _centre(row, metric) is not None]
     if metric is None or not known:
@@ -78,11 +91,12 @@ def verdict(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> Verd
 def cost_ratios(row: Row, shown: Sequence[Column], rows: Sequence[Row]) -> list[tuple[str, Column, PairedDifference]]:
     """The row's seconds, joules and bytes against the baseline's, as far as there are ratios."""
     by_key = {column.key: column for column in shown}
-    energy = best_energy(shown, rows)
+    allocated = by_key.get("allocated_peak_bytes")
     wanted = [
         ("time", by_key.get("target/seconds") or by_key.get("train_s")),
-        ("joules", energy),
-        ("memory", by_key.get("allocated_peak_bytes") or by_key.get("activation_peak_bytes")),
+        ("joules", best_energy(shown, rows)),
+        # Of a CPU nobody knows what all of a training holds at a time; weights and optimizers are left out then.
+        ("memory", allocated) if allocated else ("peak activations", by_key.get("activation_peak_bytes")),
     ]
     found = []
     for word, column in wanted:
@@ -137,8 +151,10 @@ def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, 
     by = f"{abs(pair.mean) / metric.scale:.{metric.digits}f}{unit}"
     ahead = pair.mean < 0 if metric.lower else pair.mean > 0
     pairs = f"{pair.n} pair{'s' if pair.n != 1 else ''}"
-    if pair.mean == 0 and (pair.lo is None or pair.lo == pair.hi):
-        return f"{which} and {baseline} have the same {name} over {pairs}", "equal"
+    if pair.mean == 0 and pair.lo == pair.hi:
+        few = pair.lo is None
+        same = f"{which} and {baseline} have the same {name} over {pairs}"
+        return (f"{same}: {_FEW}", "too few seeds") if few else (same, "equal")
     if pair.lo is None or pair.hi is None:
         word = "above" if (pair.mean > 0) else "below"
         return f"{which} lies {by} {word} {baseline} in {name} over {pairs}: {_FEW}", "too few seeds"
@@ -159,17 +175,17 @@ def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, 
     return f"{baseline} beats {which} by {by} in {name} ({told})", certainty
 
 
-def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row]) -> str:
-    """At what cost, with intervals, and how the joules came about."""
+def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row], told: Column | None = None) -> str:
+    """At what cost, with intervals, and how the joules came about; without a cost that has been told."""
     said = []
     for word, column, pair in cost_ratios(rival, shown, rows):
+        if told is not None and column.key == told.key:
+            continue
         text = ratio_text(pair.ratio)
         if pair.ratio_lo is not None and pair.ratio_hi is not None and pair.ratio_hi / pair.ratio_lo > 1.005:
             text += f" [{ratio_text(pair.ratio_lo).rstrip(TIMES)}, {ratio_text(pair.ratio_hi).rstrip(TIMES)}]"
         if word == "joules":
-            source = column.key.partition("/")[2]
-            how = quality(source, rows).partition(" (")[0]
-            word = f"joules ({source}, {how})"
+            word = f"joules ({_by_what(column, rows)})"
         if word == "time" and column.key == "target/seconds":
             word = "time to the target"
         said.append(f"{text} the {word}")
@@ -179,11 +195,86 @@ def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row]) -> str:
     return f"; {rival.algorithm} takes {listed}."
 
 
+def _by_what(column: Column, rows: Sequence[Row]) -> str:
+    """The source of joules, and whether they were measured."""
+    source = column.key.rpartition("/")[2]
+    return f"{source}, {quality(source, rows).partition(' (')[0]}"
+
+
+# ------------------------------------------------------------------------------------------- what a target costs
+
+
+def _to_target(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> Verdict:
+    """Who arrived, and at what cost: how good the last weights are says only by how much an epoch went beyond the target."""
+    by_key = {column.key: column for column in shown}
+    joules = best_energy(shown, rows, "target/joules/")
+    everywhere = joules is not None and all(joules.key in row.figures for row in rows if row.records)
+    if joules is not None and everywhere and _by_what(joules, rows).endswith(", measured"):
+        cost, word = joules, f"joules ({_by_what(joules, rows)})"
+    else:
+        cost, word = by_key["target/seconds"], "time"
+    value = "" if rows[0].target is None else f" {rows[0].target:g}"
+    goal = f"{metric_title(rows[0].metric.name)}{value}"
+    ranked = sorted(rows, key=lambda row: (-_share(row), math.inf if (c := _centre(row, cost)) is None else c))
+    others = [row for row in ranked if row.algorithm != baseline]
+    best, rival = ranked[0] if _share(ranked[0]) else None, others[0] if others else None
+    pair = None if rival is None or cost.key not in rival.figures else rival.figures[cost.key].paired
+    certainty = "nothing to compare"
+    if best is None:
+        sentence, certainty = f"No run reached the target, {goal}.", "nobody arrived"
+    elif rival is not None and pair is not None and pair.ratio is not None:
+        which = _named(rival.label)
+        if len(others) > 1:
+            which += f", the one of the {len(others)} others with the least {lower(cost.title)},"
+        base = _named(rival.against or baseline)
+        sentence, certainty = _in_ratio(which, base, pair, f"{word} to the target, {goal}", len(ranked))
+        sentence += _costs(rival, shown, rows, told=cost)
+    else:
+        value = f"{cost.number(_centre(best, cost))} {cost.unit}".strip()
+        least = AT_LEAST if _share(best) < 1 else ""
+        alone = ", alone here" if len(ranked) == 1 else f", the least of {len(ranked)} rows"
+        sentence = f"{_named(best.label)} reaches the target, {goal}, with {word} of {least}{value}{alone}."
+        if any(_share(row) < 1 for row in ranked):
+            certainty = "not all arrived"
+            sentence += " Where runs did not arrive there is no ratio."
+        if all(row.algorithm != baseline for row in rows):
+            sentence += f" There is no {baseline} to compare with."
+    sentence += _missing(rows)
+    return Verdict(rows, cost, lower(cost.title), best, rival, pair, certainty, sentence)
+
+
+def _share(row: Row) -> float:
+    """Of the runs that arrived."""
+    found = _arrivals(row)
+    return 0.0 if found is None else found.reached / found.total
+
+
+def _in_ratio(which: str, baseline: str, pair: PairedDifference, what: str, n: int) -> tuple[str, str]:
+    """A cost of the chosen other row over the baseline's, paired by seed."""
+    pairs = f"{pair.n} pair{'s' if pair.n != 1 else ''}"
+    ratio = ratio_text(pair.ratio)
+    if pair.ratio_lo is None or pair.ratio_hi is None:
+        return f"{which} takes {ratio} of what {baseline} does in {what}, over {pairs}: {_FEW}", "too few seeds"
+    told = (
+        f"95 % interval [{ratio_text(pair.ratio_lo).rstrip(TIMES)}, {ratio_text(pair.ratio_hi).rstrip(TIMES)}], {pairs}"
+    )
+    if pair.ratio_lo <= 1 <= pair.ratio_hi:
+        return f"{which} and {baseline} cannot be told apart in {what}: {ratio}, {told}", "not told apart"
+    if n > 2 and pair.p_holm is not None:
+        told += f"; p after Holm over all rules {pair.p_holm:.2g}"
+    certainty = "interval without 1" if n > 2 else "certain at 95 %"
+    return f"{which} takes {ratio} of what {baseline} does in {what} ({told})", certainty
+
+
 def _missing(rows: Sequence[Row]) -> str:
     words = []
     lost = sum(len(row.missing) for row in rows)
     if lost:
         words.append(f"{lost} seed{'s' if lost != 1 else ''} did not finish")
+    for row in rows:
+        if row.unjudged:
+            what = "finished run has" if row.unjudged == 1 else "finished runs have"
+            words.append(f"{row.unjudged} {what} no {metric_title(row.metric.name)} ({_named(row.label)})")
     late = [(row, n) for row in rows if (n := _arrivals(row)) is not None and not n.all]
     words += [f"{_named(row.label)} reached the target in {n.reached} of {n.total} runs" for row, n in late[:3]]
     return f" {'; '.join(words)}." if words else ""
@@ -196,7 +287,7 @@ def _arrivals(row: Row) -> Arrivals | None:
 def _ranked(known: Sequence[Row], metric: Column) -> list[Row]:
     """Best mean first; rows that lost seeds come last, for their means are those of survivors."""
     sign = 1.0 if metric.lower else -1.0
-    return sorted(known, key=lambda row: (bool(row.missing), sign * (_centre(row, metric) or 0.0)))
+    return sorted(known, key=lambda row: (not row.complete, sign * (_centre(row, metric) or 0.0)))
 
 
 def _centre(row: Row, metric: Column) -> float | None:

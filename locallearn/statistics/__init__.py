@@ -11,7 +11,7 @@ from locallearn.statistics._inference import (
     summarise,
     t_interval,
 )
-from locallearn.statistics._rows import Arrivals, Figure, Row
+from locallearn.statistics._rows import Arrivals, Figure, Row, labelled
 from locallearn.statistics._table import compare_table, is_cost
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "compare_table",
     "holm",
     "is_cost",
+    "labelled",
     "paired",
     "sign_flip_p",
     "smallest_p",

@@ -132,9 +132,15 @@ class Row:
 
     @property
     def complete(self) -> bool:
-        """Whether every seed finished and, where there was a target, reached it: else means are those of survivors."""
+        """Whether every seed finished, has the metric, and reached its target: else means are those of survivors."""
         censored = any(figure.censored for figure in self.figures.values())
-        return not self.missing and not censored
+        return not self.missing and not censored and not self.unjudged
+
+    @property
+    def unjudged(self) -> int:
+        """Finished runs without the metric that others of the row have."""
+        found = [self.figures.get(f"{part}/{self.metric.name}") for part in ("test", "validation")]
+        return max((len(self.records) - figure.summary.n for figure in found if figure is not None), default=0)
 
 
 def labelled(algorithm: str, variant: str | None) -> str:
@@ -147,4 +153,4 @@ def _spoken(setting: str) -> str:
     if setting == "checkpoint=auto":
         return "checkpointed"
     name, _, parts = setting.partition("=")
-    return f"accumulated, {parts} parts" if name == "accumulate" and parts.isdecimal() else setting
+    return f"accumulated, {parts} parts" if name == "accumulate" and parts.isdecimal() and parts != "1" else setting

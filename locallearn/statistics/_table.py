@@ -260,11 +260,11 @@ def _cut_short(records: Sequence[Record]) -> list[str]:
         if cap is not None and isinstance(epochs, list) and any(type(n) is int and n >= cap for n in epochs)
     ]
     if caps:
-        most = _listed([f"{n:,}" for n in sorted(set(caps))])
+        most = _listed([str(n) for n in sorted(set(caps))])
         which = "its run" if len(records) == 1 else f"{len(caps)} of its {len(records)} runs"
         notes.append(
-            f"{which} ended at the cap of {most} epochs (trainer.max_epochs), before "
-            "validation had stopped improving: longer trainings may give other figures."
+            f"{which} went on to the cap (trainer.max_epochs={most}), not stopped by patience before: longer trainings may "
+            "give other figures."
         )
     return notes
 

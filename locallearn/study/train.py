@@ -16,7 +16,7 @@ from torch import Tensor
 from locallearn.algorithms.base import Algorithm
 from locallearn.energy import EnergyCallback, EnergyMonitor
 from locallearn.precision import multiplying
-from locallearn.records import Record, RunFolder, hardware, load_record, source, versions
+from locallearn.records import SHARES, Record, RunFolder, hardware, load_record, source, versions
 from locallearn.strategies.local import LocalStrategy, LocalTask
 from locallearn.strategies.making import make_optimizers, make_schedulers
 from locallearn.study._beginning import Beginning, begin_with, weights_behind
@@ -202,7 +202,7 @@ def _prepared(plan: Plan, callbacks: list[pl.Callback]) -> tuple[pl.LightningMod
         check_last_batch(plan, task)
     plan.schedule.check(plan.algorithm, scheduled=plan.scheduler is not None)
     metric = cast(LocalTask, task).metric
-    if plan.target is not None and metric in ("accuracy", "auc") and plan.target > 1:
+    if plan.target is not None and metric in SHARES and plan.target > 1:
         raise ValueError(f"the target is {plan.target}, but {metric} is a number up to 1: write 0.97 for 97 %")
     optimizers = make_optimizers(plan.algorithm, plan.optimizer)
     if plan.scheduler is not None:

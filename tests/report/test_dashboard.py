@@ -51,7 +51,7 @@ def test_a_certain_win_says_by_how_much_and_at_what_cost(make: Make) -> None:
     )
     assert f"0.750{TIMES} the time" in said
     assert f"0.767{TIMES} the joules (nvml, measured)" in said
-    assert f"0.345{TIMES} the memory" in said
+    assert f"0.345{TIMES} the peak activations" in said
 
 
 def test_what_the_interval_holds_is_not_called_a_win(make: Make) -> None:
@@ -61,6 +61,91 @@ def test_what_the_interval_holds_is_not_called_a_win(make: Make) -> None:
     two = _verdict(make, {"backprop": (0.90, 0.91), "mono_forward": (0.99, 0.99)}, dataset="other")
     assert "nothing is certain" in two
     assert "beats" not in two
+
+
+def test_a_tie_of_few_pairs_is_not_called_equal(make: Make) -> None:
+    few = _verdict(make, {"backprop": (0.9, 0.9), "mono_forward": (0.9, 0.9)})
+    assert few.startswith("mono_forward and backprop have the same test accuracy over 2 pairs: fewer than three pairs")
+    three = _verdict(make, {"backprop": (0.9, 0.9, 0.9), "mono_forward": (0.9, 0.9, 0.9)}, dataset="other")
+    assert three.startswith("mono_forward and backprop have the same test accuracy over 3 pairs;")
+
+
+def test_a_rule_without_some_of_its_figures_is_placed_last(make: Make) -> None:
+    """Its mean is that of the runs that have one, which flatters as survivors do."""
+    made = [make("backprop", seed, test={"accuracy": 0.5}, validation={"accuracy": 0.5}) for seed in range(4)]
+    made += [make("a", seed, test={"accuracy": 0.4}, validation={"accuracy": 0.4}) for seed in range(4)]
+    for seed, value in enumerate((0.9, 0.9, 0.9, None)):
+        made.append(make("b", seed, test={"accuracy": value}, validation={"accuracy": value}))
+    rows = compare_table(made, "backprop")
+    found = verdict(rows, columns(rows), "backprop")
+    assert found.best is not None
+    assert (found.best.label, getattr(found.rival, "label", None)) == ("backprop", "a")
+    assert found.sentence.endswith("1 finished run has no accuracy (b).")
+    chart = cost_charts(rows, columns(rows), styles(rows, "backprop"))[0]
+    assert "The front leaves out 1 of 3 rows" in chart.note
+
+
+def _target(make: Make, of: dict[str, Sequence[float | None]], joules: bool = False, **values: Any) -> str:
+    """The verdict over runs to a target: seconds by seed, ``None`` for one that did not arrive."""
+    made = []
+    for rule, seconds in of.items():
+        for seed, taken in enumerate(seconds):
+            reached = (
+                None
+                if taken is None
+                else {"accuracy": 0.9, "seconds": taken, "samples": 100, "joules": {"nvml": 2 * taken}}
+            )
+            target = reached or {"accuracy": 0.9}
+            if not joules and reached:
+                del reached["joules"]
+            # The rule that overshoots the target by most is not the one that was sought.
+            last = {"accuracy": 0.9 + len(rule) / 1000}
+            if not joules:
+                values |= {"energy": [], "cost": {"train_s": 9.0, "activation_peak_bytes": 1000}}
+            made.append(make(rule, seed, mode="target", target=target, test=last, validation=last, **values))
+    rows = compare_table(made, "backprop")
+    found = verdict(rows, columns(rows), "backprop")
+    assert found.metric is not None
+    assert found.metric.key == ("target/joules/nvml" if joules else "target/seconds")
+    return found.sentence
+
+
+def test_in_mode_target_the_sentence_is_about_what_it_cost(make: Make) -> None:
+    rules: dict[str, Sequence[float | None]] = {
+        "backprop": (2.0, 2.2, 2.4),
+        "quick": (1.0, 1.12, 1.2),
+        "slowest": (9.0, 9.1, 9.2),
+    }
+    said = _target(make, rules)
+    assert said.startswith(
+        f"quick, the one of the 2 others with the least time to target, takes 0.503{TIMES} of what backprop does in time to "
+        "the target, accuracy 0.9 (95 % interval [0.490, 0.516], 3 pairs"
+    )
+    assert "accuracy (" not in said
+    measured = _target(make, rules, joules=True, dataset="measured")
+    assert f"takes 0.503{TIMES} of what backprop does in joules (nvml, measured) to the target" in measured
+    assert f"0.503{TIMES} [0.490, 0.516] the time to the target" in measured
+
+
+def test_in_mode_target_who_arrives_comes_before_what_it_cost(make: Make) -> None:
+    said = _target(make, {"backprop": (2.0, 2.2, 2.4), "quick": (1.0, None, None)})
+    assert said.startswith("backprop reaches the target, accuracy 0.9, with time of 2.")
+    assert "Where runs did not arrive there is no ratio." in said
+    assert "quick reached the target in 1 of 3 runs" in said
+    nobody = _target(make, {"backprop": (None, None), "quick": (None, None)}, dataset="nobody")
+    assert nobody.startswith("No run reached the target, accuracy 0.9.")
+    few = _target(make, {"backprop": (2.0,), "quick": (1.0,)}, dataset="few")
+    assert "over 1 pair: fewer than three pairs, so nothing is certain" in few
+    alike = _target(make, {"backprop": (2.0, 2.2, 2.4), "quick": (2.1, 2.0, 2.6)}, dataset="alike")
+    assert alike.startswith("quick and backprop cannot be told apart in time to the target, accuracy 0.9: 1.0")
+
+
+def test_what_failed_is_named_with_its_settings(make: Make, tmp_path: Path) -> None:
+    made = [make("backprop", seed, config={"optimizer": {"lr": lr}}) for seed in (0, 1) for lr in (0.1, 0.2)]
+    made.append(make("backprop", 0, status="failed", error="diverged", config={"optimizer": {"lr": 9.0}}))
+    page = write_report(made, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<b>backprop · optimizer.lr=9</b> on digits, seed 0" in page.partition("<main")[0]
+    assert '<td class="left wrap">backprop · optimizer.lr=9</td><td>0</td>' in page
 
 
 def test_nobody_reaches_the_baseline(make: Make) -> None:
