@@ -248,6 +248,7 @@ def test_nothing_is_recommended_where_all_diverged(here: Path, capsys: pytest.Ca
         (["tune.space={optimizer.lr:{choices:[0.1]}}"], "expected at least two"),
         (["tune.space={optimizer.lr:{choices:[0.1,0.2,much]}}"], "optimizer.lr is 'much'"),
         (["tune.space={optimizer:{choices:[adam,none]}}"], "there is no optimizer 'none'"),
+        (["tune.space={seed:{choices:[1,2,3]}}"], "tune.space.seed: seeds of trials are tune.seeds"),
         (["tune.trials=0"], "tune.trials is 0"),
         (["tune.trials=abc"], "tune.trials is abc"),
         (["tune.space={optimizer.lr:{low:1e-2,high:1e-3}}"], "from 0.01 to 0.001"),
