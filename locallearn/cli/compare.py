@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from locallearn.cli.arms import Arm, arms_of, controls_of, distinct
+from locallearn.cli.arms import Arm, arms_of, controls_of, distinct, once, what_runs
 from locallearn.cli.mistakes import explain
 from locallearn.cli.outputs import outputs_of
 from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan, without_patience
@@ -29,6 +29,15 @@ def compare(words: list[str]) -> int:
     controls = controls_of(base.compare.controls, arms)
     every = [*arms, *controls.values()]
     _check_compare(every, seeds, overrides, base.compare.resume)
+
+    def compose(arm: Arm, seed: int) -> tuple[Any, dict[str, str]]:
+        own = overrides.get(arm.text if arm.text in overrides else arm.inherits or arm.text, [])
+        cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *own])
+        without_patience(cfg)  # what earlier runs are held against has to say so, too
+        return cfg, choices
+
+    composed = {arm.text: compose(arm, seeds[0]) for arm in every}
+    every = once(every, composed)
     if base.resume is not None:
         raise UsageError(
             "resume goes with train: locallearn train resume=FOLDER; to go on with a comparison: compare.resume=true"
@@ -47,9 +56,7 @@ def compare(words: list[str]) -> int:
     command = command_line("compare", words)
     for seed in seeds:  # A B A B: heat and neighbours weigh on all algorithms alike
         for arm in every:
-            own = list(overrides.get(arm.text if arm.text in overrides else arm.inherits or arm.text, []))
-            cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *own])
-            without_patience(cfg)  # what earlier runs are held against has to say so, too
+            cfg, choices = composed[arm.text] if seed == seeds[0] else compose(arm, seed)
             if workers > 1 and cfg.meter.sources:
                 raise UsageError(
                     f"compare.workers is {workers}, but {', '.join(cfg.meter.sources)} would count the joules of all runs that "
@@ -165,14 +172,10 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
 
 
 def _signature(config: Any, algorithm: str, weights: Any) -> str:
-    """What has to be the same for a run to stand for another: what makes it, the weights it begins with, what is measured."""
+    """The same for runs that stand for each other; see :func:`what_runs`."""
     import json
 
-    from locallearn.records._settings import ENDS, OF_MEASURING, makes_the_run
-
-    kept = {**makes_the_run(config), **{key: config.get(key) for key in OF_MEASURING}, "init_from": weights}
-    ends = [config.get("compare", {}).get(key) for key in ENDS]
-    return json.dumps([algorithm, kept, ends], sort_keys=True, default=str)
+    return json.dumps(what_runs(config, algorithm, weights), sort_keys=True, default=str)
 
 
 def _weights_of(config: Any) -> str | None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from locallearn.cli.arms import Arm, arms_of
+from locallearn.cli.arms import Arm, arms_of, once
 from locallearn.cli.launching import Outcome, Stopped, first_of, launch_folder, multirun
 from locallearn.cli.mistakes import explain
 from locallearn.cli.plans import command_line, folder_setting, make_plan
@@ -94,6 +94,7 @@ def _search(words: list[str], helping: bool = False, deadline: float | None = No
         return make_plan(cfg, choices, command, arms[algorithm])
 
     composed = {name: compose(name) for name in arms}
+    arms = {arm.text: arm for arm in once(several, composed)}
     spaces = {
         name: space_of(
             arm.algorithm,

@@ -180,6 +180,27 @@ _COMPARE: list[tuple[list[str], tuple[str, ...]]] = [
         ("single ones", """'compare.algorithms=[backprop,"local_heads(head=conv1,loss=predsim)"]'"""),
     ),
     (['compare.algorithms=[backprop,"pepita(lr=1)"]'], ("'algorithm.lr'", "algorithm.variant, algorithm.sign")),
+    # one experiment in two spellings
+    (['compare.algorithms=[backprop,"backprop()"]'], ("'backprop' and 'backprop()' have the same settings",)),
+    (['compare.algorithms=["backprop(accumulate=1)",backprop]'], ("'backprop(accumulate=1)' and 'backprop'",)),
+    (
+        ['compare.algorithms=["mono_forward(optimizer.lr=1e-2)","mono_forward(optimizer.lr=0.01)"]'],
+        ("'mono_forward(optimizer.lr=1e-2)' and 'mono_forward(optimizer.lr=0.01)'",),
+    ),
+    (
+        [
+            'compare.algorithms=[pepita,"pepita(optimizer.lr=1)"]',
+            'compare.overrides={pepita:["optimizer.lr=1.0"]}',
+        ],
+        ("'pepita' and 'pepita(optimizer.lr=1)'",),
+    ),
+    (
+        [
+            "compare.mode=matched",
+            'compare.algorithms=[pepita,"pepita(schedule.patience=3)"]',
+        ],  # nobody has patience there
+        ("'pepita' and 'pepita(schedule.patience=3)'",),
+    ),
     (["compare.algorithms=[]"], ("[]", "list")),
     (["compare.algorithms=backprop"], ("backprop", "list")),
     (["compare.mode=foo"], ("'foo'", "matched")),
@@ -209,6 +230,8 @@ _OTHERS: list[tuple[list[str], tuple[str, ...]]] = [
     (["audit", "algorithm=foo"], ("'foo'", *_ALGORITHMS)),
     (["data", "foo"], ("'foo'", "KEY=VALUE")),
     (["bench", "bench.algorithms=[nope]"], ("'nope'", *_ALGORITHMS)),
+    (["bench", 'bench.algorithms=[backprop,"backprop(accumulate=1)"]'], ("'backprop' and 'backprop(accumulate=1)'",)),
+    (["tune", 'tune.algorithms=[backprop,"backprop()"]'], ("'backprop' and 'backprop()' have the same settings",)),
     # settings of another command
     (["train", "compare.seeds=[0,1]"], ("compare.seeds", "locallearn compare", "which train does not read")),
     (["train", "-m", "seed=0,1", "+tune.trials=3"], ("tune.trials", "locallearn tune", "which train does not read")),
