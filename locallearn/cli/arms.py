@@ -217,10 +217,11 @@ def once(arms: Sequence[Arm], composed: Mapping[str, tuple[Any, Mapping[str, str
     return [arm for arm in arms if arm.text in kept]
 
 
-def what_runs(config: Any, algorithm: str, weights: Any) -> list[Any]:
+def what_runs(config: Any, algorithm: str, weights: Any) -> tuple[str, dict[str, Any]]:
     """What has to be the same for a run to stand for another: what makes it, the weights it begins with, what is measured."""
-    kept = {**makes_the_run(config), **{key: config.get(key) for key in OF_MEASURING}, "init_from": weights}
-    return [algorithm, kept, [config.get("compare", {}).get(key) for key in ENDS]]
+    ends = {key: config.get("compare", {}).get(key) for key in ENDS}
+    measured = {key: config.get(key) for key in OF_MEASURING}
+    return algorithm, {**makes_the_run(config), **measured, "init_from": weights, "compare": ends}
 
 
 def distinct(values: Any, kind: type) -> bool:

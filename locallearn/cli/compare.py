@@ -51,7 +51,7 @@ def compare(words: list[str]) -> int:
 
     recovered(runs_dir)
     earlier = _earlier(runs_dir) if base.compare.resume else {}
-    plans, done = [], []
+    plans, done, waited, wanted = [], [], [], []
     first: dict[str, Any] = {}
     command = command_line("compare", words)
     for seed in seeds:  # A B A B: heat and neighbours weigh on all algorithms alike
@@ -63,13 +63,15 @@ def compare(words: list[str]) -> int:
                     "go on at once for each of them: set meter=none, or compare.workers=1"
                 )
             if earlier:
-                before = earlier.get(
-                    _signature(OmegaConf.to_container(cfg, resolve=True), choices["algorithm"], _weights_of(cfg))
-                )
+                config: Any = OmegaConf.to_container(cfg, resolve=True)
+                wanted.append(what_runs(config, choices["algorithm"], _weights_of(cfg)))
+                before = earlier.get(_signature(*wanted[-1]))
                 if before is not None and before.status == "done":
                     done.append(before)
                     continue
-                cfg.resume = None if before is None else str(before.path)
+                if before is not None:
+                    cfg.resume = str(before.path)
+                    waited.append(arm)
             make = partial(make_plan, cfg, choices, command, arm)
             plans.append((arm, f"{arm.text} seed {seed}", make))
             first.setdefault(arm.text, make)
@@ -80,9 +82,13 @@ def compare(words: list[str]) -> int:
                 raise UsageError(refused if len(arms) == 1 else f"{arm.text}: {refused}")
     left_out = _impossible(controls, first, words, named=base.compare.controls is not True)
     outputs.check()  # so is a place that cannot be written to; it makes the folder, so it comes last
+    todo = [(name, make) for arm, name, make in plans if arm not in left_out]
+    if base.compare.resume:
+        going_on = sum(arm not in left_out for arm in waited)
+        changed = [] if done or going_on else _changed(list(earlier.values()), wanted)
+        _tell(len(done), going_on, len(done) + len(todo), runs_dir, changed)
     try:
         with Progress() as show:
-            todo = [(name, make) for arm, name, make in plans if arm not in left_out]
             folders, problems = run_all(todo, show, workers)
     except (Interrupted, KeyboardInterrupt):  # in a run or between two
         print("locallearn: interrupted; the same command with compare.resume=true goes on", file=sys.stderr)
@@ -151,7 +157,7 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     mine, others, dirty = (source()["commit"], versions()["locallearn"]), 0, 0
     for record in scan([runs_dir]).records if runs_dir.is_dir() else ():  # oldest first
-        signature = _signature(record.part("config"), record.algorithm, record.begins_with)
+        signature = _signature(*what_runs(record.part("config"), record.algorithm, record.begins_with))
         known = found.get(signature)
         finished = record.status == "done" and record.part("test")  # a trial of a search has not seen the test set
         waits = record.status == "interrupted" and (record.path / CHECKPOINT).is_file()
@@ -171,11 +177,49 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
     return found
 
 
-def _signature(config: Any, algorithm: str, weights: Any) -> str:
-    """The same for runs that stand for each other; see :func:`what_runs`."""
+def _signature(algorithm: str, settings: Mapping[str, Any]) -> str:
+    """The same for runs that stand for each other."""
     import json
 
-    return json.dumps(what_runs(config, algorithm, weights), sort_keys=True, default=str)
+    return json.dumps([algorithm, settings], sort_keys=True, default=str)
+
+
+def _tell(done: int, going_on: int, runs: int, runs_dir: Path, changed: Sequence[str]) -> None:
+    """Say how many runs earlier ones stand for: a setting that was changed trains all of them anew."""
+    told = f"{done} of {runs} runs are taken over from {runs_dir}"
+    told += f", {going_on} {'is' if going_on == 1 else 'are'} gone on with" if going_on else ""
+    told += f": the newest there differs in {', '.join(changed)}" if changed else ""
+    print(f"locallearn: {told}", file=sys.stderr)
+
+
+def _changed(earlier: Sequence[Any], wanted: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Settings in which the newest finished run of a wanted algorithm and data set differs from the nearest wanted one."""
+    from locallearn.statistics import age
+
+    def subject(algorithm: str, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+        data = settings.get("dataset")
+        return (algorithm, *((data.get("_target_"), data.get("name")) if isinstance(data, Mapping) else ()))
+
+    known = {id(record): what_runs(record.part("config"), record.algorithm, record.begins_with) for record in earlier}
+    subjects = [subject(*run) for run in wanted]
+    alike = [record for record in earlier if record.status == "done" and subject(*known[id(record)]) in subjects]
+    if not alike:
+        return []
+    algorithm, settings = known[id(max(alike, key=lambda record: age(record, alike)))]
+    found = [_differing(settings, mine) for name, mine in wanted if name == algorithm]
+    nearest = min(found, key=len)
+    # The seed is in several settings.
+    return [name for name in nearest if name == "seed" or "seed" not in nearest or not name.endswith(".seed")]
+
+
+def _differing(one: Any, other: Any, name: str = "") -> list[str]:
+    """Dotted names of settings that are not the same; where another class is made, what it is made for."""
+    if one == other:
+        return []
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)) or one.get("_target_") != other.get("_target_"):
+        return [name]
+    pairs = [(f"{name}.{key}".lstrip("."), one.get(key), other.get(key)) for key in dict.fromkeys([*one, *other])]
+    return [found for key, mine, yours in pairs for found in _differing(mine, yours, key)]
 
 
 def _weights_of(config: Any) -> str | None:
