@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from locallearn.cli.mistakes import explain
+from locallearn.cli.plans import check_folder
+from locallearn.cli.settings import UsageError
 from tests.cli.conftest import Cli, Outcome
 
 _ALGORITHMS = ("backprop", "deep_supervision", "forward_forward", "mono_forward")
@@ -364,3 +366,22 @@ def test_one_folder_of_records_needs_no_brackets(cli: Cli, named: str) -> None:
     _is_one_sentence(
         cli("report", named), f"there is no folder {named.partition('=')[2].strip('[]')} to read records from"
     )
+
+
+def test_a_folder_that_was_mistyped_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One level may be missing, and in ``runs_dir``, which is made, any."""
+    monkeypatch.chdir(tmp_path)
+    runs = Path("no/runs")
+    for file in (
+        "t.csv",
+        "new/t.csv",
+        "../t.csv",
+        "no/runs/t.csv",
+        "no/runs/more/still/t.csv",
+        f"{tmp_path}/new/t.csv",
+    ):
+        check_folder("compare.table", Path(file), runs)
+    for file in ("new/more/t.csv", "no/t/t.csv", f"{tmp_path}/no/runs2/t.csv"):
+        with pytest.raises(UsageError, match=rf"^compare.table is {file}, but there is no folder \S*(no|new): make it"):
+            check_folder("compare.table", Path(file), runs)
+    assert list(tmp_path.iterdir()) == []

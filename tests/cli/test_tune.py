@@ -277,6 +277,8 @@ def test_nothing_is_recommended_where_all_diverged(here: Path, capsys: pytest.Ca
         (["tune.workers=none"], "tune.workers is none"),
         (["tune.heartbeat=0"], "tune.heartbeat is 0"),
         (["tune.storage=3"], "tune.storage is 3"),
+        (["tune.storage=no/such/t.sqlite"], "tune.storage is no/such/t.sqlite, but there is no folder no: make it"),
+        (["tune.storage='journal:///no/such/t'"], "tune.storage is no/such/t, but there is no folder no: make it"),
         (["experiment=nowhere.yaml"], "experiment=nowhere.yaml cannot be read (No such file or directory)"),
         (["tune.space={net.dropout:{low:0,high:1,when:{optimizer:sgd}}}"], "nothing to search with these settings"),
         (["tune.space={net.dropout:{low:0,high:1,when:3}}"], "net.dropout.when is 3"),
