@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings
+from locallearn.records._settings import ENDS, OF_MEASURING, makes_the_run
 
 CONTROLS = {
     "backprop": "backprop",
@@ -26,6 +27,7 @@ class Arm:
 
     Attributes:
         inherits: of a control: the arm whose ``compare.overrides`` are its own, too.
+        added: nobody named it.
 
     Raises:
         UsageError: it cannot be read, or it sets the seed.
@@ -37,6 +39,7 @@ class Arm:
             raise UsageError(f"{text!r} is no algorithm to compare: write NAME or NAME(KEY=VALUE,...)")
         self.text = text
         self.inherits: str | None = None
+        self.added = False
         self.algorithm: str = found[1]
         parts = re.split(r",(?![^\[{(]*[\]})])", found[2]) if found[2] else []  # commas outside of brackets
         check_words(parts)
@@ -77,20 +80,23 @@ def arms_of(command: str, words: Sequence[str]) -> tuple[Any, dict[str, str], li
     if listed and named:
         raise UsageError(f"{command}.algorithms names the algorithms, so {named[0]} has no place here: take it out")
     base, choices = compose_settings([word for word in words if not (listed and word in own)])  # those are the arms'
-    algorithms, shared = base[command].algorithms, list(words)
+    algorithms, shared, baseline = base[command].algorithms, list(words), []
     experiment = any(word.startswith("experiment=") for word in words)
     if experiment and not (listed or named):  # whose file may list them
         listed = algorithms != compose_settings([])[0][command].algorithms
     if not listed and (named or experiment):
         settings = ",".join(word.removeprefix("algorithm.") for word in own)
         text = f"{choices['algorithm']}({settings})" if own else choices["algorithm"]
-        algorithms = list(dict.fromkeys([*_baseline(choices["algorithm"], base.net), text]))
+        baseline = [name for name in _baseline(choices["algorithm"], base.net) if name != text]
+        algorithms = [*baseline, text]
         shared = [word for word in words if word not in named and word not in own]
     if not distinct(algorithms, str):
         raise UsageError(
             f"the algorithms to compare are {algorithms}, expected a list with every one once: [backprop,...]"
         )
     arms = [Arm(text) for text in algorithms]
+    for arm in arms:
+        arm.added = arm.text in baseline
     if command == "compare":
         arms += _without_device(arms, shared)
         if base.tune.seeds is not None:  # an experiment that tune wrote
@@ -151,12 +157,12 @@ def _control(arm: Arm) -> str | None:
 
 def _made(name: str, plain: Arm) -> Arm:
     control = Arm(CONTROLS[name])
-    if control.algorithm != "backprop" or name == "backprop":
-        return control
-    if plain.settings:
-        own = [word.removeprefix("algorithm.") for word in (*plain.settings, *control.settings)]
-        control = Arm(f"backprop({','.join(own)})")
-    control.inherits = plain.text
+    if control.algorithm == "backprop" and name != "backprop":
+        if plain.settings:
+            own = [word.removeprefix("algorithm.") for word in (*plain.settings, *control.settings)]
+            control = Arm(f"backprop({','.join(own)})")
+        control.inherits = plain.text
+    control.added = True
     return control
 
 
@@ -177,7 +183,45 @@ def _without_device(arms: Sequence[Arm], shared: Sequence[str]) -> list[Arm]:
             settings.append("net.differentiable=false")
         text = f"physical_ff({','.join(settings)})"
         found[text] = Arm(text)
+        found[text].added = True
     return [] if without else list(found.values())
+
+
+def once(arms: Sequence[Arm], composed: Mapping[str, tuple[Any, Mapping[str, str]]]) -> list[Arm]:
+    """The arms without those that were added though another one has the same settings.
+
+    Args:
+        arms: to run.
+        composed: settings, and choices made in them, by arm.
+
+    Raises:
+        UsageError: two that were named have the same settings, and would be trained as two and shown as one.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    kept: dict[str, Any] = {}
+    for arm in sorted(arms, key=lambda arm: arm.added):
+        cfg, choices = composed[arm.text]
+        try:
+            config: Any = OmegaConf.to_container(cfg, resolve=True)
+        except OmegaConfBaseException:  # whoever makes the run says what is wrong, and with which arm
+            kept[arm.text] = None
+            continue
+        settings = what_runs(config, choices["algorithm"], config["init_from"])
+        twin = next((text for text, known in kept.items() if known == settings), None)
+        if twin is None:
+            kept[arm.text] = settings
+        elif not arm.added:
+            raise UsageError(f"{twin!r} and {arm.text!r} have the same settings: take one of them out")
+    return [arm for arm in arms if arm.text in kept]
+
+
+def what_runs(config: Any, algorithm: str, weights: Any) -> tuple[str, dict[str, Any]]:
+    """What has to be the same for a run to stand for another: what makes it, the weights it begins with, what is measured."""
+    ends = {key: config.get("compare", {}).get(key) for key in ENDS}
+    measured = {key: config.get(key) for key in OF_MEASURING}
+    return algorithm, {**makes_the_run(config), **measured, "init_from": weights, "compare": ends}
 
 
 def distinct(values: Any, kind: type) -> bool:

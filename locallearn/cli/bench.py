@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from locallearn.cli.arms import arms_of
+from locallearn.cli.arms import arms_of, once
 from locallearn.cli.plans import command_line, make_plan
 from locallearn.cli.settings import UsageError, compose_settings
 from locallearn.cli.terminal import printing
@@ -17,18 +17,19 @@ def bench(words: list[str]) -> int:
 
     cfg, _, several, shared = arms_of("bench", words)
     what, depths, counts = str(cfg.bench.what), cfg.bench.depths, cfg.bench.counts
-    arms = {arm.text: arm for arm in several}
     if isinstance(depths, str) or not isinstance(depths, Sequence):
         raise UsageError(f"bench.depths is {depths}, expected a list of numbers of blocks: [4,32]")
     if isinstance(counts, str) or not isinstance(counts, Sequence):
         raise UsageError(f"bench.counts is {counts}, expected a list of numbers of directions: [1,4,16]")
 
+    # A mistake in the settings is told before anything is measured.
+    known = {arm.text: compose_settings([*shared, *arm.overrides]) for arm in several}
+    arms = {arm.text: arm for arm in once(several, known)}
+
     def make(name: str, *more: str) -> Any:
         composed, choices = compose_settings([*shared, *arms[name].overrides, "meter=none", *more])
         return make_plan(composed, choices, command_line("bench", words), arms[name])
 
-    for arm in several:  # a mistake in the settings is told before anything is measured
-        compose_settings([*shared, *arm.overrides])
     table, folder = measure(what, list(arms), make, cfg.bench.rounds, cfg.bench.steps, list(depths), list(counts))
     printing().print(table)
     print(folder)

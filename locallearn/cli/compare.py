@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from locallearn.cli.arms import Arm, arms_of, controls_of, distinct
+from locallearn.cli.arms import Arm, arms_of, controls_of, distinct, once, what_runs
 from locallearn.cli.mistakes import explain
 from locallearn.cli.outputs import outputs_of
 from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan, without_patience
@@ -29,6 +29,15 @@ def compare(words: list[str]) -> int:
     controls = controls_of(base.compare.controls, arms)
     every = [*arms, *controls.values()]
     _check_compare(every, seeds, overrides, base.compare.resume)
+
+    def compose(arm: Arm, seed: int) -> tuple[Any, dict[str, str]]:
+        own = overrides.get(arm.text if arm.text in overrides else arm.inherits or arm.text, [])
+        cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *own])
+        without_patience(cfg)  # what earlier runs are held against has to say so, too
+        return cfg, choices
+
+    composed = {arm.text: compose(arm, seeds[0]) for arm in every}
+    every = once(every, composed)
     if base.resume is not None:
         raise UsageError(
             "resume goes with train: locallearn train resume=FOLDER; to go on with a comparison: compare.resume=true"
@@ -42,27 +51,27 @@ def compare(words: list[str]) -> int:
 
     recovered(runs_dir)
     earlier = _earlier(runs_dir) if base.compare.resume else {}
-    plans, done = [], []
+    plans, done, waited, wanted = [], [], [], []
     first: dict[str, Any] = {}
     command = command_line("compare", words)
     for seed in seeds:  # A B A B: heat and neighbours weigh on all algorithms alike
         for arm in every:
-            own = list(overrides.get(arm.text if arm.text in overrides else arm.inherits or arm.text, []))
-            cfg, choices = compose_settings([*shared, *arm.overrides, f"seed={seed}", *own])
-            without_patience(cfg)  # what earlier runs are held against has to say so, too
+            cfg, choices = composed[arm.text] if seed == seeds[0] else compose(arm, seed)
             if workers > 1 and cfg.meter.sources:
                 raise UsageError(
                     f"compare.workers is {workers}, but {', '.join(cfg.meter.sources)} would count the joules of all runs that "
                     "go on at once for each of them: set meter=none, or compare.workers=1"
                 )
             if earlier:
-                before = earlier.get(
-                    _signature(OmegaConf.to_container(cfg, resolve=True), choices["algorithm"], _weights_of(cfg))
-                )
+                config: Any = OmegaConf.to_container(cfg, resolve=True)
+                wanted.append(what_runs(config, choices["algorithm"], _weights_of(cfg)))
+                before = earlier.get(_signature(*wanted[-1]))
                 if before is not None and before.status == "done":
                     done.append(before)
                     continue
-                cfg.resume = None if before is None else str(before.path)
+                if before is not None:
+                    cfg.resume = str(before.path)
+                    waited.append(arm)
             make = partial(make_plan, cfg, choices, command, arm)
             plans.append((arm, f"{arm.text} seed {seed}", make))
             first.setdefault(arm.text, make)
@@ -73,9 +82,13 @@ def compare(words: list[str]) -> int:
                 raise UsageError(refused if len(arms) == 1 else f"{arm.text}: {refused}")
     left_out = _impossible(controls, first, words, named=base.compare.controls is not True)
     outputs.check()  # so is a place that cannot be written to; it makes the folder, so it comes last
+    todo = [(name, make) for arm, name, make in plans if arm not in left_out]
+    if base.compare.resume:
+        going_on = sum(arm not in left_out for arm in waited)
+        changed = [] if done or going_on else _changed(list(earlier.values()), wanted)
+        _tell(len(done), going_on, len(done) + len(todo), runs_dir, changed)
     try:
         with Progress() as show:
-            todo = [(name, make) for arm, name, make in plans if arm not in left_out]
             folders, problems = run_all(todo, show, workers)
     except (Interrupted, KeyboardInterrupt):  # in a run or between two
         print("locallearn: interrupted; the same command with compare.resume=true goes on", file=sys.stderr)
@@ -144,7 +157,7 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     mine, others, dirty = (source()["commit"], versions()["locallearn"]), 0, 0
     for record in scan([runs_dir]).records if runs_dir.is_dir() else ():  # oldest first
-        signature = _signature(record.part("config"), record.algorithm, record.begins_with)
+        signature = _signature(*what_runs(record.part("config"), record.algorithm, record.begins_with))
         known = found.get(signature)
         finished = record.status == "done" and record.part("test")  # a trial of a search has not seen the test set
         waits = record.status == "interrupted" and (record.path / CHECKPOINT).is_file()
@@ -164,15 +177,49 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
     return found
 
 
-def _signature(config: Any, algorithm: str, weights: Any) -> str:
-    """What has to be the same for a run to stand for another: what makes it, the weights it begins with, what is measured."""
+def _signature(algorithm: str, settings: Mapping[str, Any]) -> str:
+    """The same for runs that stand for each other."""
     import json
 
-    from locallearn.records._settings import ENDS, OF_MEASURING, makes_the_run
+    return json.dumps([algorithm, settings], sort_keys=True, default=str)
 
-    kept = {**makes_the_run(config), **{key: config.get(key) for key in OF_MEASURING}, "init_from": weights}
-    ends = [config.get("compare", {}).get(key) for key in ENDS]
-    return json.dumps([algorithm, kept, ends], sort_keys=True, default=str)
+
+def _tell(done: int, going_on: int, runs: int, runs_dir: Path, changed: Sequence[str]) -> None:
+    """Say how many runs earlier ones stand for: a setting that was changed trains all of them anew."""
+    told = f"{done} of {runs} runs are taken over from {runs_dir}"
+    told += f", {going_on} {'is' if going_on == 1 else 'are'} gone on with" if going_on else ""
+    told += f": the newest there differs in {', '.join(changed)}" if changed else ""
+    print(f"locallearn: {told}", file=sys.stderr)
+
+
+def _changed(earlier: Sequence[Any], wanted: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Settings in which the newest finished run of a wanted algorithm and data set differs from the nearest wanted one."""
+    from locallearn.statistics import age
+
+    def subject(algorithm: str, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+        data = settings.get("dataset")
+        return (algorithm, *((data.get("_target_"), data.get("name")) if isinstance(data, Mapping) else ()))
+
+    known = {id(record): what_runs(record.part("config"), record.algorithm, record.begins_with) for record in earlier}
+    subjects = [subject(*run) for run in wanted]
+    alike = [record for record in earlier if record.status == "done" and subject(*known[id(record)]) in subjects]
+    if not alike:
+        return []
+    algorithm, settings = known[id(max(alike, key=lambda record: age(record, alike)))]
+    found = [_differing(settings, mine) for name, mine in wanted if name == algorithm]
+    nearest = min(found, key=len)
+    # The seed is in several settings.
+    return [name for name in nearest if name == "seed" or "seed" not in nearest or not name.endswith(".seed")]
+
+
+def _differing(one: Any, other: Any, name: str = "") -> list[str]:
+    """Dotted names of settings that are not the same; where another class is made, what it is made for."""
+    if one == other:
+        return []
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)) or one.get("_target_") != other.get("_target_"):
+        return [name]
+    pairs = [(f"{name}.{key}".lstrip("."), one.get(key), other.get(key)) for key in dict.fromkeys([*one, *other])]
+    return [found for key, mine, yours in pairs for found in _differing(mine, yours, key)]
 
 
 def _weights_of(config: Any) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from locallearn.cli.plans import check_folder, folder_setting
 from locallearn.cli.settings import UsageError
 from locallearn.cli.terminal import printing
 
@@ -63,5 +64,6 @@ def outputs_of(cfg: Any, report: Path | None) -> Outputs:
     tables = [Path(name).expanduser() for name in dict.fromkeys(names)]
     for table in tables:
         kind_of(table)
+        check_folder("compare.table", table, folder_setting(cfg, "runs_dir"))
     page = cfg.compare.report or report
     return Outputs(None if page is None else Path(str(page)).expanduser(), tables)

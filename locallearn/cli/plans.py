@@ -258,6 +258,18 @@ def folder_setting(cfg: Any, key: str) -> Path:
     return Path(str(given)).expanduser()  # a name like 2026 arrives as a number
 
 
+def check_folder(key: str, file: Path, runs_dir: Path) -> None:
+    """Refuse a file whose folder and that folder's own are not there: a name that was mistyped, not a folder to make.
+
+    What lies in ``runs_dir``, which is made with all above it, is no mistake.
+    """
+    folder = file.absolute().parent
+    if not folder.parent.is_dir() and not folder.is_relative_to(runs_dir.absolute()):
+        raise UsageError(
+            f"{key} is {file}, but there is no folder {file.parent.parent}: make it, or name another place"
+        )
+
+
 @cache
 def say(sentence: str) -> None:
     """Print what was decided for a run, once per command and by its first process, however many runs it is true of."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from locallearn.cli.settings import UsageError, hints_of, located
+from locallearn.records._settings import OF_COMMANDS, OF_MEASURING, OF_PLACES, OF_THE_RUN, PLACES_WITHIN, group_of
 
 _DEFAULT: dict[str, Any] = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 _RANGE = (
@@ -71,7 +72,8 @@ def read_space(
         of: the algorithm whose file this is; ``None``: it was typed.
 
     Raises:
-        UsageError: something that is neither a range nor choices, or does not go with its setting.
+        UsageError: something that is neither a range nor choices, or does not go with its setting, or a setting that is the
+            same in all trials.
     """
     from omegaconf import OmegaConf
 
@@ -84,6 +86,7 @@ def read_space(
     found: dict[str, Any] = {}
     for key, parts in space.items():
         name = str(key)
+        _check_key(f"{where}.{name}", name)
         several = parts if isinstance(parts, list) else [parts]
         kept = [
             (part, when)
@@ -101,6 +104,18 @@ def read_space(
     if not found:
         raise UsageError(f"{where} has nothing to search with these settings: none of its conditions holds")
     return found
+
+
+def _check_key(where: str, key: str) -> None:
+    """Refuse what would be drawn without effect, or is no trial's own."""
+    group = group_of(key)
+    if group == "seed":
+        raise UsageError(f"{where}: seeds of trials are tune.seeds")
+    if group == "algorithm" and "." not in key:  # an arm would be trained as another one
+        raise UsageError(f"{where}: algorithms to tune are tune.algorithms")
+    if group in (*OF_COMMANDS, *OF_PLACES, *OF_MEASURING, "hydra") or key.lstrip("+~") in PLACES_WITHIN:
+        others = ", ".join(name for name in OF_THE_RUN if name != "seed")
+        raise UsageError(f"{where} is the same in all trials; a search draws settings of {others}")
 
 
 def _when(where: str, part: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from locallearn.cli.arms import Arm, arms_of
+from locallearn.cli.arms import Arm, arms_of, once
 from locallearn.cli.launching import Outcome, Stopped, first_of, launch_folder, multirun
 from locallearn.cli.mistakes import explain
-from locallearn.cli.plans import command_line, folder_setting, make_plan
+from locallearn.cli.plans import check_folder, command_line, folder_setting, make_plan
 from locallearn.cli.searching import check_numbers, fixed_words, maker_of, objectives_of, seeds_of
 from locallearn.cli.settings import UsageError, compose_settings, located, unstaged
 from locallearn.cli.spaces import space_of
@@ -62,7 +62,7 @@ def _search(words: list[str], helping: bool = False, deadline: float | None = No
     import time
 
     from locallearn.study.train import Interrupted, attached_task, weights_behind
-    from locallearn.study.tune import PRUNERS, SAMPLERS, History, Options, masked, study_name
+    from locallearn.study.tune import PRUNERS, SAMPLERS, History, Options, file_of, masked, study_name
     from locallearn.study.tune import tune as search
 
     base, _, several, shared = arms_of("tune", words)
@@ -81,6 +81,9 @@ def _search(words: list[str], helping: bool = False, deadline: float | None = No
             "may be behind in one and ahead in another; take one of both out"
         )
     storage = base.tune.storage or runs_dir / "tune.sqlite"
+    file = file_of(storage)
+    if file is not None:
+        check_folder("tune.storage", file, runs_dir)
     command = command_line("tune", _unnamed(words, masked))
 
     def compose(algorithm: str, settings: Sequence[str] = ()) -> Any:
@@ -94,6 +97,7 @@ def _search(words: list[str], helping: bool = False, deadline: float | None = No
         return make_plan(cfg, choices, command, arms[algorithm])
 
     composed = {name: compose(name) for name in arms}
+    arms = {arm.text: arm for arm in once(several, composed)}
     spaces = {
         name: space_of(
             arm.algorithm,

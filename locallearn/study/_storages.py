@@ -84,18 +84,31 @@ def shared(storage: Path | str, heartbeat_s: int = 60) -> Shared:
     Raises:
         ValueError: nothing that can be shared, its driver is not installed, or it cannot be reached.
     """
+    file = file_of(storage)
+    if file is None:
+        return _Database(str(storage), heartbeat_s)
     if isinstance(storage, Path):
-        return _Files(storage, journal=False)
+        return _Files(file, journal=False)
+    scheme, found, _ = storage.partition("://")
+    return _Files(file, journal=scheme == "journal" if found else file.suffix in JOURNALS)
+
+
+def file_of(storage: Path | str) -> Path | None:
+    """The file that a storage is; ``None``: a database that is none.
+
+    Raises:
+        ValueError: an URL of a file that names none.
+    """
+    if isinstance(storage, Path):
+        return storage
     scheme, found, rest = storage.partition("://")
     if not found:
-        path = Path(storage).expanduser()
-        return _Files(path, journal=path.suffix in JOURNALS)
-    if scheme in ("sqlite", "journal"):
-        path = Path(rest.removeprefix("/")).expanduser()
-        if not rest.strip("/") or ":memory:" in rest or "?" in rest:
-            raise ValueError(f"tune.storage is {storage}, expected a file that keeps the trials: {scheme}:///FILE")
-        return _Files(path, journal=scheme == "journal")
-    return _Database(storage, heartbeat_s)
+        return Path(storage).expanduser()
+    if scheme not in ("sqlite", "journal"):
+        return None
+    if not rest.strip("/") or ":memory:" in rest or "?" in rest:
+        raise ValueError(f"tune.storage is {storage}, expected a file that keeps the trials: {scheme}:///FILE")
+    return Path(rest.removeprefix("/")).expanduser()
 
 
 def masked(storage: str) -> str:

@@ -25,7 +25,7 @@ from locallearn.strategies.local import Diverged
 from locallearn.study._history import COUNTED, HISTORY, History, counted, experiment_name, part_as_json
 from locallearn.study._objectives import ALIASES, Direction, Objective, front
 from locallearn.study._samplers import PRUNERS, SAMPLERS, MakePruner, MakeSampler, importances, sampler_for
-from locallearn.study._storages import Shared, masked, shared
+from locallearn.study._storages import Shared, file_of, masked, shared
 from locallearn.study.space import Choices, Range, Space, holds, ordered, words
 from locallearn.study.train import CHECKPOINT, Interrupted, Plan, run
 
@@ -43,6 +43,7 @@ __all__ = [
     "Point",
     "Range",
     "experiment_name",
+    "file_of",
     "masked",
     "study_name",
     "tune",

@@ -298,19 +298,22 @@ def test_an_interrupted_comparison_goes_on(
     outcome = cli("compare", *words, "compare.resume=true")
     assert outcome.code == 0
     assert begun[2:] == ["mono_forward 0", "backprop 1", "mono_forward 1"]
+    assert "locallearn: 1 of 4 runs are taken over from runs, 1 is gone on with\n" in outcome.err
     found = read_records(tmp_path / "runs")
     assert [record["status"] for record in found] == ["done", "interrupted", "done", "done", "done"]
     assert found[2]["resumed_from"] == found[1]["id"]
     page = (tmp_path / "runs" / "report.html").read_text(encoding="utf-8")
     assert all(record["id"] in page for record in found if record["status"] == "done")
-    assert cli("compare", *words, "compare.resume=true").code == 0
+    assert "locallearn: 4 of 4 runs are taken over from runs\n" in cli("compare", *words, "compare.resume=true").err
     assert len(begun) == 5  # there was nothing left
-    assert cli("compare", *words, "compare.resume=true", "optimizer.lr=3e-4").code == 0
+    changed = cli("compare", *words, "compare.resume=true", "optimizer.lr=3e-4")
+    assert "locallearn: 0 of 4 runs are taken over from runs: the newest there differs in optimizer.lr\n" in changed.err
     assert len(begun) == 9  # other settings, other runs
     for path in (tmp_path / "runs").glob("*/record.json"):  # as a trial of a search leaves it
         record = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**record, "test": {}}), encoding="utf-8")
-    assert cli("compare", *words, "compare.resume=true").code == 0
+    untested = cli("compare", *words, "compare.resume=true")
+    assert "locallearn: 0 of 4 runs are taken over from runs, 1 is gone on with\n" in untested.err
     assert len(begun) > 9
 
 

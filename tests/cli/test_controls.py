@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from locallearn.cli.arms import Arm, controls_of
-from locallearn.cli.settings import UsageError
+from locallearn.cli.arms import Arm, arms_of, controls_of, once
+from locallearn.cli.settings import UsageError, compose_settings
 from tests.cli.conftest import Cli
 
 ReadRecords = Callable[[Path], list[dict[str, Any]]]
@@ -39,6 +39,47 @@ CHECKPOINTED, ACCUMULATED = "backprop(checkpoint=auto)", "backprop(accumulate=4)
 )
 def test_controls_are_added_once(wanted: Any, there: list[str], added: list[str]) -> None:
     assert [arm.text for arm in controls_of(wanted, [Arm(text) for text in there]).values()] == added
+
+
+@pytest.mark.parametrize(
+    ("words", "run"),
+    [
+        # Of a control nobody said that it is another experiment.
+        (
+            ['compare.algorithms=["backprop(accumulate=1)"]', "compare.controls=[backprop,checkpointed]"],
+            ["backprop(accumulate=1)", "backprop(checkpoint=auto)"],
+        ),
+        (
+            ['compare.algorithms=["deep_supervision(smoothing=0)",ridge]', "compare.controls=[deep_supervision]"],
+            ["deep_supervision(smoothing=0)", "ridge"],
+        ),
+        # Nor of the baseline, nor of a network without its device.
+        (["algorithm=backprop", "algorithm.accumulate=1"], ["backprop(accumulate=1)"]),
+        (["algorithm=backprop", "algorithm.accumulate=2"], ["backprop", "backprop(accumulate=2)"]),
+        (
+            [
+                *("net=physical", "dataset=vowels"),
+                'compare.algorithms=["physical_ff(net.device.map=twin)","physical_ff(net.device.map=optical,theta=4)"]',
+            ],
+            [
+                *("physical_ff(net.device.map=twin)", "physical_ff(net.device.map=optical,theta=4)"),
+                "physical_ff(net.device=null)",
+            ],
+        ),
+        # Different all the same: by its name, by what watches it, by when it ends.
+        (["compare.algorithms=[backprop,mono_forward]"], ["backprop", "mono_forward"]),
+        (['compare.algorithms=[backprop,"backprop(meter=none)"]'], ["backprop", "backprop(meter=none)"]),
+        (
+            ['compare.algorithms=[backprop,"backprop(compare.mode=matched)"]'],
+            ["backprop", "backprop(compare.mode=matched)"],
+        ),
+    ],
+)
+def test_what_was_added_is_run_once(words: list[str], run: list[str]) -> None:
+    base, _, arms, shared = arms_of("compare", words)
+    every = [*arms, *controls_of(base.compare.controls, arms).values()]
+    composed = {arm.text: compose_settings([*shared, *arm.overrides]) for arm in every}
+    assert [arm.text for arm in once(every, composed)] == run
 
 
 def test_a_word_that_is_no_control_is_refused() -> None:

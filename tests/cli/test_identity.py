@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from locallearn.cli import tuned
-from locallearn.cli.compare import _signature
+from locallearn.cli.arms import what_runs
+from locallearn.cli.compare import _changed, _signature
 from locallearn.cli.searching import fixed_words
 from locallearn.cli.settings import compose_settings, located
 from locallearn.cli.tune import _said_here
+from locallearn.records import Record, load_record
 from locallearn.records import _settings as kinds
-from locallearn.records import load_record
 from locallearn.statistics._identity import apart, differing, settings
 from locallearn.study._history import experiment_name
 from locallearn.study.tune import Best, Point
@@ -32,21 +33,59 @@ def _plain(*words: str) -> dict[str, Any]:
     return dict(config)
 
 
+def _stands_for(config: dict[str, Any], algorithm: str, weights: str | None) -> str:
+    return _signature(*what_runs(config, algorithm, weights))
+
+
 def test_every_setting_is_of_exactly_one_kind() -> None:
     assert sorted(key for kind in LISTS for key in kind) == sorted(_plain())
 
 
 def test_a_run_stands_for_another_unless_what_makes_it_differs() -> None:
     base = {**_plain(), "mine": 1}  # what nobody has thought of makes a run another one
-    one = _signature(base, "backprop", None)
+    one = _stands_for(base, "backprop", None)
     for key in base.keys() - {"compare"}:
         another = key in (*kinds.OF_THE_RUN, *kinds.OF_MEASURING, "mine") and key != "init_from"
-        assert (_signature({**base, key: "other"}, "backprop", None) != one) == another, key
+        assert (_stands_for({**base, key: "other"}, "backprop", None) != one) == another, key
     elsewhere = {**base, "init_from": "a name", "dataset": {**base["dataset"], "data_dir": "/elsewhere"}}
-    assert _signature(elsewhere, "backprop", None) == one
-    assert _signature(base, "backprop", "weights") != one
-    assert _signature({**base, "compare": {**base["compare"], "table": "x.md"}}, "backprop", None) == one
-    assert _signature({**base, "compare": {**base["compare"], "mode": "matched"}}, "backprop", None) != one
+    assert _stands_for(elsewhere, "backprop", None) == one
+    assert _stands_for(base, "backprop", "weights") != one
+    assert _stands_for({**base, "compare": {**base["compare"], "table": "x.md"}}, "backprop", None) == one
+    assert _stands_for({**base, "compare": {**base["compare"], "mode": "matched"}}, "backprop", None) != one
+
+
+def test_what_keeps_earlier_runs_from_being_taken_over_is_named() -> None:
+    """The newest finished run counts, held against the run that is nearest to it; whatever makes runs others is told."""
+
+    def earlier(number: int, *words: str, algorithm: str = "backprop", status: str = "done") -> Record:
+        data = {"id": str(number), "algorithm": algorithm, "status": status, "serial": number}
+        return Record(Path("runs") / str(number), {**data, "config": _plain(f"algorithm={algorithm}", *words)})
+
+    def wanted(*words: str, algorithm: str = "backprop") -> tuple[str, dict[str, Any]]:
+        return what_runs(_plain(f"algorithm={algorithm}", *words), algorithm, None)
+
+    runs = [wanted("seed=1"), wanted("seed=2"), wanted("seed=2", algorithm="mono_forward")]
+    before = [
+        earlier(3, "seed=2", "optimizer.lr=0.1", "trainer.checkpoint_s=5"),
+        earlier(1, "seed=2", "net.hidden=[8]"),
+        earlier(4, "seed=2", "optimizer.lr=0.2", status="interrupted"),
+        earlier(5, "seed=2", "optimizer.lr=0.2", algorithm="pepita"),
+        earlier(6, "seed=2", "optimizer.lr=0.2", "dataset=mnist"),
+    ]
+    assert _changed(before, runs) == ["optimizer.lr", "trainer.checkpoint_s"]
+    assert _changed(before[1:], runs) == ["net.hidden"]
+    assert _changed(before[2:], runs) == []
+    for words, told in (
+        (["seed=3"], ["seed"]),
+        (["seed=1", "net=cnn"], ["net"]),
+        (["seed=1", "optimizer=sgd", "meter.idle_s=7"], ["optimizer", "meter.idle_s"]),
+        (["seed=1", "compare.mode=target", "compare.target=0.9"], ["compare.mode", "compare.target"]),
+        (["seed=1", "init_from=runs/a"], ["init_from"]),
+        (["seed=1", "scheduler={_target_:a.B}"], ["scheduler"]),
+        (["seed=1", "+trainer.max_steps=3"], ["trainer.max_steps"]),
+        (["seed=1", "dataset.limit_train=9", "runs_dir=elsewhere"], ["dataset.limit_train"]),
+    ):
+        assert _changed([earlier(1, *words)], runs) == told, words
 
 
 def test_the_name_of_a_search_is_made_of_what_makes_it() -> None:

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from locallearn.cli.mistakes import explain
+from locallearn.cli.plans import check_folder
+from locallearn.cli.settings import UsageError
 from tests.cli.conftest import Cli, Outcome
 
 _ALGORITHMS = ("backprop", "deep_supervision", "forward_forward", "mono_forward")
@@ -180,6 +182,27 @@ _COMPARE: list[tuple[list[str], tuple[str, ...]]] = [
         ("single ones", """'compare.algorithms=[backprop,"local_heads(head=conv1,loss=predsim)"]'"""),
     ),
     (['compare.algorithms=[backprop,"pepita(lr=1)"]'], ("'algorithm.lr'", "algorithm.variant, algorithm.sign")),
+    # one experiment in two spellings
+    (['compare.algorithms=[backprop,"backprop()"]'], ("'backprop' and 'backprop()' have the same settings",)),
+    (['compare.algorithms=["backprop(accumulate=1)",backprop]'], ("'backprop(accumulate=1)' and 'backprop'",)),
+    (
+        ['compare.algorithms=["mono_forward(optimizer.lr=1e-2)","mono_forward(optimizer.lr=0.01)"]'],
+        ("'mono_forward(optimizer.lr=1e-2)' and 'mono_forward(optimizer.lr=0.01)'",),
+    ),
+    (
+        [
+            'compare.algorithms=[pepita,"pepita(optimizer.lr=1)"]',
+            'compare.overrides={pepita:["optimizer.lr=1.0"]}',
+        ],
+        ("'pepita' and 'pepita(optimizer.lr=1)'",),
+    ),
+    (
+        [
+            "compare.mode=matched",
+            'compare.algorithms=[pepita,"pepita(schedule.patience=3)"]',
+        ],  # nobody has patience there
+        ("'pepita' and 'pepita(schedule.patience=3)'",),
+    ),
     (["compare.algorithms=[]"], ("[]", "list")),
     (["compare.algorithms=backprop"], ("backprop", "list")),
     (["compare.mode=foo"], ("'foo'", "matched")),
@@ -209,6 +232,8 @@ _OTHERS: list[tuple[list[str], tuple[str, ...]]] = [
     (["audit", "algorithm=foo"], ("'foo'", *_ALGORITHMS)),
     (["data", "foo"], ("'foo'", "KEY=VALUE")),
     (["bench", "bench.algorithms=[nope]"], ("'nope'", *_ALGORITHMS)),
+    (["bench", 'bench.algorithms=[backprop,"backprop(accumulate=1)"]'], ("'backprop' and 'backprop(accumulate=1)'",)),
+    (["tune", 'tune.algorithms=[backprop,"backprop()"]'], ("'backprop' and 'backprop()' have the same settings",)),
     # settings of another command
     (["train", "compare.seeds=[0,1]"], ("compare.seeds", "locallearn compare", "which train does not read")),
     (["train", "-m", "seed=0,1", "+tune.trials=3"], ("tune.trials", "locallearn tune", "which train does not read")),
@@ -341,3 +366,22 @@ def test_one_folder_of_records_needs_no_brackets(cli: Cli, named: str) -> None:
     _is_one_sentence(
         cli("report", named), f"there is no folder {named.partition('=')[2].strip('[]')} to read records from"
     )
+
+
+def test_a_folder_that_was_mistyped_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One level may be missing, and in ``runs_dir``, which is made, any."""
+    monkeypatch.chdir(tmp_path)
+    runs = Path("no/runs")
+    for file in (
+        "t.csv",
+        "new/t.csv",
+        "../t.csv",
+        "no/runs/t.csv",
+        "no/runs/more/still/t.csv",
+        f"{tmp_path}/new/t.csv",
+    ):
+        check_folder("compare.table", Path(file), runs)
+    for file in ("new/more/t.csv", "no/t/t.csv", f"{tmp_path}/no/runs2/t.csv"):
+        with pytest.raises(UsageError, match=rf"^compare.table is {file}, but there is no folder \S*(no|new): make it"):
+            check_folder("compare.table", Path(file), runs)
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_a_setting_says_whether_it_takes_whole_numbers() -> None:
         "trainer.max_epochs": True,
         "trainer.gradient_clip_val": True,  # null: written as whole numbers
         "trainer.checkpoint_s": True,
-        "seed": True,
+        "dataset.split_seed": True,
         "scheduler.step_size": True,
     }
     found = read_space(dict.fromkeys(wanted, ends), [config])
@@ -188,6 +189,41 @@ def test_a_space_is_found_by_name_and_by_the_settings_as_they_are(tmp_path: Path
     words = [f"hydra.searchpath=[file://{tmp_path}]"]
     assert space_of("mine", None, words, [config], choices) == {"algorithm.x": Range(1, 3, whole=True)}
     assert space_of("mine", {"y": {"low": 0.5, "high": 3}}, words, [config], choices) == {"y": Range(0.5, 3)}
+
+
+SAME = (
+    *("compare.mode", "tune.trials", "report.title", "bench.steps", "hydra.searchpath", "meter", "meter.idle_s"),
+    *("runs_dir", "data_dir", "dataset.data_dir", "resume", "keep_model", "logger"),
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("seed", "seeds of trials are tune.seeds"),
+        ("+seed", "seeds of trials are tune.seeds"),
+        ("algorithm", "algorithms to tune are tune.algorithms"),
+        *((key, "is the same in all trials; a search draws settings of algorithm, ") for key in SAME),
+    ],
+)
+def test_what_is_the_same_in_all_trials_is_not_searched(key: str, said: str, tmp_path: Path) -> None:
+    choices = {"choices": [1, 2], "when": {"optimizer": "sgd"}}  # a mistake though it is not drawn here
+    with pytest.raises(UsageError, match=rf"^tune\.space\.{re.escape(key)}:? {said}"):
+        read_space({"optimizer.lr": {"low": 1, "high": 2}, key: choices}, NOBODY)
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "tune" / "mine.yaml").write_text(yaml.safe_dump({key: choices}), encoding="utf-8")
+    with pytest.raises(UsageError, match=rf"^tune/mine\.yaml\.{re.escape(key)}:? {said}"):
+        space_of("mine", None, [f"hydra.searchpath=[file://{tmp_path}]"], NOBODY, {})
+
+
+def test_where_trainings_begin_is_searched() -> None:
+    """Trials from other weights are other trials."""
+    space = {
+        "init_from": {"choices": ["runs/a", None]},
+        "algorithm.peer": {"choices": [0, 1]},
+        "mine": {"choices": [0, 1]},
+    }
+    assert list(read_space(space, NOBODY)) == list(space)
 
 
 def test_corners_reach_what_is_drawn_on_conditions_only() -> None:
