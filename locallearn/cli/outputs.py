@@ -65,5 +65,7 @@ def outputs_of(cfg: Any, report: Path | None) -> Outputs:
     for table in tables:
         kind_of(table)
         check_folder("compare.table", table, folder_setting(cfg, "runs_dir"))
-    page = cfg.compare.report or report
-    return Outputs(None if page is None else Path(str(page)).expanduser(), tables)
+    if cfg.compare.report:
+        report = Path(str(cfg.compare.report)).expanduser()
+        check_folder("compare.report", report, folder_setting(cfg, "runs_dir"))
+    return Outputs(report, tables)

@@ -142,6 +142,7 @@ def test_ctrl_c_stops_every_process_with_a_checkpoint(
         ),
         (["compare.table=[a.csv,3]"], "expected a file that ends in .csv, .md, .tex, .json, or a list"),
         (["compare.table=[a.csv,no/such/a.csv]"], "compare.table is no/such/a.csv, but there is no folder no: make it"),
+        (["compare.report=no/such/a.html"], "compare.report is no/such/a.html, but there is no folder no: make it"),
         (["compare.controls=everything"], "expected true for all, false for none, or a list of backprop, deep_super"),
         (["compare.controls=[checkpoint]"], "compare.controls is ['checkpoint'], expected true for all"),
     ],
