@@ -219,7 +219,7 @@ def _to_target(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> V
     others = [row for row in ranked if row.algorithm != baseline]
     best, rival = ranked[0] if _share(ranked[0]) else None, others[0] if others else None
     pair = None if rival is None or cost.key not in rival.figures else rival.figures[cost.key].paired
-    certainty = "nothing to compare"
+    certainty, better = "nothing to compare", None
     if best is None:
         sentence, certainty = f"No run reached the target, {goal}.", "nobody arrived"
     elif rival is not None and pair is not None and pair.ratio is not None:
@@ -229,18 +229,23 @@ def _to_target(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> V
         base = _named(rival.against or baseline)
         sentence, certainty = _in_ratio(which, base, pair, f"{word} to the target, {goal}", len(ranked))
         sentence += _costs(rival, shown, rows, told=cost)
+        better = _better_baseline(rival, ranked, baseline)
+        if better is not None:
+            sentence += f" That is the {baseline} whose settings are nearest to its own; the best one is "
+            sentence += f"{_named(better.label)}, with {cost.number(_centre(better, cost))}{_unit(cost)}."
     else:
-        value = f"{cost.number(_centre(best, cost))} {cost.unit}".strip()
-        least = AT_LEAST if _share(best) < 1 else ""
-        alone = ", alone here" if len(ranked) == 1 else f", the least of {len(ranked)} rows"
-        sentence = f"{_named(best.label)} reaches the target, {goal}, with {word} of {least}{value}{alone}."
+        arrived, least = _arrivals(best), "" if _share(best) == 1 else f"{AT_LEAST} "
+        assert arrived is not None  # some have
+        sentence = f"{_named(best.label)} reaches the target, {goal}, in {arrived.reached} of {arrived.total} runs"
+        sentence += ", alone here" if len(ranked) == 1 else f", first of {len(ranked)} rows"
+        sentence += f": {lower(cost.title)} {least}{cost.number(_centre(best, cost))}{_unit(cost)}."
         if any(_share(row) < 1 for row in ranked):
             certainty = "not all arrived"
             sentence += " Where runs did not arrive there is no ratio."
         if all(row.algorithm != baseline for row in rows):
             sentence += f" There is no {baseline} to compare with."
     sentence += _missing(rows)
-    return Verdict(rows, cost, lower(cost.title), best, rival, pair, certainty, sentence)
+    return Verdict(rows, cost, lower(cost.title), best, rival, pair, certainty, sentence, better)
 
 
 def _share(row: Row) -> float:

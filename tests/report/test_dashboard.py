@@ -129,7 +129,9 @@ def test_in_mode_target_the_sentence_is_about_what_it_cost(make: Make) -> None:
 
 def test_in_mode_target_who_arrives_comes_before_what_it_cost(make: Make) -> None:
     said = _target(make, {"backprop": (2.0, 2.2, 2.4), "quick": (1.0, None, None)})
-    assert said.startswith("backprop reaches the target, accuracy 0.9, with time of 2.")
+    assert said.startswith(
+        "backprop reaches the target, accuracy 0.9, in 3 of 3 runs, first of 2 rows: time to target 2.19 s."
+    )
     assert "Where runs did not arrive there is no ratio." in said
     assert "quick reached the target in 1 of 3 runs" in said
     nobody = _target(make, {"backprop": (None, None), "quick": (None, None)}, dataset="nobody")
@@ -138,6 +140,25 @@ def test_in_mode_target_who_arrives_comes_before_what_it_cost(make: Make) -> Non
     assert "over 1 pair: fewer than three pairs, so nothing is certain" in few
     alike = _target(make, {"backprop": (2.0, 2.2, 2.4), "quick": (2.1, 2.0, 2.6)}, dataset="alike")
     assert alike.startswith("quick and backprop cannot be told apart in time to the target, accuracy 0.9: 1.0")
+
+
+def test_in_mode_target_a_baseline_with_better_settings_is_named(make: Make) -> None:
+    made = [
+        make(
+            rule,
+            seed,
+            mode="target",
+            target={"accuracy": 0.9, "seconds": seconds + seed / 10},
+            config={"optimizer": {"lr": lr}},
+        )
+        for rule, lr, seconds in (("backprop", 0.1, 1.0), ("backprop", 0.2, 3.0), ("a", 0.2, 2.0))
+        for seed in range(3)
+    ]
+    rows = compare_table(made, "backprop")
+    found = verdict(rows, columns(rows), "backprop")
+    assert found.better is found.best
+    assert f"a takes 0.677{TIMES} of what backprop · optimizer.lr=0.2 does" in found.sentence
+    assert found.sentence.endswith("the best one is backprop · optimizer.lr=0.1, with 1.10 s.")
 
 
 def test_what_failed_is_named_with_its_settings(make: Make, tmp_path: Path) -> None:
