@@ -188,6 +188,7 @@ def test_a_full_disk_loses_no_table(cli: Cli, own: dict[str, Path], monkeypatch:
 def test_analysed_runs_are_taken_over_by_a_comparison_with_other_wishes(cli: Cli, tmp_path: Path) -> None:
     words = ("dataset.limit_train=64", "trainer.probe_samples=0", "compare.algorithms=[backprop]", "compare.seeds=[0]")
     assert cli("compare", *words).code == 0
-    again = cli("compare", *words, "analyze.tau=3", "compare.resume=true")
+    (tmp_path / "wishes.yaml").write_text("# @package _global_\nanalyze: {tau: 3}\n", encoding="utf-8")
+    again = cli("compare", *words, "experiment=wishes.yaml", "compare.resume=true")
     assert again.code == 0
     assert len(list((tmp_path / "runs").glob("*/record.json"))) == 1

@@ -154,7 +154,7 @@ def test_a_sweep_writes_tables_and_a_page_where_they_are_asked_for(cli: Cli, tmp
     refused = cli("train", "-m", "seed=0,1", "compare.table=sweep.xlsx", "runs_dir=none")
     assert refused.code == 2
     wrong = cli("train", "-m", "optimizer.lr=-1,-2", "runs_dir=none")
-    assert [line.partition(": I")[0] for line in wrong.err.splitlines()] == [
+    assert [line.partition(": the optimizer")[0] for line in wrong.err.splitlines()] == [
         "locallearn: optimizer.lr=-1",
         "locallearn: optimizer.lr=-2",
     ]
