@@ -191,7 +191,7 @@ class _Queue:
         """Until fewer entries than that are running."""
         while len(self._running) >= number:
             for one in list(self._running):
-                if one.process.poll() is not None:
+                if one.has_ended():
                     self._running.remove(one)
                     self._ended(one)
                 elif time.monotonic() > min(self._until, one.started + self._said.patience * one.entry.seconds):
@@ -228,6 +228,14 @@ class _Running:
     process: subprocess.Popen[bytes]
     started: float
     stopped: float | None = None
+
+    def has_ended(self) -> bool:
+        """Asked with signals held back: Popen has a lock there, and a handler that raises would leave it held for ever."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        try:
+            return self.process.poll() is not None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def stop(self) -> None:
         """As by Ctrl-C; twenty seconds later for good."""

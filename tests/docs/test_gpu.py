@@ -144,6 +144,31 @@ def test_a_lost_terminal_costs_no_archive(tmp_path: Path) -> None:
         assert "records/a/run/record.json" in archive.getnames()
 
 
+def test_a_signal_that_comes_while_the_queue_asks_whether_an_entry_has_ended_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Raised inside of Popen's lock it would leave the lock held, and no entry would ever be seen to end."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    one = gpu._Running(gpu_queue.Entry("a", 1, ()), process, 0.0)
+    asked = process.poll
+    seen: list[int | None] = []
+
+    def poll() -> int | None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(asked())
+        return seen[-1]
+
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(process, "poll", poll)
+        with pytest.raises(KeyboardInterrupt):
+            one.has_ended()
+        assert seen == [0]  # it was asked to the end
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
 def test_no_queue_trains_beside_what_another_one_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
