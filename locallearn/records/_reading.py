@@ -24,8 +24,8 @@ _NAMES = ("algorithm", "variant", "dataset", "net", "task", "mode", "status", "l
 _LONE = re.compile("[\ud800-\udfff]")
 
 
-# What a target cost, beside the value that was to be reached.
 _ROUNDING = 1e-6  # of a share that was summed in float32
+# What a target cost, beside the value that was to be reached.
 _TO_TARGET = ("seconds", "joules", "samples")
 
 

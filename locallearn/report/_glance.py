@@ -60,8 +60,8 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
             if "joules" not in ratios
             else quality(ratios["joules"][0].key.partition("/")[2], rows).partition(" (")[0]
         )
-        bytes_ = "memory" if "memory" in told else "peak activations"
-        memory, which = told.get(bytes_, UNKNOWN), "activations" if bytes_ in told and bytes_ != "memory" else ""
+        memory = told.get("memory") or told.get("peak activations", UNKNOWN)
+        which = "activations" if "peak activations" in told else ""
         done, lost = sum(len(row.records) for row in rows), sum(len(row.missing) for row in rows)
         runs = str(done) if not lost else f"{done} of {done + lost}"
         dot = f'<span class="dot" style="background:{style[best.label].colour}"></span>' if best else ""
