@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _KNOWN_OPERATORS = {"aten", "prim", "prims", "profiler", "inductor", "quantized", "torchvision"}
+_UNWRITTEN = ("empty", "new_empty", "resize")  # how the names of operators begin that give memory nobody has written
 _FORBIDDEN = {
     "subprocess.Popen": "starts a process",
     "os.system": "starts a process",
@@ -172,7 +173,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         names: of the operators, as the other tape has them.
 
     Attributes:
-        results: tensors that every operator gave.
+        results: tensors that every operator gave; none of one that leaves memory as it finds it, which holds anything.
         at_first_pin: called once, before the first operator whose result is replaced.
     """
 
@@ -203,7 +204,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if pins is not None:
             out = _replaced(out, iter(pins), written)
         if not self._names:
-            self.results.append([t.detach().clone() for t in flat(out) if isinstance(t, Tensor)])
+            given = [] if func._opname.startswith(_UNWRITTEN) else flat(out)
+            self.results.append([t.detach().clone() for t in given if isinstance(t, Tensor)])
         return out
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from locallearn.algorithms import Algorithm, Locality, MonoForward
+from locallearn.algorithms import Algorithm, FeedbackAlignment, Locality, MonoForward
 from locallearn.audit import audit
 from locallearn.audit._border import Border
 from locallearn.audit._examine import Findings
@@ -142,6 +144,29 @@ def test_what_cannot_be_seen_is_said() -> None:
     result = audit(attached(MonoForward(), BATCH), BATCH, batches=1, warmup=0)
     assert result.confirmed
     assert any("recognises the audit" in limit for limit in result.limits)
+
+
+class _UsedMemory(TorchDispatchMode):
+    """New memory holds something else every now and then, as it does in a process that has run for a while."""
+
+    def __init__(self, draw: torch.Generator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._draw = draw
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "empty" in func._opname:
+            out.fill_(float(torch.randint(2, (), generator=self._draw)))
+        return out
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_lies_in_new_memory_is_no_part_of_a_forward_pass(seed: int) -> None:
+    """The mirror's noise is drawn into such memory, before anything is computed."""
+    draw = torch.Generator().manual_seed(seed)
+    rule = attached(FeedbackAlignment("weight_mirror"), BATCH)
+    result = audit(rule, BATCH, batches=1, warmup=1, context=lambda: _UsedMemory(draw))
+    assert result.confirmed, result.reason
 
 
 def test_several_batches_are_taken() -> None:
