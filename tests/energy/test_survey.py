@@ -1,4 +1,3 @@
-import time
 from typing import Any
 
 import pytest
@@ -76,7 +75,5 @@ def test_how_often_a_sampled_power_is_renewed() -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
 def test_seconds_must_be_positive(seconds: float) -> None:
-    began = time.monotonic()
     with pytest.raises(ValueError, match="seconds="):
         survey([], seconds)
-    assert time.monotonic() - began < 60
