@@ -18,6 +18,8 @@ CONTROLS = {
 """What ``compare.controls`` adds, by its names there."""
 # Settings that make a control of backpropagation, and of which kind.
 _SAVES = {"algorithm.checkpoint": "checkpointed", "algorithm.accumulate": "accumulated", "algorithm.keep": "partial"}
+# What these are without one.
+_PLAIN = ("algorithm.checkpoint=null", "algorithm.accumulate=1", "algorithm.keep=1", "algorithm.keep=1.0")
 
 
 class Arm:
@@ -150,7 +152,7 @@ def _control(arm: Arm) -> str | None:
     """Which of the controls an arm is."""
     if arm.algorithm != "backprop":
         return arm.algorithm if arm.algorithm in CONTROLS else None
-    keys = {word.partition("=")[0] for word in arm.settings}
+    keys = {word.partition("=")[0] for word in arm.settings if word not in _PLAIN}
     found = [name for key, name in _SAVES.items() if key in keys]
     return "backprop" if not found else found[0] if len(found) == 1 else None
 
@@ -159,7 +161,8 @@ def _made(name: str, plain: Arm) -> Arm:
     control = Arm(CONTROLS[name])
     if control.algorithm == "backprop" and name != "backprop":
         if plain.settings:
-            own = [word.removeprefix("algorithm.") for word in (*plain.settings, *control.settings)]
+            kept = [word for word in plain.settings if word not in _PLAIN]
+            own = [word.removeprefix("algorithm.") for word in (*kept, *control.settings)]
             control = Arm(f"backprop({','.join(own)})")
         control.inherits = plain.text
     control.added = True

@@ -167,13 +167,13 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
                 continue
             dirty += record.part("source").get("dirty") is True
             found[signature] = record
-    if others:
-        print(f"locallearn: {others} earlier runs were made by other code and are not taken over", file=sys.stderr)
-    if dirty:
-        print(
-            f"locallearn: {dirty} earlier runs were made with uncommitted changes to locallearn, perhaps not the present ones",
-            file=sys.stderr,
-        )
+    for how_many, what in (
+        (others, "by other code: not taken over"),
+        (dirty, "with uncommitted changes to locallearn, perhaps not the present ones"),
+    ):
+        if how_many:
+            runs = "run was" if how_many == 1 else "runs were"
+            print(f"locallearn: {how_many} earlier {runs} made {what}", file=sys.stderr)
     return found
 
 

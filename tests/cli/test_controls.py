@@ -25,6 +25,7 @@ CHECKPOINTED, ACCUMULATED = "backprop(checkpoint=auto)", "backprop(accumulate=4)
         (True, ["backprop", "mono_forward"], ["deep_supervision", CHECKPOINTED, ACCUMULATED]),
         (True, ["backprop", "deep_supervision", "backprop(checkpoint=2)"], [ACCUMULATED]),
         (True, ["backprop(accumulate=8)"], ["backprop", "deep_supervision", CHECKPOINTED]),
+        (True, ["backprop(accumulate=1)", "deep_supervision"], [CHECKPOINTED, ACCUMULATED]),
         (["accumulated", "accumulated"], ["pepita"], [ACCUMULATED]),
         (["backprop"], ["backprop(optimizer.lr=0.1)"], []),
         # Controls are those of the backpropagation that is compared, with its own settings.
