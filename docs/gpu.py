@@ -27,6 +27,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,7 @@ class _Queue:
         self._until = time.monotonic() + said.limit
         self._running: list[_Running] = []
         self._failed: list[str] = []
+        self._asked = False  # to end, by a signal
         for name in ("records", "logs", "begun", "done"):
             (self._out / name).mkdir(parents=True, exist_ok=True)
 
@@ -116,8 +118,18 @@ class _Queue:
 
         waiting = [entry for entry in entries if not self._is_done(entry)]
         interrupted = False
-        ended = {signal.SIGTERM: signal.default_int_handler, signal.SIGHUP: hang_up()}
-        usual = {one: signal.signal(one, handler) for one, handler in ended.items()}
+        lost = hang_up()
+
+        def asked(number: int, frame: object) -> None:
+            self._asked = True
+            if number == signal.SIGHUP:
+                with suppress(KeyboardInterrupt):
+                    lost()
+
+        heard = [
+            one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN
+        ]
+        usual = {one: signal.signal(one, asked) for one in heard}
         try:
             for entry in sorted(
                 waiting, key=lambda entry: not self._is_alone(entry)
@@ -146,8 +158,11 @@ class _Queue:
             self._wait_for_less_than(1)
         except KeyboardInterrupt:
             for one in self._running:
+                one.stopped = one.stopped or time.monotonic()
                 os.killpg(one.process.pid, signal.SIGKILL)
-            self._wait_for_less_than(1)
+            for one in self._running:
+                one.process.wait()
+                self._ended(one)
 
     def _is_alone(self, entry: Entry) -> bool:
         return entry.alone and not self._said.tiny
@@ -188,16 +203,25 @@ class _Queue:
         return self._out / "logs" / f"{entry.name}.txt"
 
     def _wait_for_less_than(self, number: int) -> None:
-        """Until fewer entries than that are running."""
-        while len(self._running) >= number:
+        """Until fewer entries than that are running.
+
+        Raises:
+            KeyboardInterrupt: somebody asked to end. It is raised here and not where the signal comes: within Popen.poll it
+                would leave a lock held, and between an entry's end and the note of it nothing would be known of the entry.
+        """
+        while True:
+            if self._asked:
+                self._asked = False
+                raise KeyboardInterrupt
             for one in list(self._running):
-                if one.has_ended():
+                if one.process.poll() is not None:
                     self._running.remove(one)
                     self._ended(one)
                 elif time.monotonic() > min(self._until, one.started + self._said.patience * one.entry.seconds):
                     one.stop()
-            if len(self._running) >= number:
-                time.sleep(0.2)
+            if len(self._running) < number:
+                return
+            time.sleep(0.2)
 
     def _ended(self, one: _Running) -> None:
         code, took = one.process.returncode, time.monotonic() - one.started
@@ -228,14 +252,6 @@ class _Running:
     process: subprocess.Popen[bytes]
     started: float
     stopped: float | None = None
-
-    def has_ended(self) -> bool:
-        """Asked with signals held back: Popen has a lock there, and a handler that raises would leave it held for ever."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-        try:
-            return self.process.poll() is not None
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def stop(self) -> None:
         """As by Ctrl-C; twenty seconds later for good."""

@@ -105,7 +105,7 @@ def test_whoever_ends_the_queue_ends_its_processes_and_has_the_archive(
     how: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _queue_of(monkeypatch, SLEEPS, "a", "b")
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be deaf to it
+    usual = signal.signal(how, signal.default_int_handler)  # a process in the background may be deaf to it
 
     def interrupt() -> None:
         log = tmp_path / "logs" / "a.txt"
@@ -117,7 +117,7 @@ def test_whoever_ends_the_queue_ends_its_processes_and_has_the_archive(
     try:
         assert _call(tmp_path) == 130
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(how, usual)
     out = capsys.readouterr().out
     assert "a: " in out  # its end was seen
     assert "left: a, b; failed: nothing" in out
@@ -144,29 +144,56 @@ def test_a_lost_terminal_costs_no_archive(tmp_path: Path) -> None:
         assert "records/a/run/record.json" in archive.getnames()
 
 
-def test_a_signal_that_comes_while_the_queue_asks_whether_an_entry_has_ended_waits(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_signal_that_comes_as_an_entry_ends_costs_neither_its_end_nor_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Raised inside of Popen's lock it would leave the lock held, and no entry would ever be seen to end."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    one = gpu._Running(gpu_queue.Entry("a", 1, ()), process, 0.0)
-    asked = process.poll
-    seen: list[int | None] = []
+    """An exception within Popen.poll can leave its lock held, and then no entry would ever be seen to end."""
+    _queue_of(monkeypatch, WRITES, "a", "b")
+    poll = subprocess.Popen.poll
 
-    def poll() -> int | None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        seen.append(asked())
-        return seen[-1]
+    def interrupted(process: subprocess.Popen[bytes]) -> int | None:
+        code = poll(process)
+        if code is not None:
+            signal.raise_signal(signal.SIGTERM)
+        return code
 
-    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    monkeypatch.setattr(subprocess.Popen, "poll", interrupted)
+    assert _call(tmp_path) == 130
+    assert "done: 1; left: b; failed: nothing" in capsys.readouterr().out
+    assert (tmp_path / "records.tar.gz").exists()
+
+
+def test_asked_a_second_time_the_queue_does_not_wait_for_what_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _queue_of(monkeypatch, f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLEEPS}", "a")
+    poll = subprocess.Popen.poll
+
+    def interrupted(process: subprocess.Popen[bytes]) -> int | None:
+        if "began" in gpu._text(tmp_path / "logs" / "a.txt"):
+            signal.raise_signal(signal.SIGTERM)
+        return poll(process)
+
+    monkeypatch.setattr(subprocess.Popen, "poll", interrupted)
+    assert _call(tmp_path) == 130
+    assert "exit code -9\ndone: 0; left: a; failed: nothing" in capsys.readouterr().out
+
+
+def test_signals_that_are_ignored_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    _queue_of(monkeypatch, WRITES, "a")
+    poll = subprocess.Popen.poll
+
+    def lost(process: subprocess.Popen[bytes]) -> int | None:
+        signal.raise_signal(signal.SIGHUP)
+        return poll(process)
+
+    monkeypatch.setattr(subprocess.Popen, "poll", lost)
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr(process, "poll", poll)
-        with pytest.raises(KeyboardInterrupt):
-            one.has_ended()
-        assert seen == [0]  # it was asked to the end
+        assert _call(tmp_path) == 0
     finally:
-        signal.signal(signal.SIGTERM, usual)
+        signal.signal(signal.SIGHUP, usual)
 
 
 def test_no_queue_trains_beside_what_another_one_left(
