@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ from locallearn.losses._of_torch import left_out
 from locallearn.nets.blocks import evaluating
 from locallearn.nets.cut import Cut
 from locallearn.nets.execution import Execution
+from locallearn.nets.trace import preserved
 
 OptimizerFactory = Callable[[list[ParamGroup]], Optimizer]
 
@@ -68,13 +70,13 @@ class Local:
         execution.lay_out(algorithm)
         self.cuts, self.unused = tuple(cuts), cut.unused
         self.make_optimizer = optimizer
-        self._arguments, self._given = cut.arguments, given  # whether the example came with its targets
+        self._cut, self._arguments = cut, cut.arguments
+        self._given = given  # whether the example came with its targets
         self._mode: bool | None = None
         self._takes_single = False  # known once it has been tried
         self.optimizers = _optimizers(algorithm, optimizer)
         stepped = self._stepped()
         self._resting = [p for p in net.parameters() if id(p) not in stepped]
-        self._run = _run_by(self.blocks, net)
         self._wiring = _wiring(net)
         self._refuse_frozen()
         self._follow()
@@ -301,26 +303,33 @@ class Local:
     def _refuse_exchanged(self) -> None:
         """Whether the network runs something else by now than its blocks, or they run what no optimizer has.
 
-        What a network holds beside what runs (a probe, a copy of averaged weights) is nobody's business.
+        What a network holds beside what runs (a probe, a copy of averaged weights) is nobody's business, so where anything
+        has changed, both are run.
         """
-        if all(len(old) == len(now) and all(old.get(k) is v for k, v in now.items()) for old, now in self._wiring):
+        changed = [name for wires in self._wiring for name in wires.changed()]
+        if not changed:
             return
-        found = _run_by(self.blocks, self.net)
         known = self._stepped() | {id(p) for p in self._resting}
-        changed = [f"module {name!r}" for name in _unlike(self._run.modules, found.modules)]
-        changed += [
-            f"the list of modules {name!r}".removesuffix(" ''") for name in _unlike(self._run.chained, found.chained)
-        ]
-        changed += [f"parameter {name!r}" for name, p in found.parameters.items() if id(p) not in known]
-        still = {id(p) for p in found.parameters.values()}
-        changed += [f"parameter {name!r}" for name, p in self._run.parameters.items() if id(p) not in still]
-        if changed:
+        strangers = [f"parameter {name!r}" for name, p in self.blocks.named_parameters() if id(p) not in known]
+        error: ValueError | None = None
+        if not strangers:
+            at = next((p for p in self.net.parameters() if p.is_floating_point()), torch.empty(0))
+            values = {
+                name: v.to(at.device, at.dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else v
+                for name, v in self._arguments.values.items()
+            }
+            try:
+                with preserved(self.blocks), torch.compiler.set_stance("force_eager"):
+                    self._cut.check(self.net, values)
+            except ValueError as unlike:
+                error = unlike
+        if strangers or error is not None:
             raise ValueError(
-                f"{changed[0]} of {type(self.net).__name__} was exchanged after localize: the blocks run what stood there "
+                f"{min(changed)[1]} of {type(self.net).__name__} was exchanged after localize: the blocks run what stood there "
                 "before, or no optimizer has what stands there now. Change the values of what is there (load_state_dict "
                 "without assign=True), or localize the changed network"
-            )
-        self._run, self._wiring = found, _wiring(self.net)
+            ) from error
+        self._wiring = _wiring(self.net)
 
     def _refuse_frozen(self) -> None:
         """Whether there is anything left of the network that could learn, where this rule moves its weights at all."""
@@ -347,41 +356,29 @@ class Local:
             self.algorithm.get_submodule(path).eval()
 
 
-class _Run(NamedTuple):
-    """What blocks run of a network, by its names there."""
+class _Wires(NamedTuple):
+    """What one module of the network holds, as it was and as it is: comparing them costs less than listing all parameters."""
 
-    modules: dict[str, nn.Module]
-    chained: dict[str, list[nn.Module]]
-    parameters: dict[str, nn.Parameter]
+    name: str
+    what: str
+    before: dict[str, Any]
+    now: dict[str, Any]
 
-
-def _run_by(blocks: nn.Module, net: nn.Module) -> _Run:
-    run = {id(module) for module in blocks.modules()}
-    named = dict(net.named_modules(remove_duplicate=False))
-    own = {id(p) for p in blocks.parameters()}
-    return _Run(
-        {name: module for name, module in named.items() if id(module) in run},
-        # These run all that they hold; of other modules their forward says what runs.
-        {name: list(m._modules.values()) for name, m in named.items() if type(m).forward is nn.Sequential.forward},
-        {name: p for name, p in net.named_parameters(remove_duplicate=False) if id(p) in own},
-    )
+    def changed(self) -> Iterator[tuple[bool, str]]:
+        """What stood for something else, or for nothing: whether it was nothing, and its name."""
+        if len(self.before) == len(self.now) and all(map(is_, self.before.values(), self.now.values())):
+            return  # asked with every step
+        for key in dict.fromkeys([*self.before, *self.now]):
+            if self.before.get(key) is not self.now.get(key):
+                yield self.before.get(key) is None, f"{self.what} {f'{self.name}.{key}'.lstrip('.')!r}"
 
 
-def _unlike(old: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names that stood for something else, or for nothing."""
-    return [name for name, held in old.items() if not _same(held, now.get(name))]
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, list):
-        return isinstance(other, list) and len(one) == len(other) and all(map(_same, one, other))
-    return one is other
-
-
-def _wiring(net: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """What every module holds, as it was and as it is: comparing them costs less than listing all parameters."""
-    held = [own for module in net.modules() for own in (module._modules, module._parameters)]
-    return [(dict(own), own) for own in held]
+def _wiring(net: nn.Module) -> list[_Wires]:
+    return [
+        _Wires(name, what, dict(held), held)
+        for name, module in net.named_modules()
+        for what, held in (("module", module._modules), ("parameter", module._parameters))
+    ]
 
 
 def _optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optimizer]:
@@ -406,7 +403,13 @@ _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_moment
 
 def _refuse_another(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Refuse the state of an optimizer of another kind, or over other parameters. Learning rate schedules add settings."""
-    for mine, theirs in zip(optimizer.param_groups, state["param_groups"], strict=False):
+    if not isinstance(state, Mapping) or "param_groups" not in state:
+        raise ValueError(
+            f"this is no state of a Local: what it has for {type(optimizer).__name__} is no optimizer's state"
+        )
+    filled = copy.copy(optimizer)  # with the settings that an older PyTorch had not
+    filled.__setstate__({"state": {}, "param_groups": [dict(group) for group in state["param_groups"]]})
+    for mine, theirs in zip(optimizer.param_groups, filled.param_groups, strict=False):
         differ = (set(mine) ^ set(theirs)) - _OF_SCHEDULERS
         if differ:
             raise ValueError(
@@ -427,11 +430,18 @@ _CLOSURES: MutableMapping[Any, bool] = WeakKeyDictionary()  # of functions: aske
 def _needs_closure(optimizer: Optimizer) -> bool:
     """Whether an optimizer's step cannot be called without one."""
     step = getattr(optimizer.step, "__func__", optimizer.step)
-    needed = _CLOSURES.get(step)
-    if needed is None:
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        needed = _CLOSURES[step] = closure is not None and closure.default is inspect.Parameter.empty
-    return needed
+    try:
+        known = _CLOSURES.get(step)
+    except TypeError:  # an object that cannot be remembered without being kept
+        return _asks_for_closure(optimizer)
+    if known is None:
+        known = _CLOSURES[step] = _asks_for_closure(optimizer)
+    return known
+
+
+def _asks_for_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _again(update: Update, optimizer: Optimizer, first: list[bool]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from locallearn.nets.arguments import Arguments, Output
 from locallearn.nets.blocks import NORMALISATIONS, Blocks
 from locallearn.nets.course import Course, is_layer, name_of
-from locallearn.nets.equal import check_equal, rows_of, some_rows
+from locallearn.nets.equal import Values, check_equal, rows_of, some_rows
 from locallearn.nets.pieces import piece
 from locallearn.nets.trace import CannotTrace, in_mode, preserved, trace
 
@@ -24,11 +24,32 @@ class Cut(NamedTuple):
         blocks: the pieces.
         arguments: how the network is called.
         unused: parameters that its output does not depend on; no piece holds them.
+        output: picks what counts of what it gives.
     """
 
     blocks: Blocks
     arguments: Arguments
     unused: tuple[str, ...]
+    output: Output
+
+    def check(self, net: nn.Module, values: Values) -> None:
+        """Compare the pieces with the network's own forward on these arguments.
+
+        Raises:
+            ValueError: they are not what it runs.
+        """
+
+        def own(values: Values) -> Tensor:
+            result: Tensor = self.output(self.arguments.call(net, values))
+            return result
+
+        def chained(values: Values) -> Tensor:
+            first, *context = values.values()
+            result: Tensor = self.blocks(first, *context)
+            return result
+
+        readout = {} if self.blocks.readout is None else {"readout": self.blocks.readout}
+        check_equal(net, self.blocks, own, chained, values, dict(self.blocks.members.items()) | readout)
 
 
 def cut_network(
@@ -108,21 +129,12 @@ def cut_network(
         raise ValueError(_nothing_between(bare, names, cuts, last, owner) + _other_output(picks))
     blocks.train(net.training)
 
-    def own(values: Mapping[str, Any]) -> Tensor:
-        result: Tensor = call(net, values)
-        return result
-
-    def chained(values: Mapping[str, Any]) -> Tensor:
-        first, *context = values.values()
-        result: Tensor = blocks(first, *context)
-        return result
-
-    parts = dict(blocks.members.items()) | ({} if blocks.readout is None else {"readout": blocks.readout})
-    check_equal(net, blocks, own, chained, arguments.values, parts)
     inside = {id(p) for p in blocks.parameters()}
     unused = tuple(name for name, p in net.named_parameters() if id(p) not in inside)
+    cut = Cut(blocks, arguments, unused, picks)
+    cut.check(net, arguments.values)
     picks.warn(unused)
-    return Cut(blocks, arguments, unused)
+    return cut
 
 
 def _named(net: nn.Module, name: Any, owner: str) -> nn.Module:

@@ -415,6 +415,38 @@ class _Wrapped(nn.Module):
         return 2 * self.layer(x)
 
 
+class _Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores ``(N, 3)``."""
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_a_list_that_the_network_runs_through_and_that_has_grown_is_refused() -> None:
+    net = _Listed()
+    local = ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD)
+    local.step(V, CLASSES)
+    net.layers.append(nn.Linear(6, 6))
+    with pytest.raises(ValueError, match=r"module 'layers.3' of _Listed was exchanged after localize"):
+        local.step(V, CLASSES)
+
+
+def test_a_copy_in_the_place_of_a_layer_is_refused() -> None:
+    """It gives the same today, and would never learn."""
+    net = mlp()
+    local = ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD)
+    name = next(name for name, module in net.named_modules() if isinstance(module, nn.Linear))
+    net.set_submodule(name, copy.deepcopy(net.get_submodule(name)))
+    with pytest.raises(ValueError, match="was exchanged after localize"):
+        local.step(V, CLASSES)
+
+
 @pytest.mark.parametrize("how", ["exchanged", "swapped", "wrapped", "appended", "gone"])
 def test_a_network_that_runs_other_modules_than_its_blocks_is_refused(how: str) -> None:
     """Though all its parameters have optimizers."""
@@ -451,19 +483,49 @@ class _Probed(nn.Module):
 
 
 def test_what_a_network_holds_beside_what_it_runs_is_its_own() -> None:
-    """A probe, weights averaged over time."""
+    """A probe, weights averaged over time, a second name; renewed, grown and gone again."""
     net = _Probed()
     local = ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD)
-    local.step(V, CLASSES)
-    net.probe = nn.Linear(6, 2)
-    net.averaged = copy.deepcopy(net.body).requires_grad_(False)
-    before = net.body[0].weight.clone()
-    for one in (local, copy.deepcopy(local)):
-        one.step(V, CLASSES)
-        assert not torch.equal(one.net.body[0].weight, before)
+
+    def learns() -> None:
+        for one in (local, copy.deepcopy(local)):
+            before = one.net.body[0].weight.clone()
+            one.step(V, CLASSES)
+            assert not torch.equal(one.net.body[0].weight, before)
+
+    for _ in range(2):
+        net.probe = nn.Sequential(nn.Linear(6, 2))
+        net.averaged = copy.deepcopy(net.body).requires_grad_(False)
+        net.alias = net.body[2]
+        learns()
+    net.probe.append(nn.ReLU())
+    del net.averaged, net.alias
+    learns()
     net.body[2] = nn.Linear(6, 6)  # and what it runs is still watched
     with pytest.raises(ValueError, match=r"module 'body.2' of _Probed was exchanged"):
         local.step(V, CLASSES)
+
+
+def test_other_modules_that_run_the_same_are_no_exchange() -> None:
+    """Wrapped by torch.compile, or with a parametrization that goes again; nothing is compiled to find out."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    net = _Probed()
+    first = net.body[0]
+    local = ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD)
+    torch.nn.utils.parametrize.register_parametrization(first, "weight", nn.Identity())
+    local.step(V, CLASSES)
+    torch.nn.utils.parametrize.remove_parametrizations(first, "weight")
+    net.body = torch.compile(net.body, backend=backend)
+    before = first.weight.clone()
+    local.step(V, CLASSES)
+    assert not torch.equal(first.weight, before)
+    assert torch.allclose(net.eval()(V), local.predict(V))
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("rule", [ll.MonoForward, ll.ForwardForward])  # the latter leaves the network's readout alone
@@ -496,6 +558,10 @@ def test_a_state_that_is_refused_leaves_everything_as_it_was() -> None:
             "'state'",
         ),
         (before | moved | {"optimizers": {u: _fewer(o) for u, o in of_units.items()}}, r"groups of \[\d"),
+        (
+            before | moved | {"optimizers": {unit: {} for unit in of_units}},
+            "what it has for SGD is no optimizer's state",
+        ),
     ):
         with pytest.raises(ValueError, match=sentence):
             first.load_state_dict(strange)
@@ -508,6 +574,22 @@ def _fewer(state: dict[str, Any]) -> dict[str, Any]:
     """The state of an optimizer over one parameter less."""
     first, *others = state["param_groups"]
     return {**state, "param_groups": [{**first, "params": first["params"][1:]}, *others]}
+
+
+def test_the_state_of_an_older_release_that_lacks_a_setting_is_taken() -> None:
+    """As PyTorch takes it, with the setting's usual value."""
+    make = partial(torch.optim.Adam, lr=1e-3)
+    first, second = (ll.localize(mlp(), ll.MonoForward(), cuts=2, example=V, optimizer=make) for _ in range(2))
+    first.step(V, CLASSES)
+    state = copy.deepcopy(first.state_dict())
+    for optimizer in state["optimizers"].values():
+        for group in optimizer["param_groups"]:
+            del group["differentiable"]
+    second.load_state_dict(state)
+    for local in (first, second):
+        local.step(V, CLASSES)
+    for name, value in first.net.state_dict().items():
+        assert torch.equal(value, second.net.state_dict()[name])
 
 
 class _Choosy(nn.Linear):
@@ -556,14 +638,29 @@ def test_a_schedule_that_is_made_before_or_after_loading_is_no_other_optimizer(s
     first.load_state_dict(ll.localize(mlp(), ll.MonoForward(), cuts=2, example=V, optimizer=make).state_dict())
 
 
-def test_a_step_of_one_optimizers_own_may_need_a_closure() -> None:
+class _Slotted:
+    """A step that cannot be referred to weakly."""
+
+    __slots__ = ("optimizer",)
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, closure: Any) -> Any:
+        return type(self.optimizer).step(self.optimizer, closure)
+
+
+@pytest.mark.parametrize(
+    "step", [lambda own: types.MethodType(lambda self, closure: type(self).step(self, closure), own), _Slotted]
+)
+def test_a_step_of_one_optimizers_own_may_need_a_closure(step: Any) -> None:
     """As a wrapper of a library's sets it, on the object."""
     nets = [mlp(), mlp()]
     nets[1].load_state_dict(nets[0].state_dict())
     plain, wrapped = (ll.localize(net, ll.MonoForward(), cuts=2, example=V, optimizer=SGD) for net in nets)
     plain.step(V, CLASSES)
     for optimizer in wrapped.optimizers.values():
-        optimizer.step = types.MethodType(lambda self, closure: type(self).step(self, closure), optimizer)  # type: ignore[method-assign]
+        optimizer.step = step(optimizer)  # type: ignore[method-assign]
     wrapped.step(V, CLASSES)
     for mine, theirs in zip(*(net.parameters() for net in nets), strict=True):
         assert torch.equal(mine, theirs)
