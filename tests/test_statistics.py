@@ -602,6 +602,19 @@ def test_one_and_one_point_zero_are_one_setting() -> None:
     assert row.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("group", "name", "values"),
+    [
+        ("trainer", "limit_train_batches", (1, 1.0)),  # one batch, and all of them
+        ("net", "device", ({"seed": 0}, {"seed": 1})),  # of another device
+        ("dataset", "graph", ({"seed": 0}, {"seed": 1})),
+    ],
+)
+def test_what_only_looks_alike_is_two_settings(group: str, name: str, values: tuple[Any, Any]) -> None:
+    rows = by_label(compare_table([run("x", seed, 0.5, **{group: {name: v}}) for v in values for seed in (0, 1)]))
+    assert [row.figures["test/accuracy"].summary.n for row in rows.values()] == [2, 2]
+
+
 def test_p_values_are_corrected_over_the_rules_of_a_section() -> None:
     values = {
         "backprop": [0.5, 0.5, 0.5, 0.5, 0.5],

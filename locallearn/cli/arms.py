@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from locallearn.cli.settings import GROUPS, UsageError, check_words, compose_settings
-from locallearn.records._settings import ENDS, OF_MEASURING, makes_the_run
+from locallearn.records._settings import ENDS, OF_MEASURING, SEEDS_APART, makes_the_run, number
 
 CONTROLS = {
     "backprop": "backprop",
@@ -46,7 +46,7 @@ class Arm:
         parts = re.split(r",(?![^\[{(]*[\]})])", found[2]) if found[2] else []  # commas outside of brackets
         check_words(parts)
         keys = [part.partition("=")[0].strip() for part in parts]
-        if "seed" in keys:
+        if any(key.rpartition(".")[2] == "seed" and key not in SEEDS_APART for key in keys):
             raise UsageError(f"{text!r} sets a seed, but all algorithms run the same ones: set compare.seeds")
         self.settings = [
             part.strip()
@@ -190,33 +190,39 @@ def _without_device(arms: Sequence[Arm], shared: Sequence[str]) -> list[Arm]:
     return [] if without else list(found.values())
 
 
-def once(arms: Sequence[Arm], composed: Mapping[str, tuple[Any, Mapping[str, str]]]) -> list[Arm]:
+def once(arms: Sequence[Arm], composed: Mapping[str, tuple[Any, Mapping[str, str]]], seeds: Sequence[int]) -> list[Arm]:
     """The arms without those that were added though another one has the same settings.
 
     Args:
         arms: to run.
         composed: settings, and choices made in them, by arm.
+        seeds: that they are run with.
 
     Raises:
-        UsageError: two that were named have the same settings, and would be trained as two and shown as one.
+        UsageError: two that were named have the same settings with one of the seeds, and would be trained as two and
+            shown as one.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    kept: dict[str, Any] = {}
+    found: dict[str, str] = {}  # signatures of runs
+    kept = set()
     for arm in sorted(arms, key=lambda arm: arm.added):
         cfg, choices = composed[arm.text]
-        try:
-            config: Any = OmegaConf.to_container(cfg, resolve=True)
-        except OmegaConfBaseException:  # whoever makes the run says what is wrong, and with which arm
-            kept[arm.text] = None
-            continue
-        settings = what_runs(config, choices["algorithm"], config["init_from"])
-        twin = next((text for text, known in kept.items() if known == settings), None)
+        runs: dict[str, int] = {}
+        for seed in seeds:
+            try:
+                config: Any = OmegaConf.to_container(OmegaConf.merge(cfg, {"seed": seed}), resolve=True)
+            except OmegaConfBaseException:  # whoever makes the run says what is wrong, and with which arm
+                continue
+            runs[signature(*what_runs(config, choices["algorithm"], config["init_from"]))] = seed
+        twin = next((run for run in runs if run in found), None)
+        if twin is not None and not arm.added:
+            when = f" with seed {runs[twin]}" if len(seeds) > 1 and not set(runs) <= set(found) else ""
+            raise UsageError(f"{found[twin]!r} and {arm.text!r} have the same settings{when}: take one of them out")
         if twin is None:
-            kept[arm.text] = settings
-        elif not arm.added:
-            raise UsageError(f"{twin!r} and {arm.text!r} have the same settings: take one of them out")
+            kept.add(arm.text)
+            found.update(dict.fromkeys(runs, arm.text))
     return [arm for arm in arms if arm.text in kept]
 
 
@@ -225,6 +231,19 @@ def what_runs(config: Any, algorithm: str, weights: Any) -> tuple[str, dict[str,
     ends = {key: config.get("compare", {}).get(key) for key in ENDS}
     measured = {key: config.get(key) for key in OF_MEASURING}
     return algorithm, {**makes_the_run(config), **measured, "init_from": weights, "compare": ends}
+
+
+def signature(algorithm: str, settings: Mapping[str, Any]) -> str:
+    """The same for runs that stand for each other; both as :func:`what_runs` gives them."""
+    import json
+
+    return json.dumps([algorithm, _plain("", settings)], sort_keys=True, default=str)
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(f"{name}.{key}".lstrip("."), own) for key, own in value.items()}
+    return number(name, value)
 
 
 def distinct(values: Any, kind: type) -> bool:

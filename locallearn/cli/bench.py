@@ -24,7 +24,7 @@ def bench(words: list[str]) -> int:
 
     # A mistake in the settings is told before anything is measured.
     known = {arm.text: compose_settings([*shared, *arm.overrides]) for arm in several}
-    arms = {arm.text: arm for arm in once(several, known)}
+    arms = {arm.text: arm for arm in once(several, known, [cfg.seed])}
 
     def make(name: str, *more: str) -> Any:
         composed, choices = compose_settings([*shared, *arms[name].overrides, "meter=none", *more])

@@ -23,10 +23,11 @@ COMMANDS = (train, predict, analyze, distill, replay, compare, tune, report, aud
 
 # Every command reads the section of its own name; these, beside it, what they need of another's.
 _ALSO_READ = {
-    "train": ("compare.mode", "compare.target", "compare.table", "compare.report"),  # the last two after a sweep
+    "train": ("compare.mode", "compare.target"),
     "compare": ("tune.seeds",),  # which are never compared on
     "tune": ("compare",),  # it writes experiments and prints the command that compares them
 }
+_OF_SWEEPS = ("compare.table", "compare.report")  # train -m ends as a comparison does
 
 
 def check_sections(command: str, words: Sequence[str]) -> None:
@@ -36,10 +37,16 @@ def check_sections(command: str, words: Sequence[str]) -> None:
         UsageError: names the setting.
     """
     sections = {known.__name__ for known in COMMANDS}
+    read = set(_ALSO_READ.get(command, ()))
+    if command == "train" and not {"-m", "--multirun"}.isdisjoint(words):
+        read |= set(_OF_SWEEPS)
     for word in words:
-        key = word.lstrip("+~").partition("=")[0]
+        key, equals, _ = word.lstrip("+~").partition("=")
         section, dot, _ = key.partition(".")
-        if not dot or section not in sections or section == command:
+        setting = dot and (equals or word.startswith("~"))  # a folder may be called compare.old
+        if not setting or section not in sections or section == command or {key, section} & read:
             continue
-        if not {key, section} & set(_ALSO_READ.get(command, ())):
-            raise UsageError(f"{key} is a setting of locallearn {section}, which {command} does not read: take it out")
+        also = " but with -m" if command == "train" and key in _OF_SWEEPS else ""
+        raise UsageError(
+            f"{key} is a setting of locallearn {section}, which {command} does not read{also}: take it out"
+        )

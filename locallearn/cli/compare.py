@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from locallearn.cli.arms import Arm, arms_of, controls_of, distinct, once, what_runs
+from locallearn.cli.arms import Arm, arms_of, controls_of, distinct, once, signature, what_runs
 from locallearn.cli.mistakes import explain
 from locallearn.cli.outputs import outputs_of
 from locallearn.cli.plans import check_seed, command_line, folder_setting, make_plan, without_patience
@@ -37,7 +37,7 @@ def compare(words: list[str]) -> int:
         return cfg, choices
 
     composed = {arm.text: compose(arm, seeds[0]) for arm in every}
-    every = once(every, composed)
+    every = once(every, composed, seeds)
     if base.resume is not None:
         raise UsageError(
             "resume goes with train: locallearn train resume=FOLDER; to go on with a comparison: compare.resume=true"
@@ -65,7 +65,7 @@ def compare(words: list[str]) -> int:
             if earlier:
                 config: Any = OmegaConf.to_container(cfg, resolve=True)
                 wanted.append(what_runs(config, choices["algorithm"], _weights_of(cfg)))
-                before = earlier.get(_signature(*wanted[-1]))
+                before = earlier.get(signature(*wanted[-1]))
                 if before is not None and before.status == "done":
                     done.append(before)
                     continue
@@ -157,8 +157,8 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     mine, others, dirty = (source()["commit"], versions()["locallearn"]), 0, 0
     for record in scan([runs_dir]).records if runs_dir.is_dir() else ():  # oldest first
-        signature = _signature(*what_runs(record.part("config"), record.algorithm, record.begins_with))
-        known = found.get(signature)
+        runs = signature(*what_runs(record.part("config"), record.algorithm, record.begins_with))
+        known = found.get(runs)
         finished = record.status == "done" and record.part("test")  # a trial of a search has not seen the test set
         waits = record.status == "interrupted" and (record.path / CHECKPOINT).is_file()
         if finished or (waits and (known is None or known.status != "done")):
@@ -166,7 +166,7 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
                 others += 1
                 continue
             dirty += record.part("source").get("dirty") is True
-            found[signature] = record
+            found[runs] = record
     for how_many, what in (
         (others, "by other code: not taken over"),
         (dirty, "with uncommitted changes to locallearn, perhaps not the present ones"),
@@ -175,13 +175,6 @@ def _earlier(runs_dir: Path) -> dict[str, Any]:
             runs = "run was" if how_many == 1 else "runs were"
             print(f"locallearn: {how_many} earlier {runs} made {what}", file=sys.stderr)
     return found
-
-
-def _signature(algorithm: str, settings: Mapping[str, Any]) -> str:
-    """The same for runs that stand for each other."""
-    import json
-
-    return json.dumps([algorithm, settings], sort_keys=True, default=str)
 
 
 def _tell(done: int, going_on: int, runs: int, runs_dir: Path, changed: Sequence[str]) -> None:
@@ -214,7 +207,7 @@ def _changed(earlier: Sequence[Any], wanted: Sequence[tuple[str, Mapping[str, An
 
 def _differing(one: Any, other: Any, name: str = "") -> list[str]:
     """Dotted names of settings that are not the same; where another class is made, what it is made for."""
-    if one == other:
+    if signature("", {name: one}) == signature("", {name: other}):
         return []
     if not (isinstance(one, Mapping) and isinstance(other, Mapping)) or one.get("_target_") != other.get("_target_"):
         return [name]

@@ -97,7 +97,7 @@ def _search(words: list[str], helping: bool = False, deadline: float | None = No
         return make_plan(cfg, choices, command, arms[algorithm])
 
     composed = {name: compose(name) for name in arms}
-    arms = {arm.text: arm for arm in once(several, composed)}
+    arms = {arm.text: arm for arm in once(several, composed, seeds)}
     spaces = {
         name: space_of(
             arm.algorithm,

@@ -25,8 +25,21 @@ ENDS: Final = ("mode", "target")
 """The settings of ``compare`` that make a run another one all the same: they say when its training ends."""
 PLACES_WITHIN: Final = ("dataset.data_dir",)
 """Copies of places among the settings that make a run."""
+SEEDS_APART: Final = ("net.device.seed", "dataset.graph.seed")
+"""Seeds that do not follow the run's: of a device and of a generated graph, which are others with another seed."""
+COUNTS_OR_SHARES: Final = (
+    *(f"trainer.limit_{part}_batches" for part in ("train", "val", "test", "predict")),
+    *("trainer.overfit_batches", "trainer.val_check_interval"),
+)
+"""Where 1 and 1.0 are two settings: a whole number counts batches, any other is a share of all."""
 OF_THE_MACHINE: Final = ("trainer.accelerator", "trainer.devices")
 """What computes a run: no part of a recommendation."""
+
+
+def number(name: str, value: Any) -> Any:
+    """The value of a setting, in which a float that is a whole number is one, where that is the same setting."""
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15 and name not in COUNTS_OR_SHARES
+    return int(value) if whole else value
 
 
 def makes_the_run(config: Mapping[str, Any]) -> dict[str, Any]:

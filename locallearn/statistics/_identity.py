@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from locallearn.records import Record
-from locallearn.records._settings import OF_COMMANDS, OF_MEASURING, OF_PLACES, PLACES_WITHIN
+from locallearn.records._settings import OF_COMMANDS, OF_MEASURING, OF_PLACES, PLACES_WITHIN, SEEDS_APART, number
 
 # Settings that may differ between runs of one group without making them different experiments: places, what is measured
 # beside training, and those of other commands (a target is part of the group itself).
@@ -132,16 +132,14 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
     later = _LATER_OF.get(target, {}) if isinstance(target, str) else {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if key == "seed" or name in _FREE_SETTINGS:
+        if (key == "seed" and name not in SEEDS_APART) or name in _FREE_SETTINGS:
             continue
         if (name in _LATER and value == _LATER[name]) or (key in later and value == later[key]):
             continue
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{name}.")
-        elif isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-            yield name, repr(int(value))  # 1 and 1.0 are one setting
         else:
-            yield name, repr(value)
+            yield name, repr(number(name, value))
 
 
 # ------------------------------------------------------------------------------------------- the newest of several

@@ -80,7 +80,7 @@ def test_what_was_added_is_run_once(words: list[str], run: list[str]) -> None:
     base, _, arms, shared = arms_of("compare", words)
     every = [*arms, *controls_of(base.compare.controls, arms).values()]
     composed = {arm.text: compose_settings([*shared, *arm.overrides]) for arm in every}
-    assert [arm.text for arm in once(every, composed)] == run
+    assert [arm.text for arm in once(every, composed, [0])] == run
 
 
 def test_a_word_that_is_no_control_is_refused() -> None:

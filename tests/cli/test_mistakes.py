@@ -171,6 +171,7 @@ _COMPARE: list[tuple[list[str], tuple[str, ...]]] = [
     (["seed=5"], ("seed=5", "compare.seeds")),
     (["algorithm=pepita", "compare.algorithms=[backprop]"], ("algorithm=pepita", "compare.algorithms")),
     (['compare.algorithms=[backprop,"pepita(seed=1)"]'], ("pepita(seed=1)", "compare.seeds")),
+    (['compare.algorithms=[pepita,"pepita(algorithm.seed=1)"]'], ("pepita(algorithm.seed=1)", "compare.seeds")),
     (["compare.algorithms=[backprop,pepita]", "algorithm.sign=plus"], ("'algorithm.sign' of backprop",)),
     (["algorithm=pepita", "algorithm.sing=plus"], ("'algorithm.sing'", "algorithm.sign")),
     (["compare.target=0.8"], ("compare.target", "compare.mode=target")),
@@ -184,6 +185,10 @@ _COMPARE: list[tuple[list[str], tuple[str, ...]]] = [
     # one experiment in two spellings
     (['compare.algorithms=[backprop,"backprop()"]'], ("'backprop' and 'backprop()' have the same settings",)),
     (['compare.algorithms=["backprop(accumulate=1)",backprop]'], ("'backprop(accumulate=1)' and 'backprop'",)),
+    (
+        ['compare.algorithms=[backprop,"backprop(dataset.split_seed=1)"]', "dataset.split_seed=${seed}"],
+        ("have the same settings with seed 1: take one",),
+    ),
     (
         ['compare.algorithms=["mono_forward(optimizer.lr=1e-2)","mono_forward(optimizer.lr=0.01)"]'],
         ("'mono_forward(optimizer.lr=1e-2)' and 'mono_forward(optimizer.lr=0.01)'",),
@@ -241,6 +246,10 @@ _OTHERS: list[tuple[list[str], tuple[str, ...]]] = [
     (["tune", "bench.algorithms=[backprop]"], ("bench.algorithms", "locallearn bench")),
     (["audit", "compare.mode=matched"], ("compare.mode", "which audit does not read")),
     (["report", "--cfg", "predict.part=test"], ("predict.part", "which report does not read")),
+    (["report", "~compare.seeds"], ("compare.seeds", "which report does not read")),
+    (["train", "compare.table=x.csv"], ("compare.table", "which train does not read but with -m: take it out")),
+    # but not what is called like one
+    (["report", "compare.old"], ("there is no folder compare.old",)),
     # sweeps are composed by Hydra itself, and speak the same way
     (["train", "-m", "algorithm=backprop,foo"], ("'foo'", *_ALGORITHMS)),
     (["train", "-m", "optimizer.lrr=1,2"], ("'optimizer.lrr'", "mean optimizer.lr?")),
