@@ -172,7 +172,7 @@ def test_the_process_ends_when_its_parent_is_killed() -> None:
         time.sleep(0.1)
         assert _is_there(pid)
         parent.kill()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while _is_there(pid) and time.monotonic() < end:
         time.sleep(0.01)
     assert not _is_there(pid)
@@ -184,12 +184,16 @@ def test_an_interpreter_that_does_not_let_go_holds_up_no_sample() -> None:
     before, interval = poller.state()["samples"], sys.getswitchinterval()
     sys.setswitchinterval(60.0)
     try:
-        end = time.monotonic() + 0.3
-        while time.monotonic() < end:
-            pass
+        for seconds in (0.3, 3.0, 30.0):  # the other process may have to wait for a core
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                pass
+            taken = poller.state()["samples"] - before
+            if taken > 5:
+                break
     finally:
         sys.setswitchinterval(interval)
-    assert poller.state()["samples"] - before > 5
+    assert taken > 5
     poller.close()
 
 
