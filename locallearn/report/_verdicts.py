@@ -151,13 +151,13 @@ def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, 
     by = f"{abs(pair.mean) / metric.scale:.{metric.digits}f}{unit}"
     ahead = pair.mean < 0 if metric.lower else pair.mean > 0
     pairs = f"{pair.n} pair{'s' if pair.n != 1 else ''}"
-    if pair.mean == 0 and pair.lo == pair.hi:
-        few = pair.lo is None
-        same = f"{which} and {baseline} have the same {name} over {pairs}"
-        return (f"{same}: {_FEW}", "too few seeds") if few else (same, "equal")
+    said = f"{which} lies {by} {'above' if pair.mean > 0 else 'below'} {baseline} in {name} over {pairs}"
+    if pair.mean == 0:  # which differences that are none have, and such as cancel
+        said = f"{which} and {baseline} have the same {'' if pair.equal else 'mean '}{name} over {pairs}"
     if pair.lo is None or pair.hi is None:
-        word = "above" if (pair.mean > 0) else "below"
-        return f"{which} lies {by} {word} {baseline} in {name} over {pairs}: {_FEW}", "too few seeds"
+        return f"{said}: {_FEW}", "too few seeds"
+    if pair.equal:
+        return said, "equal"
     ends = f"[{pair.lo / metric.scale:+.{metric.digits}f}, {pair.hi / metric.scale:+.{metric.digits}f}]"
     if pair.lo <= 0 <= pair.hi:
         mean = f"{pair.mean / metric.scale:+.{metric.digits}f}{unit}"
