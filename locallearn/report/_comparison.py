@@ -20,7 +20,10 @@ _NOTE = (
     f"{TIMES}), with its 95 % t-interval. p: of sign flips, two-sided, in brackets after Holm's correction over the rules; "
     f"with n seeds it cannot fall below 2/2ⁿ. {UNKNOWN}: unknown."
 )
-_CENSORED = f"{AT_LEAST}: not every run reached the target, and those that did not count with all that they spent."
+_CENSORED = (
+    f"{AT_LEAST}: not every run reached the target; one that finished without it counts with all that it spent, one that did "
+    "not finish is left out."
+)
 # Units of figures as they are recorded, by the ends of their names.
 _UNITS = {"_s": "s", "seconds": "s", "_g": "g", "_flops": "FLOP", "_bytes": "B"}
 

@@ -37,7 +37,8 @@ class Figure:
     Attributes:
         by_seed: the known values by seed.
         summary: their number, mean and spread. Of a cost to a target that not everybody reached the mean is restricted:
-            a run that did not arrive counts with all that it spent, so the true mean is larger; there is no spread then.
+            a run that finished without arriving counts with all that it spent, so the true mean is larger; there is no
+            spread then.
         interval: 95 % t-interval of ``centre``, ``None`` below three seeds or where ``reason`` says why.
         paired: the comparison with the baseline's group, ``None`` where there is none or for the baseline itself.
         centre: middle of the interval: the geometric mean of a cost, the mean of anything else.

@@ -69,7 +69,9 @@ def test_a_tie_of_few_pairs_is_not_called_equal(make: Make) -> None:
     three = _verdict(make, {"backprop": (0.9, 0.9, 0.9), "mono_forward": (0.9, 0.9, 0.9)}, dataset="other")
     assert three.startswith("mono_forward and backprop have the same test accuracy over 3 pairs;")
     crossed = _verdict(make, {"backprop": (0.75, 0.5), "mono_forward": (0.5, 0.75)}, dataset="crossed")
-    assert crossed.startswith("mono_forward and backprop have the same mean test accuracy over 2 pairs: fewer than three")
+    assert crossed.startswith(
+        "mono_forward and backprop have the same mean test accuracy over 2 pairs: fewer than three"
+    )
 
 
 def test_a_rule_without_some_of_its_figures_is_placed_last(make: Make) -> None:
