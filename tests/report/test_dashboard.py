@@ -338,6 +338,10 @@ def test_joules_stand_by_source_and_per_sample(make: Make) -> None:
     }
     none = [per_sample(row) for row in compare_table([make("y", 0, cost={**cost, "samples": 0}, energy=energy)])]
     assert not any(key.startswith("sample_energy_j") for key in none[0].figures)
+    # A bar is as long as the number beside it.
+    rows = compare_table([make("z", s, cost={}, energy=[{**energy[0], "joules": 10.0**s}]) for s in (0, 1, 2)])
+    (chart,) = energy_charts(rows, columns(rows))
+    assert (chart.figure["data"][0]["x"], chart.table[0][4]) == ([37.0], "37 ± 55 J")
 
 
 def test_parallel_coordinates_have_a_scale_per_setting() -> None:
