@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from locallearn.records import Record
-from locallearn.report._columns import AT_LEAST, TIMES, UNKNOWN, Column, columns, quality
+from locallearn.report._columns import AT_LEAST, TIMES, UNKNOWN, Column, columns, quality, source_of
 from locallearn.report._terminal import BASELINE, place, selection
 from locallearn.statistics import Figure, PairedDifference, Row, compare_table, is_cost
 from locallearn.tables import Cell, Line, Table, kind_of, plus_minus, range_text, write
@@ -162,7 +162,7 @@ def _unit(key: str) -> str:
 def _kind(key: str, rows: Sequence[Row]) -> str | None:
     """How a cost was found; ``None`` for what is no cost of a machine."""
     if key.startswith(("energy_j/", "energy_net_j/", "target/joules/")):
-        return quality(key.removeprefix("target/").partition("/")[2], rows)
+        return quality(source_of(key), rows)
     if key == "co2_g":
         return "modelled"
     if _unit(key) == "s":

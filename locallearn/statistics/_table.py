@@ -95,6 +95,7 @@ def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list
                 notes=(*_own_notes(group, figures), *notes),
                 missing=group.missing,
                 target=group.section[4],
+                arrivals=_arrivals(group),
                 against=None if reference is None else labelled(reference.algorithm, reference.said),
             )
         )
@@ -331,7 +332,7 @@ def _same_weights(mine: Sequence[Record], theirs: Sequence[Record]) -> list[str]
     both = ours.keys() & base.keys()
     if not both or any(ours[seed] != base[seed] for seed in both):
         return []
-    if any(ours[seed].get("test/loss") is None for seed in both):
+    if any("test/loss" not in ours[seed] or None in ours[seed].values() for seed in both):
         return []  # what nobody knows is not equal
     return [
         "It has the baseline's test loss and metric to the last digit at every seed of both, as it would have with the same "
@@ -401,7 +402,7 @@ def _compared(
     if name.startswith("target/") and not is_cost(name):
         return figure  # what was asked for, not what came of it
     values: Mapping[int, float] = figure.by_seed
-    if name.startswith(_MACHINE_BOUND):
+    if machine_bound(name):
         where = {record.seed: machines(record) for record in reference.done}
         same = {r.seed for r in group.done if len(machines(r)) == 1 and machines(r) == where.get(r.seed)}
         left = [str(seed) for seed in values if seed in base and seed not in same]
@@ -426,6 +427,11 @@ def _incomparable(
     if "flops" in name and any(record.uncounted for record in (*group.done, *reference.done)):
         return "operators without a formula: no ratio"
     return None
+
+
+def machine_bound(name: str) -> bool:
+    """Whether a figure is one of the machine, too, and says nothing beside that of another machine."""
+    return name.startswith(_MACHINE_BOUND)
 
 
 def is_cost(name: str) -> bool:
