@@ -14,11 +14,12 @@ from locallearn.report._columns import (
     Column,
     best_energy,
     headline_metric,
+    lacking,
     ratio_text,
 )
 from locallearn.report._styles import Styles
 from locallearn.statistics import Figure as Numbers
-from locallearn.statistics import PairedDifference, Row, is_cost
+from locallearn.statistics import PairedDifference, Row, elsewhere, is_cost, machine_bound
 
 _NAMED = 6  # rows that a caption names
 _RAMP = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
@@ -58,22 +59,25 @@ def cost_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles) -> 
     if metric is None or sum(metric.key in row.figures for row in rows) < 2:
         return []
     by_key = {column.key: column for column in shown}
-    # What the device's allocator really held, where there is such a figure; else what the graphs keep alive.
-    memory = by_key.get("allocated_peak_bytes") or by_key.get("activation_peak_bytes")
+    # What the device's allocator really held, where no row is lost by it; else what the graphs keep alive.
+    found = [by_key[key] for key in ("allocated_peak_bytes", "activation_peak_bytes") if key in by_key]
+    memory = max(found, key=lambda column: sum(column.key in row.figures for row in rows), default=None)
     costs = (best_energy(shown, rows), by_key.get("train_s"), memory)
     return [_cost_chart(rows, cost, metric, style) for cost in costs if cost is not None]
 
 
 def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Styles) -> Chart:
     known = [row for row in rows if cost.key in row.figures and metric.key in row.figures]
-    front, verdicts = pareto(known, cost, metric)
+    away = elsewhere(rows) if machine_bound(cost.key) else frozenset()
+    out = {row.label: why for row in known if (why := _left_out(row, cost, away))}
+    front, verdicts = _pareto(known, out, cost, metric)
     data: list[Figure] = [_front_line(front)]
     table = []
     for row, verdict in zip(known, verdicts, strict=True):
         colour, symbol, _ = style[row.label]
         x, y = row.figures[cost.key], row.figures[metric.key]
         seeds = [seed for seed in x.by_seed if seed in y.by_seed]
-        told = f"{row.seeds} seeds, {verdict}"
+        told, firm = f"{row.seeds} seeds, {verdict}", x.interval and y.interval and row.label not in out
         common = {
             "type": "scatter",
             "mode": "markers",
@@ -100,15 +104,13 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Styles
                 "error_y": error_bar(y, metric.scale, colour),
                 "marker": {
                     "color": colour,
-                    "symbol": symbol if x.interval and y.interval and row.complete else f"{symbol}-open",
+                    "symbol": symbol if firm else f"{symbol}-open",
                     "size": 12,
-                    "line": {"width": 1, "color": "#fff"}
-                    if x.interval and y.interval and row.complete
-                    else {"width": 2},
+                    "line": {"width": 1, "color": "#fff"} if firm else {"width": 2},
                 },
                 "text": [
                     f"<b>{plain_text(row.label)}</b><br>{plain_text(metric.title)} {metric.summary(y)} {metric.unit}"
-                    f"<br>{plain_text(cost.title)} {cost.summary(x)} {cost.unit}<br>{plain_text(told)}"
+                    f"<br>{plain_text(cost.title)} {cost.number(x.centre)} {cost.unit}<br>{plain_text(told)}"
                 ],
                 "hovertemplate": "%{text}<extra></extra>",
             }
@@ -125,11 +127,13 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Styles
     }
     header = ("Rule", "Seeds", metric.heading, "95 % interval", cost.heading, "95 % interval", "Pareto front")
     missing = [row.label for row in rows if row not in known]
-    note = "Means (of costs geometric ones) with 95 % t-intervals; an open marker has none, or seeds are missing."
-    partial = [row.label for row in known if not row.complete]
-    if partial:
-        note += f" The front leaves out {len(partial)} of {len(known)} rows, in which seeds did not finish or arrive: "
-        note += f"{', '.join(partial[:_NAMED])}{', …' if len(partial) > _NAMED else ''}."
+    note = (
+        "Means (of costs geometric ones) with 95 % t-intervals; an open marker has none, or is left out of the front."
+    )
+    if out:
+        named = [f"{label} ({why})" for label, why in out.items()]
+        note += f" The front leaves out {len(out)} of {len(known)} rows: "
+        note += f"{', '.join(named[:_NAMED])}{', …' if len(named) > _NAMED else ''}."
     if metric.key.startswith("test/") and len({row.algorithm for row in known}) < len(known):
         note += (
             " Some rules have several rows: the best test figures of many are flattered by luck, and so is the front."
@@ -145,17 +149,36 @@ def _cost_chart(rows: Sequence[Row], cost: Column, metric: Column, style: Styles
     )
 
 
-def pareto(rows: Sequence[Row], cost: Column, metric: Column) -> tuple[list[tuple[float, float]], list[str]]:
+def _left_out(row: Row, cost: Column, away: frozenset[str]) -> str:
+    """Why a row has no place among the others: its means are those of survivors, or of another machine. Empty: it has."""
+    why = ["not every seed finished"] if row.missing else []
+    if row.arrivals is not None and row.arrivals.reached < len(row.records):
+        why.append("not every run reached the target")
+    why += lacking(row)
+    if row.label in away:
+        why.append(f"its {lower(cost.title).partition(',')[0]} is not of the same machine")
+    return "; ".join(why)
+
+
+def _pareto(
+    rows: Sequence[Row], out: Mapping[str, str], cost: Column, metric: Column
+) -> tuple[list[tuple[float, float]], list[str]]:
     """The front of the means, and what can be said of every row.
 
     A row is beaten only by another that is better in cost and quality beyond the intervals of both (a figure that does not
-    vary has an interval without width). Where seeds are missing, means are those of survivors: such a row is not placed.
+    vary has an interval without width).
+
+    Args:
+        rows: that have both figures.
+        out: labels of those that are not placed, and why.
+        cost: across.
+        metric: upwards.
 
     Returns:
         The front's corners in the units of the columns, from cheap to dear; a verdict for every row.
     """
     sign = 1 if metric.lower else -1
-    placed = {i: row for i, row in enumerate(rows) if row.complete}
+    placed = {i: row for i, row in enumerate(rows) if row.label not in out}
     points = sorted(
         (x, sign * y)
         for row in placed.values()
@@ -171,7 +194,7 @@ def pareto(rows: Sequence[Row], cost: Column, metric: Column) -> tuple[list[tupl
     for i, row in enumerate(rows):
         box = boxes.get(i)
         if i not in placed:
-            verdicts.append("not placed: not every seed finished or arrived")
+            verdicts.append(f"not placed: {out[row.label]}")
         elif box is None:
             verdicts.append("cannot be told: no interval")
         elif any(_beats(other, box) for other in boxes.values() if other is not None):

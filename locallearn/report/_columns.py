@@ -227,6 +227,20 @@ def quality(source: str, rows: Sequence[Row]) -> str:
     return words.pop() + (f" ({'; '.join(sorted(ways))})" if ways else "")
 
 
+def source_of(key: str) -> str:
+    """The source of joules in the name of a figure."""
+    return key.removeprefix("target/").partition("/")[2]
+
+
+def lacking(row: Row) -> list[str]:
+    """Which of its finished runs lack the metric, and where: ``1 finished run has no validation accuracy``."""
+    return [
+        f"{n} {'finished run has' if n == 1 else 'finished runs have'} no "
+        f"{f'{parts[0]} ' if len(parts) == 1 else ''}{metric_title(row.metric.name)}"
+        for parts, n in row.unjudged.items()
+    ]
+
+
 def ratio_text(ratio: float | None, digits: int = 3) -> str:
     """A ratio with ``digits`` significant digits and a multiplication sign; empty for unknown."""
     if ratio is None:
@@ -254,7 +268,7 @@ def _ordered(keys: set[str], prefix: str, first: set[str]) -> list[str]:
 
 
 def _energy(key: str, title: str, units: Sequence[tuple[float, str]], rows: Sequence[Row]) -> Column:
-    source = key.removeprefix("target/").partition("/")[2]
+    source = source_of(key)
     return _column(key, f"{title}, {source}, {quality(source, rows)}", units, rows)
 
 

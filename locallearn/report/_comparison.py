@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from locallearn.records import Record
-from locallearn.report._columns import AT_LEAST, TIMES, UNKNOWN, Column, columns, quality
+from locallearn.report._columns import AT_LEAST, TIMES, UNKNOWN, Column, columns, quality, source_of
 from locallearn.report._terminal import BASELINE, place, selection
 from locallearn.statistics import Figure, PairedDifference, Row, compare_table, is_cost
 from locallearn.tables import Cell, Line, Table, kind_of, plus_minus, range_text, write
@@ -20,7 +20,10 @@ _NOTE = (
     f"{TIMES}), with its 95 % t-interval. p: of sign flips, two-sided, in brackets after Holm's correction over the rules; "
     f"with n seeds it cannot fall below 2/2ⁿ. {UNKNOWN}: unknown."
 )
-_CENSORED = f"{AT_LEAST}: not every run reached the target, and those that did not count with all that they spent."
+_CENSORED = (
+    f"{AT_LEAST}: not every run reached the target; one that finished without it counts with all that it spent, one that did "
+    "not finish is left out."
+)
 # Units of figures as they are recorded, by the ends of their names.
 _UNITS = {"_s": "s", "seconds": "s", "_g": "g", "_flops": "FLOP", "_bytes": "B"}
 
@@ -159,7 +162,7 @@ def _unit(key: str) -> str:
 def _kind(key: str, rows: Sequence[Row]) -> str | None:
     """How a cost was found; ``None`` for what is no cost of a machine."""
     if key.startswith(("energy_j/", "energy_net_j/", "target/joules/")):
-        return quality(key.removeprefix("target/").partition("/")[2], rows)
+        return quality(source_of(key), rows)
     if key == "co2_g":
         return "modelled"
     if _unit(key) == "s":

@@ -61,7 +61,7 @@ def energy_charts(rows: Sequence[Row], shown: Sequence[Column]) -> list[Chart]:
                 "type": "bar",
                 "orientation": "h",
                 "name": plain_text(f"{source}, {word}"),
-                "x": [scaled(row.figures[column.key].centre, unit) for row in known],
+                "x": [scaled(row.figures[column.key].summary.mean, unit) for row in known],
                 "y": [wrapped(row.label) for row in known],
                 "marker": {
                     "color": _SHADES[number % len(_SHADES)],

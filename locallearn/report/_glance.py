@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from locallearn.report._charts import lower
-from locallearn.report._columns import AT_LEAST, UNKNOWN, Column, quality, ratio_text
+from locallearn.report._columns import AT_LEAST, UNKNOWN, Column, quality, ratio_text, source_of
 from locallearn.report._html import Book, scrolled
 from locallearn.report._section import Section
 from locallearn.report._styles import Styles
@@ -39,7 +39,11 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
         badge = f" ({rows[0].terms})" if rows[0].mode else ""
         name = f'<a href="#{section.anchor}">{escape(place)}</a><small>{escape(badge.strip(" ()"))}</small>'
         figure = best.figures.get(metric.key) if best is not None and metric is not None else None
-        value = UNKNOWN if figure is None or metric is None else f"{metric.number(figure.centre)} {metric.unit}".strip()
+        value = (
+            UNKNOWN
+            if figure is None or metric is None
+            else f"{metric.number(figure.summary.mean)} {metric.unit}".strip()
+        )
         if figure is not None and figure.censored:
             value = f"{AT_LEAST} {value}"
         what = (
@@ -55,11 +59,7 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
             else {}
         )
         told = {word: ratio_text(pair.ratio) for word, (_, pair) in ratios.items()}
-        source = (
-            ""
-            if "joules" not in ratios
-            else quality(ratios["joules"][0].key.partition("/")[2], rows).partition(" (")[0]
-        )
+        source = "" if "joules" not in ratios else quality(source_of(ratios["joules"][0].key), rows).partition(" (")[0]
         memory = told.get("memory") or told.get("peak activations", UNKNOWN)
         which = "activations" if "peak activations" in told else ""
         done, lost = sum(len(row.records) for row in rows), sum(len(row.missing) for row in rows)

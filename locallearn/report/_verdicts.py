@@ -14,13 +14,16 @@ from locallearn.report._columns import (
     best_energy,
     headline_metric,
     judge_of,
+    lacking,
     metric_title,
     quality,
     ratio_text,
+    source_of,
 )
-from locallearn.statistics import Arrivals, PairedDifference, Row
+from locallearn.statistics import PairedDifference, Row, elsewhere
 
 _LONG = 90  # signs of a row's name in a sentence
+_NAMED = 3  # rows that a sentence names
 _FEW = "fewer than three pairs, so nothing is certain"
 
 
@@ -31,8 +34,8 @@ class Verdict:
     Attributes:
         rows: of the section.
         metric: the figure that is told, ``None`` where no finished run has one; in mode ``target`` a cost to it.
-        chosen_by: name of the figure that chooses ``best`` and ``rival``, mostly the validation's: the best of many test
-            figures is flattered by luck.
+        chosen_by: what chooses ``best`` and ``rival``, mostly the validation's figure: the best of many test figures is
+            flattered by luck.
         best: the row with the best mean of it, of complete rows alone where there are any.
         rival: what stands against the baseline: the best row that is not the baseline.
         pair: the rival against the baseline in the metric, ``None`` without a baseline.
@@ -72,38 +75,38 @@ def verdict(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> Verd
     pair = rival.figures[metric.key].paired if rival is not None else None
     name, better = lower(metric.title), None
     if rival is None or pair is None or pair.mean is None:
-        sentence, certainty = _alone(ranked, metric, judge, baseline)
+        sentence, certainty = _alone(ranked, len(rows), metric, judge, baseline)
     else:
         which = _named(rival.label)
         if len(others) > 1:
             which += f", the best of the {len(others)} others by {by},"
         sentence, certainty = _against(which, _named(rival.against or baseline), pair, metric, name, len(ranked))
-        sentence += _costs(rival, shown, rows)
+        sentence += _costs(rival, shown, rows, pair.n)
         better = _better_baseline(rival, ranked, baseline)
         if better is not None:
             value = f"{judge.number(_centre(better, judge))}{_unit(judge)} {lower(judge.title)}"
             sentence += f" That is the {baseline} whose settings are nearest to its own; the best one is "
             sentence += f"{_named(better.label)}, with {value}."
-    sentence += _missing(rows)
+    sentence += _missing(rows, metric)
     return Verdict(rows, metric, by, best, rival, pair, certainty, sentence, better)
 
 
 def cost_ratios(row: Row, shown: Sequence[Column], rows: Sequence[Row]) -> list[tuple[str, Column, PairedDifference]]:
-    """The row's seconds, joules and bytes against the baseline's, as far as there are ratios."""
-    by_key = {column.key: column for column in shown}
-    allocated = by_key.get("allocated_peak_bytes")
+    """The row's seconds, joules and bytes against the baseline's, as far as there are ratios; to a target what it cost."""
+    pairs = {
+        key: figure.paired for key, figure in row.figures.items() if figure.paired and figure.paired.ratio is not None
+    }
+    # What only other rows of the section know must not hide what this one and the baseline do.
+    known = {column.key: column for column in shown if column.key in pairs}
+    to_target = any(column.key == "target/seconds" for column in shown)
+    allocated = known.get("allocated_peak_bytes")
     wanted = [
-        ("time", by_key.get("target/seconds") or by_key.get("train_s")),
-        ("joules", best_energy(shown, rows)),
+        ("time", known.get("target/seconds" if to_target else "train_s")),
+        ("joules", best_energy(list(known.values()), rows, "target/joules/" if to_target else "energy_j/")),
         # Of a CPU nobody knows what all of a training holds at a time; weights and optimizers are left out then.
-        ("memory", allocated) if allocated else ("peak activations", by_key.get("activation_peak_bytes")),
+        ("memory", allocated) if allocated else ("peak activations", known.get("activation_peak_bytes")),
     ]
-    found = []
-    for word, column in wanted:
-        figure = row.figures.get(column.key) if column else None
-        if column is not None and figure is not None and figure.paired is not None and figure.paired.ratio is not None:
-            found.append((word, column, figure.paired))
-    return found
+    return [(word, column, pairs[column.key]) for word, column in wanted if column is not None]
 
 
 def _better_baseline(rival: Row, ranked: Sequence[Row], baseline: str) -> Row | None:
@@ -112,13 +115,14 @@ def _better_baseline(rival: Row, ranked: Sequence[Row], baseline: str) -> Row | 
     return None if not plain or plain[0].label == rival.against else plain[0]
 
 
-def _alone(ranked: Sequence[Row], metric: Column, judge: Column, baseline: str) -> tuple[str, str]:
-    """Without a comparison by pairs: the best mean, and whether the intervals of the first two overlap."""
+def _alone(ranked: Sequence[Row], n: int, metric: Column, judge: Column, baseline: str) -> tuple[str, str]:
+    """Without a comparison by pairs: the best mean of ``n`` rows, and whether the intervals of the first two overlap."""
     name = lower(metric.title)
     best, figure = ranked[0], ranked[0].figures[metric.key]
     value = f"{metric.number(figure.centre)}{_unit(metric)}"
     if len(ranked) == 1:
-        sentence = f"{_named(best.label)} reaches {value} {name}, alone here"
+        sentence = f"{_named(best.label)} reaches {value} {name}, "
+        sentence += "alone here" if n == 1 else f"the only one of {n} rows with such a figure"
     else:
         word = "lowest" if metric.lower else "highest"
         sentence = f"{_named(best.label)} has the {word} {lower(judge.title)} of {len(ranked)} rows"
@@ -150,14 +154,14 @@ def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, 
     unit = " points" if metric.unit == "%" else _unit(metric)
     by = f"{abs(pair.mean) / metric.scale:.{metric.digits}f}{unit}"
     ahead = pair.mean < 0 if metric.lower else pair.mean > 0
-    pairs = f"{pair.n} pair{'s' if pair.n != 1 else ''}"
-    if pair.mean == 0 and pair.lo == pair.hi:
-        few = pair.lo is None
-        same = f"{which} and {baseline} have the same {name} over {pairs}"
-        return (f"{same}: {_FEW}", "too few seeds") if few else (same, "equal")
+    pairs = _pairs(pair)
+    said = f"{which} lies {by} {'above' if pair.mean > 0 else 'below'} {baseline} in {name} over {pairs}"
+    if pair.mean == 0:  # which differences that are none have, and such as cancel
+        said = f"{which} and {baseline} have the same {'' if pair.equal else 'mean '}{name} over {pairs}"
     if pair.lo is None or pair.hi is None:
-        word = "above" if (pair.mean > 0) else "below"
-        return f"{which} lies {by} {word} {baseline} in {name} over {pairs}: {_FEW}", "too few seeds"
+        return f"{said}: {_FEW}", "too few seeds"
+    if pair.equal:
+        return said, "equal"
     ends = f"[{pair.lo / metric.scale:+.{metric.digits}f}, {pair.hi / metric.scale:+.{metric.digits}f}]"
     if pair.lo <= 0 <= pair.hi:
         mean = f"{pair.mean / metric.scale:+.{metric.digits}f}{unit}"
@@ -175,8 +179,16 @@ def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, 
     return f"{baseline} beats {which} by {by} in {name} ({told})", certainty
 
 
-def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row], told: Column | None = None) -> str:
-    """At what cost, with intervals, and how the joules came about; without a cost that has been told."""
+def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row], pairs: int, told: Column | None = None) -> str:
+    """At what cost, with intervals, and how the joules came about; without a cost that has been told.
+
+    Args:
+        rival: the row that is told of.
+        shown: columns of its section.
+        rows: of its section.
+        pairs: of the comparison before; fewer of them are told.
+        told: a cost that has been told.
+    """
     said = []
     for word, column, pair in cost_ratios(rival, shown, rows):
         if told is not None and column.key == told.key:
@@ -184,11 +196,11 @@ def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row], told: Colum
         text = ratio_text(pair.ratio)
         if pair.ratio_lo is not None and pair.ratio_hi is not None and pair.ratio_hi / pair.ratio_lo > 1.005:
             text += f" [{ratio_text(pair.ratio_lo).rstrip(TIMES)}, {ratio_text(pair.ratio_hi).rstrip(TIMES)}]"
-        if word == "joules":
-            word = f"joules ({_by_what(column, rows)})"
-        if word == "time" and column.key == "target/seconds":
-            word = "time to the target"
-        said.append(f"{text} the {word}")
+        if column.key.startswith("target/"):
+            word += " to the target"
+        beside = [_by_what(column, rows)] if word.startswith("joules") else []
+        beside += [f"over {_pairs(pair)}"] if pair.n < pairs else []
+        said.append(f"{text} the {word}" + (f" ({'; '.join(beside)})" if beside else ""))
     if not said:
         return "."
     listed = said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
@@ -197,7 +209,7 @@ def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row], told: Colum
 
 def _by_what(column: Column, rows: Sequence[Row]) -> str:
     """The source of joules, and whether they were measured."""
-    source = column.key.rpartition("/")[2]
+    source = source_of(column.key)
     return f"{source}, {quality(source, rows).partition(' (')[0]}"
 
 
@@ -206,63 +218,125 @@ def _by_what(column: Column, rows: Sequence[Row]) -> str:
 
 def _to_target(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> Verdict:
     """Who arrived, and at what cost: how good the last weights are says only by how much an epoch went beyond the target."""
-    by_key = {column.key: column for column in shown}
+    cost = next(column for column in shown if column.key == "target/seconds")
+    word = "time"
     joules = best_energy(shown, rows, "target/joules/")
-    everywhere = joules is not None and all(joules.key in row.figures for row in rows if row.records)
+    # Where some runs have none, a comparison of joules would be one of fewer runs.
+    everywhere = joules is not None and all(_known(row, joules) == len(row.records) for row in rows)
     if joules is not None and everywhere and _by_what(joules, rows).endswith(", measured"):
         cost, word = joules, f"joules ({_by_what(joules, rows)})"
-    else:
-        cost, word = by_key["target/seconds"], "time"
+    what = lower(cost.title).partition(",")[0]
     value = "" if rows[0].target is None else f" {rows[0].target:g}"
     goal = f"{metric_title(rows[0].metric.name)}{value}"
-    ranked = sorted(rows, key=lambda row: (-_share(row), math.inf if (c := _centre(row, cost)) is None else c))
+    away = elsewhere(rows)
+
+    def place(row: Row) -> tuple[float, bool, bool, float]:
+        mean = _mean(row, cost)
+        return -_share(row), mean is None, row.label in away, mean or 0.0
+
+    ranked = sorted(rows, key=place)
     others = [row for row in ranked if row.algorithm != baseline]
     best, rival = ranked[0] if _share(ranked[0]) else None, others[0] if others else None
     pair = None if rival is None or cost.key not in rival.figures else rival.figures[cost.key].paired
     certainty, better = "nothing to compare", None
+    told: Row | None = None
     if best is None:
         sentence, certainty = f"No run reached the target, {goal}.", "nobody arrived"
     elif rival is not None and pair is not None and pair.ratio is not None:
-        which = _named(rival.label)
-        if len(others) > 1:
-            which += f", the one of the {len(others)} others with the least {lower(cost.title)},"
+        told = rival
+        which = f"{_named(rival.label)}{_among(rival, others, cost)}"
         base = _named(rival.against or baseline)
         sentence, certainty = _in_ratio(which, base, pair, f"{word} to the target, {goal}", len(ranked))
-        sentence += _costs(rival, shown, rows, told=cost)
-        better = _better_baseline(rival, ranked, baseline)
+        sentence += _costs(rival, shown, rows, pair.n, told=cost)
+        near = next(row for row in rows if row.label == rival.against)
+        better = _better_baseline(rival, [row for row in ranked if row.machines == near.machines], baseline)
         if better is not None:
             sentence += f" That is the {baseline} whose settings are nearest to its own; the best one is "
-            sentence += f"{_named(better.label)}, with {cost.number(_centre(better, cost))}{_unit(cost)}."
+            sentence += f"{_named(better.label)}, with {cost.number(_mean(better, cost))}{_unit(cost)}."
     else:
-        arrived, least = _arrivals(best), "" if _share(best) == 1 else f"{AT_LEAST} "
+        told = best
+        arrived, mean = best.arrivals, _mean(best, cost)
         assert arrived is not None  # some have
         sentence = f"{_named(best.label)} reaches the target, {goal}, in {arrived.reached} of {arrived.total} runs"
-        sentence += ", alone here" if len(ranked) == 1 else f", first of {len(ranked)} rows"
-        sentence += f": {lower(cost.title)} {least}{cost.number(_centre(best, cost))}{_unit(cost)}."
+        beside = len(ranked) - len(_apart(best, ranked[1:], cost))
+        sentence += ", alone here" if len(ranked) == 1 else f", first of {beside} rows" if beside > 1 else ""
+        least = "" if arrived.all else f"{AT_LEAST} "
+        sentence += (
+            f"; its {what} is unknown."
+            if mean is None
+            else f": {lower(cost.title)} {least}{cost.number(mean)}{_unit(cost)}."
+        )
         if any(_share(row) < 1 for row in ranked):
             certainty = "not all arrived"
             sentence += " Where runs did not arrive there is no ratio."
         if all(row.algorithm != baseline for row in rows):
             sentence += f" There is no {baseline} to compare with."
+    silent = [row for row in ranked if _share(row) and row is not told]
+    unknown = [row for row in silent if _mean(row, cost) is None]
+    strange = [row for row in silent if row.label in away and row not in unknown]
+    if unknown:
+        sentence += f" The {what} of {_listed(unknown)} is unknown."
+    if strange:
+        sentence += f" The {what} of {_listed(strange)} is not of the same machine, and not ranked."
     sentence += _missing(rows)
-    return Verdict(rows, cost, lower(cost.title), best, rival, pair, certainty, sentence, better)
+    by = f"who arrived and then by {lower(cost.title)}"
+    return Verdict(rows, cost, by, best, rival, pair, certainty, sentence, better)
 
 
 def _share(row: Row) -> float:
     """Of the runs that arrived."""
-    found = _arrivals(row)
-    return 0.0 if found is None else found.reached / found.total
+    return 0.0 if row.arrivals is None else row.arrivals.reached / row.arrivals.total
+
+
+def _known(row: Row, cost: Column) -> int:
+    """Of how many runs it is known."""
+    return row.figures[cost.key].summary.n if cost.key in row.figures else 0
+
+
+def _mean(row: Row, cost: Column) -> float | None:
+    """The mean that the table shows: there is one figure of a name."""
+    return row.figures[cost.key].summary.mean if cost.key in row.figures else None
+
+
+def _apart(first: Row, rows: Sequence[Row], cost: Column) -> list[Row]:
+    """Of those that arrived as often as ``first`` the ones that nobody can rank beside it."""
+    level = [row for row in rows if _share(row) == _share(first)]
+    return [row for row in level if row.machines != first.machines or _mean(row, cost) is None]
+
+
+def _among(rival: Row, others: Sequence[Row], cost: Column) -> str:
+    """Of how many other rows it was chosen, and by what: arrivals come first."""
+    what = lower(cost.title)
+    late = [row for row in others if _share(row) < _share(rival)]
+    apart = _apart(rival, others, cost)
+    limits = ["whose runs all arrived"] if late else []
+    limits += [f"whose {what.partition(',')[0]} can be compared"] if apart else []
+    n = len(others) - len(late) - len(apart)
+    if limits:
+        among = " and ".join(limits)
+        return (
+            f", the only other one {among},"
+            if n == 1
+            else f", of the {n} others {among} the one with the least {what},"
+        )
+    return f", the one of the {n} others with the least {what}," if n > 1 else ""
+
+
+def _pairs(pair: PairedDifference) -> str:
+    return f"{pair.n} pair{'s' if pair.n != 1 else ''}"
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    return ", ".join(_named(row.label) for row in rows[:_NAMED]) + (", …" if len(rows) > _NAMED else "")
 
 
 def _in_ratio(which: str, baseline: str, pair: PairedDifference, what: str, n: int) -> tuple[str, str]:
     """A cost of the chosen other row over the baseline's, paired by seed."""
-    pairs = f"{pair.n} pair{'s' if pair.n != 1 else ''}"
-    ratio = ratio_text(pair.ratio)
+    pairs, ratio = _pairs(pair), ratio_text(pair.ratio)
     if pair.ratio_lo is None or pair.ratio_hi is None:
         return f"{which} takes {ratio} of what {baseline} does in {what}, over {pairs}: {_FEW}", "too few seeds"
-    told = (
-        f"95 % interval [{ratio_text(pair.ratio_lo).rstrip(TIMES)}, {ratio_text(pair.ratio_hi).rstrip(TIMES)}], {pairs}"
-    )
+    ends = f"[{ratio_text(pair.ratio_lo).rstrip(TIMES)}, {ratio_text(pair.ratio_hi).rstrip(TIMES)}]"
+    told = f"a ratio paired by seed, 95 % interval {ends}, {pairs}"
     if pair.ratio_lo <= 1 <= pair.ratio_hi:
         return f"{which} and {baseline} cannot be told apart in {what}: {ratio}, {told}", "not told apart"
     if n > 2 and pair.p_holm is not None:
@@ -271,22 +345,22 @@ def _in_ratio(which: str, baseline: str, pair: PairedDifference, what: str, n: i
     return f"{which} takes {ratio} of what {baseline} does in {what} ({told})", certainty
 
 
-def _missing(rows: Sequence[Row]) -> str:
+def _missing(rows: Sequence[Row], metric: Column | None = None) -> str:
+    """What no mean counts: seeds that did not finish, runs without the metric (or ``metric``), runs that did not arrive."""
     words = []
     lost = sum(len(row.missing) for row in rows)
     if lost:
         words.append(f"{lost} seed{'s' if lost != 1 else ''} did not finish")
     for row in rows:
-        if row.unjudged:
-            what = "finished run has" if row.unjudged == 1 else "finished runs have"
-            words.append(f"{row.unjudged} {what} no {metric_title(row.metric.name)} ({_named(row.label)})")
-    late = [(row, n) for row in rows if (n := _arrivals(row)) is not None and not n.all]
-    words += [f"{_named(row.label)} reached the target in {n.reached} of {n.total} runs" for row, n in late[:3]]
+        said = lacking(row)
+        if not said and row.records and metric is not None and metric.key not in row.figures:
+            said = [f"there is no {lower(metric.title)}"]
+        words += [f"{one} ({_named(row.label)})" for one in said]
+    late = [(row, row.arrivals) for row in rows if row.arrivals is not None and not row.arrivals.all]
+    words += [f"{_named(row.label)} reached the target in {n.reached} of {n.total} runs" for row, n in late[:_NAMED]]
+    if len(late) > _NAMED:
+        words.append(f"{len(late) - _NAMED} more did not reach it in every run")
     return f" {'; '.join(words)}." if words else ""
-
-
-def _arrivals(row: Row) -> Arrivals | None:
-    return next((figure.arrivals for figure in row.figures.values() if figure.arrivals is not None), None)
 
 
 def _ranked(known: Sequence[Row], metric: Column) -> list[Row]:

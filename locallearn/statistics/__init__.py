@@ -11,8 +11,8 @@ from locallearn.statistics._inference import (
     summarise,
     t_interval,
 )
-from locallearn.statistics._rows import Arrivals, Figure, Row, labelled
-from locallearn.statistics._table import compare_table, is_cost
+from locallearn.statistics._rows import Arrivals, Figure, Row, elsewhere, labelled
+from locallearn.statistics._table import compare_table, is_cost, machine_bound
 
 __all__ = [
     "Arrivals",
@@ -22,9 +22,11 @@ __all__ = [
     "Summary",
     "age",
     "compare_table",
+    "elsewhere",
     "holm",
     "is_cost",
     "labelled",
+    "machine_bound",
     "paired",
     "sign_flip_p",
     "smallest_p",

@@ -45,6 +45,7 @@ class PairedDifference:
         p_least: the smallest value that ``p`` can have with so many seeds.
         p_holm: ``p`` after Holm's correction over the rules of the section; filled in by :func:`compare_table`.
         reason: why something is ``None`` that the number of seeds does not explain, one sentence part.
+        equal: whether there are pairs, and both values of every one are the same.
     """
 
     n: int
@@ -58,6 +59,7 @@ class PairedDifference:
     p_least: float | None = None
     p_holm: float | None = None
     reason: str | None = None
+    equal: bool = False
 
 
 def t_interval(values: Iterable[float], *, level: float = 0.95) -> tuple[float, float] | None:
@@ -218,7 +220,8 @@ def paired(a: Mapping[int, float | None], b: Mapping[int, float | None], *, log:
     tested = logs if log else differences if finite else []
     p = sign_flip_p(tested) if len(tested) >= LEAST else None
     least = None if p is None else smallest_p(len(tested))
-    return PairedDifference(len(pairs), mean, lo, hi, ratio, ratio_lo, ratio_hi, p, least, reason=reason)
+    equal = all(x == y for x, y in pairs)
+    return PairedDifference(len(pairs), mean, lo, hi, ratio, ratio_lo, ratio_hi, p, least, reason=reason, equal=equal)
 
 
 def geometric(logs: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:

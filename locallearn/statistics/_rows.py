@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from locallearn.records import Quality, Record
+from locallearn.statistics._identity import machines
 from locallearn.statistics._inference import PairedDifference, Summary
 
 
@@ -37,7 +39,8 @@ class Figure:
     Attributes:
         by_seed: the known values by seed.
         summary: their number, mean and spread. Of a cost to a target that not everybody reached the mean is restricted:
-            a run that did not arrive counts with all that it spent, so the true mean is larger; there is no spread then.
+            a run that finished without arriving counts with all that it spent, so the true mean is larger; there is no
+            spread then.
         interval: 95 % t-interval of ``centre``, ``None`` below three seeds or where ``reason`` says why.
         paired: the comparison with the baseline's group, ``None`` where there is none or for the baseline itself.
         centre: middle of the interval: the geometric mean of a cost, the mean of anything else.
@@ -76,6 +79,7 @@ class Row:
         notes: sentences to print beside the numbers.
         missing: seeds without a finished run: the record of the newest one that failed or was interrupted.
         target: value of the metric that ends a run in mode ``target``.
+        arrivals: how many of its runs reached it, ``None`` in another mode.
         against: label of the row that its figures are compared with, ``None`` for the baseline itself or without one.
     """
 
@@ -90,6 +94,7 @@ class Row:
     notes: tuple[str, ...]
     missing: tuple[Record, ...] = ()
     target: float | None = None
+    arrivals: Arrivals | None = None
     against: str | None = None
 
     @property
@@ -133,14 +138,38 @@ class Row:
     @property
     def complete(self) -> bool:
         """Whether every seed finished, has the metric, and reached its target: else means are those of survivors."""
-        censored = any(figure.censored for figure in self.figures.values())
-        return not self.missing and not censored and not self.unjudged
+        arrived = self.arrivals is None or self.arrivals.all
+        return not self.missing and arrived and not self.unjudged
 
     @property
-    def unjudged(self) -> int:
-        """Finished runs without the metric that others of the row have."""
-        found = [self.figures.get(f"{part}/{self.metric.name}") for part in ("test", "validation")]
-        return max((len(self.records) - figure.summary.n for figure in found if figure is not None), default=0)
+    def unjudged(self) -> Mapping[tuple[str, ...], int]:
+        """How many finished runs lack the metric, by the parts of the data (``test``, ``validation``) in which they lack it.
+
+        A part that no record of the row speaks of was not asked for, and is lacking only where there is no other.
+        """
+        name, parts = self.metric.name, ("test", "validation")
+        asked = [part for part in parts if any(name in record.part(part) for record in self.records)] or parts
+        known = {part: figure.by_seed if (figure := self.figures.get(f"{part}/{name}")) else {} for part in asked}
+        lacking = (tuple(part for part in asked if record.seed not in known[part]) for record in self.records)
+        return Counter(filter(None, lacking))
+
+    @property
+    def machines(self) -> frozenset[tuple[str, ...]]:
+        """The machines that its runs ran on."""
+        return frozenset().union(*map(machines, self.records))
+
+
+def elsewhere(rows: Sequence[Row]) -> frozenset[str]:
+    """Labels of the rows of a section whose seconds and joules cannot be ranked among the others', being of another machine.
+
+    What counts is the machine of the baseline; where none has finished, or its settings ran on several, that of most rows.
+    """
+    ran = [row for row in rows if row.records]
+    named = {row.against for row in ran}
+    often = Counter(row.machines for row in ran)
+    bases = [row for row in ran if row.label in named] or ran
+    home = max((row.machines for row in bases), key=often.__getitem__, default=None)
+    return frozenset(row.label for row in ran if row.machines != home)
 
 
 def labelled(algorithm: str, variant: str | None) -> str:

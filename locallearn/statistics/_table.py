@@ -95,6 +95,7 @@ def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list
                 notes=(*_own_notes(group, figures), *notes),
                 missing=group.missing,
                 target=group.section[4],
+                arrivals=_arrivals(group),
                 against=None if reference is None else labelled(reference.algorithm, reference.said),
             )
         )
@@ -228,9 +229,11 @@ def _own_notes(group: _Group, figures: Mapping[str, Figure]) -> tuple[str, ...]:
     notes += _as_long_as_the_cap(group.done)
     censored = next((figure.arrivals for figure in figures.values() if figure.censored), None)
     if censored is not None:
+        late = len(group.done) - censored.reached
+        counted = ["who finished without it counts with all that it spent"] if late else []
+        counted += ["who did not finish is left out"] if group.missing else []
         notes.append(
-            f"The target: {censored}. Costs to it are restricted means (who did not arrive counts with all it spent), so "
-            "they are too low, and there is no ratio."
+            f"The target: {censored}. Means of costs to it ({'; '.join(counted)}) are too low, and there is no ratio."
         )
     return tuple(notes)
 
@@ -324,16 +327,16 @@ def _against(mine: Sequence[Record], theirs: Sequence[Record]) -> list[str]:
 
 
 def _same_weights(mine: Sequence[Record], theirs: Sequence[Record]) -> list[str]:
-    """Whether a rule trained what its baseline did: no two rules agree in a loss to the last digit by chance."""
+    """Whether a rule seems to have trained what its baseline did: no two agree in a loss to the last digit by mere chance."""
     ours, base = ({record.seed: _judged(record) for record in records} for records in (mine, theirs))
     both = ours.keys() & base.keys()
-    if not both or not all(any(name.endswith("/loss") for name in ours[seed]) for seed in both):
+    if not both or any(ours[seed] != base[seed] for seed in both):
         return []
-    if any(ours[seed] != base[seed] for seed in both):
-        return []
+    if any("test/loss" not in ours[seed] or None in ours[seed].values() for seed in both):
+        return []  # what nobody knows is not equal
     return [
-        "It has the baseline's loss and metric to the last digit at every seed, so both trained the same weights: a local rule "
-        "with the same loss is backpropagation where the network is a single block, or one block and its readout."
+        "It has the baseline's test loss and metric to the last digit at every seed of both, as it would have with the same "
+        "weights."
     ]
 
 
@@ -399,7 +402,7 @@ def _compared(
     if name.startswith("target/") and not is_cost(name):
         return figure  # what was asked for, not what came of it
     values: Mapping[int, float] = figure.by_seed
-    if name.startswith(_MACHINE_BOUND):
+    if machine_bound(name):
         where = {record.seed: machines(record) for record in reference.done}
         same = {r.seed for r in group.done if len(machines(r)) == 1 and machines(r) == where.get(r.seed)}
         left = [str(seed) for seed in values if seed in base and seed not in same]
@@ -424,6 +427,11 @@ def _incomparable(
     if "flops" in name and any(record.uncounted for record in (*group.done, *reference.done)):
         return "operators without a formula: no ratio"
     return None
+
+
+def machine_bound(name: str) -> bool:
+    """Whether a figure is one of the machine, too, and says nothing beside that of another machine."""
+    return name.startswith(_MACHINE_BOUND)
 
 
 def is_cost(name: str) -> bool:

@@ -68,6 +68,10 @@ def test_a_tie_of_few_pairs_is_not_called_equal(make: Make) -> None:
     assert few.startswith("mono_forward and backprop have the same test accuracy over 2 pairs: fewer than three pairs")
     three = _verdict(make, {"backprop": (0.9, 0.9, 0.9), "mono_forward": (0.9, 0.9, 0.9)}, dataset="other")
     assert three.startswith("mono_forward and backprop have the same test accuracy over 3 pairs;")
+    crossed = _verdict(make, {"backprop": (0.75, 0.5), "mono_forward": (0.5, 0.75)}, dataset="crossed")
+    assert crossed.startswith(
+        "mono_forward and backprop have the same mean test accuracy over 2 pairs: fewer than three"
+    )
 
 
 def test_a_rule_without_some_of_its_figures_is_placed_last(make: Make) -> None:
@@ -82,7 +86,55 @@ def test_a_rule_without_some_of_its_figures_is_placed_last(make: Make) -> None:
     assert (found.best.label, getattr(found.rival, "label", None)) == ("backprop", "a")
     assert found.sentence.endswith("1 finished run has no accuracy (b).")
     chart = cost_charts(rows, columns(rows), styles(rows, "backprop"))[0]
-    assert "The front leaves out 1 of 3 rows" in chart.note
+    assert "The front leaves out 1 of 3 rows: b (1 finished run has no accuracy)." in chart.note
+    assert chart.table[-1][-1] == "not placed: 1 finished run has no accuracy"
+
+
+def test_what_lacks_is_named(make: Make) -> None:
+    """A figure may lack in one part of the data alone, in every run, or without an entry of its own."""
+
+    def said(seeds: Sequence[int], **parts: Any) -> str:
+        values = {"test": {"accuracy": 0.5}, "validation": {"accuracy": 0.5}}
+        made = [make("backprop", seed, **values) for seed in range(3)]
+        made += [make("b", seed, **(values | parts if seed in seeds else values)) for seed in range(3)]
+        rows = compare_table(made, "backprop")
+        return verdict(rows, columns(rows), "backprop").sentence
+
+    nothing: dict[str, Any] = {"accuracy": None}
+    assert said((1, 2), validation=nothing).endswith("2 finished runs have no validation accuracy (b).")
+    assert said((1,), test=nothing).endswith("1 finished run has no test accuracy (b).")
+    alone = "backprop reaches 50.00 % test accuracy, the only one of 2 rows with such a figure (95 % interval "
+    for parts, lack in (
+        ({"test": nothing, "validation": nothing}, "3 finished runs have no accuracy (b)."),
+        ({"test": {}, "validation": {}}, "3 finished runs have no accuracy (b)."),
+        ({"test": nothing}, "3 finished runs have no test accuracy (b)."),
+        ({"test": {}}, "there is no test accuracy (b)."),
+    ):
+        found = said((0, 1, 2), **parts)
+        assert found.startswith(alone)
+        assert found.endswith(lack)
+    unasked = said((0, 1, 2), validation={})
+    assert unasked.startswith("b and backprop have the same test accuracy over 3 pairs")
+    assert "finished" not in unasked
+
+
+def test_costs_are_those_that_both_rows_know(make: Make) -> None:
+    """Another row's card and meter hide nothing."""
+    told = [{"source": "wall", "quality": "measured", "joules": 7.0, "reason": None}]
+    card = {"energy": told, "cost": {"train_s": 1.0, "activation_peak_bytes": 10, "allocated_peak_bytes": 90}}
+    made = [make(rule, seed) for rule in ("backprop", "mono_forward") for seed in range(3)]
+    made += [make("x", seed, test={"accuracy": 0.1}, **card) for seed in range(3)]
+    rows = compare_table([*made], "backprop")
+    said = verdict(rows, columns(rows), "backprop").sentence
+    assert f"0.767{TIMES} the joules (nvml, measured) and 0.345{TIMES} the peak activations." in said
+    some = [make("backprop", seed, variant="v") for seed in range(3)]
+    some += [make("x", seed, variant="v", energy=[], cost={"train_s": 30.0}) for seed in range(2)]
+    rows = compare_table([*some, make("x", 2, variant="v")], "backprop")
+    assert f"{TIMES} the joules (nvml, measured; over 1 pair)" in verdict(rows, columns(rows), "backprop").sentence
+    # Nor does a chart lose two of three rows for the sake of one.
+    rows = compare_table(made, "backprop")
+    titles = [chart.title for chart in cost_charts(rows, columns(rows), styles(rows, "backprop"))]
+    assert titles[-1] == "Test accuracy against peak activations"
 
 
 def _target(make: Make, of: dict[str, Sequence[float | None]], joules: bool = False, **values: Any) -> str:
@@ -119,18 +171,131 @@ def test_in_mode_target_the_sentence_is_about_what_it_cost(make: Make) -> None:
     said = _target(make, rules)
     assert said.startswith(
         f"quick, the one of the 2 others with the least time to target, takes 0.503{TIMES} of what backprop does in time to "
-        "the target, accuracy 0.9 (95 % interval [0.490, 0.516], 3 pairs"
+        "the target, accuracy 0.9 (a ratio paired by seed, 95 % interval [0.490, 0.516], 3 pairs"
     )
     assert "accuracy (" not in said
     measured = _target(make, rules, joules=True, dataset="measured")
     assert f"takes 0.503{TIMES} of what backprop does in joules (nvml, measured) to the target" in measured
     assert f"0.503{TIMES} [0.490, 0.516] the time to the target" in measured
+    assert measured.count("joules") == 1  # and not a second time those of the whole training
+
+
+def test_in_mode_target_joules_are_those_to_it_and_the_headline_where_every_run_has_them(
+    make: Make, tmp_path: Path
+) -> None:
+    def run(rule: str, seed: int, joules: float | None, quality: str = "measured", **values: Any) -> Record:
+        target = {"accuracy": 0.9, "seconds": 9.0 + seed, "joules": {} if joules is None else {"a/b": joules}}
+        energy = [{"source": "a/b", "quality": quality, "joules": 50.0, "reason": None}]
+        return make(rule, seed, mode="target", target=target, energy=energy, **values)
+
+    made = [run("backprop", seed, 10.0) for seed in range(3)] + [run("x", seed, 5.0) for seed in range(3)]
+    page = write_report([*made, make("x", 0, net="cnn")], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"<td>0.500{TIMES}<small>measured</small></td>" in page.partition('id="glance"')[2].partition("</nav>")[0]
+    some = [*made[:3], *(run("x", seed, None if seed else 5.0, variant="v") for seed in range(3))]
+    rows = compare_table(some, "backprop")
+    found = verdict(rows, columns(rows), "backprop")
+    assert found.sentence.startswith(
+        "x · v and backprop cannot be told apart in time to the target, accuracy 0.9: 1.00"
+    )
+    assert f"0.500{TIMES} the joules to the target (a/b, measured; over 1 pair)" in found.sentence
+
+
+def test_in_mode_target_the_mean_is_that_of_the_table(make: Make, tmp_path: Path) -> None:
+    """By geometric means the first of them would be quicker."""
+    made = [
+        make(
+            rule, seed, mode="target", target={"accuracy": 0.9, "seconds": seconds}, energy=[], cost={"train_s": 200.0}
+        )
+        for rule, of in (("a", (1.0, 10.0, 100.0)), ("b", (20.0, 20.0, 20.5)))
+        for seed, seconds in enumerate(of)
+    ]
+    rows = compare_table(made, "backprop")
+    found = verdict(rows, columns(rows), "backprop")
+    assert found.sentence.startswith(
+        "b reaches the target, accuracy 0.9, in 3 of 3 runs, first of 2 rows: time to target 20.2 s."
+    )
+    page = write_report([*made[:3], make("x", 0, net="cnn")], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<td>37 s<small>time to target</small></td>" in page
+    assert "time to target 37 s." in page
+    assert '37 <span class="sd">± 55</span>' in page
+
+
+def test_in_mode_target_seconds_of_another_machine_are_not_ranked(make: Make) -> None:
+    there = {"hardware": {"cpu": "another"}}
+
+    def said(others: dict[str, dict[str, Any]], dataset: str) -> str:
+        made = [_arrived(make, "backprop", seed, 10.0 + seed, dataset=dataset) for seed in range(3)]
+        for rule, values in others.items():
+            taken = values.pop("seconds")
+            made += [_arrived(make, rule, seed, taken + seed, dataset=dataset, **values) for seed in range(3)]
+        rows = compare_table(made, "backprop")
+        return verdict(rows, columns(rows), "backprop").sentence
+
+    three = said({"a": {"seconds": 1.0, **there}, "b": {"seconds": 8.0}}, "three")
+    assert three.startswith(f"b, the only other one whose time to target can be compared, takes 0.817{TIMES} of what")
+    strange = " The time to target of a is not of the same machine, and not ranked."
+    assert three.endswith(strange)
+    four = said({"a": {"seconds": 1.0, **there}, "b": {"seconds": 8.0}, "c": {"seconds": 9.0}}, "four")
+    assert four.startswith(
+        "b, of the 2 others whose time to target can be compared the one with the least time to target,"
+    )
+    two = said({"a": {"seconds": 1.0, **there}}, "two")
+    assert two == f"backprop reaches the target, accuracy 0.9, in 3 of 3 runs: time to target 11 s.{strange}"
+    # Without the baseline the machine of most rows counts.
+    made = [_arrived(make, rule, seed, 9.0, **there) for rule in "bc" for seed in range(3)]
+    rows = compare_table([*made, *(_arrived(make, "a", seed, 1.0) for seed in range(3))], "backprop")
+    found = verdict(rows, columns(rows), "backprop").sentence
+    assert found.startswith("b reaches the target, accuracy 0.9, in 3 of 3 runs, first of 2 rows: time to target 9 s.")
+    assert found.endswith(strange)
+
+
+def test_in_mode_target_a_baseline_on_another_machine_is_not_called_better(make: Make) -> None:
+    made = [
+        _arrived(make, rule, seed, seconds + seed / 10, config={"optimizer": {"lr": lr}}, hardware={"cpu": cpu})
+        for rule, lr, seconds, cpu in (
+            ("backprop", 0.1, 1.0, "y"),
+            ("backprop", 0.2, 3.0, "x"),
+            ("a", 0.2, 2.0, "x"),
+        )
+        for seed in range(3)
+    ]
+    rows = compare_table(made, "backprop")
+    found = verdict(rows, columns(rows), "backprop")
+    assert found.better is None
+    assert found.best is not None
+    assert found.best.label == "a"
+
+
+def test_in_mode_target_what_is_unknown_is_told(make: Make) -> None:
+    """A simulated estimate has no honest seconds."""
+    untimed = [_arrived(make, "x", seed, None) for seed in range(3)]
+    rows = compare_table(untimed, "backprop")
+    assert verdict(rows, columns(rows), "backprop").sentence.startswith(
+        "x reaches the target, accuracy 0.9, in 3 of 3 runs, alone here; its time to target is unknown."
+    )
+    rows = compare_table([*untimed, *(_arrived(make, "backprop", seed, 2.0) for seed in range(3))], "backprop")
+    assert verdict(rows, columns(rows), "backprop").sentence == (
+        "backprop reaches the target, accuracy 0.9, in 3 of 3 runs: time to target 2 s. The time to target of x is unknown."
+    )
+    failed = [make(f"y{i}", 0, mode="target", config={"compare": {"target": 0.9}}, status="failed") for i in range(4)]
+    rows = compare_table([*untimed, *failed], "backprop")
+    assert verdict(rows, columns(rows), "backprop").sentence.endswith(
+        "4 seeds did not finish; y0 reached the target in 0 of 1 runs; y1 reached the target in 0 of 1 runs; y2 reached the "
+        "target in 0 of 1 runs; 1 more did not reach it in every run."
+    )
+
+
+def _arrived(make: Make, rule: str, seed: int, seconds: float | None, **values: Any) -> Record:
+    """A run that reached its target, without joules, after so many seconds, if anybody knows how many."""
+    timed = {} if seconds is None else {"seconds": seconds}
+    target = {"accuracy": 0.9, "samples": 100, **timed}
+    return make(rule, seed, **{"mode": "target", "target": target, "energy": [], "cost": {}, **values})
 
 
 def test_in_mode_target_who_arrives_comes_before_what_it_cost(make: Make) -> None:
     said = _target(make, {"backprop": (2.0, 2.2, 2.4), "quick": (1.0, None, None)})
     assert said.startswith(
-        "backprop reaches the target, accuracy 0.9, in 3 of 3 runs, first of 2 rows: time to target 2.19 s."
+        "backprop reaches the target, accuracy 0.9, in 3 of 3 runs, first of 2 rows: time to target 2.20 s."
     )
     assert "Where runs did not arrive there is no ratio." in said
     assert "quick reached the target in 1 of 3 runs" in said
@@ -138,6 +303,11 @@ def test_in_mode_target_who_arrives_comes_before_what_it_cost(make: Make) -> Non
     assert nobody.startswith("No run reached the target, accuracy 0.9.")
     few = _target(make, {"backprop": (2.0,), "quick": (1.0,)}, dataset="few")
     assert "over 1 pair: fewer than three pairs, so nothing is certain" in few
+    chosen: dict[str, Sequence[float | None]] = {"backprop": (2.0, 2.2), "late": (1.0, None), "quick": (1.5, 1.6)}
+    assert _target(make, chosen, dataset="one").startswith("quick, the only other one whose runs all arrived, takes")
+    assert _target(make, {**chosen, "slow": (8.0, 8.0)}, dataset="more").startswith(
+        "quick, of the 2 others whose runs all arrived the one with the least time to target, takes"
+    )
     alike = _target(make, {"backprop": (2.0, 2.2, 2.4), "quick": (2.1, 2.0, 2.6)}, dataset="alike")
     assert alike.startswith("quick and backprop cannot be told apart in time to the target, accuracy 0.9: 1.0")
 
@@ -264,12 +434,27 @@ def test_a_front_says_how_many_rows_it_leaves_out(make: Make) -> None:
     made = [make(rule, seed) for rule in ("backprop", "a") for seed in range(3)]
     rows = compare_table([*made, make("a", 3, status="failed"), make("a", 0, variant="v")], "backprop")
     chart, *_ = cost_charts(rows, columns(rows), styles(rows, "backprop"))
-    assert "The front leaves out 1 of 3 rows, in which seeds did not finish or arrive: a." in chart.note
+    assert "The front leaves out 1 of 3 rows: a (not every seed finished)." in chart.note
     assert "flattered by luck" in chart.note
     rows = compare_table(made, "backprop")
     chart, *_ = cost_charts(rows, columns(rows), styles(rows, "backprop"))
     assert "leaves out" not in chart.note
     assert "flattered" not in chart.note
+
+
+def test_a_front_of_seconds_is_that_of_one_machine(make: Make) -> None:
+    """What is counted goes with every machine."""
+    made = [make("backprop", seed) for seed in range(3)]
+    made += [make("x", seed, hardware={"cpu": "another"}) for seed in range(3)]
+    rows = compare_table(made, "backprop")
+    *_, time, activations = cost_charts(rows, columns(rows), styles(rows, "backprop"))
+    why = "its training time is not of the same machine"
+    assert f"The front leaves out 1 of 2 rows: x ({why})." in time.note
+    assert [line[-1] for line in time.table] == ["on it", f"not placed: {why}"]
+    assert len(time.figure["data"][0]["x"]) == 1
+    (shown,) = [trace for trace in time.figure["data"] if trace["name"] == "backprop" and "text" in trace]
+    assert f"<br>Training time {time.table[0][4]} s<br>" in shown["text"][0]
+    assert "leaves out" not in activations.note
 
 
 def test_the_top_names_what_failed_and_every_comparison_has_a_line(tmp_path: Path) -> None:
@@ -334,6 +519,10 @@ def test_joules_stand_by_source_and_per_sample(make: Make) -> None:
     }
     none = [per_sample(row) for row in compare_table([make("y", 0, cost={**cost, "samples": 0}, energy=energy)])]
     assert not any(key.startswith("sample_energy_j") for key in none[0].figures)
+    # A bar is as long as the number beside it.
+    rows = compare_table([make("z", s, cost={}, energy=[{**energy[0], "joules": 10.0**s}]) for s in (0, 1, 2)])
+    (chart,) = energy_charts(rows, columns(rows))
+    assert (chart.figure["data"][0]["x"], chart.table[0][4]) == ([37.0], "37 ± 55 J")
 
 
 def test_parallel_coordinates_have_a_scale_per_setting() -> None:

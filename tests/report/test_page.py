@@ -374,7 +374,7 @@ def test_the_front_declares_nobody_beaten_within_the_intervals(make: Make, show:
         "b": "beaten beyond the intervals",
         "c": "not beaten beyond the intervals",
         "d": "cannot be told: no interval",
-        "e": "not placed: not every seed finished or arrived",
+        "e": "not placed: not every seed finished",
     }
     (time,) = [c for c in page.charts if "Training time" in c["layout"]["xaxis"].get("title", {}).get("text", "")]
     assert [t["x"] for t in time["data"] if t["name"] == "Pareto front"] == [pytest.approx([10.0], rel=1e-3)]
