@@ -210,15 +210,15 @@ class _Queue:
                 would leave a lock held, and between an entry's end and the note of it nothing would be known of the entry.
         """
         while True:
-            if self._asked:
-                self._asked = False
-                raise KeyboardInterrupt
             for one in list(self._running):
                 if one.process.poll() is not None:
                     self._running.remove(one)
                     self._ended(one)
                 elif time.monotonic() > min(self._until, one.started + self._said.patience * one.entry.seconds):
                     one.stop()
+            if self._asked:
+                self._asked = False
+                raise KeyboardInterrupt
             if len(self._running) < number:
                 return
             time.sleep(0.2)

@@ -160,6 +160,7 @@ def test_a_signal_that_comes_as_an_entry_ends_costs_neither_its_end_nor_the_queu
     monkeypatch.setattr(subprocess.Popen, "poll", interrupted)
     assert _call(tmp_path) == 130
     assert "done: 1; left: b; failed: nothing" in capsys.readouterr().out
+    assert not (tmp_path / "begun" / "b").exists()
     assert (tmp_path / "records.tar.gz").exists()
 
 
