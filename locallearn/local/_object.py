@@ -7,8 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
-from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,11 +29,11 @@ from locallearn.local._targets import (
     refuse_strangers,
     unfit,
 )
+from locallearn.local._wiring import Wiring
 from locallearn.losses._of_torch import left_out
 from locallearn.nets.blocks import evaluating
 from locallearn.nets.cut import Cut
 from locallearn.nets.execution import Execution
-from locallearn.nets.trace import preserved
 
 OptimizerFactory = Callable[[list[ParamGroup]], Optimizer]
 
@@ -70,14 +69,13 @@ class Local:
         execution.lay_out(algorithm)
         self.cuts, self.unused = tuple(cuts), cut.unused
         self.make_optimizer = optimizer
-        self._cut, self._arguments = cut, cut.arguments
-        self._given = given  # whether the example came with its targets
+        self._arguments, self._given = cut.arguments, given  # whether the example came with its targets
         self._mode: bool | None = None
         self._takes_single = False  # known once it has been tried
         self.optimizers = _optimizers(algorithm, optimizer)
         stepped = self._stepped()
         self._resting = [p for p in net.parameters() if id(p) not in stepped]
-        self._wiring = _wiring(net)
+        self._wiring = Wiring(net, cut)
         self._refuse_frozen()
         self._follow()
 
@@ -152,7 +150,7 @@ class Local:
                 learned then.
         """
         refuse_without_gradients(self.algorithm)
-        self._refuse_exchanged()
+        self._wiring.refuse_changes(self._stepped() | {id(p) for p in self._resting})
         self._refuse_frozen()
         self._follow()
         batch = self.batch(inputs, targets, rows, source)
@@ -242,6 +240,7 @@ class Local:
             "net": self.net.state_dict(),
             "algorithm": self.algorithm.state_dict(),
             "optimizers": {unit: optimizer.state_dict() for unit, optimizer in self.optimizers.items()},
+            "kinds": {unit: type(optimizer).__name__ for unit, optimizer in self.optimizers.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -261,6 +260,10 @@ class Local:
                 "network at the same places, under the same rule"
             )
         for unit, optimizer in self.optimizers.items():
+            mine = type(optimizer).__name__
+            kind = state.get("kinds", {}).get(unit, mine)  # an older state does not say: then its settings do
+            if kind != mine:
+                raise ValueError(f"this is the state of another optimizer than {mine}, of {kind}: make the same one")
             _refuse_another(optimizer, state["optimizers"][unit])
         before = copy.deepcopy(self.state_dict())
         try:
@@ -300,37 +303,6 @@ class Local:
         """The parameters that optimizers have."""
         return {id(p) for unit in self.optimizers.values() for group in unit.param_groups for p in group["params"]}
 
-    def _refuse_exchanged(self) -> None:
-        """Whether the network runs something else by now than its blocks, or they run what no optimizer has.
-
-        What a network holds beside what runs (a probe, a copy of averaged weights) is nobody's business, so where anything
-        has changed, both are run.
-        """
-        changed = [name for wires in self._wiring for name in wires.changed()]
-        if not changed:
-            return
-        known = self._stepped() | {id(p) for p in self._resting}
-        strangers = [f"parameter {name!r}" for name, p in self.blocks.named_parameters() if id(p) not in known]
-        error: ValueError | None = None
-        if not strangers:
-            at = next((p for p in self.net.parameters() if p.is_floating_point()), torch.empty(0))
-            values = {
-                name: v.to(at.device, at.dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else v
-                for name, v in self._arguments.values.items()
-            }
-            try:
-                with preserved(self.blocks), torch.compiler.set_stance("force_eager"):
-                    self._cut.check(self.net, values)
-            except ValueError as unlike:
-                error = unlike
-        if strangers or error is not None:
-            raise ValueError(
-                f"{min(changed)[1]} of {type(self.net).__name__} was exchanged after localize: the blocks run what stood there "
-                "before, or no optimizer has what stands there now. Change the values of what is there (load_state_dict "
-                "without assign=True), or localize the changed network"
-            ) from error
-        self._wiring = _wiring(self.net)
-
     def _refuse_frozen(self) -> None:
         """Whether there is anything left of the network that could learn, where this rule moves its weights at all."""
         if any(p.requires_grad for p in self.net.parameters()):  # as a rule the first
@@ -354,31 +326,6 @@ class Local:
             self.algorithm._resting = frozenset()
         for path in self.algorithm._resting:
             self.algorithm.get_submodule(path).eval()
-
-
-class _Wires(NamedTuple):
-    """What one module of the network holds, as it was and as it is: comparing them costs less than listing all parameters."""
-
-    name: str
-    what: str
-    before: dict[str, Any]
-    now: dict[str, Any]
-
-    def changed(self) -> Iterator[tuple[bool, str]]:
-        """What stood for something else, or for nothing: whether it was nothing, and its name."""
-        if len(self.before) == len(self.now) and all(map(is_, self.before.values(), self.now.values())):
-            return  # asked with every step
-        for key in dict.fromkeys([*self.before, *self.now]):
-            if self.before.get(key) is not self.now.get(key):
-                yield self.before.get(key) is None, f"{self.what} {f'{self.name}.{key}'.lstrip('.')!r}"
-
-
-def _wiring(net: nn.Module) -> list[_Wires]:
-    return [
-        _Wires(name, what, dict(held), held)
-        for name, module in net.named_modules()
-        for what, held in (("module", module._modules), ("parameter", module._parameters))
-    ]
 
 
 def _optimizers(algorithm: Algorithm, make: OptimizerFactory) -> dict[str, Optimizer]:

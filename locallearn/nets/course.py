@@ -162,9 +162,9 @@ class Course:
         module = self.module(node)
         if module is None:
             return node.op in ("call_function", "call_method")
-        if id(module) not in self._free:
-            return plain and _is_norm(module)
-        if isinstance(module, _POOLS_OVER_ALL):
+        if plain and _is_norm(module):  # with parameters or without
+            return True
+        if id(module) not in self._free or isinstance(module, _POOLS_OVER_ALL):
             return False
         return isinstance(module, nn.Identity) or len(self.calls(module)) > 1 or (layer and _is_activation(module))
 

@@ -20,6 +20,7 @@ from torch_geometric.nn.models import GAT, GCN
 
 import locallearn as ll
 from locallearn.algorithms import TaskInfo
+from locallearn.nets.cut import Cut
 from locallearn.strategies import LocalStrategy
 from locallearn.tasks.classification import Classification
 from locallearn.testing import plain_loop
@@ -506,6 +507,78 @@ def test_what_a_network_holds_beside_what_it_runs_is_its_own() -> None:
         local.step(V, CLASSES)
 
 
+class _Reading(nn.Module):
+    """Reads attributes and a buffer between its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+        self.scale, self.p, self.function, self.passes = 1.0, 0.0, torch.relu, 0
+        self.register_buffer("mask", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores ``(N, 3)``."""
+        self.passes += 1
+        x = self.function(self.second(self.act(self.first(x)) * self.mask)) * self.scale
+        return self.head(torch.dropout(x, self.p, self.training))  # type: ignore[no-any-return]
+
+
+def _hooked(net: Any) -> None:
+    net.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+class _Later(nn.Module):
+    """Does nothing until it is switched on."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.on = inner, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer, or twice."""
+        return self.inner(x) * (2 if self.on else 1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda net: setattr(net, "scale", 2.0), "attribute 'scale'"),
+        (lambda net: setattr(net, "p", 0.9), "attribute 'p'"),  # nothing in evaluation mode
+        (lambda net: setattr(net, "function", torch.tanh), "attribute 'function'"),
+        (lambda net: setattr(net, "forward", lambda x: x[:, :3]), "attribute 'forward'"),
+        (lambda net: setattr(net, "mask", torch.zeros(6)), "buffer 'mask'"),
+        (_hooked, "a hook"),
+        (lambda net: setattr(net, "head", _Later(net.head)), "module 'head'"),
+        (lambda net: setattr(net, "act", nn.ReLU()), "module 'act'"),
+    ],
+)
+def test_what_a_forward_reads_and_what_may_change_later_is_watched(change: Any, told: str) -> None:
+    net = _Reading()
+    local = ll.localize(net, ll.MonoForward(), cuts=["first"], example=V, optimizer=SGD)
+    local.step(V, CLASSES)
+    net.mask.mul_(1.0)  # another value is none of another thing
+    net.register_forward_hook(lambda module, args, output: None)  # one that only looks
+    for _ in range(2):
+        net(V)  # it counts
+        local.step(V, CLASSES)
+    change(net)
+    with pytest.raises(ValueError, match=f"^{told} of _Reading was exchanged after localize"):
+        local.step(V, CLASSES)
+
+
+def test_a_network_that_counts_its_passes_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = _Reading()
+    local = ll.localize(net, ll.MonoForward(), cuts=["first"], example=V, optimizer=SGD)
+    compared: list[Any] = []
+    check = Cut.check
+    monkeypatch.setattr(Cut, "check", lambda cut, *args: (compared.append(cut), check(cut, *args)))
+    for _ in range(4):
+        net(V)
+        local.step(V, CLASSES)
+    assert len(compared) == 1
+
+
 def test_other_modules_that_run_the_same_are_no_exchange() -> None:
     """Wrapped by torch.compile, or with a parametrization that goes again; nothing is compiled to find out."""
     compiled: list[Any] = []
@@ -551,6 +624,7 @@ def test_a_state_that_is_refused_leaves_everything_as_it_was() -> None:
     of_units = before["optimizers"]
     for strange, sentence in (
         (other.state_dict(), "another optimizer than SGD"),
+        (before | {"kinds": dict.fromkeys(of_units, "SGDW")}, "the state of another optimizer than SGD, of SGDW: make"),
         (wider.state_dict(), "another network, rule or optimizer: .*size mismatch"),
         (before | moved | {"algorithm": {}}, "another network, rule or optimizer: .*Missing"),
         (

@@ -360,3 +360,13 @@ def test_what_no_graph_shows_is_told_by_line(how: str, told: str) -> None:
     """A number read out of a tensor is no fact of the example: the branch of one draw must not become the network."""
     with pytest.raises(CannotTrace, match=told):
         cut_network(_Remembers(how), ["a"], torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6, affine=False), nn.InstanceNorm2d(6), nn.BatchNorm2d(6)])
+def test_the_normalisation_of_a_layer_stays_with_it_though_it_has_no_parameters(norm: nn.Module) -> None:
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
+    )
+    first, _ = cut_network(net, ["0"], torch.randn(4, 3, 8, 8)).blocks
+    assert any(module is norm for module in first.modules())
+    assert any(isinstance(module, nn.ReLU) for module in first.modules())
