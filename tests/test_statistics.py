@@ -605,6 +605,13 @@ def test_settings_beside_the_rule_in_which_a_baseline_differs_are_named() -> Non
     assert row.notes == ("Beside the rule it differs from its baseline in optimizer.lr (0.3 against 0.1).",)
 
 
+def test_a_variant_is_the_same_in_whatever_order_and_digits_it_was_typed() -> None:
+    typed = ["keep=0.5, optimizer.lr=3e-3", "optimizer.lr=0.003, keep=0.5", "keep=.5, optimizer.lr=0.003"]
+    (row,) = compare_table([record("x", seed, 0.5, variant=text) for seed, text in enumerate(typed)])
+    assert (row.label, row.seeds) == ("x · keep=0.5, optimizer.lr=3e-3", "3")
+    assert len(compare_table([record("x", 0, 0.5, variant=text) for text in ("keep=0.5", "keep=0.25", "hebbian")])) == 3
+
+
 def test_one_and_one_point_zero_are_one_setting() -> None:
     (row,) = compare_table([run("x", 0, 0.5, optimizer={"lr": 1}), run("x", 1, 0.5, optimizer={"lr": 1.0})])
     assert row.notes == ()

@@ -44,14 +44,13 @@ class Arm:
         self.added = False
         self.algorithm: str = found[1]
         parts = re.split(r",(?![^\[{(]*[\]})])", found[2]) if found[2] else []  # commas outside of brackets
+        parts = [re.sub(r"\s*=\s*", "=", part.strip(), count=1) for part in parts]
         check_words(parts)
-        keys = [part.partition("=")[0].strip() for part in parts]
+        keys = [part.partition("=")[0] for part in parts]
         if any(key.rpartition(".")[2] == "seed" and key not in SEEDS_APART for key in keys):
             raise UsageError(f"{text!r} sets a seed, but all algorithms run the same ones: set compare.seeds")
         self.settings = [
-            part.strip()
-            if "." in key or key in (*GROUPS, "scheduler", "scheduler_interval")
-            else f"algorithm.{part.strip()}"
+            part if "." in key or key in (*GROUPS, "scheduler", "scheduler_interval") else f"algorithm.{part}"
             for part, key in zip(parts, keys, strict=True)
         ]
 

@@ -110,17 +110,27 @@ def _sortable(section: _Section) -> tuple[str, str, str, str, float]:
 
 
 def _groups(records: Iterable[Record]) -> list[_Group]:
-    found: dict[tuple[_Section, str, str], list[Record]] = {}
+    found: dict[tuple[_Section, str, frozenset[str]], list[Record]] = {}
     for record in records:
         if not record.part("bench"):
             net, task, mode, variant = (record.text(name) or "" for name in ("net", "task", "mode", "variant"))
             section = (record.dataset, net, task, mode, record.wanted)
-            found.setdefault((section, record.algorithm, variant), []).append(record)
+            same = frozenset(map(_as_number, variant.split(", ")))  # in whatever order and digits it was typed
+            found.setdefault((section, record.algorithm, same), []).append(record)
     return [
-        _Group(section, algorithm, variant, name, *_newest(part))
-        for (section, algorithm, variant), group in found.items()
+        _Group(section, algorithm, group[0].text("variant") or "", name, *_newest(part))
+        for (section, algorithm, _), group in found.items()
         for name, part in apart(group).items()
     ]
+
+
+def _as_number(setting: str) -> str:
+    """``lr=3e-3`` as ``lr=0.003``."""
+    name, equals, value = setting.partition("=")
+    try:
+        return f"{name}{equals}{float(value)!r}" if equals else setting
+    except ValueError:
+        return setting
 
 
 def _newest(group: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[Record, ...], tuple[str, ...]]:

@@ -66,6 +66,7 @@ def test_an_experiment_keeps_its_own_algorithm_and_what_is_typed_goes_over_it() 
         ("forward_forward(loss=symba)", "loss=symba"),
         ("forward_forward(recurrent={steps:4,damping:0.2})", "recurrent=4, recurrent={steps:4,damping:0.2}"),
         ("layer_collaboration(gamma=all)", "gamma=all"),
+        ("layer_collaboration( gamma = all )", "gamma=all"),
         ("local_heads(head=conv1,loss=predsim,width=0.5)", "head=conv1, loss=predsim, width=0.5"),
         ("cafo(blocks=random,predictor=mse)", "random-mse"),
     ],
