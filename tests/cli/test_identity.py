@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from locallearn.cli import tuned
-from locallearn.cli.arms import what_runs
-from locallearn.cli.compare import _changed, _signature
+from locallearn.cli.arms import signature, what_runs
+from locallearn.cli.compare import _changed
 from locallearn.cli.searching import fixed_words
 from locallearn.cli.settings import compose_settings, located
 from locallearn.cli.tune import _said_here
@@ -34,7 +34,7 @@ def _plain(*words: str) -> dict[str, Any]:
 
 
 def _stands_for(config: dict[str, Any], algorithm: str, weights: str | None) -> str:
-    return _signature(*what_runs(config, algorithm, weights))
+    return signature(*what_runs(config, algorithm, weights))
 
 
 def test_every_setting_is_of_exactly_one_kind() -> None:
