@@ -605,6 +605,26 @@ def test_settings_beside_the_rule_in_which_a_baseline_differs_are_named() -> Non
     assert row.notes == ("Beside the rule it differs from its baseline in optimizer.lr (0.3 against 0.1).",)
 
 
+def test_a_baseline_is_compared_in_settings_at_a_seed_of_both() -> None:
+    """A setting may follow the seed, and not every row has every seed."""
+    beside = "Beside the rule it differs from its baseline in "
+
+    def one(rule: str, seed: int, lr: float = 0.1, **values: Any) -> Record:
+        config = {"dataset": {"split_seed": seed}, "optimizer": {"lr": lr}}
+        return record(rule, seed, 0.5, config={"seed": seed, **config}, **values)
+
+    base = [one("backprop", seed) for seed in (0, 1, 2)]
+    (_, row) = compare_table([*base, one("x", 0), one("x", 1)])
+    assert not any(note.startswith(beside) for note in row.notes)
+    # A seed that finished in both comes before a later one.
+    (_, row) = compare_table([*base, one("x", 0), one("x", 1), one("x", 2, 0.3, status="failed", error="Stopped.")])
+    assert not any(note.startswith(beside) for note in row.notes)
+    (_, row) = compare_table([*base, one("x", 0, 0.3)])
+    assert f"{beside}optimizer.lr (0.3 against 0.1)." in row.notes
+    (_, row) = compare_table([base[0], one("x", 1)])  # none in common
+    assert f"{beside}dataset.split_seed (1 against 0)." in row.notes
+
+
 def test_one_and_one_point_zero_are_one_setting() -> None:
     (row,) = compare_table([run("x", 0, 0.5, optimizer={"lr": 1}), run("x", 1, 0.5, optimizer={"lr": 1.0})])
     assert row.notes == ()

@@ -116,7 +116,8 @@ class Column:
     def interval(self, figure: Figure) -> str:
         """The 95 % interval around :attr:`Figure.centre`, or why there is none."""
         if figure.interval is None:
-            return figure.reason or f"none, n = {figure.summary.n}"
+            few = figure.summary.n < 3 and not figure.censored  # a reason may be that of no comparison
+            return f"none, n = {figure.summary.n}" if few or not figure.reason else figure.reason
         return f"[{self.number(figure.interval[0])}, {self.number(figure.interval[1])}]"
 
 

@@ -224,7 +224,7 @@ def _versus(column: Column, pair: PairedDifference) -> str | None:
             return None
         number, ends = "", ""
         if pair.ratio_lo is not None and pair.ratio_hi is not None:
-            number, _, ends = range_text(pair.ratio, pair.ratio_lo, pair.ratio_hi).partition(" ")
+            number, _, ends = range_text(pair.ratio, pair.ratio_lo, pair.ratio_hi, ratio=True).partition(" ")
         return f"{number}{TIMES} {ends}" if ends else column.ratio(pair.ratio)
     if pair.mean is None:
         return None

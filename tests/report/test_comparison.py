@@ -97,6 +97,12 @@ def test_a_reader_sees_what_is_known_and_no_digit_more(make: Make) -> None:
     assert "Test accuracy (%)" in headings
 
 
+def test_a_wide_interval_of_a_ratio_does_not_begin_at_nothing(make: Make) -> None:
+    runs = [make("backprop", seed, cost={"train_s": 1.0}) for seed in range(3)]
+    runs += [make("x", seed, cost={"train_s": seconds}) for seed, seconds in enumerate((2.0, 3.0, 11.0))]
+    assert _cells(comparison_table(runs), "x")["train_s"][1] == "4.0\N{MULTIPLICATION SIGN} [0.44, 37]"
+
+
 def test_who_did_not_arrive_is_counted_and_not_left_out(make: Make) -> None:
     """Mode target: seconds, joules and samples until the target; the mean of who did not arrive is a least one."""
 

@@ -153,8 +153,8 @@ def test_blocks_are_drawn_in_the_networks_order_and_epochs_are_means(make: Make,
     page = show([make("mono_forward", seed, logged=3 + seed, blocks=["b", "a"]) for seed in (0, 1)])
     loss, probe = page.charts[-6:-4]  # behind them those of either run
     assert [trace["name"] for trace in loss["data"]] == ["b", "a"]
-    assert loss["data"][0]["x"] == [0, 1, 2, 3]
-    assert loss["data"][0]["y"] == [1.0, 0.5, pytest.approx(1 / 3, rel=1e-4), 0.25]
+    assert loss["data"][0]["x"] == [0, 1, 2]  # that both seeds reached
+    assert loss["data"][0]["y"] == [1.0, 0.5, pytest.approx(1 / 3, rel=1e-4)]
     assert probe["data"][0]["y"][0] == pytest.approx(63.212)
 
 
