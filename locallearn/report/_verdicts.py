@@ -16,6 +16,7 @@ from locallearn.report._columns import (
     judge_of,
     lacking,
     metric_title,
+    p_text,
     quality,
     ratio_text,
     source_of,
@@ -182,7 +183,7 @@ def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, 
     told = f"95 % interval {ends}, {pairs}"
     if n > 2 and pair.p_holm is not None:
         # The best of many is so by luck, too: the interval does not know of the others, Holm's correction does.
-        told += f"; p after Holm over all rules {pair.p_holm:.2g}"
+        told += f"; p after Holm over all rules {p_text(pair.p_holm)}"
     certainty = "interval without 0" if n > 2 else "certain at 95 %"
     if ahead:
         return f"{which} beats {baseline} by {by} in {name} ({told})", certainty
@@ -355,7 +356,7 @@ def _in_ratio(which: str, baseline: str, pair: PairedDifference, what: str, n: i
     if pair.ratio_lo <= 1 <= pair.ratio_hi:
         return f"{which} and {baseline} cannot be told apart in {what}: {ratio}, {told}", "not told apart"
     if n > 2 and pair.p_holm is not None:
-        told += f"; p after Holm over all rules {pair.p_holm:.2g}"
+        told += f"; p after Holm over all rules {p_text(pair.p_holm)}"
     certainty = "interval without 1" if n > 2 else "certain at 95 %"
     return f"{which} takes {ratio} of what {baseline} does in {what} ({told})", certainty
 
