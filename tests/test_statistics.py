@@ -612,6 +612,26 @@ def test_a_variant_is_the_same_in_whatever_order_and_digits_it_was_typed() -> No
     assert len(compare_table([record("x", 0, 0.5, variant=text) for text in ("keep=0.5", "keep=0.25", "hebbian")])) == 3
 
 
+def test_a_baseline_is_compared_in_settings_at_a_seed_of_both() -> None:
+    """A setting may follow the seed, and not every row has every seed."""
+    beside = "Beside the rule it differs from its baseline in "
+
+    def one(rule: str, seed: int, lr: float = 0.1, **values: Any) -> Record:
+        config = {"dataset": {"split_seed": seed}, "optimizer": {"lr": lr}}
+        return record(rule, seed, 0.5, config={"seed": seed, **config}, **values)
+
+    base = [one("backprop", seed) for seed in (0, 1, 2)]
+    (_, row) = compare_table([*base, one("x", 0), one("x", 1)])
+    assert not any(note.startswith(beside) for note in row.notes)
+    # A seed that finished in both comes before a later one.
+    (_, row) = compare_table([*base, one("x", 0), one("x", 1), one("x", 2, 0.3, status="failed", error="Stopped.")])
+    assert not any(note.startswith(beside) for note in row.notes)
+    (_, row) = compare_table([*base, one("x", 0, 0.3)])
+    assert f"{beside}optimizer.lr (0.3 against 0.1)." in row.notes
+    (_, row) = compare_table([base[0], one("x", 1)])  # none in common
+    assert f"{beside}dataset.split_seed (1 against 0)." in row.notes
+
+
 def test_one_and_one_point_zero_are_one_setting() -> None:
     (row,) = compare_table([run("x", 0, 0.5, optimizer={"lr": 1}), run("x", 1, 0.5, optimizer={"lr": 1.0})])
     assert row.notes == ()

@@ -15,6 +15,7 @@ from locallearn.report._columns import (
     best_energy,
     headline_metric,
     lacking,
+    p_text,
     ratio_text,
 )
 from locallearn.report._styles import Styles
@@ -338,7 +339,7 @@ def _interval_chart(
 
 
 def _p(p: float | None) -> str:
-    return UNKNOWN if p is None else f"{p:.2g}"
+    return UNKNOWN if p is None else p_text(p)
 
 
 # ------------------------------------------------------------------------------------------- memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_UP, Context
 from statistics import median
 from typing import Any
 
@@ -26,6 +27,7 @@ _SECONDS = ((1.0, "s"), (3600.0, "h"))
 _BYTES = ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"))
 _PREFIXES = ((1e-6, "µ"), (1e-3, "m"), (1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P"))
 _COUNTS = ((1.0, ""), (1e3, "thousand"), (1e6, "million"), (1e9, "billion"))
+_UP = Context(prec=2, rounding=ROUND_UP)
 _LONG = 1e15  # numbers with more digits are shown with an exponent
 _ABBREVIATIONS = {"auc": "AUC", "mse": "MSE"}
 
@@ -116,7 +118,8 @@ class Column:
     def interval(self, figure: Figure) -> str:
         """The 95 % interval around :attr:`Figure.centre`, or why there is none."""
         if figure.interval is None:
-            return figure.reason or f"none, n = {figure.summary.n}"
+            few = figure.summary.n < 3 and not figure.censored  # a reason may be that of no comparison
+            return f"none, n = {figure.summary.n}" if few or not figure.reason else figure.reason
         return f"[{self.number(figure.interval[0])}, {self.number(figure.interval[1])}]"
 
 
@@ -248,6 +251,11 @@ def ratio_text(ratio: float | None, digits: int = 3) -> str:
     if not 1e-6 < abs(ratio) < _LONG:
         return f"{ratio:.{digits}g}{TIMES}"
     return f"{ratio:.{min(6, max(0, digits - 1 - _magnitude(ratio)))}f}{TIMES}"
+
+
+def p_text(p: float) -> str:
+    """A p-value to its second digit, rounded up: the smallest possible one, 2/2ⁿ, must not be printed as less than it is."""
+    return f"{float(_UP.create_decimal(f'{p:.12g}')):.2g}"  # twelve digits: a sum of shares is no more exact
 
 
 def known_number(value: Any) -> float | None:

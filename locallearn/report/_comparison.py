@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from locallearn.records import Record
-from locallearn.report._columns import AT_LEAST, TIMES, UNKNOWN, Column, columns, quality, source_of
+from locallearn.report._columns import AT_LEAST, TIMES, UNKNOWN, Column, columns, p_text, quality, source_of
 from locallearn.report._terminal import BASELINE, place, selection
 from locallearn.statistics import Figure, PairedDifference, Row, compare_table, is_cost
 from locallearn.tables import Cell, Line, Table, kind_of, plus_minus, range_text, write
@@ -199,8 +199,8 @@ def _cells(row: Row, column: Column, headings: Sequence[Heading]) -> list[Cell]:
     if pair is not None and versus is not None:
         told += f"\n{versus}" + ("" if pair.n == figure.summary.n else f" ({pair.n} pairs)")
     p = None if pair is None else pair.p
-    corrected = "" if pair is None or pair.p_holm is None else f" ({pair.p_holm:.2g})"
-    return [Cell(figure.summary.mean, told), Cell(p, None if p is None else f"{p:.2g}{corrected}")][: len(headings)]
+    corrected = "" if pair is None or pair.p_holm is None else f" ({p_text(pair.p_holm)})"
+    return [Cell(figure.summary.mean, told), Cell(p, None if p is None else f"{p_text(p)}{corrected}")][: len(headings)]
 
 
 def _pair(row: Row, column: Column) -> PairedDifference | None:
@@ -224,7 +224,7 @@ def _versus(column: Column, pair: PairedDifference) -> str | None:
             return None
         number, ends = "", ""
         if pair.ratio_lo is not None and pair.ratio_hi is not None:
-            number, _, ends = range_text(pair.ratio, pair.ratio_lo, pair.ratio_hi).partition(" ")
+            number, _, ends = range_text(pair.ratio, pair.ratio_lo, pair.ratio_hi, ratio=True).partition(" ")
         return f"{number}{TIMES} {ends}" if ends else column.ratio(pair.ratio)
     if pair.mean is None:
         return None

@@ -143,8 +143,7 @@ def _spent_chart(
     for row, known in zip(rows, curves, strict=True):
         values, costs = known.get(metric.key, {}), known.get(spent, {})
         # Where some seeds have ended already, both means would be of others than before.
-        seeds = max((len(of) for of in values.values()), default=0)
-        both = [epoch for epoch in sorted(values.keys() & costs.keys()) if len(values[epoch]) == len(costs[epoch])]
+        both = [epoch for epoch in _reached_by_all(values) if len(values[epoch]) == len(costs.get(epoch, ()))]
         epochs = thin(both, points)
         if not epochs:
             continue
@@ -163,7 +162,7 @@ def _spent_chart(
         data.append(trace)
         last, best = epochs[-1], pick(epochs, key=lambda epoch: mean_of(values[epoch]))
         told = [text for at in (best, last) for text in (_value(metric, values[at]), significant(mean_of(costs[at])))]
-        table.append((row.label, str(seeds), *told))
+        table.append((row.label, str(len(values[last])), *told))
     if not data:
         return None
     name = lower(metric.title)
@@ -171,7 +170,7 @@ def _spent_chart(
         "xaxis": cost_axis(axis, [value for trace in data for value in trace["x"] if value], 30),
         "yaxis": {"title": {"text": plain_text(name if metric.key == LOSS else lower(metric.heading))}},
     }
-    note = "Mean over the seeds that reached the epoch, a marker for every validation."
+    note = "Mean over the seeds, as far as all of them came, a marker for every validation."
     if spent == PASSES:
         note += (
             " A forward pass is the operations (FLOPs) of inference on every training sample once, as far as counted."
@@ -181,6 +180,17 @@ def _spent_chart(
     header = ("Rule", "Seeds", best_of, f"At {axis}", last_of, f"At {axis}")
     figure = figure_of(data, layout, "end")
     return Chart(f"{metric.title} against {axis}", note, figure, header, table, _height(len(data)))
+
+
+def _reached_by_all(values: Mapping[int, Sequence[float]]) -> list[int]:
+    """Epochs with a value of every seed."""
+    seeds = max((len(of) for of in values.values()), default=0)
+    return [epoch for epoch, of in sorted(values.items()) if len(of) == seeds]
+
+
+def _of_all_seeds(curves: Curves) -> Curves:
+    """The curves without the epochs that only some seeds reached: a mean there is one of others than before."""
+    return {name: {epoch: values[epoch] for epoch in _reached_by_all(values)} for name, values in curves.items()}
 
 
 def _value(metric: Column, values: Sequence[float]) -> str:
@@ -217,6 +227,7 @@ def block_charts(row: Row, curves: Curves, points: int, whose: str = "") -> list
     ``whose`` stands in the titles instead of the row's label.
     """
     charts = []
+    curves = _of_all_seeds(curves)
     units = {
         name.removeprefix("unit/").removesuffix("/loss"): of for name, of in curves.items() if name.startswith("unit/")
     }
@@ -238,7 +249,7 @@ def block_charts(row: Row, curves: Curves, points: int, whose: str = "") -> list
 def layer_charts(row: Row, curves: Curves, points: int, whose: str = "") -> list[Chart]:
     """The rule's own figures of every layer over epochs, mean over seeds: one chart per figure, latest values below."""
     figures: dict[str, dict[str, Mapping[int, Sequence[float]]]] = {}
-    for name, values in curves.items():
+    for name, values in _of_all_seeds(curves).items():
         layer, _, figure = name.removeprefix("layer/").rpartition("/")
         if name.startswith("layer/") and layer:
             figures.setdefault(figure, {})[layer] = values

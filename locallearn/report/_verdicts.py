@@ -16,6 +16,7 @@ from locallearn.report._columns import (
     judge_of,
     lacking,
     metric_title,
+    p_text,
     quality,
     ratio_text,
     source_of,
@@ -127,25 +128,35 @@ def _alone(ranked: Sequence[Row], n: int, metric: Column, judge: Column, baselin
         word = "lowest" if metric.lower else "highest"
         sentence = f"{_named(best.label)} has the {word} {lower(judge.title)} of {len(ranked)} rows"
         sentence += f", {value}" if judge is metric else f", and {value} {name}"
-    if figure.interval is None:
-        certainty = "too few seeds"
-        sentence += f"; n = {figure.summary.n}, so nothing is certain."
-    elif len(ranked) == 1:
-        certainty = "nothing to compare"
-        sentence += f" (95 % interval {metric.interval(figure)})."
-    else:
-        second = ranked[1].figures[metric.key].interval
-        if second is None:
-            certainty = "too few seeds"
-            sentence += f"; {_named(ranked[1].label)}, next to it, has too few seeds for an interval."
-        elif figure.interval[0] > second[1] or figure.interval[1] < second[0]:
-            certainty = "intervals apart"
-            sentence += f"; its interval {metric.interval(figure)} lies apart from that of {_named(ranked[1].label)}."
-        else:
-            certainty = "intervals overlap"
-            sentence += f"; its interval {metric.interval(figure)} overlaps that of {_named(ranked[1].label)}."
+    doubt, certainty = _doubt(ranked, metric)
     bases = [row for row in ranked if row.algorithm == baseline]
-    return sentence + ("" if bases else f" There is no {baseline} to compare with."), certainty
+    return f"{sentence}{doubt}." + ("" if bases else f" There is no {baseline} to compare with."), certainty
+
+
+def _doubt(ranked: Sequence[Row], column: Column, of: str = "") -> tuple[str, str]:
+    """How certain it is that the first of ``ranked`` is before the second: what ends a sentence, and two or three words.
+
+    Args:
+        ranked: rows with a figure for ``column``, one at least.
+        column: what is told.
+        of: what the intervals are about, where that is another mean than the one told.
+    """
+    figure = ranked[0].figures[column.key]
+    if figure.interval is None:
+        few = figure.summary.n < 3 or figure.reason is None
+        told = f"n = {figure.summary.n}, so nothing is certain" if few else f"{figure.reason}, so nothing is certain"
+        return f"; {told}", "too few seeds" if few else "no interval"
+    if len(ranked) == 1:
+        return f" (95 % interval{of} {column.interval(figure)})", "nothing to compare"
+    name, second = _named(ranked[1].label), ranked[1].figures[column.key]
+    if second.interval is None:
+        if second.summary.n < 3 or second.reason is None:
+            return f"; {name}, next to it, has too few seeds for an interval", "too few seeds"
+        return f"; {name}, next to it, has {second.reason}", "no interval"
+    mine = f"its interval{of} {column.interval(figure)}"
+    if figure.interval[0] > second.interval[1] or figure.interval[1] < second.interval[0]:
+        return f"; {mine} lies apart from that of {name}", "intervals apart"
+    return f"; {mine} overlaps that of {name}", "intervals overlap"
 
 
 def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, name: str, n: int) -> tuple[str, str]:
@@ -172,7 +183,7 @@ def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, 
     told = f"95 % interval {ends}, {pairs}"
     if n > 2 and pair.p_holm is not None:
         # The best of many is so by luck, too: the interval does not know of the others, Holm's correction does.
-        told += f"; p after Holm over all rules {pair.p_holm:.2g}"
+        told += f"; p after Holm over all rules {p_text(pair.p_holm)}"
     certainty = "interval without 0" if n > 2 else "certain at 95 %"
     if ahead:
         return f"{which} beats {baseline} by {by} in {name} ({told})", certainty
@@ -258,14 +269,19 @@ def _to_target(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> V
         arrived, mean = best.arrivals, _mean(best, cost)
         assert arrived is not None  # some have
         sentence = f"{_named(best.label)} reaches the target, {goal}, in {arrived.reached} of {arrived.total} runs"
-        beside = len(ranked) - len(_apart(best, ranked[1:], cost))
+        apart = _apart(best, ranked[1:], cost)
+        beside = len(ranked) - len(apart)
         sentence += ", alone here" if len(ranked) == 1 else f", first of {beside} rows" if beside > 1 else ""
         least = "" if arrived.all else f"{AT_LEAST} "
-        sentence += (
-            f"; its {what} is unknown."
-            if mean is None
-            else f": {lower(cost.title)} {least}{cost.number(mean)}{_unit(cost)}."
-        )
+        if mean is None:
+            sentence += f"; its {what} is unknown."
+        else:
+            sentence += f": {lower(cost.title)} {least}{cost.number(mean)}{_unit(cost)}"
+            if arrived.all:  # who else did comes before those that did not, whatever it cost
+                level = [row for row in ranked if _share(row) == 1 and row not in apart]
+                doubt, certainty = _doubt(level, cost, " of the geometric mean")
+                sentence += doubt if certainty != "nothing to compare" else ""
+            sentence += "."
         if any(_share(row) < 1 for row in ranked):
             certainty = "not all arrived"
             sentence += " Where runs did not arrive there is no ratio."
@@ -340,7 +356,7 @@ def _in_ratio(which: str, baseline: str, pair: PairedDifference, what: str, n: i
     if pair.ratio_lo <= 1 <= pair.ratio_hi:
         return f"{which} and {baseline} cannot be told apart in {what}: {ratio}, {told}", "not told apart"
     if n > 2 and pair.p_holm is not None:
-        told += f"; p after Holm over all rules {pair.p_holm:.2g}"
+        told += f"; p after Holm over all rules {p_text(pair.p_holm)}"
     certainty = "interval without 1" if n > 2 else "certain at 95 %"
     return f"{which} takes {ratio} of what {baseline} does in {what} ({told})", certainty
 

@@ -33,7 +33,16 @@
       showSendToCloud: false, plotlyServerURL: "", showLink: false, showEditInChartStudio: false,
       modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]]});
 
-  const short = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
+  // Long names cut in the middle, for rows mostly differ at their ends; as far as no two of them become one.
+  const short = (texts, most) => {
+    const cut = (text, n) => (text.length <= n ? text
+      : text.slice(0, Math.ceil((n - 1) / 2)) + "…" + text.slice(-Math.floor((n - 1) / 2)));
+    const names = texts.map((text) => cut(text, most));
+    const alike = (i) => names.some((name, j) => name === names[i] && texts[j] !== texts[i]);
+    const longer = texts.filter((text, i) => alike(i));
+    const known = longer.length ? short(longer, most + 4) : [];
+    return names.map((name, i) => (alike(i) ? known[longer.indexOf(texts[i])] : name));
+  };
   const plain = (text) => new DOMParser().parseFromString(text, "text/html").body.textContent;
   const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const pen = document.createElement("canvas").getContext("2d");
@@ -62,7 +71,7 @@
   const endLabels = (place, traces) => {
     const lines = traces.filter((t) => t.type === "scatter" && t.mode.includes("lines") && t.name &&
       t.showlegend !== false && t.visible !== false && t.y.some((y) => y !== null) && t.name !== "Pareto front");
-    const names = lines.map((t) => short(plain(t.name), 30));
+    const names = short(lines.map((t) => plain(t.name)), 30);
     const room = Math.max(0, ...names.map(width)) + 14;
     const plot = place.querySelector(".nsewdrag");
     if (!lines.length || !plot || place.clientWidth < 480 || room > 0.42 * place.clientWidth) return null;
@@ -95,9 +104,9 @@
     }
     const free = (box) => box[0] >= 0 && box[2] <= w && box[1] >= 0 && box[3] <= h &&
       taken.every((o) => box[2] <= o[0] || o[2] <= box[0] || box[3] <= o[1] || o[3] <= box[1]);
-    const notes = [];
-    for (const t of points) {
-      const name = short(plain(t.name), 34), wide = width(name) + 6;
+    const names = short(points.map((t) => plain(t.name)), 34), notes = [];
+    for (const [i, t] of points.entries()) {
+      const name = names[i], wide = width(name) + 6;
       const [px, py] = [x(t.x[0]), y(t.y[0])];
       let found = null;
       // Aslant first: straight beside or above a point run its error bars.

@@ -181,22 +181,36 @@ def _reference(group: _Group, groups: Sequence[_Group], baseline: str) -> tuple[
         key=lambda other: (
             other.variant != group.variant,
             not other.done,
-            distance(group.newest, other.newest),
+            distance(*_of_one_seed(group, other)),
             other.order,
         ),
     )
     notes = []
     if sum(other.variant == chosen.variant for other in found) > 1:
         notes.append(f"Its baseline is {baseline} with {chosen.apart or 'its other settings'}.")
-    names = beside_the_rule(group.newest, chosen.newest)
+    pair = _of_one_seed(group, chosen)
+    names = beside_the_rule(*pair)
     if names:
-        mine, theirs = (in_words(record, settings(record)) for record in (group.newest, chosen.newest))
+        mine, theirs = (in_words(record, settings(record)) for record in pair)
         told = [f"{name} ({spoken(mine.get(name))} against {spoken(theirs.get(name))})" for name in names]
         notes.append(f"Beside the rule it differs from its baseline in {_listed(told)}.")
     notes += _against(group.done, chosen.done)
     if group.algorithm != baseline:  # its controls are meant to train as it does
         notes += _same_weights(group.done, chosen.done)
     return chosen, tuple(notes)
+
+
+def _of_one_seed(one: _Group, other: _Group) -> tuple[Record, Record]:
+    """A run of either group to compare their settings by, some of which may follow the seed.
+
+    Of the last seed that both have, one that finished in both where there is any; without a common seed the newest runs.
+    """
+    mine, theirs = ({record.seed: record for record in (*group.missing, *group.done)} for group in (one, other))
+    common = sorted(
+        mine.keys() & theirs.keys(),
+        key=lambda seed: (sum(record.status == "done" for record in (mine[seed], theirs[seed])), seed),
+    )
+    return (mine[common[-1]], theirs[common[-1]]) if common else (one.newest, other.newest)
 
 
 # ------------------------------------------------------------------------------------------- notes
@@ -408,7 +422,7 @@ def _compared(
     name: str, figure: Figure, base: Mapping[int, float], group: _Group, reference: _Group, reason: str | None
 ) -> Figure:
     if reason is not None:
-        return replace(figure, reason=reason)
+        return replace(figure, reason="; ".join(filter(None, (figure.reason, reason))))
     if name.startswith("target/") and not is_cost(name):
         return figure  # what was asked for, not what came of it
     values: Mapping[int, float] = figure.by_seed

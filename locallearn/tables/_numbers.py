@@ -25,16 +25,24 @@ def plus_minus(value: float, spread: float | None, *, join: str = " ± ") -> str
     return f"{_at(value, place)}{join}{_at(spread, place)}"
 
 
-def range_text(value: float, lo: float, hi: float) -> str:
+def range_text(value: float, lo: float, hi: float, *, ratio: bool = False) -> str:
     """``value`` with the ends of its interval, to the second digit of half the interval: ``-1.2 [-2.6, 0.2]``.
 
     An interval of no width, but for rounding, is left out.
+
+    Args:
+        value: a finite number.
+        lo: lower end.
+        hi: upper end.
+        ratio: whether these are ratios, all above 0: half of a wide interval is no measure of what its lower end is known
+            to, and each of the three has two significant digits at least: ``4.1 [0.48, 34]``.
     """
     half = (hi - lo) / 2
     if not half > 1e-12 * abs(value) or not math.isfinite(half):
         return _alone(value)
     place = _place(half)
-    return f"{_at(value, place)} [{_at(lo, place)}, {_at(hi, place)}]"
+    number, *ends = (_at(one, min(place, _place(one)) if ratio and one else place) for one in (value, lo, hi))
+    return f"{number} [{', '.join(ends)}]"
 
 
 def _place(spread: float) -> int:

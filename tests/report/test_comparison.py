@@ -88,13 +88,19 @@ def test_a_reader_sees_what_is_known_and_no_digit_more(make: Make) -> None:
     assert mean == "96.32 ± 0.37"
     centre = statistics.fmean(differences)
     assert below == f"{centre:.2f} [{centre - half:.2f}, {centre + half:.2f}]"
-    assert cells["test/accuracy/p"] == ["0.062 (0.062)"]
+    assert cells["test/accuracy/p"] == ["0.063 (0.063)"]
     assert cells["train_s"][0] == "46.8 ± 1.4"
     assert cells["train_s"][1] == "0.750\N{MULTIPLICATION SIGN}"  # the same for every seed: no interval
     headings = [column.heading for column in table.columns]
     assert "Energy, nvml, measured (kJ)" in headings
     assert "Energy, model, modelled (kJ)" in headings
     assert "Test accuracy (%)" in headings
+
+
+def test_a_wide_interval_of_a_ratio_does_not_begin_at_nothing(make: Make) -> None:
+    runs = [make("backprop", seed, cost={"train_s": 1.0}) for seed in range(3)]
+    runs += [make("x", seed, cost={"train_s": seconds}) for seed, seconds in enumerate((2.0, 3.0, 11.0))]
+    assert _cells(comparison_table(runs), "x")["train_s"][1] == "4.0\N{MULTIPLICATION SIGN} [0.44, 37]"
 
 
 def test_who_did_not_arrive_is_counted_and_not_left_out(make: Make) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from locallearn.report._columns import columns
-from locallearn.report._curves import LOSS, PASSES, SECONDS, loss_charts, passes_by
+from locallearn.report._curves import (
+    LOSS,
+    PASSES,
+    SECONDS,
+    block_charts,
+    layer_charts,
+    loss_charts,
+    passes_by,
+    spent_charts,
+)
 from locallearn.report._files import read_curves
 from locallearn.report._styles import styles
 from locallearn.report._sweeps import estimate_charts, sweep_charts
@@ -58,6 +67,32 @@ def test_loss_is_drawn_against_seconds_and_passes_where_a_rule_never_goes_backwa
     drawn = {trace["name"]: trace for trace in passes.figure["data"]}
     assert drawn["backprop"]["x"] == [0.0, 12.0]  # logged at steps 0 and 10
     assert PASSES not in drawn
+
+
+def test_epochs_that_only_some_seeds_reached_are_left_out(make) -> None:
+    """The quicker of two seeds goes on: a mean over both and then of it alone would run back in time."""
+
+    def run(seed, losses, seconds):
+        curves = {LOSS: losses, SECONDS: seconds, "validation/accuracy": [1 - loss for loss in losses]}
+        curves |= dict.fromkeys(("block/a/loss", "unit/u/loss", "layer/l/angle"), losses)
+        return make("forward_gradient", seed, curves=curves, locality="forward-only", **_cost())
+
+    rows = compare_table([run(0, [0.8, 0.6, 0.1, 0.2], [1.0, 2.0, 3.0, 4.0]), run(1, [0.8, 0.4], [5.0, 9.0])])
+    [curves], _, _ = read_curves(rows)
+    look = styles(rows, "backprop")
+    for chart in (*loss_charts(rows, [curves], look, 50), *spent_charts(rows, [curves], look, 50, None)):
+        (trace,) = chart.figure["data"]
+        assert len(trace["x"]) == 2
+        assert trace["x"] == sorted(trace["x"])
+        assert chart.table[0][:2] == ("forward_gradient", "2")
+        assert "as far as all of them came" in chart.note
+    [seconds, _] = loss_charts(rows, [curves], look, 50)
+    assert seconds.table[0][2:] == ("0.5", "5.5", "0.5", "5.5")
+    details = [*block_charts(rows[0], curves, 50), *layer_charts(rows[0], curves, 50)]
+    assert len(details) == 2
+    for chart in details:
+        assert all(trace["x"] == [0, 1] and trace["y"] == [0.8, 0.5] for trace in chart.figure["data"])
+    assert details[1].table == [("l", "1", "0.5")]
 
 
 def _sweep(make, noise, accuracy, seed=0, **more):

@@ -212,7 +212,8 @@ def test_in_mode_target_the_mean_is_that_of_the_table(make: Make, tmp_path: Path
     rows = compare_table(made, "backprop")
     found = verdict(rows, columns(rows), "backprop")
     assert found.sentence.startswith(
-        "b reaches the target, accuracy 0.9, in 3 of 3 runs, first of 2 rows: time to target 20.2 s."
+        "b reaches the target, accuracy 0.9, in 3 of 3 runs, first of 2 rows: time to target 20.2 s; its interval of the "
+        "geometric mean [19.5, 20.9] overlaps that of a."
     )
     page = write_report([*made[:3], make("x", 0, net="cnn")], tmp_path / "r.html").read_text(encoding="utf-8")
     assert "<td>37 s<small>time to target</small></td>" in page
@@ -245,7 +246,7 @@ def test_in_mode_target_seconds_of_another_machine_are_not_ranked(make: Make) ->
     made = [_arrived(make, rule, seed, 9.0, **there) for rule in "bc" for seed in range(3)]
     rows = compare_table([*made, *(_arrived(make, "a", seed, 1.0) for seed in range(3))], "backprop")
     found = verdict(rows, columns(rows), "backprop").sentence
-    assert found.startswith("b reaches the target, accuracy 0.9, in 3 of 3 runs, first of 2 rows: time to target 9 s.")
+    assert found.startswith("b reaches the target, accuracy 0.9, in 3 of 3 runs, first of 2 rows: time to target 9 s; ")
     assert found.endswith(strange)
 
 
@@ -283,6 +284,36 @@ def test_in_mode_target_what_is_unknown_is_told(make: Make) -> None:
         "4 seeds did not finish; y0 reached the target in 0 of 1 runs; y1 reached the target in 0 of 1 runs; y2 reached the "
         "target in 0 of 1 runs; 1 more did not reach it in every run."
     )
+
+
+def test_in_mode_target_without_a_comparison_the_doubt_is_told(make: Make) -> None:
+    def said(of: dict[str, Sequence[float | None]], dataset: str) -> tuple[str, str]:
+        made = [
+            _arrived(make, rule, seed, taken, dataset=dataset) for rule, t in of.items() for seed, taken in enumerate(t)
+        ]
+        rows = compare_table(made, "backprop")
+        found = verdict(rows, columns(rows), "backprop")
+        return found.sentence.partition("time to target ")[2], found.certainty
+
+    none = " There is no backprop to compare with."
+    assert said({"a": (0.35, 0.352), "b": (0.11, 0.85)}, "few") == (
+        f"0.351 s; n = 2, so nothing is certain.{none}",
+        "too few seeds",
+    )
+    assert said({"a": (1.0, 1.1, 1.2), "b": (2.0, 3.0)}, "second") == (
+        f"1.10 s; b, next to it, has too few seeds for an interval.{none}",
+        "too few seeds",
+    )
+    told, certainty = said({"a": (1.0, 1.1, 1.2), "b": (1.1, 1.2, 1.3)}, "overlap")
+    assert "s; its interval of the geometric mean [0.87, 1.38] overlaps that of b." in told
+    assert certainty == "intervals overlap"
+    told, certainty = said({"a": (1.0, 1.1, 1.2), "b": (8.0, 8.1, 8.2)}, "apart")
+    assert "lies apart from that of b." in told
+    assert certainty == "intervals apart"
+    assert said({"a": (1.0, 1.1, 1.2)}, "alone") == (f"1.10 s.{none}", "nothing to compare")
+    told, certainty = said({"a": (0.0, 1.1, 1.2), "b": (8.0, 8.1, 8.2)}, "zero")
+    assert "; no interval on a logarithmic scale, for a value is not above 0, so nothing is certain." in told
+    assert certainty == "no interval"
 
 
 def _arrived(make: Make, rule: str, seed: int, seconds: float | None, **values: Any) -> Record:
@@ -440,6 +471,23 @@ def test_a_front_says_how_many_rows_it_leaves_out(make: Make) -> None:
     chart, *_ = cost_charts(rows, columns(rows), styles(rows, "backprop"))
     assert "leaves out" not in chart.note
     assert "flattered" not in chart.note
+
+
+def test_an_interval_column_says_why_there_is_no_interval(make: Make) -> None:
+    """And not why there is no ratio to the baseline."""
+
+    def run(rule: str, seed: int, taken: float, **target: Any) -> Record:
+        cost = {"train_s": taken}
+        return make(rule, seed, mode="target", energy=[], target={"accuracy": 0.9, **target}, cost=cost)
+
+    made = [run("backprop", seed, 5.0 + seed, seconds=1.0) for seed in range(3)]
+    made += [run("few", seed, 7.0 + seed) for seed in (0, 1)]
+    made += [run("zero", seed, float(seed)) for seed in range(3)]
+    rows = compare_table(made, "backprop")
+    (time,) = cost_charts(rows, columns(rows), styles(rows, "backprop"))
+    told = {line[0]: line[5] for line in time.table}
+    assert told["few"] == "none, n = 2"
+    assert told["zero"].startswith("no interval on a logarithmic scale, for a value is not above 0; 0 of 3 reached")
 
 
 def test_a_front_of_seconds_is_that_of_one_machine(make: Make) -> None:
@@ -812,3 +860,28 @@ def test_columns_and_runs_are_chosen_and_names_stand_at_the_lines(make: Make, tm
         assert tab.run("document.querySelectorAll('.chart[data-labelled] .annotation-text').length") > 4
         # What can be done with a mouse can be done with the keyboard: all of it is a button, a box, a list or a summary.
         assert tab.run("document.querySelectorAll('[onclick], div[tabindex]:not(.scroll)').length") == 0
+
+
+@needs_browser
+def test_names_that_are_cut_stay_apart(make: Make, tmp_path: Path) -> None:
+    """Some differ at their ends, some in the middle alone."""
+    variants = [f"trainer.max_epochs_of_a_training={n}" for n in (4, 5)]
+    variants += [f"schedule.first={n}, and_much_that_all_of_them_have={n - n}" for n in (1, 2)]
+    made = [
+        make(
+            "mono_forward", 0, variant=variant, energy=[], cost={"train_s": 2.0 + 3 * i}, test={"accuracy": 0.9 - i / 9}
+        )
+        for i, variant in enumerate(variants)
+    ]
+    with browser() as tab:
+        tab.open(write_report(made, tmp_path / "r.html"), 1280)
+        tab.draw_all()
+        charts: list[list[str]] = tab.run(
+            "[...document.querySelectorAll('.chart[data-labelled]')].map((c) => "
+            "[...c.querySelectorAll('.annotation-text')].map((a) => a.textContent))"
+        )
+    named = [names for names in charts if len(names) == len(variants)]
+    assert named
+    for names in named:
+        assert len(set(names)) == len(names)
+        assert any("…" in name for name in names)

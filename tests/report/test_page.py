@@ -153,8 +153,8 @@ def test_blocks_are_drawn_in_the_networks_order_and_epochs_are_means(make: Make,
     page = show([make("mono_forward", seed, logged=3 + seed, blocks=["b", "a"]) for seed in (0, 1)])
     loss, probe = page.charts[-6:-4]  # behind them those of either run
     assert [trace["name"] for trace in loss["data"]] == ["b", "a"]
-    assert loss["data"][0]["x"] == [0, 1, 2, 3]
-    assert loss["data"][0]["y"] == [1.0, 0.5, pytest.approx(1 / 3, rel=1e-4), 0.25]
+    assert loss["data"][0]["x"] == [0, 1, 2]  # that both seeds reached
+    assert loss["data"][0]["y"] == [1.0, 0.5, pytest.approx(1 / 3, rel=1e-4)]
     assert probe["data"][0]["y"][0] == pytest.approx(63.212)
 
 
@@ -338,8 +338,8 @@ def test_intervals_and_tests_stand_below_the_paired_charts(make: Make, show: Cal
     ]
     differences = [100 * (a - b) for a, b in zip(accuracies["x"], accuracies["backprop"], strict=True)]
     lo, hi = scipy.stats.t.interval(0.95, 4, loc=sum(differences) / 5, scale=scipy.stats.sem(differences))
-    assert table[1] == ["x", "5", "+5.10", f"[{lo:+.2f}, {hi:+.2f}]", "0.062", "0.062", "0.12"]
-    assert table[2][4:] == ["1", "0.062", "1"]
+    assert table[1] == ["x", "5", "+5.10", f"[{lo:+.2f}, {hi:+.2f}]", "0.063", "0.063", "0.13"]
+    assert table[2][4:] == ["1", "0.063", "1"]
     (flops,) = [
         t for t in page.tables if t[0][:3] == ["Rule", "Pairs", "Ratio to backprop"] and t[1][2] == f"0.691{X}"
     ][:1]

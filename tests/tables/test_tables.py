@@ -231,6 +231,21 @@ def test_intervals_are_rounded_to_half_their_width() -> None:
     assert range_text(0.5, 0.5, 0.5) == "0.5"
 
 
+@pytest.mark.parametrize(
+    ("value", "lo", "hi", "text"),
+    [
+        (4.08, 0.482, 34.5, "4.1 [0.48, 34]"),
+        (0.555, 0.0888, 3.47, "0.56 [0.089, 3.5]"),
+        (30.0, 0.0021, 430000.0, "30 [0.0021, 430000]"),
+        (1.29, 0.991, 1.67, "1.29 [0.99, 1.67]"),
+        (1.00123, 1.00101, 1.00145, "1.00123 [1.00101, 1.00145]"),
+        (1.0, 0.0, 9.0, "1.0 [0.0, 9.0]"),
+    ],
+)
+def test_a_ratios_interval_keeps_two_digits_of_its_lower_end(value: float, lo: float, hi: float, text: str) -> None:
+    assert range_text(value, lo, hi, ratio=True) == text
+
+
 def test_escaping_leaves_plain_text_alone() -> None:
     assert escaped("Training time, 12.5") == "Training time, 12.5"
     assert escaped("CO₂ \n  m²") == "CO$_{2}$ m$^{2}$"
