@@ -699,7 +699,7 @@ def test_trainings_that_were_cut_short_say_so() -> None:
     (row,) = compare_table([run(0, [8]), run(1, [5]), run(2, [3, 8])])
     assert row.notes == (
         "It learned from 1,000 training samples alone (dataset.limit_train).",
-        "2 of its 3 runs went on to the cap (trainer.max_epochs=8), not stopped by patience before: longer trainings may give "
+        "2 of 3 runs went on to the cap (trainer.max_epochs=8), not stopped by patience before: longer trainings may give "
         "other figures.",
     )
     for told in (

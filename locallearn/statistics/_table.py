@@ -288,7 +288,7 @@ def _cut_short(records: Sequence[Record]) -> list[str]:
     ]
     if caps:
         most = _listed([str(n) for n in sorted(set(caps))])
-        which = "its run" if len(records) == 1 else f"{len(caps)} of its {len(records)} runs"
+        which = "the only run" if len(records) == 1 else f"{len(caps)} of {len(records)} runs"
         notes.append(
             f"{which} went on to the cap (trainer.max_epochs={most}), not stopped by patience before: longer trainings may "
             "give other figures."
