@@ -150,7 +150,7 @@ class Local:
                 learned then.
         """
         refuse_without_gradients(self.algorithm)
-        self._wiring.refuse_changes(self._stepped() | {id(p) for p in self._resting})
+        self._wiring.refuse_changes(lambda: self._stepped() | {id(p) for p in self._resting})
         self._refuse_frozen()
         self._follow()
         batch = self.batch(inputs, targets, rows, source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from operator import is_
 from typing import Any, NamedTuple
@@ -35,11 +35,12 @@ class Wiring:
         self._counters: set[str] = set()
         self._look()
 
-    def refuse_changes(self, known: set[int]) -> None:
+    def refuse_changes(self, known: Callable[[], set[int]]) -> None:
         """Compare it with the network as it is.
 
         Args:
-            known: identities of the parameters that optimizers have, and of those that rest.
+            known: gives identities of the parameters that optimizers have, and of those that rest; asked where something has
+                changed, which is hardly ever.
 
         Raises:
             ValueError: the network runs something else by now than its blocks, or they run what no optimizer has.
@@ -49,7 +50,8 @@ class Wiring:
         if not changed:
             return
         error: ValueError | None = None
-        strange = any(id(p) not in known for p in self._cut.blocks.parameters())
+        learned = known()
+        strange = any(id(p) not in learned for p in self._cut.blocks.parameters())
         if not strange:
             try:
                 strange = self._runs_what_is_new()

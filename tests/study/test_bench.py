@@ -22,6 +22,7 @@ from locallearn.strategies import LocalStrategy
 from locallearn.study.bench import KINDS, _alternate, _Contender, _strategy, bench
 from locallearn.study.train import Plan, attached_task, run
 from locallearn.tasks.images import ImageData
+from tests.energy.conftest import FakeClock
 from tests.study.conftest import MakePlan
 
 SMALL = ("net.hidden=[8,8]", "trainer.accelerator=cpu", "bench.rounds=2", "bench.steps=2")
@@ -96,22 +97,11 @@ def test_ratios_are_those_of_the_rounds_and_not_of_the_medians() -> None:
 # -- what is timed ----------------------------------------------------------------------------------------------------
 
 
-class _Clock:
-    """What ``bench`` times by: seconds that pass only when a test says so, for no machine keeps to a bound."""
-
-    now_s = 0.0
-
-    def __call__(self, device: torch.device) -> float:
-        return self.now_s
-
-    def pass_by(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
-    clock = _Clock()
-    monkeypatch.setattr("locallearn.study.bench._now", clock)
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """What ``bench`` times by, for no machine keeps to a bound."""
+    clock = FakeClock()
+    monkeypatch.setattr("locallearn.study.bench._now", lambda device: clock())
     return clock
 
 
@@ -133,7 +123,7 @@ def _figures(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_step_times_as_many_updates_for_all(make_plan: MakePlan, clock: _Clock) -> None:
+def test_step_times_as_many_updates_for_all(make_plan: MakePlan, clock: FakeClock) -> None:
     calls: list[Plan] = []
     takes_s = {"backprop": 0.25, "mono_forward": 1.0}
 
@@ -246,7 +236,7 @@ def test_strategy_counts_no_more_batches_than_an_epoch_has(make_plan: MakePlan) 
 
 
 def test_strategy_does_not_count_what_a_new_trainer_does_first(
-    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, clock: _Clock
+    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
 ) -> None:
     """By a clock that ticks with every step of the strategy."""
     step = LocalStrategy.training_step
@@ -256,9 +246,9 @@ def test_strategy_does_not_count_what_a_new_trainer_does_first(
         return step(strategy, *args, **kwargs)
 
     monkeypatch.setattr(LocalStrategy, "training_step", ticking)
-    made = _strategy(["backprop"], lambda name, *more: make_plan(name), 4)
+    made, began_s = _strategy(["backprop"], lambda name, *more: make_plan(name), 4), clock()
     assert made[1].round() == 4
-    assert clock.now_s == 7
+    assert clock() - began_s == 7
 
 
 def test_strategy_refuses_an_epoch_that_is_over_before_it_counts(make_plan: MakePlan) -> None:
@@ -281,7 +271,7 @@ class _SlowLoader:
 
 
 def test_data_is_the_share_of_time_spent_waiting(
-    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, clock: _Clock
+    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
 ) -> None:
     def make(name: str, *settings: str) -> Plan:
         plan = _watched(make_plan(name), [], lambda: clock.pass_by(3.0))
