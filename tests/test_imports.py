@@ -98,27 +98,34 @@ def test_the_rule_above_can_fail() -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[set[str], set[str]]:
-    """Names of the modules behind ``import locallearn``, and behind its rules and the audit, in one process."""
+def loaded() -> tuple[set[str], ...]:
+    """Names of the modules behind ``import locallearn``, its rules and the audit, and a mistyped name, in one process."""
     code = (
         "import sys, locallearn; print(*sys.modules)\n"
-        "import locallearn.algorithms, locallearn.audit, locallearn.cost; print(*sys.modules)"
+        "import locallearn.algorithms, locallearn.audit, locallearn.cost; print(*sys.modules)\n"
+        "from locallearn.cli import main; assert main(['train', 'dataset=minst']) == 2; print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    package, rules = (set(line.split()) for line in done.stdout.splitlines())
-    return package, rules
+    assert "there is no dataset 'minst'" in done.stderr
+    package, rules, mistake = (set(line.split()) for line in done.stdout.splitlines())
+    return package, rules, mistake
 
 
-def test_importing_the_package_brings_torch_and_nothing_heavy(loaded: tuple[set[str], set[str]]) -> None:
+def test_importing_the_package_brings_torch_and_nothing_heavy(loaded: tuple[set[str], ...]) -> None:
     names = {name.split(".")[0] for name in loaded[0]}
     assert {"torch", "locallearn"} <= names
     heavy = {"lightning", "hydra", "omegaconf", "plotly", "sklearn", "codecarbon", "optuna", "torch_geometric"}
     assert not names & {*heavy, "torchvision", "rich", "pytest"}
 
 
-def test_algorithms_and_audit_need_no_lightning(loaded: tuple[set[str], set[str]]) -> None:
+def test_algorithms_and_audit_need_no_lightning(loaded: tuple[set[str], ...]) -> None:
     assert "locallearn.audit" in loaded[1]
     assert not {"lightning", "hydra", "torchvision"} & {name.split(".")[0] for name in loaded[1]}
+
+
+def test_a_mistyped_name_is_told_before_lightning_is_loaded(loaded: tuple[set[str], ...]) -> None:
+    """Which takes longer than everything else that the sentence needs."""
+    assert not {"lightning", "torchmetrics", "torchvision"} & {name.split(".")[0] for name in loaded[2]}
 
 
 def test_every_package_goes_into_the_wheel() -> None:

@@ -18,10 +18,15 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)  # no room, or none left for this user
 def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
     """Exit code and one sentence for whatever went wrong."""
     if isinstance(error, UsageError):
-        return 2, str(error)  # at once: what follows takes seconds to import
+        return 2, str(error)  # at once: what follows takes a second to import, and Lightning many
     from hydra.errors import HydraException, InstantiationException
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, InstantiationException):
+        return 2, _instantiation(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return 2, _configuration(error, words)
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from locallearn.strategies.local import Diverged
     from locallearn.study.train import CHECKPOINT, Interrupted
@@ -36,10 +41,6 @@ def explain(error: Exception, words: Sequence[str]) -> tuple[int, str]:
         return 130, f"interrupted; go on with: locallearn train resume={folder}"
     if isinstance(error, Diverged):
         return 1, text
-    if isinstance(error, InstantiationException):
-        return 2, _instantiation(error)
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return 2, _configuration(error, words)
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):
         return 2, _unusable(error)
     if isinstance(error, pickle.UnpicklingError):  # PyTorch's own message advises to run what is in the file
