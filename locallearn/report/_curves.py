@@ -204,18 +204,20 @@ def passes_by(record: Record, step: int) -> float | None:
         So many times the operations of inference on what is learned from in an epoch; ``None`` where the record does not say.
     """
     cost = record.part("cost")
-    stages, forward, samples = cost.get("stages"), cost.get("inference_flops"), cost.get("samples")
+    stages, forward = cost.get("stages"), cost.get("inference_flops")
     epochs = record.data.get("epochs")
     if not isinstance(stages, list) or not isinstance(epochs, list):
         return None
-    spent, before = 0.0, 0.0
+    spent, before, samples = 0.0, 0.0, 0.0
     try:
         for stage in stages:
             steps = float(stage["steps"])
             share = min(1.0, max(0.0, (step - before) / steps)) if steps > 0 else 1.0
             spent += share * float(stage["train_flops"])
             before += steps
-        passes = spent / (float(str(forward)) * float(str(samples)) / sum(map(float, epochs)))
+            # Those that came by in all its epochs; cost.samples is a mean over stages, of what a rule passes on.
+            samples += float(stage["samples"])
+        passes = spent / (float(str(forward)) * samples / sum(map(float, epochs)))
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
     return passes if 0 <= passes < float("inf") else None

@@ -20,12 +20,12 @@ from locallearn.report._styles import styles
 from locallearn.report._sweeps import estimate_charts, sweep_charts
 from locallearn.statistics import compare_table
 
-_STAGES = [{"steps": 10, "train_flops": 600.0}, {"steps": 30, "train_flops": 300.0}]
+_STAGES = [{"steps": 10, "train_flops": 600.0, "samples": 25}, {"steps": 30, "train_flops": 300.0, "samples": 75}]
 
 
 def _cost(**more):
     return {
-        "cost": {"train_s": 8.0, "inference_flops": 2.0, "samples": 100, "stages": _STAGES, **more},
+        "cost": {"train_s": 8.0, "inference_flops": 2.0, "samples": 50, "stages": _STAGES, **more},
         "epochs": [1, 3],
     }
 
@@ -46,6 +46,13 @@ def test_forward_passes_are_the_stages_operations_over_those_of_inference(make) 
     assert passes_by(record, 40) == passes_by(record, 99) == pytest.approx(900 / 50)
     for missing in ({"inference_flops": None}, {"inference_flops": 0.0}, {"stages": None}, {"stages": [{}]}):
         assert passes_by(make("forward_gradient", **_cost(**missing)), 5) is None
+
+
+def test_a_forward_pass_is_of_all_samples_whatever_the_schedule_and_what_a_rule_passes_on(make) -> None:
+    # Three stages of ten epochs over 1000 samples, every one of which learns from half of them.
+    stage = {"steps": 10, "train_flops": 20_000.0, "samples": 10_000, "samples_by_unit": {"a": 5_000}}
+    cost = {"inference_flops": 2.0, "samples": 5_000, "stages": [stage] * 3}
+    assert passes_by(make("backprop", cost=cost, epochs=[10] * 3), 99) == pytest.approx(30)
 
 
 def test_loss_is_drawn_against_seconds_and_passes_where_a_rule_never_goes_backward(make) -> None:
