@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from locallearn.records import Record
@@ -47,7 +47,7 @@ def metric_chart(rows: Sequence[Row], curves: Sequence[Curves], style: Styles, p
         points,
         lambda values: _value(metric, values),
     )
-    note = "Mean over the seeds that reached the epoch; the band spans them."
+    note = f"Mean over the seeds that reached the epoch; the band spans them.{_thinned(series.values(), points)}"
     return Chart(
         f"{metric.title} over epochs", note, figure_of(data, layout, "end"), header, table, _height(len(series))
     )
@@ -139,6 +139,7 @@ def _spent_chart(
     """A figure of the validation part against what a training had cost by then, both as means over seeds."""
     data: list[Figure] = []
     table = []
+    every: list[list[int]] = []
     pick = min if metric.lower else max
     for row, known in zip(rows, curves, strict=True):
         values, costs = known.get(metric.key, {}), known.get(spent, {})
@@ -147,6 +148,7 @@ def _spent_chart(
         epochs = thin(both, points)
         if not epochs:
             continue
+        every.append(both)
         colour, symbol, dash = style[row.label]
         trace = {
             "type": "scatter",
@@ -160,7 +162,7 @@ def _spent_chart(
             "hovertemplate": "%{fullData.name}<br>%{x:.4g}: %{y:.4g}<extra></extra>",
         }
         data.append(trace)
-        last, best = epochs[-1], pick(epochs, key=lambda epoch: mean_of(values[epoch]))
+        last, best = both[-1], pick(both, key=lambda epoch: mean_of(values[epoch]))
         told = [text for at in (best, last) for text in (_value(metric, values[at]), significant(mean_of(costs[at])))]
         table.append((row.label, str(len(values[last])), *told))
     if not data:
@@ -170,7 +172,7 @@ def _spent_chart(
         "xaxis": cost_axis(axis, [value for trace in data for value in trace["x"] if value], 30),
         "yaxis": {"title": {"text": plain_text(name if metric.key == LOSS else lower(metric.heading))}},
     }
-    note = "Mean over the seeds, as far as all of them came, a marker for every validation."
+    note = f"Mean over the seeds, as far as all of them came, a marker for every validation.{_thinned(every, points)}"
     if spent == PASSES:
         note += (
             " A forward pass is the operations (FLOPs) of inference on every training sample once, as far as counted."
@@ -290,7 +292,8 @@ def _block_chart(
         data.append(_dotted_when_single(trace, epochs))
     layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": plain_text(axis)}}}
     header, table = _curve_table(series, points, lambda values: significant(factor * mean_of(values)))
-    return Chart(title, "", figure_of(data, layout, "end"), header, table, _height(len(series)))
+    note = _thinned(series.values(), points).strip()
+    return Chart(title, note, figure_of(data, layout, "end"), header, table, _height(len(series)))
 
 
 def _block_names(row: Row, curves: Curves) -> list[str]:
@@ -329,6 +332,11 @@ def thin(epochs: Sequence[int], points: int) -> list[int]:
         return list(epochs)
     step = (len(epochs) - 1) / (points - 1)
     return [epochs[round(i * step)] for i in range(points)]
+
+
+def _thinned(curves: Iterable[Collection[int]], points: int) -> str:
+    """What is to be said where curves have more epochs than are drawn."""
+    return f" Of long curves {points} epochs are drawn." if any(len(epochs) > points for epochs in curves) else ""
 
 
 def _dotted_when_single(trace: Figure, epochs: Sequence[int]) -> Figure:

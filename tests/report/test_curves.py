@@ -134,6 +134,55 @@ def test_what_else_differs_makes_lines_of_its_own(make) -> None:
     }
 
 
+def _configured(make, value, **config):
+    config = {"optimizer": {"lr": value}, **config}
+    return make("backprop", 0, config=config, test={"accuracy": 0.9 - value}, curves={})
+
+
+def test_a_line_joins_runs_that_are_alike_in_every_setting_that_makes_an_experiment(make) -> None:
+    plans = (None, {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 5}, None)
+    runs = [_configured(make, value, scheduler=plan) for value, plan in zip((0.1, 0.2, 0.3), plans, strict=True)]
+    assert _swept(runs) == []
+    weights = ("a", "b", "a")
+    assert _swept([_configured(make, v, init_from=w) for v, w in zip((0.1, 0.2, 0.3), weights, strict=True)]) == []
+
+
+def test_where_data_lie_and_what_is_watched_breaks_no_line(make) -> None:
+    values, folders = (0.1, 0.2, 0.3), ("/a", "/b", "/a")
+    [chart] = _swept([_configured(make, v, dataset={"data_dir": d}) for v, d in zip(values, folders, strict=True)])
+    assert chart.figure["data"][0]["x"] == [0.1, 0.2, 0.3]
+    [chart] = _swept([_configured(make, v, trainer={"probe_samples": v > 0.2}) for v in values])
+    assert chart.figure["data"][0]["x"] == [0.1, 0.2, 0.3]
+
+
+def test_a_usual_value_is_a_point_like_any_other(make) -> None:
+    runs = [make("backprop", 0, config={"net": {"dropout": d}}, curves={}) for d in (0, 0.1, 0.2)]
+    [chart] = _swept(runs)
+    assert chart.figure["data"][0]["x"] == [0.0, 0.1, 0.2]
+
+
+def test_settings_without_a_chart_are_named(make) -> None:
+    runs = [
+        make("backprop", 0, config={"algorithm": {f"a{i}": value if i == j else 0 for i in range(10)}}, curves={})
+        for j in range(10)
+        for value in (1, 2, 3)
+    ]
+    charts = _swept(runs)
+    assert sum(" against " in chart.title for chart in charts) == 8
+    assert charts[7].note.endswith("There is no room for charts of algorithm.a8, algorithm.a9.")
+    assert charts[8].note.endswith("There is no room for algorithm.a8, algorithm.a9.")
+
+
+def test_the_best_epoch_of_a_long_curve_is_told_and_that_it_is_drawn_with_few_points(make) -> None:
+    losses = [1.0, 0.9, 0.2, 0.8, 0.7, 0.6]
+    curves = {LOSS: losses, SECONDS: [1.0 + i for i in range(6)], "validation/accuracy": [1 - x for x in losses]}
+    rows = compare_table([make("forward_gradient", curves=curves, locality="forward-only")])
+    [known], _, _ = read_curves(rows)
+    [chart] = spent_charts(rows, [known], styles(rows, "backprop"), 3, None)
+    assert chart.table[0][2:4] == ("80.00", "3")
+    assert "Of long curves 3 epochs are drawn." in chart.note
+
+
 def test_errors_of_estimates_are_drawn_beside_theory() -> None:
     def one(name, count, error, theory):
         return {"name": name, "count": count, "error": error, "standard_error": 0.5, "theory": theory}

@@ -590,6 +590,16 @@ def test_parallel_coordinates_have_a_scale_per_setting() -> None:
     assert parallel_chart("t", [(n, {"optimizer.lr": s["optimizer.lr"]}, v) for n, s, v in points], "a", False) is None
 
 
+@pytest.mark.parametrize("lower", [False, True])
+def test_of_many_experiments_the_best_are_drawn_and_their_number_is_told(lower: bool) -> None:
+    points = [(f"run {i}", {"a": i, "b": i % 7}, float(-i if lower else i)) for i in range(400)]
+    chart = parallel_chart("t", points, "accuracy", lower)
+    assert chart is not None
+    assert [trace["name"] for trace in chart.figure["data"]] == [f"run {i}" for i in range(100, 400)]
+    assert len(chart.table) == 300
+    assert "Of 400 experiments the 300 best are here." in chart.note
+
+
 # -- searches and students --------------------------------------------------------------------------------------------
 def test_validations_of_every_trial_are_drawn_and_pruned_ones_marked(make: Make, tmp_path: Path) -> None:
     def trial(number: int, state: str, steps: Sequence[float], **other: Any) -> dict[str, Any]:
