@@ -23,7 +23,7 @@ from locallearn.report._styles import styles
 from locallearn.report._sweeps import parallel_chart
 from locallearn.report._targets import target_charts
 from locallearn.report._tuning import read_searches
-from locallearn.report._vector import draw
+from locallearn.report._vector import _draw, draw
 from locallearn.report._verdicts import verdict
 from locallearn.statistics import compare_table
 from tests.report.browser import BROWSER, OVERLAPS, Tab, browser
@@ -691,6 +691,15 @@ def test_students_of_every_depth_have_a_line(make: Make) -> None:
         *("svd, 0.25 of the size", "1", "97.00", "97.00", "1.00", "700,000"),
         *(f"0.429{TIMES}", f"0.5{TIMES}", f"0.6{TIMES}"),
     )
+
+
+def test_what_lies_on_a_heatmap_is_drawn_on_its_cells() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    heat = {"type": "heatmap", "z": [[0, 1, 2], [3, 4, 5]], "x": [0, 8, 16], "y": ["1", "2"]}
+    dots = {"type": "scatter", "mode": "markers", "x": [8, 16], "y": ["2", "2"]}
+    _draw(figure, {"data": [heat, dots], "layout": {}})
+    (line,) = figure.axes[0].lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [1, 1])
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
