@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from locallearn.records._settings import number
+from locallearn.records._settings import number as as_number
 from locallearn.report._charts import (
     Chart,
     Figure,
@@ -24,8 +24,7 @@ from locallearn.report._charts import (
 )
 from locallearn.report._columns import UNKNOWN, Column, headline_metric, judge_of, significant
 from locallearn.report._styles import Styles
-from locallearn.statistics import Row
-from locallearn.statistics._identity import differing, in_words, settings, spoken
+from locallearn.statistics import Row, _identity
 
 _LEAST = 3  # values of a setting that make a curve
 _MOST = 8  # charts of a section
@@ -130,7 +129,7 @@ def parallel_chart(
         "yaxis": {"visible": False, "range": [-0.08, 1.08]},
         "annotations": [
             {
-                **{"x": x, "y": y, "text": plain_text(_cut(text)), "showarrow": False, "font": {"size": 11}},
+                **{"x": x, "y": y, "text": plain_text(cut(text)), "showarrow": False, "font": {"size": 11}},
                 **{"xanchor": "left", "xshift": 4, "yshift": 7 if y > 0.5 else -7},
             }
             for x, y, text in marks
@@ -168,17 +167,20 @@ def _once(key: str, keys: Sequence[str]) -> bool:
     return sum(other.rpartition(".")[2] == key.rpartition(".")[2] for other in keys) == 1
 
 
-def _cut(text: str, most: int = 14) -> str:
+def cut(text: str, most: int = 14) -> str:
+    """The beginning of a long text, with a sign that there is more."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _settings(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Of every row the settings in which they are different experiments; usual values, which identity leaves out, too."""
-    flats = [settings(row.newest) for row in rows]
-    unlike = set(differing(flats))
+    flats = [_identity.settings(row.newest) for row in rows]
+    unlike = set(_identity.differing(flats))
     names = [name for name in dict.fromkeys(name for flat in flats for name in flat) if name in unlike]
     return [
-        in_words(row.newest, {name: _value(flat[name]) if name in flat else _usual(row, name) for name in names})
+        _identity.in_words(
+            row.newest, {name: _value(flat[name]) if name in flat else _usual(row, name) for name in names}
+        )
         for row, flat in zip(rows, flats, strict=True)
     ]
 
@@ -187,14 +189,14 @@ def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):  # a number that is none
-        return spoken(text)
+        return _identity.spoken(text)
 
 
 def _usual(row: Row, name: str) -> Any:
     value: Any = row.newest.part("config")
     for key in name.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
-    return None if isinstance(value, Mapping) else number(name, value)
+    return None if isinstance(value, Mapping) else as_number(name, value)
 
 
 def _curves(

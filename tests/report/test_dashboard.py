@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from locallearn.cli import report as command
 from locallearn.records import Record, RunFolder
@@ -636,6 +637,45 @@ def test_a_long_search_is_drawn_with_few_points(make: Make, tmp_path: Path) -> N
     assert len(json.dumps(chart.figure)) < 150_000
 
 
+@pytest.mark.parametrize("lower", [False, True])
+def test_of_many_trials_the_best_of_every_rule_are_in_the_tables(lower: bool, make: Make, tmp_path: Path) -> None:
+    def study(rule: str) -> dict[str, Any]:
+        values = [(100 - n if lower else n) / 1000 for n in range(100)]
+        trials = [
+            {"number": n, "state": "COMPLETE", "params": {}, "values": [v], "intermediate": {"1": v}}
+            for n, v in enumerate(values)
+        ]
+        return {"algorithm": rule, "trials": trials, "best": [99]}
+
+    aims = [{"name": "mse" if lower else "accuracy", "direction": "minimize" if lower else "maximize"}]
+    search(tmp_path / "runs", studies=[study("a"), study("b")], objectives=aims)
+    (found,), _ = read_searches([make("a")])
+    for chart in found.charts[:2]:
+        assert [line[0] for line in chart.table] == [f"{rule}, {n}" for rule in "ab" for n in range(60, 100)]
+        assert chart.note.endswith(" Of more than 40 trials of a rule the 40 best are in the table.")
+    assert len(found.charts[0].figure["data"][0]["x"]) == 100
+    assert "the best of many is flattered by luck" in found.sentence
+
+
+def test_a_search_of_very_many_trials_is_counted_as_a_whole(make: Make, tmp_path: Path) -> None:
+    trials = [{"number": n, "state": "COMPLETE", "params": {}, "values": [n / 3000]} for n in range(2500)]
+    shares = {"accuracy": {f"s{i}": 0.01 * i for i in range(20)}}
+    aims = [{"name": "accuracy", "direction": "maximize"}, {"name": "train_s", "direction": "minimize"}]
+    search(tmp_path / "runs", studies=[{"algorithm": "a", "trials": trials, "best": [2499], "importances": shares}])
+    (found,), _ = read_searches([make("a")])
+    assert "(2500 trials, 0 pruned" in found.sentence
+    history, importances = found.charts
+    points, line = history.figure["data"]
+    assert (points["x"][0], len(points["x"]), line["x"][-1]) == (500, 2000, 2499)
+    assert "Of more than 2000 trials of a rule the 2000 best are drawn." in history.note
+    assert importances.note.endswith("Of more than 15 settings the 15 that explain most are shown.")
+    pairs = [{**one, "values": [one["number"], one["number"]]} for one in trials[:50]]
+    search(tmp_path / "runs", studies=[{"algorithm": "a", "trials": pairs, "best": [*range(50)]}], objectives=aims)
+    (found,), _ = read_searches([make("a")])
+    assert "Of more than 12 best trials of a rule the first 12 are in the table." in found.sentence
+    assert "Of more than 40 trials of a rule in it the first 40 are in the table." in found.charts[1].note
+
+
 def test_a_search_has_its_history_importances_and_best_settings(make: Make, tmp_path: Path) -> None:
     record = make("backprop", 0)
     path = search(tmp_path / "runs")
@@ -694,7 +734,7 @@ def test_students_of_every_depth_have_a_line(make: Make) -> None:
 
 
 def test_what_lies_on_a_heatmap_is_drawn_on_its_cells() -> None:
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure = Figure()
     heat = {"type": "heatmap", "z": [[0, 1, 2], [3, 4, 5]], "x": [0, 8, 16], "y": ["1", "2"]}
     dots = {"type": "scatter", "mode": "markers", "x": [8, 16], "y": ["2", "2"]}
     _draw(figure, {"data": [heat, dots], "layout": {}})
