@@ -15,7 +15,7 @@ from locallearn.report._curves import (
     passes_by,
     spent_charts,
 )
-from locallearn.report._files import read_curves
+from locallearn.report._files import limit_blocks, read_curves
 from locallearn.report._styles import styles
 from locallearn.report._sweeps import estimate_charts, sweep_charts
 from locallearn.statistics import compare_table
@@ -181,6 +181,21 @@ def test_the_best_epoch_of_a_long_curve_is_told_and_that_it_is_drawn_with_few_po
     [chart] = spent_charts(rows, [known], styles(rows, "backprop"), 3, None)
     assert chart.table[0][2:4] == ("80.00", "3")
     assert "Of long curves 3 epochs are drawn." in chart.note
+
+
+def test_single_runs_of_every_rule_have_their_share_of_a_large_page(make) -> None:
+    curves = {f"block/{i}/loss": [1.0] for i in range(20)}
+    rows = compare_table([make(f"rule_{r}", seed, curves=curves) for r in range(8) for seed in range(3)])
+    _, runs, said = read_curves(rows)
+    assert [list(seeds) for seeds in runs] == [[0, 1]] * 7 + [[0]]
+    assert said == ["The curves per block of 9 of 24 single runs, to keep the page small; report fewer runs at once."]
+
+
+def test_a_rule_with_few_blocks_keeps_its_curves_beside_one_with_too_many(make) -> None:
+    rows = compare_table([make(name, curves={}) for name in "ab"])
+    curves = [{f"block/{i}/loss": {0: [1.0]} for i in range(n)} for n in (1001, 2)]
+    assert "1 of 2 rules" in limit_blocks(rows, curves)[0]
+    assert list(map(len, curves)) == [0, 2]
 
 
 def test_errors_of_estimates_are_drawn_beside_theory() -> None:
