@@ -515,6 +515,24 @@ def test_the_top_names_what_failed_and_every_comparison_has_a_line(tmp_path: Pat
     assert "36 finished runs, 9 rules, 6 comparisons" in top
 
 
+def test_a_run_that_another_one_went_on_with_is_none_that_did_not_finish(make: Make, tmp_path: Path) -> None:
+    first = make("backprop", 0, status="interrupted")
+    whole = make("backprop", 0, resumed_from=first.id)
+    page = write_report([first, whole], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "did not finish" not in page
+    assert write_report([first], tmp_path / "r.html").read_text(encoding="utf-8").count("1 run did not finish") == 1
+    again = write_report([first], tmp_path / "r.html", running=[whole]).read_text(encoding="utf-8")
+    assert "1 run going on" in again
+    assert "did not finish" not in again
+
+
+def test_of_more_runs_that_go_on_than_are_named_the_others_are_counted(make: Make, tmp_path: Path) -> None:
+    running = [make("backprop", seed) for seed in range(9)]
+    page = write_report([], tmp_path / "r.html", running=running).read_text(encoding="utf-8")
+    assert "9 runs going on" in page
+    assert "<li>and 3 more</li>" in page
+
+
 # -- styles -----------------------------------------------------------------------------------------------------------
 def test_rules_have_hues_and_settings_markers_and_dashes(make: Make) -> None:
     made = [make(f"rule{i}", 0, variant=v) for i in range(9) for v in ("a", "b", "c")] + [make("backprop", 0)]
