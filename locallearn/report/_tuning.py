@@ -324,10 +324,12 @@ def _objectives(studies: Sequence[Mapping[str, Any]], objectives: Sequence[Mappi
                 most = max(most, len(points))
                 table += [(f"{_rule(study)}, {p[0]}", significant(p[1]), significant(p[2])) for p in points[:_SHOWN]]
     layout = {"xaxis": {"title": {"text": plain_text(names[1])}}, "yaxis": {"title": {"text": plain_text(names[0])}}}
-    note = "Filled marks are the Pareto set."
+    many = len(objectives) > 2
+    note = f"Filled marks are the Pareto set{f' of all {len(objectives)} objectives' if many else ''}."
     if most > _SHOWN:
         note += f" Of more than {_SHOWN} trials of a rule in it the first {_SHOWN} are in the table."
-    return Chart("Both objectives", note, figure_of(data, layout), ("Trial", *names), table, 400)
+    title = "The first two objectives" if many else "Both objectives"
+    return Chart(title, note, figure_of(data, layout), ("Trial", *names), table, 400)
 
 
 def _importances(studies: Sequence[Mapping[str, Any]]) -> list[Chart]:

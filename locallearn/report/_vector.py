@@ -18,7 +18,7 @@ _DASHES: Mapping[str, Any] = {
     **{"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))},
     "longdashdot": (0, (8, 2, 2, 2)),
 }
-_LEGEND = 25
+_LEGEND = 25  # names below a picture
 
 
 def draw(chart: Chart, stem: Path) -> list[Path]:
@@ -76,8 +76,10 @@ def _draw(figure: Any, chart: Mapping[str, Any]) -> None:
             _scatter(axes, trace, across, down)
     _axes(axes, layout, names)
     handles, labels = axes.get_legend_handles_labels()
-    if 1 < len(labels) <= _LEGEND or (labels and len(labels) == 1 and chart.get("labels")):
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    if len(labels) > 1 or (labels and chart.get("labels")):
+        title = f"the first {_LEGEND} of {len(labels)} names" if len(labels) > _LEGEND else None
+        look = {"loc": "outside lower center", "ncols": 2, "frameon": False, "fontsize": 8, "title_fontsize": 8}
+        figure.legend(handles[:_LEGEND], labels[:_LEGEND], title=title, **look)
 
 
 def _categories(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> list[str]:

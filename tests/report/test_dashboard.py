@@ -692,6 +692,11 @@ def test_a_search_of_very_many_trials_is_counted_as_a_whole(make: Make, tmp_path
     (found,), _ = read_searches([make("a")])
     assert "Of more than 12 best trials of a rule the first 12 are in the table." in found.sentence
     assert "Of more than 40 trials of a rule in it the first 40 are in the table." in found.charts[1].note
+    third = [*aims, {"name": "params", "direction": "minimize"}]
+    search(tmp_path / "runs", studies=[{"algorithm": "a", "trials": pairs, "best": [0]}], objectives=third)
+    chart = read_searches([make("a")])[0][0].charts[1]
+    assert chart.title == "The first two objectives"
+    assert chart.note == "Filled marks are the Pareto set of all 3 objectives."
 
 
 def test_a_search_has_its_history_importances_and_best_settings(make: Make, tmp_path: Path) -> None:
@@ -749,6 +754,15 @@ def test_students_of_every_depth_have_a_line(make: Make) -> None:
         *("svd, 0.25 of the size", "1", "97.00", "97.00", "1.00", "700,000"),
         *(f"0.429{TIMES}", f"0.5{TIMES}", f"0.6{TIMES}"),
     )
+
+
+def test_a_picture_of_many_lines_names_as_many_as_there_is_room_for_and_says_so() -> None:
+    figure = Figure()
+    lines = [{"type": "scatter", "mode": "lines", "x": [0, 1], "y": [0, i], "name": f"line {i}"} for i in range(40)]
+    _draw(figure, {"data": lines, "layout": {}})
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"line {i}" for i in range(25)]
+    assert legend.get_title().get_text() == "the first 25 of 40 names"
 
 
 def test_what_lies_on_a_heatmap_is_drawn_on_its_cells() -> None:
