@@ -303,7 +303,15 @@ def analysis_notes(analyses: Sequence[Analysis], likenesses: Sequence[Likeness])
                 f"{one.name} never saw class {', '.join(map(str, one.unseen))}, of which all samples are shown and none counts "
                 f"in the accuracy; a linear probe finds of its samples, without their label: {', '.join(found) or UNKNOWN}."
             )
-    dropped = [one.name for one, whole in zip(analyses, _fitting(analyses), strict=True) if not whole]
+    fits = _fitting(analyses)
+    deep = [
+        f"{one.name} ({len(layers)})"
+        for one, whole in zip(analyses, fits, strict=True)
+        if whole and len(layers := one.shown[0].layers) > _DETAILED
+    ]
+    if deep:
+        notes.append(f"Of many layers {_DETAILED} have charts of their own, evenly spread: {', '.join(deep)}.")
+    dropped = [one.name for one, whole in zip(analyses, fits, strict=True) if not whole]
     if dropped:
         notes.append(f"Maps and matrices are not shown, to keep the page small: {', '.join(dropped)}.")
     return notes

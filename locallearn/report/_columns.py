@@ -104,12 +104,16 @@ class Column:
         shown = value / self.scale
         return f"{shown:.4g}" if abs(shown) >= _LONG else f"{shown:,.{self.digits}f}"
 
-    def summary(self, figure: Figure) -> str:
-        """Mean, with the standard deviation where there is one and it is not 0; a restricted mean is a least value."""
+    def summary(self, figure: Figure, row: Row | None = None) -> str:
+        """Mean, with the standard deviation where there is one and it is not 0; one that is too small is a least value."""
         mean, std = figure.summary.mean, figure.summary.std
-        if figure.censored:
-            return f"{AT_LEAST} {self.number(mean)}"
-        return f"{self.number(mean)} ± {self.number(std)}" if std else self.number(mean)
+        told = f"{self.least(figure, row)}{self.number(mean)}"
+        return f"{told} ± {self.number(std)}" if std and not figure.censored else told
+
+    def least(self, figure: Figure, row: Row | None = None) -> str:
+        """The sign of a mean that is too small: a restricted one, or of FLOPs of which ``row`` lacks some."""
+        lacking = row is not None and "flops" in self.key and any(record.uncounted for record in row.records)
+        return f"{AT_LEAST} " if figure.censored or lacking else ""
 
     def ratio(self, ratio: float | None) -> str:
         """A ratio to the baseline; qualities differ by little, so they get a digit more than costs."""

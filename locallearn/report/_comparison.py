@@ -146,7 +146,7 @@ def _of_figure(row: Row, column: Column, figure: Figure, rows: Sequence[Row]) ->
             *(column.key, column.title, _unit(column.key), _kind(column.key, rows)),
             *(figure.summary.n, figure.summary.mean, figure.summary.std, figure.centre, lo, hi, *versus),
             None if figure.arrivals is None else str(figure.arrivals),
-            f"{_mean(column, figure)} {column.unit}".rstrip(),
+            f"{_mean(column, figure, row)} {column.unit}".rstrip(),
             figure.reason,
             {str(seed): value for seed, value in figure.by_seed.items()},
         )
@@ -192,7 +192,7 @@ def _cells(row: Row, column: Column, headings: Sequence[Heading]) -> list[Cell]:
     figure, pair = row.figures.get(column.key), _pair(row, column)
     if figure is None:
         return [Cell(None)] * len(headings)
-    told = _mean(column, figure)
+    told = _mean(column, figure, row)
     if figure.arrivals is None and figure.summary.n != len(row.records):
         told += f" (n = {figure.summary.n})"
     versus = None if pair is None else _versus(column, pair)
@@ -208,13 +208,14 @@ def _pair(row: Row, column: Column) -> PairedDifference | None:
     return None if figure is None else figure.paired
 
 
-def _mean(column: Column, figure: Figure) -> str:
+def _mean(column: Column, figure: Figure, row: Row) -> str:
     mean, std = figure.summary.mean, figure.summary.std
     if mean is None:
         return UNKNOWN
+    least = column.least(figure, row)
     if figure.censored:
-        return f"{AT_LEAST} {plus_minus(mean / column.scale, None)} ({figure.arrivals})"
-    return plus_minus(mean / column.scale, None if std is None else std / column.scale)
+        return f"{least}{plus_minus(mean / column.scale, None)} ({figure.arrivals})"
+    return least + plus_minus(mean / column.scale, None if std is None else std / column.scale)
 
 
 def _versus(column: Column, pair: PairedDifference) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from locallearn.records import Record
@@ -47,7 +47,7 @@ def metric_chart(rows: Sequence[Row], curves: Sequence[Curves], style: Styles, p
         points,
         lambda values: _value(metric, values),
     )
-    note = "Mean over the seeds that reached the epoch; the band spans them."
+    note = f"Mean over the seeds that reached the epoch; the band spans them.{_thinned(series.values(), points)}"
     return Chart(
         f"{metric.title} over epochs", note, figure_of(data, layout, "end"), header, table, _height(len(series))
     )
@@ -139,6 +139,7 @@ def _spent_chart(
     """A figure of the validation part against what a training had cost by then, both as means over seeds."""
     data: list[Figure] = []
     table = []
+    every: list[list[int]] = []
     pick = min if metric.lower else max
     for row, known in zip(rows, curves, strict=True):
         values, costs = known.get(metric.key, {}), known.get(spent, {})
@@ -147,6 +148,7 @@ def _spent_chart(
         epochs = thin(both, points)
         if not epochs:
             continue
+        every.append(both)
         colour, symbol, dash = style[row.label]
         trace = {
             "type": "scatter",
@@ -160,7 +162,7 @@ def _spent_chart(
             "hovertemplate": "%{fullData.name}<br>%{x:.4g}: %{y:.4g}<extra></extra>",
         }
         data.append(trace)
-        last, best = epochs[-1], pick(epochs, key=lambda epoch: mean_of(values[epoch]))
+        last, best = both[-1], pick(both, key=lambda epoch: mean_of(values[epoch]))
         told = [text for at in (best, last) for text in (_value(metric, values[at]), significant(mean_of(costs[at])))]
         table.append((row.label, str(len(values[last])), *told))
     if not data:
@@ -170,7 +172,7 @@ def _spent_chart(
         "xaxis": cost_axis(axis, [value for trace in data for value in trace["x"] if value], 30),
         "yaxis": {"title": {"text": plain_text(name if metric.key == LOSS else lower(metric.heading))}},
     }
-    note = "Mean over the seeds, as far as all of them came, a marker for every validation."
+    note = f"Mean over the seeds, as far as all of them came, a marker for every validation.{_thinned(every, points)}"
     if spent == PASSES:
         note += (
             " A forward pass is the operations (FLOPs) of inference on every training sample once, as far as counted."
@@ -204,18 +206,20 @@ def passes_by(record: Record, step: int) -> float | None:
         So many times the operations of inference on what is learned from in an epoch; ``None`` where the record does not say.
     """
     cost = record.part("cost")
-    stages, forward, samples = cost.get("stages"), cost.get("inference_flops"), cost.get("samples")
+    stages, forward = cost.get("stages"), cost.get("inference_flops")
     epochs = record.data.get("epochs")
     if not isinstance(stages, list) or not isinstance(epochs, list):
         return None
-    spent, before = 0.0, 0.0
+    spent, before, samples = 0.0, 0.0, 0.0
     try:
         for stage in stages:
             steps = float(stage["steps"])
             share = min(1.0, max(0.0, (step - before) / steps)) if steps > 0 else 1.0
             spent += share * float(stage["train_flops"])
             before += steps
-        passes = spent / (float(str(forward)) * float(str(samples)) / sum(map(float, epochs)))
+            # Those that came by in all its epochs; cost.samples is a mean over stages, of what a rule passes on.
+            samples += float(stage["samples"])
+        passes = spent / (float(str(forward)) * samples / sum(map(float, epochs)))
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
     return passes if 0 <= passes < float("inf") else None
@@ -288,7 +292,8 @@ def _block_chart(
         data.append(_dotted_when_single(trace, epochs))
     layout = {"xaxis": _epoch_axis(series), "yaxis": {"title": {"text": plain_text(axis)}}}
     header, table = _curve_table(series, points, lambda values: significant(factor * mean_of(values)))
-    return Chart(title, "", figure_of(data, layout, "end"), header, table, _height(len(series)))
+    note = _thinned(series.values(), points).strip()
+    return Chart(title, note, figure_of(data, layout, "end"), header, table, _height(len(series)))
 
 
 def _block_names(row: Row, curves: Curves) -> list[str]:
@@ -327,6 +332,11 @@ def thin(epochs: Sequence[int], points: int) -> list[int]:
         return list(epochs)
     step = (len(epochs) - 1) / (points - 1)
     return [epochs[round(i * step)] for i in range(points)]
+
+
+def _thinned(curves: Iterable[Collection[int]], points: int) -> str:
+    """What is to be said where curves have more epochs than are drawn."""
+    return f" Of long curves {points} epochs are drawn." if any(len(epochs) > points for epochs in curves) else ""
 
 
 def _dotted_when_single(trace: Figure, epochs: Sequence[int]) -> Figure:

@@ -32,7 +32,6 @@ def read_curves(rows: Sequence[Row]) -> tuple[list[Curves], list[Runs], list[str
     result: list[Curves] = []
     single: list[Runs] = []
     problems: list[str] = []
-    lines = 0
     for row in rows:
         curves: dict[str, dict[int, list[float]]] = {}
         runs: Runs = {}
@@ -47,13 +46,30 @@ def read_curves(rows: Sequence[Row]) -> tuple[list[Curves], list[Runs], list[str
                 for epoch, of in values.items():
                     curves.setdefault(name, {}).setdefault(epoch, []).extend(of)
             details = {name: values for name, values in own.items() if name.startswith(_DETAILS)}
-            lines += len(details)
-            if details and lines <= _RUN_LINES:
+            if details:
                 runs[record.seed] = details
         result.append(curves)
         # Of one run the row's means say the same.
         single.append(runs if len(row.records) > 1 else {})
-    return result, single, problems
+    kept, said = _limited(single)
+    return result, kept, [*problems, *said]
+
+
+def _limited(single: Sequence[Runs]) -> tuple[list[Runs], list[str]]:
+    """As many single runs as there is room for, of every rule the first before of any the second, and what is left out."""
+    kept: list[Runs] = [{} for _ in single]
+    lines = 0
+    for turn in range(max(map(len, single), default=0)):
+        for own, runs in zip(kept, single, strict=True):
+            for seed, curves in list(runs.items())[turn : turn + 1]:
+                if lines + len(curves) <= _RUN_LINES:
+                    own[seed] = curves
+                    lines += len(curves)
+    every, shown = (sum(map(len, some)) for some in (single, kept))
+    if shown == every:
+        return kept, []
+    left = f"The curves per block of {every - shown} of {every} single runs"
+    return kept, [f"{left}, to keep the page small; report fewer runs at once."]
 
 
 def _curves(record: Record, metrics: Sequence[Metric], judged_by: str) -> dict[str, dict[int, list[float]]]:
@@ -73,13 +89,13 @@ def _curves(record: Record, metrics: Sequence[Metric], judged_by: str) -> dict[s
 
 
 def limit_blocks(rows: Sequence[Row], curves: list[Curves]) -> list[str]:
-    """Drops the curves per block and layer of the last rows of a very large page, and says so."""
+    """Drops the curves per block and layer of rows for which a very large page has no room, and says so."""
     lines, dropped = 0, 0
     for i, known in enumerate(curves):
-        lines += len(known)
-        if lines > _BLOCK_LINES:
+        if lines + len(known) > _BLOCK_LINES:
             curves[i] = {name: values for name, values in known.items() if not name.startswith(_DETAILS)}
             dropped += 1
+        lines += len(curves[i])
     if not dropped:
         return []
     return [

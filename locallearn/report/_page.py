@@ -26,7 +26,7 @@ from locallearn.report._glance import glance
 from locallearn.report._html import Book, count, scrolled, texts
 from locallearn.report._library import packed, plotly
 from locallearn.report._locality import locality_table
-from locallearn.report._runs import failures, provenance, unfinished
+from locallearn.report._runs import failures, provenance, unfinished, unfinished_runs
 from locallearn.report._section import Section, section_html
 from locallearn.report._styles import styles
 from locallearn.report._sweeps import estimate_charts
@@ -158,9 +158,10 @@ def _render(
     left = [*problems, *damaged, *unseen, *unused, *unread, *unusable]
     more = [(anchor, name) for anchor, name, _ in others] + ([("runs", "Runs and provenance")] if records else [])
     links = " · ".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in more)
-    head = f"{_lead(records, rows, aside)}{failures(records, running, rows)}"
+    lost = unfinished_runs(records, running, rows)
+    head = f"{_lead(records, rows, aside)}{failures(lost, running)}"
     head += f'<p class="note">Also here: {links}</p>' if links else ""
-    tail = unfinished(records, left, out, rows) + provenance(records, rows, out, book)
+    tail = unfinished(lost, records, left, out) + provenance(records, rows, out, book)
     form = '<div id="filter" role="search" hidden></div>'
     return _document(title, head, f"{form}{first}{body}{tail}", book, watch_s)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -53,39 +54,45 @@ def facets(records: Sequence[Record], label: str, place: str) -> str:
     return "".join(f' data-{key}="{escape(value)}"' for key, value in values.items())
 
 
-def failures(records: Sequence[Record], running: Sequence[Record], rows: Sequence[Row]) -> str:
-    """What the top of the page says of runs that did not finish, by the labels of their rows, and of those that go on."""
-    labels = _labels(rows)
-    others = [record for record in records if record.status != "done" and not record.part("bench")]
+def unfinished_runs(
+    records: Sequence[Record], running: Sequence[Record], rows: Sequence[Row]
+) -> list[tuple[Record, str]]:
+    """Runs that ended without being done and that no other run went on with, with the labels of their rows.
+
+    Of a run whose seed another one stands for, it is that of its rule with the variant.
+    """
+    labels = {record.id: row.label for row in rows for record in (*row.records, *row.missing)}
+    resumed = {record.text("resumed_from") for record in (*records, *running)}
+    return [
+        (record, labels.get(record.id) or labelled(record.algorithm, record.text("variant")))
+        for record in records
+        if record.status != "done" and record.id not in resumed
+    ]
+
+
+def failures(lost: Sequence[tuple[Record, str]], running: Sequence[Record]) -> str:
+    """What the top of the page says of runs that did not finish and of those that go on."""
     parts = []
     if running:
         items = "".join(f"<li>{escape(_progress(record))}</li>" for record in running[:_NAMED])
+        items += f"<li>and {len(running) - _NAMED} more</li>" if len(running) > _NAMED else ""
         parts.append(
             f'<div class="alert calm"><p><b>{count(len(running), "run")} going on.</b></p><ul>{items}</ul></div>'
         )
-    if others:
-        kinds = {status: sum(r.status == status for r in others) for status in dict.fromkeys(r.status for r in others)}
+    if lost:
+        kinds = Counter(record.status for record, _ in lost)
         said = ", ".join(f"{n} {status}" for status, n in kinds.items())
         items = "".join(
-            f"<li><b>{escape(_label(record, labels))}</b> on {escape(record.dataset)}, seed {record.seed}, "
+            f"<li><b>{escape(label)}</b> on {escape(record.dataset)}, seed {record.seed}, "
             f"{escape(record.status)}: {escape(_short(record.text('error') or 'no reason was recorded'))}</li>"
-            for record in others[:_NAMED]
+            for record, label in lost[:_NAMED]
         )
-        more = f"<li>and {len(others) - _NAMED} more</li>" if len(others) > _NAMED else ""
+        more = f"<li>and {len(lost) - _NAMED} more</li>" if len(lost) > _NAMED else ""
         parts.append(
-            f'<div class="alert"><p><b>{count(len(others), "run")} did not finish</b> ({escape(said)}); '
+            f'<div class="alert"><p><b>{count(len(lost), "run")} did not finish</b> ({escape(said)}); '
             f'<a href="#unfinished">all of them with their reasons</a>.</p><ul>{items}{more}</ul></div>'
         )
     return "".join(parts)
-
-
-def _labels(rows: Sequence[Row]) -> dict[str, str]:
-    return {record.id: row.label for row in rows for record in (*row.records, *row.missing)}
-
-
-def _label(record: Record, labels: Mapping[str, str]) -> str:
-    """That of its row; of a run whose seed another one stands for, its rule's with the variant."""
-    return labels.get(record.id) or labelled(record.algorithm, record.text("variant"))
 
 
 def _progress(record: Record) -> str:
@@ -107,22 +114,22 @@ def _short(text: str, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def unfinished(records: Sequence[Record], problems: Sequence[str], page: Path, rows: Sequence[Row]) -> str:
+def unfinished(
+    lost: Sequence[tuple[Record, str]], records: Sequence[Record], problems: Sequence[str], page: Path
+) -> str:
     """Runs that failed or were interrupted, and what is left out, with the reasons."""
-    labels = _labels(rows)
-    others = [record for record in records if record.status != "done" and not record.part("bench")]
     foreign = sum(record.data.get("schema") != SCHEMA for record in records)
     words = list(dict.fromkeys(problems))
     if foreign:
         words.append(f"{count(foreign, 'record')} of another schema than {SCHEMA}: what is unknown here is not shown.")
     parts = []
-    if others:
+    if lost:
         lines = "".join(
             f'<tr{facets([record], record.algorithm, record.id)}><th scope="row">{_linked(record, page)}</th>'
-            f'<td class="left wrap">{escape(_label(record, labels))}</td><td>{record.seed}</td>'
-            f'<td class="left">{escape(record.status)}</td>'
-            f'<td class="left wrap">{escape((record.text("error") or "No reason was recorded.")[:_ERROR_CHARACTERS])}</td></tr>'
-            for record in others
+            f'<td class="left wrap">{escape(label)}</td><td>{record.seed}</td>'
+            f'<td class="left">{escape(record.status)}</td><td class="left wrap">'
+            f"{escape(_short(record.text('error') or 'No reason was recorded.', _ERROR_CHARACTERS))}</td></tr>"
+            for record, label in lost
         )
         head = (
             '<thead><tr><th scope="col">Run</th><th scope="col" class="left">Rule</th><th scope="col">Seed</th>'
@@ -131,8 +138,8 @@ def unfinished(records: Sequence[Record], problems: Sequence[str], page: Path, r
         )
         parts.append(
             '<h2 id="unfinished">Runs that did not finish</h2>'
-            "<p class='note'>They are in no mean above; their rules' rows count them.</p>"
-            + scrolled(f"{head}<tbody>{lines}</tbody>", "Runs that did not finish", "cards wide")
+            "<p class='note'>They are in no mean above. A rule's row counts a seed that did not finish, unless another run of "
+            "it did.</p>" + scrolled(f"{head}<tbody>{lines}</tbody>", "Runs that did not finish", "cards wide")
         )
     if words:
         items = "".join(f"<li>{escape(word)}</li>" for word in words)
@@ -176,7 +183,11 @@ def provenance(records: Sequence[Record], rows: Sequence[Row], page: Path, book:
         + _listed("Notes", notes)
         + "".join(_stages(row) for row in rows[:_CONFIGS])
         + "".join(_config(row) for row in rows[:_CONFIGS])
-        + ("<p class='note'>Further configurations are in the runs' folders.</p>" if len(rows) > _CONFIGS else "")
+        + (
+            "<p class='note'>Further configurations, and costs per stage, are in the runs' folders.</p>"
+            if len(rows) > _CONFIGS
+            else ""
+        )
     )
 
 

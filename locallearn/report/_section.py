@@ -8,7 +8,6 @@ from html import escape
 
 from locallearn.report._charts import Chart, Curves, cost_charts, memory_charts, paired_charts
 from locallearn.report._columns import (
-    AT_LEAST,
     LEGEND,
     PER_SAMPLE,
     UNKNOWN,
@@ -129,7 +128,7 @@ def _headline(section: Section, style: Styles, book: Book) -> str:
         plain.append(
             (
                 *(row.label, row.seeds),
-                *(column.summary(f) if (f := row.figures.get(column.key)) else UNKNOWN for column in shown),
+                *(column.summary(f, row) if (f := row.figures.get(column.key)) else UNKNOWN for column in shown),
             )
         )
     book.tables.append((book.section, "figures", ("Rule", "Seeds", *(column.heading for column in shown)), plain))
@@ -169,8 +168,7 @@ def _cell(row: Row, column: Column) -> str:
     if figure is None:
         return UNKNOWN
     std = figure.summary.std
-    least = f"{AT_LEAST} " if figure.censored or ("flops" in column.key and row.newest.uncounted) else ""
-    text = least + column.number(figure.summary.mean)
+    text = column.least(figure, row) + column.number(figure.summary.mean)
     text += f' <span class="sd">± {column.number(std)}</span>' if std else ""
     below = [] if figure.arrivals is None else [str(figure.arrivals)]
     below += (

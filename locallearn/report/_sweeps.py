@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from locallearn.records._settings import number as as_number
 from locallearn.report._charts import (
     Chart,
     Figure,
@@ -21,9 +24,8 @@ from locallearn.report._charts import (
 )
 from locallearn.report._columns import UNKNOWN, Column, headline_metric, judge_of, significant
 from locallearn.report._styles import Styles
-from locallearn.statistics import Row
+from locallearn.statistics import Row, _identity
 
-_PARTS = ("algorithm", "net", "optimizer", "dataset", "trainer", "schedule", "task")
 _LEAST = 3  # values of a setting that make a curve
 _MOST = 8  # charts of a section
 _LINES, _AXES = 300, 8  # of parallel coordinates
@@ -40,21 +42,20 @@ def sweep_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles) ->
         return []
     lines: dict[str, list[tuple[str, list[tuple[float, Row]]]]] = {}
     for algorithm in dict.fromkeys(row.algorithm for row in rows):
-        members = [
-            (row, dict(_settings(row))) for row in rows if row.algorithm == algorithm and metric.key in row.figures
-        ]
-        for key, name, points in _curves(algorithm, members):
+        members = [row for row in rows if row.algorithm == algorithm and metric.key in row.figures]
+        for key, name, points in _curves(algorithm, list(zip(members, _settings(members), strict=True))):
             lines.setdefault(key, []).append((name, points))
     charts = [_chart(key, named, metric, style) for key, named in list(lines.items())[:_MOST]]
+    if further := list(lines)[_MOST:]:
+        charts[-1] = replace(charts[-1], note=f"{charts[-1].note} There is no room for charts of {', '.join(further)}.")
     # It shows which settings are good, and those are chosen by validation.
     judge = judge_of([row for row in rows if metric.key in row.figures], shown, metric)
     for algorithm in dict.fromkeys(row.algorithm for row in rows):
+        members = [row for row in rows if row.algorithm == algorithm and judge.key in row.figures]
         together = [
-            (row.label, dict(_settings(row)), value)
-            for row in rows
-            if row.algorithm == algorithm
-            and judge.key in row.figures
-            and (value := scaled(row.figures[judge.key].centre, judge)) is not None
+            (row.label, values, value)
+            for row, values in zip(members, _settings(members), strict=True)
+            if (value := scaled(row.figures[judge.key].centre, judge)) is not None
         ]
         chart = parallel_chart(f"{algorithm}: settings together", together, judge.heading, judge.lower)
         charts += [chart] if chart is not None else []
@@ -75,13 +76,16 @@ def parallel_chart(
         metric: heading of the figure.
         lower_is_better: whether less of it is better.
     """
-    points = [point for point in points if math.isfinite(point[2])][:_LINES]
+    known = [point for point in points if math.isfinite(point[2])]
+    best = sorted(range(len(known)), key=lambda i: known[i][2], reverse=not lower_is_better)[:_LINES]
+    points = [known[i] for i in sorted(best)]
     keys = list(dict.fromkeys(key for _, settings, _ in points for key in settings))
-    differ = [
+    unlike = [
         key
         for key in keys
         if len({_told(settings.get(key)) for _, settings, _ in points}) > 1 and "seed" not in key.rpartition(".")[2]
-    ][:_AXES]
+    ]
+    differ = unlike[:_AXES]
     if len(points) < 4 or len(differ) < 2:
         return None
     places, marks = [], []
@@ -125,7 +129,7 @@ def parallel_chart(
         "yaxis": {"visible": False, "range": [-0.08, 1.08]},
         "annotations": [
             {
-                **{"x": x, "y": y, "text": plain_text(_cut(text)), "showarrow": False, "font": {"size": 11}},
+                **{"x": x, "y": y, "text": plain_text(cut(text)), "showarrow": False, "font": {"size": 11}},
                 **{"xanchor": "left", "xshift": 4, "yshift": 7 if y > 0.5 else -7},
             }
             for x, y, text in marks
@@ -135,6 +139,10 @@ def parallel_chart(
         (name, *(_told(settings.get(key)) for key in differ), significant(value)) for name, settings, value in points
     ]
     note = "A line per experiment; warm colours are better, and the three best lines are drawn thick."
+    if len(known) > _LINES:
+        note += f" Of {len(known)} experiments the {_LINES} best are here."
+    if further := unlike[_AXES:]:
+        note += f" There is no room for {', '.join(further)}."
     return Chart(title, note, figure_of(data, layout), ("Experiment", *names), table, 380)
 
 
@@ -159,24 +167,36 @@ def _once(key: str, keys: Sequence[str]) -> bool:
     return sum(other.rpartition(".")[2] == key.rpartition(".")[2] for other in keys) == 1
 
 
-def _cut(text: str, most: int = 14) -> str:
+def cut(text: str, most: int = 14) -> str:
+    """The beginning of a long text, with a sign that there is more."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _settings(row: Row) -> Iterator[tuple[str, Any]]:
-    """All settings of a row's runs that say how they trained, by their path on the command line."""
+def _settings(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of every row the settings in which they are different experiments; usual values, which identity leaves out, too."""
+    flats = [_identity.settings(row.newest) for row in rows]
+    unlike = set(_identity.differing(flats))
+    names = [name for name in dict.fromkeys(name for flat in flats for name in flat) if name in unlike]
+    return [
+        _identity.in_words(
+            row.newest, {name: _value(flat[name]) if name in flat else _usual(row, name) for name in names}
+        )
+        for row, flat in zip(rows, flats, strict=True)
+    ]
 
-    def walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                if path or key != "seed":
-                    yield from walk(f"{path}.{key}", inner)
-        elif not path.endswith(".seed"):
-            yield path, value
 
-    config = row.newest.part("config")
-    for part in _PARTS:
-        yield from walk(part, config.get(part))
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # a number that is none
+        return _identity.spoken(text)
+
+
+def _usual(row: Row, name: str) -> Any:
+    value: Any = row.newest.part("config")
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return None if isinstance(value, Mapping) else as_number(name, value)
 
 
 def _curves(

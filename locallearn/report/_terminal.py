@@ -114,7 +114,7 @@ def _cell(row: Row, column: Column) -> Text:
     if figure is None:
         return Text(UNKNOWN)
     # In a narrow terminal the line breaks at the space: before the sign, not after it.
-    text = Text(column.summary(figure).replace("± ", "±").replace(f"{AT_LEAST} ", AT_LEAST))
+    text = Text(column.summary(figure, row).replace("± ", "±").replace(f"{AT_LEAST} ", AT_LEAST))
     pair = figure.paired
     if pair and pair.ratio is not None:
         over = "" if pair.n == figure.summary.n else f" ({pair.n} pairs)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from locallearn.records import SHARES, Record, plain_file
 from locallearn.report._charts import Chart, figure_of, plain_text, ramp, rounded, wrapped
 from locallearn.report._columns import UNKNOWN, known_number, metric_title, significant
 from locallearn.report._curves import thin
-from locallearn.report._sweeps import parallel_chart
+from locallearn.report._sweeps import cut, parallel_chart
 
 _FOLDER = "tune"
-_TRIALS = 2000  # of a study, as far as they are drawn
-_SHOWN = 40  # lines of a table of trials
+# What keeps a page small, of every study: trials that are drawn, lines of a table of trials, lines of the table of the best
+# settings, and settings whose importance is shown.
+_TRIALS, _SHOWN, _CHOSEN, _SHARES = 2000, 40, 12, 15
 _STEPS = 4000  # validations of all trials of a search that are drawn
 _MARKERS = {"PRUNED": "x", "FAIL": "triangle-down-open", "COMPLETE": "circle"}
 
@@ -79,15 +80,17 @@ def _search(data: Mapping[str, Any]) -> Search:
     title = f"{metric_title(name)}{unit}"
     charts = [_history(studies, title, share, lower), *_intermediates(studies, title, share, lower)]
     if len(objectives) > 1:
-        charts.append(_objectives(studies, objectives))
+        charts.append(_objectives(studies, objectives, lower))
     charts += [*_importances(studies), *_parallels(studies, title, share, lower)]
     place = " · ".join(filter(None, (_text(data.get(key)) for key in ("dataset", "net"))))
     best: list[tuple[str, ...]] = []
     said = []
+    most = 0
     for study in studies:
         trials = list(_trials(study))
         chosen = [one for one in trials if one["number"] in _list(study.get("best"))]
-        for one in chosen[:12]:
+        most = max(most, len(chosen))
+        for one in chosen[:_CHOSEN]:
             numbers = [known_number(v) for v in _list(one.get("values"))]
             told = [_shown(v, share) if v is not None and i == 0 else significant(v) for i, v in enumerate(numbers)]
             values = ", ".join(told)
@@ -108,7 +111,9 @@ def _search(data: Mapping[str, Any]) -> Search:
     sentence += f", sampler {_text(data.get('sampler')) or 'unknown'}, pruner {_text(data.get('pruner')) or 'unknown'}."
     if data.get("finished") is not True:
         sentence += " The search has not ended: its budget is not used up."
-    sentence += " Values are of the validation part; the highest of many is flattered by luck."
+    sentence += " Values are of the validation part; the best of many is flattered by luck."
+    if most > _CHOSEN:
+        sentence += f" Of more than {_CHOSEN} best trials of a rule the first {_CHOSEN} are in the table."
     records = frozenset(
         name
         for study in studies
@@ -133,13 +138,11 @@ def _history(studies: Sequence[Mapping[str, Any]], title: str, share: float, low
     table: list[tuple[str, ...]] = []
     for i, study in enumerate(studies):
         colour, rule = ramp(i, len(studies)), plain_text(_rule(study))
-        best: float | None = None
-        line: list[tuple[int, float]] = []
+        trials = list(_trials(study))
+        drawn = _best_of(trials, study, _TRIALS, lower)
         for state, symbol in _MARKERS.items():
             points = [
-                (one["number"], v)
-                for one in _trials(study)
-                if one.get("state") == state and (v := _value(one)) is not None
+                (one["number"], v) for one in drawn if one.get("state") == state and (v := _value(one)) is not None
             ]
             if points:
                 word = {"PRUNED": ", pruned", "FAIL": ", failed"}.get(state, "")
@@ -154,7 +157,9 @@ def _history(studies: Sequence[Mapping[str, Any]], title: str, share: float, low
                         "hovertemplate": "%{fullData.name}<br>trial %{x}: %{y:.4g}<extra></extra>",
                     }
                 )
-        for one in _trials(study):
+        best: float | None = None
+        line: list[tuple[int, float]] = []
+        for one in trials:
             value = _value(one)
             if (
                 value is not None
@@ -162,20 +167,22 @@ def _history(studies: Sequence[Mapping[str, Any]], title: str, share: float, low
                 and (best is None or (value < best if lower else value > best))
             ):
                 best = value
-            if best is not None:
                 line.append((one["number"], share * best))
-            if len(table) < _SHOWN * len(studies):
-                table.append(
-                    (
-                        *(f"{_rule(study)}, {one['number']}", (_text(one.get("state")) or UNKNOWN).lower()),
-                        *(
-                            UNKNOWN if value is None else _shown(value, share),
-                            significant(known_number(one.get("seconds")), 3),
-                        ),
-                        _settings(one),
-                        _text(one.get("error")) or "",
-                    )
+        if line:
+            line.append((trials[-1]["number"], line[-1][1]))
+        for one in _best_of(trials, study, _SHOWN, lower):
+            value = _value(one)
+            table.append(
+                (
+                    *(f"{_rule(study)}, {one['number']}", (_text(one.get("state")) or UNKNOWN).lower()),
+                    *(
+                        UNKNOWN if value is None else _shown(value, share),
+                        significant(known_number(one.get("seconds")), 3),
+                    ),
+                    _settings(one),
+                    _text(one.get("error")) or "",
                 )
+            )
         data.append(
             {
                 "type": "scatter",
@@ -190,27 +197,27 @@ def _history(studies: Sequence[Mapping[str, Any]], title: str, share: float, low
     layout = {"xaxis": {"title": {"text": "trial"}}, "yaxis": {"title": {"text": plain_text(f"validation {title}")}}}
     header = ("Trial", "State", f"Validation {title}", "Seconds", "Settings", "Error")
     note = "A mark per trial, a cross where it was pruned (its last value before), the line the best so far."
+    note += _kept(map(len, map(list, map(_trials, studies))))
     return Chart("History of the search", note, figure_of(data, layout, "end"), header, table, 400)
 
 
 def _intermediates(studies: Sequence[Mapping[str, Any]], title: str, share: float, lower: bool) -> list[Chart]:
     """What every validation of every trial gave: a thin line each, a cross where the pruner ended it, the best one thick."""
-    trials = sum(1 for study in studies for one in _trials(study) if _steps(one))
-    if not trials:
+    every = [[one for one in _trials(study) if _steps(one)] for study in studies]
+    drawn = [_best_of(trials, study, _TRIALS, lower) for trials, study in zip(every, studies, strict=True)]
+    if not any(drawn):
         return []
-    points = max(2, _STEPS // trials)
+    points = max(2, _STEPS // sum(map(len, drawn)))
     data: list[dict[str, Any]] = []
     best_lines: list[dict[str, Any]] = []
     table: list[tuple[str, ...]] = []
-    for i, study in enumerate(studies):
+    for i, (study, trials) in enumerate(zip(studies, drawn, strict=True)):
         colour, rule = ramp(i, len(studies)), plain_text(_rule(study))
         line: dict[str, list[Any]] = {"x": [], "y": [], "text": []}
         crosses: dict[str, list[Any]] = {"x": [], "y": [], "text": []}
-        lines = 0
-        for one in _trials(study):
+        listed = [one["number"] for one in _best_of(trials, study, _SHOWN, lower)]
+        for one in trials:
             steps = _steps(one)
-            if not steps:
-                continue
             pruned, name = one.get("state") == "PRUNED", f"trial {one['number']}"
             shown = thin(sorted(steps), points)
             values = [rounded(share * steps[step]) for step in shown]
@@ -233,8 +240,7 @@ def _intermediates(studies: Sequence[Mapping[str, Any]], title: str, share: floa
                         "hovertemplate": f"{rule}<br>{name}, the best<br>%{{x}}: %{{y:.4g}}<extra></extra>",
                     }
                 )
-            lines += 1
-            if lines <= _SHOWN:
+            if one["number"] in listed:
                 pick = min if lower else max
                 table.append(
                     (
@@ -250,7 +256,7 @@ def _intermediates(studies: Sequence[Mapping[str, Any]], title: str, share: floa
         common = {"type": "scatter", "hovertemplate": hover}
         if line["x"]:
             look = {"line": {"color": colour, "width": 1}, "opacity": 0.45}
-            if max(len(_steps(one)) for one in _trials(study)) == 1:
+            if max(len(_steps(one)) for one in trials) == 1:
                 look["marker"] = {"color": colour, "size": 5}
             data.append(
                 {**common, "mode": "lines+markers" if "marker" in look else "lines", "name": rule, **line, **look}
@@ -265,8 +271,9 @@ def _intermediates(studies: Sequence[Mapping[str, Any]], title: str, share: floa
     note = "A line per trial, a cross where the pruner ended it; the best trial is thick."
     if any(len(_list(one.get("records"))) > 1 for study in studies for one in _trials(study)):
         note += " The seeds of a trial follow one another, and a value is the mean over the seeds so far."
-    if any(len(_steps(one)) > points for study in studies for one in _trials(study)):
+    if any(len(_steps(one)) > points for trials in drawn for one in trials):
         note += f" Of long lines {points} points are drawn."
+    note += _kept(map(len, every))
     header = ("Trial", "State", "Validations", f"{'Lowest' if lower else 'Highest'} {title}", f"Last {title}")
     figure = figure_of([*data, *best_lines], layout)
     return [Chart("Validations of every trial", note, figure, header, table, 420)]
@@ -282,15 +289,16 @@ def _steps(trial: Mapping[str, Any]) -> dict[int, float]:
     }
 
 
-def _objectives(studies: Sequence[Mapping[str, Any]], objectives: Sequence[Mapping[str, Any]]) -> Chart:
+def _objectives(studies: Sequence[Mapping[str, Any]], objectives: Sequence[Mapping[str, Any]], lower: bool) -> Chart:
     """Two objectives against each other, the set of those that no other beats filled."""
     names = [metric_title(_text(one.get("name")) or "value") for one in objectives[:2]]
     data, table = [], []
+    most = 0
     for i, study in enumerate(studies):
         best = _list(study.get("best"))
         for chosen in (False, True):
             points = []
-            for one in _trials(study):
+            for one in _best_of(list(_trials(study)), study, _TRIALS, lower):
                 values = [known_number(v) for v in _list(one.get("values"))[:2]]
                 if len(values) == 2 and None not in values and (one["number"] in best) == chosen:
                     points.append((one["number"], *values))
@@ -313,24 +321,29 @@ def _objectives(studies: Sequence[Mapping[str, Any]], objectives: Sequence[Mappi
                 }
             )
             if chosen:
+                most = max(most, len(points))
                 table += [(f"{_rule(study)}, {p[0]}", significant(p[1]), significant(p[2])) for p in points[:_SHOWN]]
     layout = {"xaxis": {"title": {"text": plain_text(names[1])}}, "yaxis": {"title": {"text": plain_text(names[0])}}}
-    return Chart(
-        "Both objectives", "Filled marks are the Pareto set.", figure_of(data, layout), ("Trial", *names), table, 400
-    )
+    many = len(objectives) > 2
+    note = f"Filled marks are the Pareto set{f' of all {len(objectives)} objectives' if many else ''}."
+    if most > _SHOWN:
+        note += f" Of more than {_SHOWN} trials of a rule in it the first {_SHOWN} are in the table."
+    title = "The first two objectives" if many else "Both objectives"
+    return Chart(title, note, figure_of(data, layout), ("Trial", *names), table, 400)
 
 
 def _importances(studies: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    data, table, settings = [], [], 0
+    data, table, settings, most = [], [], 0, 0
     for i, study in enumerate(studies):
         by_objective = study.get("importances")
         for objective, shares in by_objective.items() if isinstance(by_objective, Mapping) else ():
             known = (
-                [(str(k)[:80], v) for k, w in shares.items() if (v := known_number(w)) is not None]
+                [(cut(str(k), 80), v) for k, w in shares.items() if (v := known_number(w)) is not None]
                 if isinstance(shares, Mapping)
                 else []
             )
-            known = sorted(known, key=lambda pair: -pair[1])[:15]
+            most = max(most, len(known))
+            known = sorted(known, key=lambda pair: -pair[1])[:_SHARES]
             if not known:
                 continue
             settings = max(settings, len(known))
@@ -356,6 +369,7 @@ def _importances(studies: Sequence[Mapping[str, Any]]) -> list[Chart]:
         "barmode": "group",
     }
     note = "How much of the trials' variation each setting explains; of few trials it says little."
+    note += f" Of more than {_SHARES} settings the {_SHARES} that explain most are shown." if most > _SHARES else ""
     header = ("Setting", "Search", "Importance")
     return [
         Chart(
@@ -377,9 +391,32 @@ def _parallels(studies: Sequence[Mapping[str, Any]], title: str, share: float, l
 
 
 def _trials(study: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for one in _list(study.get("trials"))[:_TRIALS]:
+    for one in _list(study.get("trials")):
         if isinstance(one, Mapping) and type(one.get("number")) is int:
             yield one
+
+
+def _best_of(
+    trials: Sequence[Mapping[str, Any]], study: Mapping[str, Any], most: int, lower: bool
+) -> list[Mapping[str, Any]]:
+    """At most so many of a study's trials, in their order: the best ones."""
+    chosen = _list(study.get("best"))
+
+    def rank(i: int) -> tuple[bool, bool, float]:
+        value = _value(trials[i])
+        worth = float("inf") if value is None else value if lower else -value
+        return trials[i]["number"] not in chosen, trials[i].get("state") != "COMPLETE", worth
+
+    return [trials[i] for i in sorted(sorted(range(len(trials)), key=rank)[:most])]
+
+
+def _kept(trials: Iterable[int]) -> str:
+    """What is to be said where a rule has more trials than are drawn, or stand in the table."""
+    most = max(trials, default=0)
+    drawn = f" Of more than {_TRIALS} trials of a rule the {_TRIALS} best are drawn." if most > _TRIALS else ""
+    return drawn + (
+        f" Of more than {_SHOWN} trials of a rule the {_SHOWN} best are in the table." if most > _SHOWN else ""
+    )
 
 
 def _rule(study: Mapping[str, Any]) -> str:
@@ -393,7 +430,7 @@ def _value(trial: Mapping[str, Any]) -> float | None:
 
 def _params(trial: Mapping[str, Any]) -> dict[str, Any]:
     params = trial.get("params")
-    return {str(k)[:80]: v for k, v in params.items()} if isinstance(params, Mapping) else {}
+    return {cut(str(k), 80): v for k, v in params.items()} if isinstance(params, Mapping) else {}
 
 
 def _settings(trial: Mapping[str, Any]) -> str:
@@ -401,7 +438,7 @@ def _settings(trial: Mapping[str, Any]) -> str:
     told = (
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in _params(trial).items()
     )
-    return ", ".join(told)[:500] or UNKNOWN
+    return cut(", ".join(told), 500) or UNKNOWN
 
 
 def _shown(value: float, share: float) -> str:
@@ -425,4 +462,4 @@ def _list(value: Any) -> list[Any]:
 
 
 def _text(value: Any) -> str:
-    return value[:500].encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
+    return cut(value, 500).encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""

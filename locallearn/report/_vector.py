@@ -18,7 +18,7 @@ _DASHES: Mapping[str, Any] = {
     **{"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))},
     "longdashdot": (0, (8, 2, 2, 2)),
 }
-_LEGEND = 25
+_LEGEND = 25  # names below a picture
 
 
 def draw(chart: Chart, stem: Path) -> list[Path]:
@@ -62,6 +62,9 @@ def _draw(figure: Any, chart: Mapping[str, Any]) -> None:
     axes = figure.add_subplot()
     layout = chart["layout"]
     names = _categories(chart["data"], layout)
+    # A heatmap is drawn cell by cell, whatever its rows and columns are called: what lies on it has its place by their names.
+    maps = [[str(v) for v in trace[key]] for trace in chart["data"] if trace["type"] == "heatmap" for key in ("x", "y")]
+    across, down = maps[:2] or ([], names)
     bars = [trace for trace in chart["data"] if trace["type"] == "bar"]
     for trace in chart["data"]:
         kind = trace["type"]
@@ -70,11 +73,13 @@ def _draw(figure: Any, chart: Mapping[str, Any]) -> None:
         elif kind == "bar":
             _bars(axes, trace, bars.index(trace), len(bars), names)
         else:
-            _scatter(axes, trace, names)
+            _scatter(axes, trace, across, down)
     _axes(axes, layout, names)
     handles, labels = axes.get_legend_handles_labels()
-    if 1 < len(labels) <= _LEGEND or (labels and len(labels) == 1 and chart.get("labels")):
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    if len(labels) > 1 or (labels and chart.get("labels")):
+        title = f"the first {_LEGEND} of {len(labels)} names" if len(labels) > _LEGEND else None
+        look = {"loc": "outside lower center", "ncols": 2, "frameon": False, "fontsize": 8, "title_fontsize": 8}
+        figure.legend(handles[:_LEGEND], labels[:_LEGEND], title=title, **look)
 
 
 def _categories(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> list[str]:
@@ -92,8 +97,8 @@ def _nan(value: Any) -> Any:
     return float("nan") if value is None else value
 
 
-def _scatter(axes: Any, trace: Mapping[str, Any], names: Sequence[str]) -> None:
-    x, y = [_nan(v) for v in trace["x"]], _place(trace["y"], names)  # None: a gap in the line
+def _scatter(axes: Any, trace: Mapping[str, Any], across: Sequence[str], down: Sequence[str]) -> None:
+    x, y = _place(trace["x"], across), _place(trace["y"], down)  # None: a gap in the line
     marker, line, mode = trace.get("marker", {}), trace.get("line", {}), trace["mode"]
     colour = line.get("color") or marker.get("color") or "#808080"
     if "fill" in trace:  # the upper edge of a band was the trace before

@@ -283,18 +283,25 @@
   }
 
   // ---------------------------------------------------------------- tables
+  // Of a text that is a number as a whole: with a unit, and what it is read with (± 0.1, of 3, [0.1, 0.3]); no list, no date.
   const number = (text) => {
-    const found = text.replace(/[≥,\s]/g, "").match(/^[-+−]?\d*\.?\d+(e[-+]?\d+)?/i);
-    return found ? Number(found[0].replace("−", "-")) : NaN;
+    const found = text.match(/^≥?\s*([-+−]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?(?:e[-+]?\d+)?)\s*(?:[^\s\d(]{1,8})?\s*(?:(?:[±([]|of \d|to ).*)?$/i);
+    return found ? Number(found[1].replace(/,/g, "").replace("−", "-")) : NaN;
   };
-  const sort = (table, column, up) => {
+  // What a cell says first: what stands below it in small type is of another kind.
+  const lead = (cell) => [...cell.childNodes].filter((n) => n.nodeName !== "SMALL").map((n) => n.textContent).join("").trim();
+  // Numbers begin with the largest, texts and dates with the first.
+  const sort = (table, column, wanted) => {
     const body = table.tBodies[0], heads = table.tHead.rows[0].cells;
-    const told = (row) => { const cell = row.cells[column]; return cell ? cell.textContent.trim() : ""; };
-    const lines = [...body.rows].map((row) => [row, told(row), number(told(row))]);
-    const numeric = lines.filter(([, , n]) => !Number.isNaN(n)).length >= lines.length / 2;
-    const sign = up ? 1 : -1;
+    const lines = [...body.rows].map((row) => {
+      const cell = row.cells[column], first = cell ? lead(cell) : "";
+      return [row, cell ? cell.textContent.trim() : "", number(first), !/^[–-]?$/.test(first)];
+    });
+    const numbers = lines.filter(([, , n]) => !Number.isNaN(n)).length;
+    const numeric = numbers > 0 && numbers >= lines.filter(([, , , known]) => known).length / 2;
+    const up = wanted === undefined ? !numeric : wanted, sign = up ? 1 : -1;
     lines.sort(([, a, m], [, b, n]) => {
-      if (!numeric) return -sign * a.localeCompare(b, "en", {numeric: true});
+      if (!numeric) return sign * a.localeCompare(b, "en", {numeric: true});
       if (Number.isNaN(m) || Number.isNaN(n)) return Number.isNaN(m) - Number.isNaN(n);
       return sign * (m - n);
     });
@@ -312,7 +319,8 @@
     const heads = [...table.tHead.rows[0].cells];
     heads.forEach((th, column) => {
       const button = make("button", {className: "sort", type: "button"}, ...th.childNodes);
-      button.addEventListener("click", () => sort(table, column, th.getAttribute("aria-sort") === "descending"));
+      button.addEventListener("click", () => sort(table, column,
+        {ascending: false, descending: true}[th.getAttribute("aria-sort")]));
       th.append(button);
     });
     if (table.classList.contains("cards")) {

@@ -228,9 +228,9 @@ def test_a_large_page_stays_small(make: Make, tmp_path: Path) -> None:
         _put(record, _content(record, passes={"plain": {"counts": [5, 4, 3], "layers": [wide] * 40}}))
     page = write_report(records, tmp_path / "r.html")
     assert page.stat().st_size < 12_000_000
-    assert "Maps and matrices are not shown, to keep the page small: mono_forward, seed" in page.read_text(
-        encoding="utf-8"
-    )
+    text = page.read_text(encoding="utf-8")
+    assert "Maps and matrices are not shown, to keep the page small: mono_forward, seed" in text
+    assert "Of many layers 12 have charts of their own, evenly spread: mono_forward, seed 0 (40)" in text
 
 
 @pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is on the PATH")

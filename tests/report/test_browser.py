@@ -107,3 +107,33 @@ def test_whatever_is_clicked_nothing_is_asked_for_or_sent(make: Make, tmp_path: 
     buttons = {name.lower() for name in found["buttons"]}  # Plotly's versions write them differently
     assert buttons == {"download plot as a png", "zoom", "pan", "zoom in", "zoom out", "reset axes", "summary"}
     assert asked <= {page.as_uri()}
+
+
+def test_columns_are_sorted_by_what_their_cells_say_first(make: Make, tmp_path: Path) -> None:
+    costs = {"pepita": (300, 1200), "mono_forward": (90, 900), "backprop": (120, 1000), "cafo": (5, None)}
+    records = [
+        make(rule, 0, cost={"train_s": s, "params": n}, energy=[], started=f"2026-01-0{day}T10:00:00+00:00")
+        for (rule, (s, n)), day in zip(costs.items(), (2, 4, 1, 3), strict=True)
+    ]
+    page = write_report(records, tmp_path / "r.html")
+    click = """(title, table) => {
+      const found = [...document.querySelectorAll("table")].find((t) => t.parentElement.getAttribute("aria-label") === table);
+      found.closest("details")?.setAttribute("open", "");
+      return new Promise((done) => setTimeout(() => {
+        const th = [...found.tHead.rows[0].cells].find((th) => th.textContent.startsWith(title));
+        th.querySelector("button").click();
+        done([th.getAttribute("aria-sort"), ...[...found.tBodies[0].rows].map((row) => row.dataset.rule)]);
+      }, 200));
+    }"""
+    with browser() as tab:
+        tab.open(page, 1280)
+
+        def order(title: str, table: str = "Headline figures") -> list[str]:
+            return list(tab.run(f"({click})({title!r}, {table!r})"))
+
+        assert order("Training time") == ["descending", "pepita", "backprop", "mono_forward", "cafo"]
+        assert order("Training time") == ["ascending", "cafo", "mono_forward", "backprop", "pepita"]
+        assert order("Parameters") == ["descending", "pepita", "backprop", "mono_forward", "cafo"]  # unknown ones last
+        assert order("Rule") == ["ascending", "backprop", "cafo", "mono_forward", "pepita"]
+        assert order("Started", "Runs") == ["ascending", "backprop", "pepita", "cafo", "mono_forward"]
+        assert order("Started", "Runs") == ["descending", "mono_forward", "cafo", "pepita", "backprop"]

@@ -15,17 +15,17 @@ from locallearn.report._curves import (
     passes_by,
     spent_charts,
 )
-from locallearn.report._files import read_curves
+from locallearn.report._files import limit_blocks, read_curves
 from locallearn.report._styles import styles
 from locallearn.report._sweeps import estimate_charts, sweep_charts
 from locallearn.statistics import compare_table
 
-_STAGES = [{"steps": 10, "train_flops": 600.0}, {"steps": 30, "train_flops": 300.0}]
+_STAGES = [{"steps": 10, "train_flops": 600.0, "samples": 25}, {"steps": 30, "train_flops": 300.0, "samples": 75}]
 
 
 def _cost(**more):
     return {
-        "cost": {"train_s": 8.0, "inference_flops": 2.0, "samples": 100, "stages": _STAGES, **more},
+        "cost": {"train_s": 8.0, "inference_flops": 2.0, "samples": 50, "stages": _STAGES, **more},
         "epochs": [1, 3],
     }
 
@@ -46,6 +46,13 @@ def test_forward_passes_are_the_stages_operations_over_those_of_inference(make) 
     assert passes_by(record, 40) == passes_by(record, 99) == pytest.approx(900 / 50)
     for missing in ({"inference_flops": None}, {"inference_flops": 0.0}, {"stages": None}, {"stages": [{}]}):
         assert passes_by(make("forward_gradient", **_cost(**missing)), 5) is None
+
+
+def test_a_forward_pass_is_of_all_samples_whatever_the_schedule_and_what_a_rule_passes_on(make) -> None:
+    # Three stages of ten epochs over 1000 samples, every one of which learns from half of them.
+    stage = {"steps": 10, "train_flops": 20_000.0, "samples": 10_000, "samples_by_unit": {"a": 5_000}}
+    cost = {"inference_flops": 2.0, "samples": 5_000, "stages": [stage] * 3}
+    assert passes_by(make("backprop", cost=cost, epochs=[10] * 3), 99) == pytest.approx(30)
 
 
 def test_loss_is_drawn_against_seconds_and_passes_where_a_rule_never_goes_backward(make) -> None:
@@ -125,6 +132,70 @@ def test_what_else_differs_makes_lines_of_its_own(make) -> None:
         "physical_ff · skip=1": pytest.approx(70.0),
         "physical_ff · skip=2": pytest.approx(50.0),
     }
+
+
+def _configured(make, value, **config):
+    config = {"optimizer": {"lr": value}, **config}
+    return make("backprop", 0, config=config, test={"accuracy": 0.9 - value}, curves={})
+
+
+def test_a_line_joins_runs_that_are_alike_in_every_setting_that_makes_an_experiment(make) -> None:
+    plans = (None, {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 5}, None)
+    runs = [_configured(make, value, scheduler=plan) for value, plan in zip((0.1, 0.2, 0.3), plans, strict=True)]
+    assert _swept(runs) == []
+    weights = ("a", "b", "a")
+    assert _swept([_configured(make, v, init_from=w) for v, w in zip((0.1, 0.2, 0.3), weights, strict=True)]) == []
+
+
+def test_where_data_lie_and_what_is_watched_breaks_no_line(make) -> None:
+    values, folders = (0.1, 0.2, 0.3), ("/a", "/b", "/a")
+    [chart] = _swept([_configured(make, v, dataset={"data_dir": d}) for v, d in zip(values, folders, strict=True)])
+    assert chart.figure["data"][0]["x"] == [0.1, 0.2, 0.3]
+    [chart] = _swept([_configured(make, v, trainer={"probe_samples": v > 0.2}) for v in values])
+    assert chart.figure["data"][0]["x"] == [0.1, 0.2, 0.3]
+
+
+def test_a_usual_value_is_a_point_like_any_other(make) -> None:
+    runs = [make("backprop", 0, config={"net": {"dropout": d}}, curves={}) for d in (0, 0.1, 0.2)]
+    [chart] = _swept(runs)
+    assert chart.figure["data"][0]["x"] == [0.0, 0.1, 0.2]
+
+
+def test_settings_without_a_chart_are_named(make) -> None:
+    runs = [
+        make("backprop", 0, config={"algorithm": {f"a{i}": value if i == j else 0 for i in range(10)}}, curves={})
+        for j in range(10)
+        for value in (1, 2, 3)
+    ]
+    charts = _swept(runs)
+    assert sum(" against " in chart.title for chart in charts) == 8
+    assert charts[7].note.endswith("There is no room for charts of algorithm.a8, algorithm.a9.")
+    assert charts[8].note.endswith("There is no room for algorithm.a8, algorithm.a9.")
+
+
+def test_the_best_epoch_of_a_long_curve_is_told_and_that_it_is_drawn_with_few_points(make) -> None:
+    losses = [1.0, 0.9, 0.2, 0.8, 0.7, 0.6]
+    curves = {LOSS: losses, SECONDS: [1.0 + i for i in range(6)], "validation/accuracy": [1 - x for x in losses]}
+    rows = compare_table([make("forward_gradient", curves=curves, locality="forward-only")])
+    [known], _, _ = read_curves(rows)
+    [chart] = spent_charts(rows, [known], styles(rows, "backprop"), 3, None)
+    assert chart.table[0][2:4] == ("80.00", "3")
+    assert "Of long curves 3 epochs are drawn." in chart.note
+
+
+def test_single_runs_of_every_rule_have_their_share_of_a_large_page(make) -> None:
+    curves = {f"block/{i}/loss": [1.0] for i in range(20)}
+    rows = compare_table([make(f"rule_{r}", seed, curves=curves) for r in range(8) for seed in range(3)])
+    _, runs, said = read_curves(rows)
+    assert [list(seeds) for seeds in runs] == [[0, 1]] * 7 + [[0]]
+    assert said == ["The curves per block of 9 of 24 single runs, to keep the page small; report fewer runs at once."]
+
+
+def test_a_rule_with_few_blocks_keeps_its_curves_beside_one_with_too_many(make) -> None:
+    rows = compare_table([make(name, curves={}) for name in "ab"])
+    curves = [{f"block/{i}/loss": {0: [1.0]} for i in range(n)} for n in (1001, 2)]
+    assert "1 of 2 rules" in limit_blocks(rows, curves)[0]
+    assert list(map(len, curves)) == [0, 2]
 
 
 def test_errors_of_estimates_are_drawn_beside_theory() -> None:

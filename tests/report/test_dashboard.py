@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from locallearn.cli import report as command
 from locallearn.records import Record, RunFolder
@@ -23,7 +24,7 @@ from locallearn.report._styles import styles
 from locallearn.report._sweeps import parallel_chart
 from locallearn.report._targets import target_charts
 from locallearn.report._tuning import read_searches
-from locallearn.report._vector import draw
+from locallearn.report._vector import _draw, draw
 from locallearn.report._verdicts import verdict
 from locallearn.statistics import compare_table
 from tests.report.browser import BROWSER, OVERLAPS, Tab, browser
@@ -514,6 +515,24 @@ def test_the_top_names_what_failed_and_every_comparison_has_a_line(tmp_path: Pat
     assert "36 finished runs, 9 rules, 6 comparisons" in top
 
 
+def test_a_run_that_another_one_went_on_with_is_none_that_did_not_finish(make: Make, tmp_path: Path) -> None:
+    first = make("backprop", 0, status="interrupted")
+    whole = make("backprop", 0, resumed_from=first.id)
+    page = write_report([first, whole], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "did not finish" not in page
+    assert write_report([first], tmp_path / "r.html").read_text(encoding="utf-8").count("1 run did not finish") == 1
+    again = write_report([first], tmp_path / "r.html", running=[whole]).read_text(encoding="utf-8")
+    assert "1 run going on" in again
+    assert "did not finish" not in again
+
+
+def test_of_more_runs_that_go_on_than_are_named_the_others_are_counted(make: Make, tmp_path: Path) -> None:
+    running = [make("backprop", seed) for seed in range(9)]
+    page = write_report([], tmp_path / "r.html", running=running).read_text(encoding="utf-8")
+    assert "9 runs going on" in page
+    assert "<li>and 3 more</li>" in page
+
+
 # -- styles -----------------------------------------------------------------------------------------------------------
 def test_rules_have_hues_and_settings_markers_and_dashes(make: Make) -> None:
     made = [make(f"rule{i}", 0, variant=v) for i in range(9) for v in ("a", "b", "c")] + [make("backprop", 0)]
@@ -590,6 +609,16 @@ def test_parallel_coordinates_have_a_scale_per_setting() -> None:
     assert parallel_chart("t", [(n, {"optimizer.lr": s["optimizer.lr"]}, v) for n, s, v in points], "a", False) is None
 
 
+@pytest.mark.parametrize("lower", [False, True])
+def test_of_many_experiments_the_best_are_drawn_and_their_number_is_told(lower: bool) -> None:
+    points = [(f"run {i}", {"a": i, "b": i % 7}, float(-i if lower else i)) for i in range(400)]
+    chart = parallel_chart("t", points, "accuracy", lower)
+    assert chart is not None
+    assert [trace["name"] for trace in chart.figure["data"]] == [f"run {i}" for i in range(100, 400)]
+    assert len(chart.table) == 300
+    assert "Of 400 experiments the 300 best are here." in chart.note
+
+
 # -- searches and students --------------------------------------------------------------------------------------------
 def test_validations_of_every_trial_are_drawn_and_pruned_ones_marked(make: Make, tmp_path: Path) -> None:
     def trial(number: int, state: str, steps: Sequence[float], **other: Any) -> dict[str, Any]:
@@ -624,6 +653,50 @@ def test_a_long_search_is_drawn_with_few_points(make: Make, tmp_path: Path) -> N
     assert sum(x is not None for x in chart.figure["data"][0]["x"]) == 4000
     assert "Of long lines 2 points are drawn." in chart.note
     assert len(json.dumps(chart.figure)) < 150_000
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_of_many_trials_the_best_of_every_rule_are_in_the_tables(lower: bool, make: Make, tmp_path: Path) -> None:
+    def study(rule: str) -> dict[str, Any]:
+        values = [(100 - n if lower else n) / 1000 for n in range(100)]
+        trials = [
+            {"number": n, "state": "COMPLETE", "params": {}, "values": [v], "intermediate": {"1": v}}
+            for n, v in enumerate(values)
+        ]
+        return {"algorithm": rule, "trials": trials, "best": [99]}
+
+    aims = [{"name": "mse" if lower else "accuracy", "direction": "minimize" if lower else "maximize"}]
+    search(tmp_path / "runs", studies=[study("a"), study("b")], objectives=aims)
+    (found,), _ = read_searches([make("a")])
+    for chart in found.charts[:2]:
+        assert [line[0] for line in chart.table] == [f"{rule}, {n}" for rule in "ab" for n in range(60, 100)]
+        assert chart.note.endswith(" Of more than 40 trials of a rule the 40 best are in the table.")
+    assert len(found.charts[0].figure["data"][0]["x"]) == 100
+    assert "the best of many is flattered by luck" in found.sentence
+
+
+def test_a_search_of_very_many_trials_is_counted_as_a_whole(make: Make, tmp_path: Path) -> None:
+    trials = [{"number": n, "state": "COMPLETE", "params": {}, "values": [n / 3000]} for n in range(2500)]
+    shares = {"accuracy": {f"s{i}": 0.01 * i for i in range(20)}}
+    aims = [{"name": "accuracy", "direction": "maximize"}, {"name": "train_s", "direction": "minimize"}]
+    search(tmp_path / "runs", studies=[{"algorithm": "a", "trials": trials, "best": [2499], "importances": shares}])
+    (found,), _ = read_searches([make("a")])
+    assert "(2500 trials, 0 pruned" in found.sentence
+    history, importances = found.charts
+    points, line = history.figure["data"]
+    assert (points["x"][0], len(points["x"]), line["x"][-1]) == (500, 2000, 2499)
+    assert "Of more than 2000 trials of a rule the 2000 best are drawn." in history.note
+    assert importances.note.endswith("Of more than 15 settings the 15 that explain most are shown.")
+    pairs = [{**one, "values": [one["number"], one["number"]]} for one in trials[:50]]
+    search(tmp_path / "runs", studies=[{"algorithm": "a", "trials": pairs, "best": [*range(50)]}], objectives=aims)
+    (found,), _ = read_searches([make("a")])
+    assert "Of more than 12 best trials of a rule the first 12 are in the table." in found.sentence
+    assert "Of more than 40 trials of a rule in it the first 40 are in the table." in found.charts[1].note
+    third = [*aims, {"name": "params", "direction": "minimize"}]
+    search(tmp_path / "runs", studies=[{"algorithm": "a", "trials": pairs, "best": [0]}], objectives=third)
+    chart = read_searches([make("a")])[0][0].charts[1]
+    assert chart.title == "The first two objectives"
+    assert chart.note == "Filled marks are the Pareto set of all 3 objectives."
 
 
 def test_a_search_has_its_history_importances_and_best_settings(make: Make, tmp_path: Path) -> None:
@@ -681,6 +754,24 @@ def test_students_of_every_depth_have_a_line(make: Make) -> None:
         *("svd, 0.25 of the size", "1", "97.00", "97.00", "1.00", "700,000"),
         *(f"0.429{TIMES}", f"0.5{TIMES}", f"0.6{TIMES}"),
     )
+
+
+def test_a_picture_of_many_lines_names_as_many_as_there_is_room_for_and_says_so() -> None:
+    figure = Figure()
+    lines = [{"type": "scatter", "mode": "lines", "x": [0, 1], "y": [0, i], "name": f"line {i}"} for i in range(40)]
+    _draw(figure, {"data": lines, "layout": {}})
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"line {i}" for i in range(25)]
+    assert legend.get_title().get_text() == "the first 25 of 40 names"
+
+
+def test_what_lies_on_a_heatmap_is_drawn_on_its_cells() -> None:
+    figure = Figure()
+    heat = {"type": "heatmap", "z": [[0, 1, 2], [3, 4, 5]], "x": [0, 8, 16], "y": ["1", "2"]}
+    dots = {"type": "scatter", "mode": "markers", "x": [8, 16], "y": ["2", "2"]}
+    _draw(figure, {"data": [heat, dots], "layout": {}})
+    (line,) = figure.axes[0].lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [1, 1])
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from locallearn.records import Record
-from locallearn.report import terminal_table
+from locallearn.report import comparison_table, figures_table, terminal_table
+from locallearn.tables import render
 
 Make = Callable[..., Record]
 
@@ -95,3 +96,11 @@ def test_what_is_to_be_said_of_several_rules_is_said_once(make: Make) -> None:
     every = printed([make(name, 0, config=small) for name in names], 300)
     assert every.count("500 training samples") == 1
     assert "all rules: It learned from 500" in every
+
+
+def test_flops_that_lack_something_are_marked_in_every_table(make: Make) -> None:
+    lacking = [make("x", seed, cost={"train_flops": 4e9, "uncounted": ["aten::lstm"] * (seed == 0)}) for seed in (0, 1)]
+    records = [*lacking, make("backprop", 0)]
+    assert "\N{GREATER-THAN OR EQUAL TO}4.00" in printed(records)
+    assert "| \N{GREATER-THAN OR EQUAL TO} 4 |" in render(comparison_table(records), "md")
+    assert "\N{GREATER-THAN OR EQUAL TO} 4 GFLOP" in render(figures_table(records), "csv")
