@@ -632,6 +632,74 @@ def test_a_baseline_is_compared_in_settings_at_a_seed_of_both() -> None:
     assert f"{beside}dataset.split_seed (1 against 0)." in row.notes
 
 
+@pytest.mark.parametrize(
+    ("rule", "bases", "against"),
+    [
+        ("mono · hard, sequential", ["sequential"], "backprop · sequential"),
+        ("mono · hard, sequential", [None, "sequential"], "backprop · sequential"),  # it says more
+        ("mono · optimizer.lr=0.003", [None, "optimizer.lr=3e-3"], "backprop · optimizer.lr=3e-3"),
+        (
+            "mono · device=scatterer",
+            ["device=scatterer, differentiable"],
+            "backprop · device=scatterer, differentiable",
+        ),
+        ("mono", ["sequential"], None),
+        ("mono · hard", ["sequential", "hard, soft"], None),
+        ("backprop · accumulate=4, optimizer.lr=0.1", [None, "checkpoint=auto"], "backprop"),
+        ("backprop · checkpoint=auto", ["optimizer.lr=0.1"], None),
+        ("mono · optimizer.lr=0.01", ["optimizer.lr=0.1"], "backprop · optimizer.lr=0.1"),  # each with its own rate
+        ("mono · optimizer.lr=0.01", [None, "optimizer.lr=0.1"], "backprop"),
+        ("mono · hard", ["hard, optimizer.lr=0.1", None], "backprop · hard, optimizer.lr=0.1"),
+    ],
+)
+def test_a_baseline_has_nothing_that_the_row_has_not(rule: str, bases: list[str | None], against: str | None) -> None:
+    name, _, variant = rule.partition(" · ")
+    records = [record("backprop", 0, 0.5, variant=base) for base in bases]
+    rows = compare_table([*records, record(name, 0, 0.6, variant=variant or None)])
+    (row,) = [row for row in rows if (row.algorithm, row.variant or "") == (name, variant)]
+    assert row.against == against
+    assert (row.figures["test/accuracy"].paired is None) == (against is None)
+    assert any(note.startswith("It is compared with no backprop: it lacks settings of") for note in row.notes) == (
+        against is None
+    )
+
+
+def test_controls_without_what_they_are_controls_of_are_told_of_no_baseline() -> None:
+    rows = compare_table([record("backprop", 0, variant=variant) for variant in ("accumulate=4", "checkpoint=auto")])
+    assert [(row.against, row.notes) for row in rows] == [(None, ()), (None, ())]
+
+
+def test_of_baselines_that_say_as_much_the_nearest_is_named() -> None:
+    base = [run("backprop", 0, 0.5, optimizer={"lr": lr}) for lr in (0.1, 0.2)]
+    for one, variant in zip(base, ("hard", "sequential"), strict=True):
+        one.data["variant"] = variant
+    mono = run("mono", 0, 0.6, optimizer={"lr": 0.2})
+    mono.data["variant"] = "hard, sequential"
+    row = compare_table([*base, mono])[-1]
+    assert row.notes == ("Its baseline is backprop with sequential.",)
+
+
+def test_a_baseline_of_other_seeds_is_told() -> None:
+    _, row = compare_table([record("backprop", 0), record("mono", 1)])
+    assert row.notes == ("It has no finished seed in common with its baseline, so nothing of it is compared.",)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "values", "labels"),
+    [
+        ("optimizer", "_target_", ("mine.AdamW", "torch.AdamW"), ["optimizer=mine.AdamW", "optimizer=torch.AdamW"]),
+        ("net", "kind", ("true", True), ["net.kind='true'", "net.kind=True"]),
+        ("net", "kind", ("a", "b"), ["net.kind=a", "net.kind=b"]),
+    ],
+)
+def test_experiments_whose_short_names_are_equal_stay_apart(
+    group: str, name: str, values: tuple[Any, Any], labels: list[str]
+) -> None:
+    rows = compare_table([run("x", 0, 0.5, **{group: {name: value}}) for value in values])
+    assert [row.variant for row in rows] == labels
+    assert [row.notes for row in rows] == [(), ()]
+
+
 def test_one_and_one_point_zero_are_one_setting() -> None:
     (row,) = compare_table([run("x", 0, 0.5, optimizer={"lr": 1}), run("x", 1, 0.5, optimizer={"lr": 1.0})])
     assert row.notes == ()
@@ -685,6 +753,11 @@ def test_a_cost_of_nothing_has_no_interval_and_says_so() -> None:
     assert (figure.interval, figure.summary.mean) == (None, 1.0)
     assert figure.reason is not None
     assert "not above 0" in figure.reason
+    # Nor is it forgotten where there is another reason for having no ratio.
+    other = [record("backprop", 0, cost={"co2_g": 1.0}, hardware={"cpu": "another"})]
+    figure = compare_table([*other, *records])[1].figures["co2_g"]
+    assert figure.reason is not None
+    assert figure.reason.endswith("a value is not above 0; not compared for seed 0: another machine")
 
 
 def test_trainings_that_were_cut_short_say_so() -> None:

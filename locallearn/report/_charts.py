@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -23,6 +24,7 @@ from locallearn.statistics import Figure as Numbers
 from locallearn.statistics import PairedDifference, Row, elsewhere, is_cost, machine_bound
 
 _NAMED = 6  # rows that a caption names
+_LONG = 90  # signs of a row's name on an axis and in a sentence
 _RAMP = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
 
 Figure = dict[str, Any]
@@ -271,7 +273,7 @@ def _difference_chart(rows: Sequence[Row], metric: Column, style: Styles, baseli
             points.append(_Point(row.label, pair, pair.mean / metric.scale, ends))
     axis = f"difference to {baseline}" + (f" ({unit})" if unit else "")
     chart = _interval_chart(
-        f"{metric.title}: {axis}", axis, points, style, 0.0, lambda value: f"{value:+.{metric.digits}f}"
+        f"{metric.title}: {axis}", axis, points, style, 0.0, lambda value: metric.difference(value * metric.scale)
     )
     return replace(chart, note=f"Lower is better: left of the line a rule beats {baseline}.") if metric.lower else chart
 
@@ -302,6 +304,7 @@ def _interval_chart(
 ) -> Chart:
     """Dots with intervals, one line per rule, and a line where there is no difference."""
     data, table = [], []
+    names = categories(point.label for point in points)
     for point in points:
         colour, symbol, _ = style[point.label]
         ends, pair = point.interval, point.pair
@@ -316,7 +319,7 @@ def _interval_chart(
                 "type": "scatter",
                 "mode": "markers",
                 "x": [point.middle],
-                "y": [wrapped(point.label)],
+                "y": [names[point.label]],
                 "error_x": _bar(point.middle, ends, 1.0, colour),
                 "marker": {"color": colour, "symbol": symbol + ("" if ends else "-open"), "size": 11},
                 "text": [
@@ -335,7 +338,7 @@ def _interval_chart(
     }
     heading = axis[:1].upper() + axis[1:]
     header = ("Rule", "Pairs", heading, "95 % interval", "Sign-flip p", "Smallest possible p", "p after Holm")
-    return Chart(title, "", figure_of(data, layout), header, table, 100 + rows_height(point.label for point in points))
+    return Chart(title, "", figure_of(data, layout), header, table, 100 + rows_height(names.values()))
 
 
 def _p(p: float | None) -> str:
@@ -354,12 +357,13 @@ def memory_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles) -
 
 def _bar_chart(rows: Sequence[Row], column: Column, style: Styles) -> Chart:
     known = [row for row in rows if column.key in row.figures]
+    names = categories(row.label for row in known)
     data = [
         {
             "type": "bar",
             "orientation": "h",
             "x": [scaled(row.figures[column.key].summary.mean, column)],
-            "y": [wrapped(row.label)],
+            "y": [names[row.label]],
             "meta": plain_text(row.label),
             "marker": {"color": style[row.label][0]},
             "text": [column.number(row.figures[column.key].summary.mean)],
@@ -377,7 +381,7 @@ def _bar_chart(rows: Sequence[Row], column: Column, style: Styles) -> Chart:
     }
     table = [(row.label, str((f := row.figures[column.key]).summary.n), column.summary(f)) for row in known]
     header = ("Rule", "Seeds", column.heading)
-    return Chart(column.title, "", figure_of(data, layout), header, table, 90 + rows_height(row.label for row in known))
+    return Chart(column.title, "", figure_of(data, layout), header, table, 90 + rows_height(names.values()))
 
 
 # ------------------------------------------------------------------------------------------- small parts
@@ -414,12 +418,39 @@ def plain_text(text: str) -> str:
 
 def wrapped(text: str, width: int = 24) -> str:
     """Text for a category of an axis, in lines of about ``width`` signs: a long name must leave room for the chart."""
-    return "<br>".join(escape(line) for line in textwrap.wrap(" ".join(text.split()), width)[:4]) or plain_text(text)
+    return "<br>".join(escape(line) for line in textwrap.wrap(" ".join(text.split()), width)) or plain_text(text)
 
 
-def rows_height(labels: Iterable[str], least: int = 36) -> int:
-    """Pixels for a category axis with these labels, some of which take several lines."""
-    return sum(max(least, 17 * (wrapped(label).count("<br>") + 1) + 8) for label in labels)
+def short(labels: Iterable[str]) -> dict[str, str]:
+    """Long names cut in the middle, for rows mostly differ at their ends; as far as no two of them become one."""
+    found: dict[str, str] = {}
+    every = left = list(dict.fromkeys(labels))
+    most = _LONG
+    while left:
+        names = [_cut(label, most) for label in left]
+        often = Counter([*found.values(), *names])
+        found |= {label: name for label, name in zip(left, names, strict=True) if often[name] == 1}
+        left, most = [label for label in left if label not in found], most + 4
+    return {label: found[label] for label in every}
+
+
+def _cut(label: str, most: int) -> str:
+    """A name without settings from its middle, or without signs where a single one is too long."""
+    if len(label) <= most:
+        return label
+    first, last = label[: most // 2], label[-(most // 2) :]
+    head, tail = first.rpartition(", ")[0], last.partition(", ")[2]
+    return f"{f'{head}, ' if head else first}…{f', {tail}' if tail else last}"
+
+
+def categories(labels: Iterable[str]) -> dict[str, str]:
+    """What an axis has for each of these labels: no two the same."""
+    return {label: wrapped(name) for label, name in short(labels).items()}
+
+
+def rows_height(names: Iterable[str], least: int = 36) -> int:
+    """Pixels for an axis of these categories, some of which take several lines."""
+    return sum(max(least, 17 * (name.count("<br>") + 1) + 8) for name in names)
 
 
 def cost_axis(title: str, values: Sequence[float | None], times: float) -> Figure:

@@ -115,6 +115,12 @@ class Column:
         lacking = row is not None and "flops" in self.key and any(record.uncounted for record in row.records)
         return f"{AT_LEAST} " if figure.censored or lacking else ""
 
+    def difference(self, value: float) -> str:
+        """A difference with its sign; one that would read as none has a digit of its own instead."""
+        shown = value / self.scale
+        text = f"{shown:+.{self.digits}f}"
+        return text if shown == 0 or float(text) != 0 else f"{shown:+.1g}"
+
     def ratio(self, ratio: float | None) -> str:
         """A ratio to the baseline; qualities differ by little, so they get a digit more than costs."""
         return ratio_text(ratio, 4 if self.key.startswith(("test/", "validation/")) else 3)
@@ -232,6 +238,11 @@ def quality(source: str, rows: Sequence[Row]) -> str:
     if len(words) != 1:
         return "measured and modelled mixed" if words else "unlabelled"
     return words.pop() + (f" ({'; '.join(sorted(ways))})" if ways else "")
+
+
+def found_how(key: str, rows: Sequence[Row]) -> str:
+    """Whether the joules of a figure were measured, without by what they were modelled."""
+    return quality(source_of(key), rows).partition(" (")[0]
 
 
 def source_of(key: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from locallearn.records import Record
 from locallearn.report._columns import known_number
 from locallearn.report._html import count
-from locallearn.statistics import Row
+from locallearn.statistics import Row, longest_stage
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,13 @@ class _Rule:
         patience: validations without improvement; ``None``: none of them ends a training.
         monitor: what has to improve, ``None`` for the task's metric.
         best: whether the weights of the best validation are kept.
+        sooner: whether the run ended before the rule or the cap can have ended it (a closed form, a limit of steps).
     """
 
     patience: int | None
     monitor: str | None
     best: bool
+    sooner: bool
 
 
 def own_ends(rows: Sequence[Row], metric: str) -> str:
@@ -56,38 +58,38 @@ def _rule(record: Record) -> _Rule | None:
         return None
     patience, monitor = known_number(schedule["patience"]), schedule.get("monitor")
     best = schedule.get("restore_best") is not False
-    if patience is None:  # then what is watched ends nothing
-        return _Rule(None, None, best)
-    return _Rule(int(patience), monitor if isinstance(monitor, str) else None, best)
+    waited = None if patience is None else int(patience)
+    if _sooner(record, waited) or waited is None:  # then what is watched ends nothing
+        return _Rule(waited, None, best, _sooner(record, waited))
+    return _Rule(waited, monitor if isinstance(monitor, str) else None, best, False)
+
+
+def _sooner(record: Record, patience: int | None) -> bool:
+    epochs, cap = longest_stage(record)
+    if epochs is None or cap is None or epochs >= cap:
+        return False
+    trainer = record.part("config").get("trainer")
+    often = isinstance(trainer, Mapping) and trainer.get("val_check_interval") is not None
+    return patience is None or (epochs <= patience and not often)  # the first validation improves
 
 
 def _told(rule: _Rule | None, records: Sequence[Record], metric: str) -> str:
     if rule is None:
         return "by a rule that is not recorded"
-    caps = sorted({cap for record in records if (cap := _cap(record)) is not None})
+    stages = [longest_stage(record) for record in records]
+    caps = sorted({cap for _, cap in stages if cap is not None})
     most = "" if not caps else f" ({caps[0]})" if len(caps) == 1 else f" ({caps[0]} to {caps[-1]})"
     kept = "" if rule.best else ", and its last weights are kept"
+    if rule.sooner:
+        waited = "" if rule.patience is None else f"{count(rule.patience, 'validation')} without improvement or "
+        return f"sooner than after {waited}all epochs{most}{kept}"
     if rule.patience is None:
         return f"after all epochs{most}, for there is no stopping rule{kept}"
     watched = f"validation {metric}" if rule.monitor is None else rule.monitor.replace("/", " ")
-    ended = [record for record in records if _cap(record) is not None and _epochs(record)]
-    late = sum(max(_epochs(record)) >= (_cap(record) or 0) for record in ended)
-    did = f", as {late} of {len(ended)} did" if ended else ""
+    ended = [epochs >= cap for epochs, cap in stages if epochs is not None and cap is not None]
+    did = f", as {sum(ended)} of {len(ended)} did" if ended else ""
     waited = count(rule.patience, "validation")
     return f"once {watched} has not improved for {waited}, or after all epochs{most}{did}{kept}"
-
-
-def _cap(record: Record) -> int | None:
-    """Most epochs of a stage."""
-    trainer = record.part("config").get("trainer")
-    found = known_number(trainer.get("max_epochs")) if isinstance(trainer, Mapping) else None
-    return None if found is None else int(found)
-
-
-def _epochs(record: Record) -> list[float]:
-    """Epochs of every stage."""
-    found = record.data.get("epochs")
-    return [n for one in found if (n := known_number(one)) is not None] if isinstance(found, list) else []
 
 
 def _named(records: Sequence[Record]) -> str:

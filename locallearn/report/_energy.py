@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from locallearn.report._charts import Chart, cost_axis, figure_of, plain_text, rows_height, scaled, wrapped
+from locallearn.report._charts import Chart, categories, cost_axis, figure_of, plain_text, rows_height, scaled
 from locallearn.report._columns import PER_SAMPLE, UNKNOWN, Column, quality
-from locallearn.statistics import Figure, Row, summarise, t_interval
+from locallearn.statistics import Figure, Row, own_figure
 
 
 def per_sample(row: Row) -> Row:
@@ -26,19 +26,9 @@ def per_sample(row: Row) -> Row:
                 if samples.by_seed.get(seed, 0) > 0 and math.isfinite(ratio := joules / samples.by_seed[seed])
             }
             if ratios:
-                found[PER_SAMPLE + name.partition("/")[2]] = _cost(ratios)
+                title = PER_SAMPLE + name.partition("/")[2]
+                found[title] = own_figure(title, ratios)
     return replace(row, figures={**row.figures, **found})
-
-
-def _cost(values: Mapping[int, float]) -> Figure:
-    """A cost by seed, its interval on a logarithmic scale as that of all costs."""
-    summary = summarise(values.items())
-    if not values or min(values.values()) <= 0:
-        return Figure(values, summary, None, None, summary.mean)
-    logs = [math.log(value) for value in values.values()]
-    ends = t_interval(logs)
-    interval = None if ends is None else (math.exp(ends[0]), math.exp(ends[1]))
-    return Figure(values, summary, interval, None, math.exp(math.fsum(logs) / len(logs)))
 
 
 def energy_charts(rows: Sequence[Row], shown: Sequence[Column]) -> list[Chart]:
@@ -51,6 +41,7 @@ def energy_charts(rows: Sequence[Row], shown: Sequence[Column]) -> list[Chart]:
     unit = max(columns, key=lambda column: column.scale)
     data: list[dict[str, Any]] = []
     table = []
+    names = categories(row.label for row in rows)
     for number, column in enumerate(columns):
         source = column.key.partition("/")[2]
         word = quality(source, rows)
@@ -62,7 +53,7 @@ def energy_charts(rows: Sequence[Row], shown: Sequence[Column]) -> list[Chart]:
                 "orientation": "h",
                 "name": plain_text(f"{source}, {word}"),
                 "x": [scaled(row.figures[column.key].summary.mean, unit) for row in known],
-                "y": [wrapped(row.label) for row in known],
+                "y": [names[row.label] for row in known],
                 "marker": {
                     "color": _SHADES[number % len(_SHADES)],
                     "pattern": {
@@ -94,7 +85,7 @@ def energy_charts(rows: Sequence[Row], shown: Sequence[Column]) -> list[Chart]:
     if kinds == {"modelled"}:
         note += " Nothing here was measured: these joules follow from time and an assumed power."
     header = ("Rule", "Source", "Quality", "Runs", "Joules per run", "Net of idle", "Joules per sample")
-    height = 100 + rows_height((row.label for row in rows), 14 * len(columns) + 14)
+    height = 100 + rows_height(names.values(), 14 * len(columns) + 14)
     return [Chart("Energy by source", note, figure_of(data, layout), header, table, height)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from locallearn.report._charts import lower
-from locallearn.report._columns import AT_LEAST, UNKNOWN, Column, quality, ratio_text, source_of
+from locallearn.report._columns import AT_LEAST, UNKNOWN, Column, found_how, ratio_text
 from locallearn.report._html import Book, scrolled
 from locallearn.report._section import Section
 from locallearn.report._styles import Styles
@@ -59,7 +59,7 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
             else {}
         )
         told = {word: ratio_text(pair.ratio) for word, (_, pair) in ratios.items()}
-        source = "" if "joules" not in ratios else quality(source_of(ratios["joules"][0].key), rows).partition(" (")[0]
+        source = "" if "joules" not in ratios else found_how(ratios["joules"][0].key, rows)
         memory = told.get("memory") or told.get("peak activations", UNKNOWN)
         which = "activations" if "peak activations" in told else ""
         done, lost = sum(len(row.records) for row in rows), sum(len(row.missing) for row in rows)
@@ -108,6 +108,8 @@ def glance(sections: Sequence[Section], style: Styles, baseline: str, book: Book
     ways.pop("", None)
     note = f"The best row, and of the others the best one, is chosen by {', elsewhere by '.join(ways)}; figures are those of "
     note = f"{note}the test set where there are any. " if ways else ""
+    if ways and any(not row.complete for section in sections for row in section.rows):
+        note += "Rows without figures for all of their seeds come after the others. "
     note += f"Time, joules and memory are ratios to {baseline} of the best other rule, paired by seed."
     if any(section.verdict.metric and section.verdict.metric.key.startswith("target/") for section in sections):
         note += " Where a target was to be reached, what it cost is what is compared."
@@ -133,7 +135,7 @@ def _difference(section: Section, style: Styles, reach: float) -> tuple[str, str
         return UNKNOWN, ""
     if metric.key.startswith("target/"):
         return ratio_text(pair.ratio) or UNKNOWN, ""
-    text = f"{pair.mean / metric.scale:+.{metric.digits}f}"
+    text = metric.difference(pair.mean)
     if metric.unit != "%":
         return text, ""
     text += " points"

@@ -22,7 +22,7 @@ from locallearn.report._ends import own_ends
 from locallearn.report._energy import energy_charts
 from locallearn.report._files import PICTURE_NOTE, Runs
 from locallearn.report._html import Book, count, scrolled, texts
-from locallearn.report._runs import facets, settled
+from locallearn.report._runs import facets
 from locallearn.report._styles import Styles
 from locallearn.report._sweeps import sweep_charts
 from locallearn.report._targets import target_charts
@@ -194,16 +194,14 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> str:
         words += [f"{what}: {', '.join(few)}."] if few else []
     words += shared_notes(rows)
     for row in rows:
-        pairs = {figure.paired.n for figure in row.figures.values() if figure.paired}
-        if pairs and min(pairs) < len(row.records):
-            words.append(
-                f"{row.label}: paired with {baseline} over {min(pairs)} of its {len(row.records)} seeds; means are over all "
-                "that have a figure, ratios over the pairs."
-            )
+        words += _fewer_pairs(row, shown, baseline)
     words += _reasons(rows, shown)
-    machines = {settled(record.part("hardware")) for row in rows for record in row.records}
+    machines = frozenset().union(*(row.machines for row in rows))
     if len(machines) > 1:
-        words.append(f"The runs come from {len(machines)} machines; time and energy compare only within one.")
+        words.append(
+            f"The runs come from {len(machines)} machines, or uses of one (device, cores, threads, workers); time and energy "
+            "compare only within each."
+        )
     words += _meter_notes(rows, shown)
     words = list(dict.fromkeys(words))
     made = _list([LEGEND.format(baseline=baseline), _HOW])
@@ -221,6 +219,22 @@ def _notes(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> str:
 
 def _list(words: Sequence[str]) -> str:
     return f'<ul class="plain note">{"".join(f"<li>{escape(word)}</li>" for word in words)}</ul>'
+
+
+def _fewer_pairs(row: Row, shown: Sequence[Column], baseline: str) -> list[str]:
+    """Where a row was paired over fewer seeds than it has; figures are named where not all have as many pairs."""
+    titles: dict[int, list[str]] = {}
+    for column in shown:
+        figure = row.figures.get(column.key)
+        if figure is not None and figure.paired is not None:
+            titles.setdefault(figure.paired.n, []).append(column.title)
+    return [
+        f"{row.label}: paired with {baseline} over {n} of its {len(row.records)} seeds"
+        + (f" ({', '.join(names)})" if len(titles) > 1 else "")
+        + "; means are over all that have a figure, ratios over the pairs."
+        for n, names in sorted(titles.items())
+        if n < len(row.records)
+    ]
 
 
 def _reasons(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:

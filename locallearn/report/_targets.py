@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from locallearn.report._charts import Chart, cost_axis, figure_of, plain_text, rows_height, wrapped
+from locallearn.report._charts import Chart, categories, cost_axis, figure_of, plain_text, rows_height
 from locallearn.report._columns import AT_LEAST, Column
 from locallearn.report._styles import Styles
 from locallearn.statistics import Row
@@ -21,6 +21,7 @@ def target_charts(rows: Sequence[Row], shown: Sequence[Column], style: Styles) -
 
 def _chart(rows: Sequence[Row], column: Column, style: Styles) -> Chart:
     data, table, values = [], [], []
+    names = categories(row.label for row in rows if column.key in row.figures)
     for row in rows:
         figure = row.figures.get(column.key)
         if figure is None:
@@ -40,7 +41,7 @@ def _chart(rows: Sequence[Row], column: Column, style: Styles) -> Chart:
                     "name": plain_text(row.label if reached else f"{row.label}, not reached"),
                     "meta": plain_text(row.label),
                     "x": xs,
-                    "y": [wrapped(row.label)] * len(xs),
+                    "y": [names[row.label]] * len(xs),
                     "marker": {
                         "color": colour,
                         "symbol": symbol if reached else "triangle-right-open",
@@ -68,5 +69,5 @@ def _chart(rows: Sequence[Row], column: Column, style: Styles) -> Chart:
         "run's cost is larger by an unknown amount, and a mean that counts it is a least value."
     )
     header = ("Rule", "Reached", f"Mean, {column.qualifier or 'samples'}", "Every seed")
-    height = 100 + rows_height((line[0] for line in table), 38)
+    height = 100 + rows_height(names.values(), 38)
     return Chart(f"{column.title}, seed by seed", note, figure_of(data, layout), header, table, height)

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from locallearn.report._charts import lower
+from locallearn.report._charts import lower, short
 from locallearn.report._columns import (
     AT_LEAST,
     TIMES,
     Column,
     best_energy,
+    found_how,
     headline_metric,
     judge_of,
     lacking,
     metric_title,
     p_text,
-    quality,
     ratio_text,
     source_of,
 )
 from locallearn.statistics import PairedDifference, Row, elsewhere
 
-_LONG = 90  # signs of a row's name in a sentence
 _NAMED = 3  # rows that a sentence names
+_WITH_ALL = "with figures for all seeds"
 _FEW = "fewer than three pairs, so nothing is certain"
 
 
@@ -74,21 +74,29 @@ def verdict(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> Verd
     best, others = ranked[0], [row for row in ranked if row.algorithm != baseline]
     rival = others[0] if others else None
     pair = rival.figures[metric.key].paired if rival is not None else None
-    name, better = lower(metric.title), None
+    name, better, names = lower(metric.title), None, short(row.label for row in rows)
     if rival is None or pair is None or pair.mean is None:
-        sentence, certainty = _alone(ranked, len(rows), metric, judge, baseline)
+        sentence, certainty = _alone(ranked, len(rows), metric, judge, baseline, names)
     else:
-        which = _named(rival.label)
-        if len(others) > 1:
+        level, near = _level(others), _near(rival, rows)
+        which = names[rival.label]
+        if len(level) < len(others):
+            which += ", the only other one" if len(level) == 1 else f", of the {len(level)} others"
+            which += f" {_WITH_ALL}" + (f" the best by {by}," if len(level) > 1 else ",")
+        elif len(others) > 1:
             which += f", the best of the {len(others)} others by {by},"
-        sentence, certainty = _against(which, _named(rival.against or baseline), pair, metric, name, len(ranked))
+        sentence, certainty = _against(which, names[near.label], pair, metric, name, len(ranked))
         sentence += _costs(rival, shown, rows, pair.n)
         better = _better_baseline(rival, ranked, baseline)
+        if better is not None and _worth(better, judge) <= _worth(near, judge):
+            better = None  # it is first for having all seeds, not for its figure
         if better is not None:
             value = f"{judge.number(_centre(better, judge))}{_unit(judge)} {lower(judge.title)}"
-            sentence += f" That is the {baseline} whose settings are nearest to its own; the best one is "
-            sentence += f"{_named(better.label)}, with {value}."
-    sentence += _missing(rows, metric)
+            bases = _bases(ranked, baseline)
+            limit = f" {_WITH_ALL}" if len(_level(bases)) < len(bases) else ""
+            sentence += f" That is the {baseline} whose settings are nearest to its own; the best one{limit} is "
+            sentence += f"{names[better.label]}, with {value}."
+    sentence += _missing(rows, names, metric)
     return Verdict(rows, metric, by, best, rival, pair, certainty, sentence, better)
 
 
@@ -110,35 +118,54 @@ def cost_ratios(row: Row, shown: Sequence[Column], rows: Sequence[Row]) -> list[
     return [(word, column, pairs[column.key]) for word, column in wanted if column is not None]
 
 
+def _level(ranked: Sequence[Row]) -> list[Row]:
+    """Those that lack no more than the first one, after which all others come whatever their figures are."""
+    return [row for row in ranked if row.complete == ranked[0].complete]
+
+
+def _bases(ranked: Sequence[Row], baseline: str) -> list[Row]:
+    """The baseline with all of its settings, without the controls of one."""
+    return [row for row in ranked if row.algorithm == baseline and row.against is None]
+
+
+def _near(rival: Row, rows: Sequence[Row]) -> Row:
+    """What the rival is compared with."""
+    return next(row for row in rows if row.label == rival.against)
+
+
 def _better_baseline(rival: Row, ranked: Sequence[Row], baseline: str) -> Row | None:
-    """The baseline with other settings that are better than those which the rival is compared with."""
-    plain = [row for row in ranked if row.algorithm == baseline and row.against is None]  # no control of another one
+    """The baseline with other settings that come before those which the rival is compared with."""
+    plain = _bases(ranked, baseline)
     return None if not plain or plain[0].label == rival.against else plain[0]
 
 
-def _alone(ranked: Sequence[Row], n: int, metric: Column, judge: Column, baseline: str) -> tuple[str, str]:
+def _alone(
+    ranked: Sequence[Row], n: int, metric: Column, judge: Column, baseline: str, names: Mapping[str, str]
+) -> tuple[str, str]:
     """Without a comparison by pairs: the best mean of ``n`` rows, and whether the intervals of the first two overlap."""
-    name = lower(metric.title)
+    name, level = lower(metric.title), _level(ranked)
     best, figure = ranked[0], ranked[0].figures[metric.key]
     value = f"{metric.number(figure.centre)}{_unit(metric)}"
-    if len(ranked) == 1:
-        sentence = f"{_named(best.label)} reaches {value} {name}, "
-        sentence += "alone here" if n == 1 else f"the only one of {n} rows with such a figure"
+    limit = f" {_WITH_ALL}" if len(level) < len(ranked) else ""
+    if len(level) == 1:
+        sentence = f"{names[best.label]} reaches {value} {name}, "
+        sentence += "alone here" if n == 1 else f"the only one of {n} rows{limit or ' with such a figure'}"
     else:
         word = "lowest" if metric.lower else "highest"
-        sentence = f"{_named(best.label)} has the {word} {lower(judge.title)} of {len(ranked)} rows"
+        sentence = f"{names[best.label]} has the {word} {lower(judge.title)} of {len(level)} rows{limit}"
         sentence += f", {value}" if judge is metric else f", and {value} {name}"
-    doubt, certainty = _doubt(ranked, metric)
+    doubt, certainty = _doubt(level, metric, names)
     bases = [row for row in ranked if row.algorithm == baseline]
     return f"{sentence}{doubt}." + ("" if bases else f" There is no {baseline} to compare with."), certainty
 
 
-def _doubt(ranked: Sequence[Row], column: Column, of: str = "") -> tuple[str, str]:
+def _doubt(ranked: Sequence[Row], column: Column, names: Mapping[str, str], of: str = "") -> tuple[str, str]:
     """How certain it is that the first of ``ranked`` is before the second: what ends a sentence, and two or three words.
 
     Args:
         ranked: rows with a figure for ``column``, one at least.
         column: what is told.
+        names: of rows in a sentence, by their labels.
         of: what the intervals are about, where that is another mean than the one told.
     """
     figure = ranked[0].figures[column.key]
@@ -148,7 +175,7 @@ def _doubt(ranked: Sequence[Row], column: Column, of: str = "") -> tuple[str, st
         return f"; {told}", "too few seeds" if few else "no interval"
     if len(ranked) == 1:
         return f" (95 % interval{of} {column.interval(figure)})", "nothing to compare"
-    name, second = _named(ranked[1].label), ranked[1].figures[column.key]
+    name, second = names[ranked[1].label], ranked[1].figures[column.key]
     if second.interval is None:
         if second.summary.n < 3 or second.reason is None:
             return f"; {name}, next to it, has too few seeds for an interval", "too few seeds"
@@ -163,7 +190,7 @@ def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, 
     """The chosen other row against the baseline, paired by seed."""
     assert pair.mean is not None
     unit = " points" if metric.unit == "%" else _unit(metric)
-    by = f"{abs(pair.mean) / metric.scale:.{metric.digits}f}{unit}"
+    by = f"{metric.difference(abs(pair.mean)).lstrip('+')}{unit}"
     ahead = pair.mean < 0 if metric.lower else pair.mean > 0
     pairs = _pairs(pair)
     said = f"{which} lies {by} {'above' if pair.mean > 0 else 'below'} {baseline} in {name} over {pairs}"
@@ -173,11 +200,11 @@ def _against(which: str, baseline: str, pair: PairedDifference, metric: Column, 
         return f"{said}: {_FEW}", "too few seeds"
     if pair.equal:
         return said, "equal"
-    ends = f"[{pair.lo / metric.scale:+.{metric.digits}f}, {pair.hi / metric.scale:+.{metric.digits}f}]"
+    ends = f"[{metric.difference(pair.lo)}, {metric.difference(pair.hi)}]"
     if pair.lo <= 0 <= pair.hi:
-        mean = f"{pair.mean / metric.scale:+.{metric.digits}f}{unit}"
+        mean = metric.difference(pair.mean)
         return (
-            f"{which} and {baseline} cannot be told apart in {name}: {mean}, 95 % interval {ends}, {pairs}",
+            f"{which} and {baseline} cannot be told apart in {name}: {mean}{unit}, 95 % interval {ends}, {pairs}",
             "not told apart",
         )
     told = f"95 % interval {ends}, {pairs}"
@@ -220,8 +247,7 @@ def _costs(rival: Row, shown: Sequence[Column], rows: Sequence[Row], pairs: int,
 
 def _by_what(column: Column, rows: Sequence[Row]) -> str:
     """The source of joules, and whether they were measured."""
-    source = source_of(column.key)
-    return f"{source}, {quality(source, rows).partition(' (')[0]}"
+    return f"{source_of(column.key)}, {found_how(column.key, rows)}"
 
 
 # ------------------------------------------------------------------------------------------- what a target costs
@@ -239,7 +265,7 @@ def _to_target(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> V
     what = lower(cost.title).partition(",")[0]
     value = "" if rows[0].target is None else f" {rows[0].target:g}"
     goal = f"{metric_title(rows[0].metric.name)}{value}"
-    away = elsewhere(rows)
+    away, names = elsewhere(rows), short(row.label for row in rows)
 
     def place(row: Row) -> tuple[float, bool, bool, float]:
         mean = _mean(row, cost)
@@ -255,20 +281,19 @@ def _to_target(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> V
         sentence, certainty = f"No run reached the target, {goal}.", "nobody arrived"
     elif rival is not None and pair is not None and pair.ratio is not None:
         told = rival
-        which = f"{_named(rival.label)}{_among(rival, others, cost)}"
-        base = _named(rival.against or baseline)
+        which, near = f"{names[rival.label]}{_among(rival, others, cost)}", _near(rival, rows)
+        base = names[near.label]
         sentence, certainty = _in_ratio(which, base, pair, f"{word} to the target, {goal}", len(ranked))
         sentence += _costs(rival, shown, rows, pair.n, told=cost)
-        near = next(row for row in rows if row.label == rival.against)
         better = _better_baseline(rival, [row for row in ranked if row.machines == near.machines], baseline)
         if better is not None:
             sentence += f" That is the {baseline} whose settings are nearest to its own; the best one is "
-            sentence += f"{_named(better.label)}, with {cost.number(_mean(better, cost))}{_unit(cost)}."
+            sentence += f"{names[better.label]}, with {cost.number(_mean(better, cost))}{_unit(cost)}."
     else:
         told = best
         arrived, mean = best.arrivals, _mean(best, cost)
         assert arrived is not None  # some have
-        sentence = f"{_named(best.label)} reaches the target, {goal}, in {arrived.reached} of {arrived.total} runs"
+        sentence = f"{names[best.label]} reaches the target, {goal}, in {arrived.reached} of {arrived.total} runs"
         apart = _apart(best, ranked[1:], cost)
         beside = len(ranked) - len(apart)
         sentence += ", alone here" if len(ranked) == 1 else f", first of {beside} rows" if beside > 1 else ""
@@ -279,7 +304,7 @@ def _to_target(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> V
             sentence += f": {lower(cost.title)} {least}{cost.number(mean)}{_unit(cost)}"
             if arrived.all:  # who else did comes before those that did not, whatever it cost
                 level = [row for row in ranked if _share(row) == 1 and row not in apart]
-                doubt, certainty = _doubt(level, cost, " of the geometric mean")
+                doubt, certainty = _doubt(level, cost, names, " of the geometric mean")
                 sentence += doubt if certainty != "nothing to compare" else ""
             sentence += "."
         if any(_share(row) < 1 for row in ranked):
@@ -291,10 +316,10 @@ def _to_target(rows: Sequence[Row], shown: Sequence[Column], baseline: str) -> V
     unknown = [row for row in silent if _mean(row, cost) is None]
     strange = [row for row in silent if row.label in away and row not in unknown]
     if unknown:
-        sentence += f" The {what} of {_listed(unknown)} is unknown."
+        sentence += f" The {what} of {_listed(unknown, names)} is unknown."
     if strange:
-        sentence += f" The {what} of {_listed(strange)} is not of the same machine, and not ranked."
-    sentence += _missing(rows)
+        sentence += f" The {what} of {_listed(strange, names)} is not of the same machine, and not ranked."
+    sentence += _missing(rows, names)
     by = f"who arrived and then by {lower(cost.title)}"
     return Verdict(rows, cost, by, best, rival, pair, certainty, sentence, better)
 
@@ -342,8 +367,8 @@ def _pairs(pair: PairedDifference) -> str:
     return f"{pair.n} pair{'s' if pair.n != 1 else ''}"
 
 
-def _listed(rows: Sequence[Row]) -> str:
-    return ", ".join(_named(row.label) for row in rows[:_NAMED]) + (", …" if len(rows) > _NAMED else "")
+def _listed(rows: Sequence[Row], names: Mapping[str, str]) -> str:
+    return ", ".join(names[row.label] for row in rows[:_NAMED]) + (", …" if len(rows) > _NAMED else "")
 
 
 def _in_ratio(which: str, baseline: str, pair: PairedDifference, what: str, n: int) -> tuple[str, str]:
@@ -361,19 +386,20 @@ def _in_ratio(which: str, baseline: str, pair: PairedDifference, what: str, n: i
     return f"{which} takes {ratio} of what {baseline} does in {what} ({told})", certainty
 
 
-def _missing(rows: Sequence[Row], metric: Column | None = None) -> str:
+def _missing(rows: Sequence[Row], names: Mapping[str, str], metric: Column | None = None) -> str:
     """What no mean counts: seeds that did not finish, runs without the metric (or ``metric``), runs that did not arrive."""
     words = []
-    lost = sum(len(row.missing) for row in rows)
+    lost = [(row, record.seed) for row in rows for record in row.missing]
     if lost:
-        words.append(f"{lost} seed{'s' if lost != 1 else ''} did not finish")
+        which = f" ({', '.join(f'{seed} of {names[row.label]}' for row, seed in lost)})" if len(lost) <= _NAMED else ""
+        words.append(f"{len(lost)} seed{'s' if len(lost) != 1 else ''}{which} did not finish")
     for row in rows:
         said = lacking(row)
         if not said and row.records and metric is not None and metric.key not in row.figures:
             said = [f"there is no {lower(metric.title)}"]
-        words += [f"{one} ({_named(row.label)})" for one in said]
+        words += [f"{one} ({names[row.label]})" for one in said]
     late = [(row, row.arrivals) for row in rows if row.arrivals is not None and not row.arrivals.all]
-    words += [f"{_named(row.label)} reached the target in {n.reached} of {n.total} runs" for row, n in late[:_NAMED]]
+    words += [f"{names[row.label]} reached the target in {n.reached} of {n.total} runs" for row, n in late[:_NAMED]]
     if len(late) > _NAMED:
         words.append(f"{len(late) - _NAMED} more did not reach it in every run")
     return f" {'; '.join(words)}." if words else ""
@@ -381,21 +407,17 @@ def _missing(rows: Sequence[Row], metric: Column | None = None) -> str:
 
 def _ranked(known: Sequence[Row], metric: Column) -> list[Row]:
     """Best mean first; rows that lost seeds come last, for their means are those of survivors."""
-    sign = 1.0 if metric.lower else -1.0
-    return sorted(known, key=lambda row: (not row.complete, sign * (_centre(row, metric) or 0.0)))
+    return sorted(known, key=lambda row: (not row.complete, -_worth(row, metric)))
+
+
+def _worth(row: Row, metric: Column) -> float:
+    """Its mean, the more the better."""
+    return (-1.0 if metric.lower else 1.0) * (_centre(row, metric) or 0.0)
 
 
 def _centre(row: Row, metric: Column) -> float | None:
     figure = row.figures.get(metric.key)
     return figure.centre if figure is not None and figure.centre is not None and math.isfinite(figure.centre) else None
-
-
-def _named(label: str) -> str:
-    """A row in a sentence: its first settings, for the table has them all."""
-    if len(label) <= _LONG:
-        return label
-    kept = label[:_LONG].rpartition(", ")[0]
-    return f"{kept or label[:_LONG]}, …"
 
 
 def _unit(metric: Column) -> str:

@@ -12,7 +12,7 @@ from locallearn.statistics._inference import (
     t_interval,
 )
 from locallearn.statistics._rows import Arrivals, Figure, Row, elsewhere, labelled
-from locallearn.statistics._table import compare_table, is_cost, machine_bound
+from locallearn.statistics._table import compare_table, is_cost, longest_stage, machine_bound, own_figure
 
 __all__ = [
     "Arrivals",
@@ -26,7 +26,9 @@ __all__ = [
     "holm",
     "is_cost",
     "labelled",
+    "longest_stage",
     "machine_bound",
+    "own_figure",
     "paired",
     "sign_flip_p",
     "smallest_p",

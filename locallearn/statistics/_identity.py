@@ -80,8 +80,8 @@ def differing(flats: Sequence[Mapping[str, str]]) -> list[str]:
     return sorted(name for name in names if len({flat.get(name, "") for flat in flats}) > 1)
 
 
-def apart(group: Sequence[Record]) -> dict[str, list[Record]]:
-    """The group, split by the settings in which runs of one seed differ; keys name them, ``""`` where nothing differs."""
+def apart(group: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """The group, split by the settings in which runs of one seed differ, which are told; ``""`` where nothing differs."""
     flats = [settings(record) for record in group]
     names: set[str] = set()
     for seed in {record.seed for record in group}:
@@ -93,12 +93,15 @@ def apart(group: Sequence[Record]) -> dict[str, list[Record]]:
         implied = f"{name.rpartition('.')[0]}._target_" in told
         if not implied or _kinds(flats, [*told, name]) > _kinds(flats, told):
             told.append(name)
-    parts: dict[str, list[Record]] = {}
+    parts: dict[tuple[str | None, ...], list[Record]] = {}
     for flat, record in zip(flats, group, strict=True):
-        words = in_words(record, flat)
-        label = ", ".join(_setting(name, words[name]) for name in told if name in flat)
-        parts.setdefault(label, []).append(record)
-    return parts
+        parts.setdefault(tuple(flat.get(name) for name in told), []).append(record)
+    words = [in_words(record, flat) for flat, record in zip(flats, group, strict=True)]
+    written = [_written(name, flats, words) for name in told]
+    return [
+        (", ".join(text[value] for text, value in zip(written, values, strict=True) if value is not None), part)
+        for values, part in parts.items()
+    ]
 
 
 def distance(one: Record, other: Record) -> int:
@@ -122,9 +125,14 @@ def _kinds(flats: Sequence[Mapping[str, str]], names: Sequence[str]) -> int:
     return len({tuple(flat.get(name) for name in names) for flat in flats})
 
 
-def _setting(name: str, value: str) -> str:
+def _written(name: str, flats: Sequence[Mapping[str, str]], words: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """A setting with each of its values, as short as they stay apart: of a class the last name, anything as it is typed."""
     owner, _, key = name.rpartition(".")
-    return f"{owner}={spoken(value).rpartition('.')[2]}" if key == "_target_" else f"{name}={spoken(value)}"
+    typed = {flat[name]: spoken(own[name]) for flat, own in zip(flats, words, strict=True) if name in flat}
+    last = {value: text.rpartition(".")[2] for value, text in typed.items()}
+    ways = [*([last] if key == "_target_" else []), typed, {value: value for value in typed}]
+    texts = next(way for way in ways if len(set(way.values())) == len(typed))
+    return {value: f"{owner if key == '_target_' else name}={text}" for value, text in texts.items()}
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -35,6 +35,8 @@ _TO_TARGET = ("target/seconds", "target/joules", "target/samples")
 
 # Settings of the baseline that make a control of it: what becomes of its memory, or of the samples it learns from.
 _CONTROLS = ("checkpoint=", "accumulate=", "keep=", "keep_by=")
+# Its way through a device, for which no other rule asks.
+_THROUGH = {"differentiable"}
 
 # Data set, network, task, mode, target.
 _Section = tuple[str, str, str, str, float | None]
@@ -58,6 +60,11 @@ class _Group:
         return ", ".join(filter(None, (self.variant, self.apart))) or None
 
     @property
+    def words(self) -> frozenset[str]:
+        """What its variant says."""
+        return _words(self.variant)
+
+    @property
     def order(self) -> tuple[str, str, str]:
         return self.algorithm, self.variant, self.apart
 
@@ -72,9 +79,10 @@ def compare_table(records: Iterable[Record], baseline: str = "backprop") -> list
     Runs of one seed with different settings (a sweep's) are different experiments: the group is split by these settings,
     which its rows name. Of several finished runs with the same group and seed the newest is taken, and a note says so; they
     are never pooled. A seed without a finished run stands in :attr:`Row.missing`. Benchmarks are left out. The baseline is
-    the group of the same data set, network, task, mode and target whose rule is ``baseline``, of the same variant or of
-    none; of several the one whose settings differ least from the row's, and then a note names it. The baseline's own
-    controls (checkpointed, accumulated) are compared with it, too.
+    the group of the same data set, network, task, mode and target whose rule is ``baseline``, of a variant that says nothing
+    which the row's does not (but settings beside the rule: its optimizer's rate): the one that says most of what the row's
+    does, of several such the one whose settings differ least from the row's, and then a note names it. Where the section has a
+    baseline, but none such, a note says so. The baseline's own controls (checkpointed, accumulated) are compared with it, too.
 
     Runs are paired by seed. Figures of a machine (seconds, joules, grams) are paired only where both ran on the same one.
     Costs to a target that not everybody reached, and costs of such trainings, are not compared at all. p-values are
@@ -115,13 +123,17 @@ def _groups(records: Iterable[Record]) -> list[_Group]:
         if not record.part("bench"):
             net, task, mode, variant = (record.text(name) or "" for name in ("net", "task", "mode", "variant"))
             section = (record.dataset, net, task, mode, record.wanted)
-            same = frozenset(map(_as_number, variant.split(", ")))  # in whatever order and digits it was typed
-            found.setdefault((section, record.algorithm, same), []).append(record)
+            found.setdefault((section, record.algorithm, _words(variant)), []).append(record)
     return [
         _Group(section, algorithm, group[0].text("variant") or "", name, *_newest(part))
         for (section, algorithm, _), group in found.items()
-        for name, part in apart(group).items()
+        for name, part in apart(group)
     ]
+
+
+def _words(variant: str) -> frozenset[str]:
+    """What a variant says, in whatever order and digits it was typed."""
+    return frozenset(_as_number(word) for word in variant.split(", ") if word)
 
 
 def _as_number(setting: str) -> str:
@@ -163,31 +175,24 @@ def _newest(group: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[Record, 
 
 def _reference(group: _Group, groups: Sequence[_Group], baseline: str) -> tuple[_Group | None, tuple[str, ...]]:
     """The baseline of a group, and what must be said of it."""
-    variants: tuple[str, ...] = (group.variant, "")
-    if group.algorithm == baseline:  # a control of it is compared with what it is a control of
-        told = group.variant.split(", ")
-        variants = (", ".join(word for word in told if not word.startswith(_CONTROLS)),)
-        if variants == (group.variant,):
+    words, control = group.words, group.algorithm == baseline
+    bases = [other for other in groups if other.section == group.section and other.algorithm == baseline]
+    if control:  # it is compared with what it is a control of
+        words = _uncontrolled(words)
+        if words == group.words:
             return None, ()
-    found = [
-        other
-        for other in groups
-        if other.section == group.section and other.algorithm == baseline and other.variant in variants
-    ]
+        bases = [other for other in bases if other.words == _uncontrolled(other.words)]
+    # What a baseline alone has would be taken for the rule's doing; of a rate of its own a note tells.
+    found = [other for other in bases if not _hinders(other.words - words, control)]
     if not found:
-        return None, ()
-    chosen = min(
-        found,
-        key=lambda other: (
-            other.variant != group.variant,
-            not other.done,
-            distance(*_of_one_seed(group, other)),
-            other.order,
-        ),
-    )
+        others = _listed(sorted({labelled(baseline, other.said) for other in bases}))
+        return None, (f"It is compared with no {baseline}: it lacks settings of {others}.",) if bases else ()
+    most = max(len(other.words & words) for other in found)
+    found = [other for other in found if len(other.words & words) == most]
+    chosen = min(found, key=lambda other: (not other.done, distance(*_of_one_seed(group, other)), other.order))
     notes = []
-    if sum(other.variant == chosen.variant for other in found) > 1:
-        notes.append(f"Its baseline is {baseline} with {chosen.apart or 'its other settings'}.")
+    if len(found) > 1:
+        notes.append(f"Its baseline is {baseline} with {chosen.said or 'its other settings'}.")
     pair = _of_one_seed(group, chosen)
     names = beside_the_rule(*pair)
     if names:
@@ -195,9 +200,21 @@ def _reference(group: _Group, groups: Sequence[_Group], baseline: str) -> tuple[
         told = [f"{name} ({spoken(mine.get(name))} against {spoken(theirs.get(name))})" for name in names]
         notes.append(f"Beside the rule it differs from its baseline in {_listed(told)}.")
     notes += _against(group.done, chosen.done)
+    own, base = ({record.seed for record in of} for of in (group.done, chosen.done))
+    if own and base and not own & base:
+        notes.append("It has no finished seed in common with its baseline, so nothing of it is compared.")
     if group.algorithm != baseline:  # its controls are meant to train as it does
         notes += _same_weights(group.done, chosen.done)
     return chosen, tuple(notes)
+
+
+def _hinders(alone: frozenset[str], control: bool) -> bool:
+    """Whether what only a baseline says keeps it from being one; of optimizers, networks, ... each rule may have its own."""
+    return any(control or "." not in word.partition("=")[0] for word in alone - _THROUGH)
+
+
+def _uncontrolled(words: frozenset[str]) -> frozenset[str]:
+    return frozenset(word for word in words if not word.startswith(_CONTROLS))
 
 
 def _of_one_seed(one: _Group, other: _Group) -> tuple[Record, Record]:
@@ -276,16 +293,8 @@ def _cut_short(records: Sequence[Record]) -> list[str]:
         limits = sorted({str(value) for value in given} - {"None", "-1", "1.0"})  # 1.0 is all batches, and 1 is one
         if limits:
             notes.append(f"Its training had a limit, trainer.{name}={_listed(limits)}.")
-    capped = [
-        (_setting(record, "trainer", "max_epochs"), record.data.get("epochs"))
-        for record in records
-        if record.text("mode") == "own" and _setting(record, "schedule", "patience") is not None
-    ]
-    caps = [
-        cap
-        for cap, epochs in capped
-        if cap is not None and isinstance(epochs, list) and any(type(n) is int and n >= cap for n in epochs)
-    ]
+    patient = [r for r in records if r.text("mode") == "own" and _setting(r, "schedule", "patience") is not None]
+    caps = [cap for n, cap in map(longest_stage, patient) if n is not None and cap is not None and n >= cap]
     if caps:
         most = _listed([str(n) for n in sorted(set(caps))])
         which = "the only run" if len(records) == 1 else f"{len(caps)} of {len(records)} runs"
@@ -294,6 +303,13 @@ def _cut_short(records: Sequence[Record]) -> list[str]:
             "give other figures."
         )
     return notes
+
+
+def longest_stage(record: Record) -> tuple[int | None, int | None]:
+    """Epochs of a run's longest stage, and the most that its settings allow one; ``None`` for what is not recorded."""
+    epochs = record.data.get("epochs")
+    known = [n for n in epochs if type(n) is int] if isinstance(epochs, list) else []
+    return max(known, default=None), _setting(record, "trainer", "max_epochs")
 
 
 def _as_long_as_the_cap(records: Sequence[Record]) -> list[str]:
@@ -395,7 +411,7 @@ def _figures(group: _Group, reference: _Group | None) -> dict[str, Figure]:
                 f"{arrivals}: no interval, no ratio",
             )
             continue
-        figure = _figure(name, values, arrivals if name.startswith(_TO_TARGET) else None)
+        figure = own_figure(name, values, arrivals if name.startswith(_TO_TARGET) else None)
         if reference is not None:
             reason = _incomparable(name, group, reference, arrivals, others)
             figure = _compared(name, figure, base.get(name, {}), group, reference, reason)
@@ -403,7 +419,7 @@ def _figures(group: _Group, reference: _Group | None) -> dict[str, Figure]:
     return result
 
 
-def _figure(name: str, values: Mapping[int, float], arrivals: Arrivals | None) -> Figure:
+def own_figure(name: str, values: Mapping[int, float], arrivals: Arrivals | None = None) -> Figure:
     """A figure by itself: a cost with its geometric mean, anything else with its mean."""
     summary = summarise(values.items())
     interval = t_interval(values.values())
@@ -422,7 +438,7 @@ def _compared(
     name: str, figure: Figure, base: Mapping[int, float], group: _Group, reference: _Group, reason: str | None
 ) -> Figure:
     if reason is not None:
-        return replace(figure, reason="; ".join(filter(None, (figure.reason, reason))))
+        return _with_reason(figure, reason)
     if name.startswith("target/") and not is_cost(name):
         return figure  # what was asked for, not what came of it
     values: Mapping[int, float] = figure.by_seed
@@ -432,12 +448,15 @@ def _compared(
         left = [str(seed) for seed in values if seed in base and seed not in same]
         values = {seed: value for seed, value in values.items() if seed in same}
         if left:
-            figure = replace(
-                figure,
-                reason=f"not compared for seed{'s' if len(left) > 1 else ''} {', '.join(left)}: another machine",
-            )
+            why = f"not compared for seed{'s' if len(left) > 1 else ''} {', '.join(left)}: another machine"
+            figure = _with_reason(figure, why)
     comparison = paired(values, base, log=is_cost(name))
     return replace(figure, paired=comparison if comparison.n else None)
+
+
+def _with_reason(figure: Figure, reason: str) -> Figure:
+    """The figure with a reason more."""
+    return replace(figure, reason="; ".join(filter(None, (figure.reason, reason))))
 
 
 def _incomparable(

@@ -164,7 +164,7 @@ def test_a_beginning_is_told_from_others_by_its_weights(cli: Cli, first: Path, t
     records = [load_record(tmp_path / "two" / name) for name in sorted(runs())]
     again = [record for record in records if record.algorithm == "ridge"]
     assert differing([settings(record) for record in again]) == ["init_from"]
-    labels = list(apart(again))
+    labels = [label for label, _ in apart(again)]
     assert len(labels) == 2
     assert all(label.startswith(f"init_from={first.name} (") for label in labels)
     older = {**again[0].data, "beginning": None}  # as records were before they said which weights

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from locallearn.cli import report as command
 from locallearn.records import Record, RunFolder
 from locallearn.report import write_report
-from locallearn.report._charts import cost_charts
+from locallearn.report._charts import cost_charts, memory_charts, paired_charts, short
 from locallearn.report._columns import AT_LEAST, TIMES, UNKNOWN, columns
 from locallearn.report._distilled import read_distilled
 from locallearn.report._ends import own_ends
@@ -117,6 +117,59 @@ def test_what_lacks_is_named(make: Make) -> None:
     unasked = said((0, 1, 2), validation={})
     assert unasked.startswith("b and backprop have the same test accuracy over 3 pairs")
     assert "finished" not in unasked
+
+
+def test_who_is_best_is_told_among_those_that_lost_no_seed(make: Make) -> None:
+    """The mean of what a seed is lacking of is that of survivors, and may be the best."""
+
+    def said(*rules: str, **values: Any) -> str:
+        made = [make("lost", 3, status="failed", **values)]
+        for rule, accuracy in {"backprop": 0.9, "a": 0.8, "b": 0.7, "lost": 0.95}.items():
+            for seed in range(3 if rule in rules else 0):
+                told = {"accuracy": accuracy + seed / 1000}
+                made.append(make(rule, seed, test=told, validation=told, **values))
+        rows = compare_table(made, "backprop")
+        return verdict(rows, columns(rows), "backprop").sentence
+
+    of_two = said("backprop", "a", "lost")
+    assert of_two.startswith("backprop beats a, the only other one with figures for all seeds, by 10.00 points")
+    of_three = said("backprop", "a", "b", "lost", dataset="three")
+    assert of_three.startswith(
+        "backprop beats a, of the 2 others with figures for all seeds the best by validation accuracy, by 10.00 points"
+    )
+    assert said("a", "lost", dataset="one").startswith(
+        "a reaches 80.10 % test accuracy, the only one of 2 rows with figures for all seeds"
+    )
+    assert said("a", "b", "lost", dataset="both").startswith(
+        "a has the highest validation accuracy of 2 rows with figures for all seeds, and 80.10 % test accuracy; its interval"
+    )
+
+
+@pytest.mark.parametrize(("near", "whole", "better"), [(0.95, 0.5, False), (0.5, 0.6, True)])
+def test_a_baseline_is_called_better_for_its_figure_alone(make: Make, near: float, whole: float, better: bool) -> None:
+    """The one with the nearest settings lost a seed, the other one none."""
+    made = [make("backprop", 3, status="failed", config={"optimizer": {"lr": 1}})]
+    for rule, lr, accuracy in (("backprop", 1, near), ("backprop", 2, whole), ("mono", 1, 0.96)):
+        for seed in range(3):
+            told = {"accuracy": accuracy}
+            made.append(make(rule, seed, test=told, validation=told, config={"optimizer": {"lr": lr}}))
+    rows = compare_table(made, "backprop")
+    found = verdict(rows, columns(rows), "backprop")
+    assert (found.better is not None) == better
+    told = "; the best one with figures for all seeds is backprop · optimizer.lr=2, with 60.00 % validation accuracy."
+    assert (told in found.sentence) == better
+    assert ("the best one" in found.sentence) == better
+
+
+def test_a_difference_that_is_none_when_rounded_is_not_told_as_none(make: Make) -> None:
+    rules = {"backprop": (0.9, 0.91, 0.92), "mono_forward": (0.90001, 0.910011, 0.920012)}
+    made = [make(rule, seed, test={"accuracy": value}) for rule, of in rules.items() for seed, value in enumerate(of)]
+    rows = compare_table(made, "backprop")
+    chart, *_ = paired_charts(rows, columns(rows), styles(rows, "backprop"), "backprop")
+    assert chart.table[0][2:4] == ("+0.001", "[+0.0009, +0.001]")
+    assert verdict(rows, columns(rows), "backprop").sentence.startswith(
+        "mono_forward beats backprop by 0.001 points in test accuracy (95 % interval [+0.0009, +0.001], 3 pairs)"
+    )
 
 
 def test_costs_are_those_that_both_rows_know(make: Make) -> None:
@@ -456,6 +509,12 @@ def test_mode_own_says_what_ended_the_runs(make: Make) -> None:
     assert said(*patient, whole).startswith(
         f"Not all runs end by the same rule: 1 run (backprop) {ends}; 3 runs (a) once"
     )
+    closed = [_own(make, "ridge", 1, seed, patience=5) for seed in (0, 1)]
+    sooner = "sooner than after 5 validations without improvement or all epochs (20)"
+    assert said(*closed) == f"Every run ends {sooner}."
+    assert said(*closed, *patient).startswith("Not all runs end by the same rule: 3 runs (a) once")
+    assert f"; 2 runs (ridge) {sooner}" in said(*patient, *closed)
+    assert said(_own(make, "ridge", 1, patience=None)) == "Every run ends sooner than after all epochs (20)."
     unwatched = [_own(make, "b", 20, patience=None, monitor=m) for m in (None, "validation/loss")]
     assert said(*unwatched) == "Every run ends after all epochs (20), for there is no stopping rule."
     assert "do not say" in said(make("a", 9))
@@ -513,6 +572,7 @@ def test_the_top_names_what_failed_and_every_comparison_has_a_line(tmp_path: Pat
     assert "layer3&#x27; diverged" in top
     assert page.count('<tr data-section="') == page.count('<section id="s') == 6
     assert "36 finished runs, 9 rules, 6 comparisons" in top
+    assert "Rows without figures for all of their seeds come after the others." in page
 
 
 def test_a_run_that_another_one_went_on_with_is_none_that_did_not_finish(make: Make, tmp_path: Path) -> None:
@@ -567,6 +627,35 @@ def test_runs_that_never_arrived_are_drawn_as_such(make: Make) -> None:
     assert chart.table == [
         ("x", "2 of 3 reached", f"{AT_LEAST} 22.9", f"10.0 (seed 0), 12.0 (seed 1), {AT_LEAST} 46.8 (seed 2)")
     ]
+
+
+def test_rows_that_differ_in_a_late_setting_have_names_that_differ(make: Make) -> None:
+    """On every axis that names them, and in the sentence."""
+    alike = ", ".join(f"optimizer.a_setting_number_{i}=0.00{i}" for i in range(4))
+    told = {"accuracy": 0.9, "seconds": 1.0}
+    made = [make("backprop", seed, mode="target", target=told) for seed in range(3)]
+    for n in (4, 5):
+        variant = f"{alike}, trainer.max_epochs={n}"
+        made += [make("x", s, mode="target", target={**told, "seconds": n + s}, variant=variant) for s in range(3)]
+    rows = compare_table(made, "backprop")
+    shown, style = columns(rows), styles(rows, "backprop")
+    charts = [*paired_charts(rows, shown, style, "backprop"), *memory_charts(rows, shown, style)]
+    charts += [*target_charts(rows, shown, style), *energy_charts(rows, shown)]
+    for chart in charts:
+        names = {name for trace in chart.figure["data"] for name in trace["y"]}
+        assert len(names) == len({line[0] for line in chart.table}), chart.title
+    said = verdict(rows, shown, "backprop").sentence
+    assert said.startswith("x · optimizer.a_setting_number_0=0.000, …, trainer.max_epochs=4, the one of the 2 others")
+
+
+def test_names_are_cut_no_further_than_they_stay_different() -> None:
+    one, other = (f"{'a' * 60}{middle}{'b' * 60}" for middle in "xy")
+    found = short([one, other, "c", one])
+    assert list(found) == [one, other, "c"]
+    assert found["c"] == "c"
+    assert found[one] != found[other]
+    assert short([one])[one] == f"{'a' * 45}…{'b' * 45}"
+    assert short(["x · " + ", ".join("abcdefghijklmnopqrstuvwxyz" * 2)]).popitem()[1].count("…") == 1
 
 
 def test_joules_stand_by_source_and_per_sample(make: Make) -> None:

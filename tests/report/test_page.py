@@ -299,6 +299,14 @@ def test_runs_of_different_machines_are_pointed_out(make: Make, show: Callable[.
     assert "2 machines" in page.text
 
 
+def test_a_machine_is_what_costs_are_paired_on(make: Make, show: Callable[..., Page]) -> None:
+    """A new kernel makes no other one of it, and its processor is another one than its card."""
+    here: dict[str, Any] = {"cpu": "a", "gpus": ["a card"], "os": "Linux 6.1"}
+    assert "machines" not in show([make(hardware=here), make(seed=1, hardware=here | {"os": "Linux 6.2"})]).text
+    page = show([make(hardware=here), make(seed=1, hardware=here, config={"trainer": {"accelerator": "cpu"}})])
+    assert "The runs come from 2 machines, or uses of one (device, cores, threads, workers)" in page.text
+
+
 def test_sections_for_every_data_set_net_and_mode(make: Make, show: Callable[..., Page]) -> None:
     page = show(
         [make(), make(dataset="mnist"), make(net="cnn"), make(mode="target", target={"accuracy": 0.9, "seconds": 5})]
@@ -386,6 +394,10 @@ def test_means_and_ratios_over_other_seeds_say_so(make: Make, show: Callable[...
     page = show([*(make("x", s) for s in range(5)), *(make("backprop", s) for s in range(1, 4))])
     assert page.line(0, "x")["Training time | s"] == f"46.8 ± 1.4 | 0.750{X} (of 3 pairs)"
     assert "x: paired with backprop over 3 of its 5 seeds; means are over all" in page.text
+    other = [make("backprop", seed, hardware={"cpu": "a"}) for seed in range(3)]
+    other += [make("x", seed, hardware={"cpu": "b" if seed else "a"}) for seed in range(3)]
+    told = "(Training time, Energy, model, modelled, Energy, nvml, measured); means are over all"
+    assert f"x: paired with backprop over 1 of its 3 seeds {told}" in show(other).text  # in accuracy over all of them
 
 
 def test_who_did_not_arrive_and_what_failed_stand_in_the_row(make: Make, show: Callable[..., Page]) -> None:
