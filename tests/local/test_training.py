@@ -289,10 +289,27 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_unit() -> None:
     with pytest.raises(ValueError, match="unit '0' is nan, because the inputs have entries that are not finite"):
         local.step(x.index_fill(1, torch.tensor([0]), float("nan")), y)
     assert torch.equal(before, net[0].weight)
+    wrong = torch.full((6, 3), float("nan"))
+    regress = ll.localize(net, ll.algorithms.Backprop(), cuts=1, example=x, loss=F.mse_loss)
+    with pytest.raises(ValueError, match="is nan, because the targets have entries that are not finite"):
+        regress.step(x, wrong)
+    for one, targets in ((regress, wrong), (local, y)):
+        with pytest.raises(ValueError, match="this batch is empty"):
+            one.step(x[:0], targets[:0])
     with torch.no_grad():
         net[0].weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="unit '0' diverged: its loss is nan; a smaller learning rate"):
         local.step(x, y)
+
+
+def test_the_loss_of_a_unit_with_several_steps_is_their_mean() -> None:
+    still = partial(torch.optim.SGD, lr=1e-9)
+    losses = []
+    for steps in (1, 5):
+        torch.manual_seed(0)
+        rule = ll.algorithms.PhysicalFF(inner_steps=steps)
+        losses.append(ll.localize(mlp(), rule, cuts=2, example=V, optimizer=still).step(V, CLASSES))
+    torch.testing.assert_close(*losses)
 
 
 def test_a_batch_of_one_sample_is_refused_before_anything_learns() -> None:
@@ -304,6 +321,7 @@ def test_a_batch_of_one_sample_is_refused_before_anything_learns() -> None:
     small = nn.Sequential(*maps, nn.Flatten(), nn.Linear(16, 10))
     cases = [
         (flat, ll.MonoForward(), ["1", "4"], "block '4' has a normalisation"),
+        (flat, ll.algorithms.Backprop(), ["1", "4"], "block '4' has a normalisation"),  # one unit for all blocks
         (
             small,
             ll.algorithms.LocalHeads(head="conv1"),
@@ -321,6 +339,11 @@ def test_a_batch_of_one_sample_is_refused_before_anything_learns() -> None:
             for name, value in before[part].items():
                 assert not isinstance(value, Tensor) or torch.equal(value, after[part][name]), name
         local.step(X[:2], Y[:2])
+    pooled = nn.Sequential(*layers[:2], nn.MaxPool2d(15), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), *layers[2:])
+    local = ll.localize(pooled, ll.algorithms.Backprop(), cuts=["2"], example=X[:4], optimizer=SGD)
+    local.step(X[:1], Y[:1] % 4)
+    with pytest.raises(ValueError, match="block '3' has a normalisation"):  # one place is left of a smaller image
+        local.step(X[:1, :, :17, :17], Y[:1] % 4)
     fits = ll.localize(
         nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 10)),
         ll.MonoForward(),
