@@ -64,8 +64,8 @@ class Wiring:
         if strange or error is not None:
             raise ValueError(
                 f"{self._told(changed)} exchanged after localize: the blocks run what stood there before, or no optimizer has "
-                "what stands there now. Change the values of what is there (load_state_dict without assign=True), or localize "
-                "the changed network"
+                "what stands there now. Change the values of parameters and buffers in place (load_state_dict without "
+                "assign=True), or localize the changed network"
             ) from error
         for piece in pieces:
             piece.renew(self._net, others=True)

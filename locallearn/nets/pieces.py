@@ -88,7 +88,7 @@ class _Level(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Level:
         held = {name: self._buffers[name] for name in self.read}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in held.items():
             moved = self._buffers[name]
             if buffer is not None and moved is not None and moved is not buffer:

@@ -76,8 +76,10 @@ def test_memory_cuts_no_rule_that_keeps_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_factories_run_a_network_to_see_what_it_takes() -> None:
     name = "tests.local.nets.Later"
     assert factory(name, (3, 8, 8), 4, cuts=["stem"]).names == ["stem", "deep"]  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=r"^Later takes images of 8 channels, and these have 1"):
+    with pytest.raises(ValueError, match=r"^Later takes images of 3 channels, and these have 1"):
         factory(name, (1, 8, 8), 4, cuts=["stem"])
+    with pytest.raises(ValueError, match=r"^Later cannot run the example"):  # which is too small
+        factory(name, (3, 4, 4), 4, cuts=["stem"])
     for cuts, told in (("stem", r"a list of names, .* write \['stem'\]"), (2.0, "names of modules, or a whole number")):
         with pytest.raises(ValueError, match=f"expected {told}"):
             factory(name, (3, 8, 8), 4, cuts=cuts)  # type: ignore[arg-type]
