@@ -72,7 +72,7 @@ def attach_cut(
         algorithm.attach(cut.blocks, task)
         batch = task.example
         if rows_of(cut.arguments.values) is not None:
-            batch = repeated(batch, _fewest(algorithm))
+            batch = repeated(batch, fewest(algorithm))
         _try_step(net, algorithm, batch)
     except ValueError as error:
         said = None
@@ -100,7 +100,7 @@ def repeated(batch: Batch, samples: int) -> Batch:
     return Batch(of(batch.inputs), of(batch.targets), tuple(map(of, batch.context)), source=order)
 
 
-def _fewest(algorithm: Algorithm) -> int:
+def fewest(algorithm: Algorithm) -> int:
     """Samples of the smallest batch, two at least, of which every unit can learn; two where there is none."""
     for samples in range(2, _MOST):
         try:

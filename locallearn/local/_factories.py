@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from locallearn.batch import Batch
-from locallearn.local._where import balanced, kind
-from locallearn.nets.blocks import Blocks
+from locallearn.local._where import kind, names_of
+from locallearn.nets.blocks import Blocks, evaluating
 from locallearn.nets.cut import cut_network
+from locallearn.nets.trace import preserved
 
 
 def torchvision(
@@ -121,15 +122,30 @@ def _made(name: str, make: Callable[..., Any], outputs: int, options: Mapping[st
 def _in_blocks(
     net: nn.Module, input_shape: Sequence[int], cuts: int | Sequence[str], example: Tensor | Batch | None = None
 ) -> Blocks:
-    layers = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    if layers and len(input_shape) == 3 and layers[0].in_channels != input_shape[0]:
-        raise ValueError(
-            f"{type(net).__name__} takes images of {layers[0].in_channels} channels, and these have {input_shape[0]}: use "
-            "another data set, or a factory of your own that makes its first layer fit"
-        )
     given = _inputs(net, torch.zeros(2, *input_shape) if example is None else example)
-    names = balanced(net, cuts, given) if isinstance(cuts, int) else list(cuts)
-    return cut_network(net, names, given).blocks
+    if isinstance(given, Tensor) and len(input_shape) == 3:
+        _refuse_channels(net, given)
+    return cut_network(net, names_of(net, cuts, given), given).blocks
+
+
+def _refuse_channels(net: nn.Module, images: Tensor) -> None:
+    """Say what is wrong where already the first convolution that runs cannot take images of so many channels."""
+    ran: list[nn.Module] = []
+    layers = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: ran.append(layer)) for layer in layers]
+    try:
+        with evaluating(net), preserved(net), torch.no_grad():
+            net(images)
+    except Exception as error:
+        takes = ran[0].in_channels if len(ran) == 1 else images.shape[1]
+        if takes != images.shape[1]:
+            raise ValueError(
+                f"{type(net).__name__} takes images of {takes} channels, and these have {images.shape[1]}: use another data "
+                "set, or a factory of your own that makes its first layer fit"
+            ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _inputs(net: nn.Module, example: Tensor | Batch) -> Tensor | dict[str, Tensor] | tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from locallearn.algorithms.base import Algorithm, TaskInfo
 from locallearn.batch import Batch
 from locallearn.cost import activation_bytes, drive
-from locallearn.local._attach import attach_cut, result_of
+from locallearn.local._attach import attach_cut, fewest, result_of
 from locallearn.local._object import Local, OptimizerFactory, refuse_without_gradients
 from locallearn.local._targets import Loss, are_ids, of_classes, two_of
-from locallearn.local._where import BYTES, balanced, bytes_in, check_net, kind, partition, short, weigh
-from locallearn.nets.blocks import width_of
+from locallearn.local._where import BYTES, bytes_in, check_net, kind, names_of, partition, short, weigh
 from locallearn.nets.cut import Cut, Place, cut_network, names_for, places
-from locallearn.nets.equal import rows_of
+from locallearn.nets.equal import rows_of, some_rows
 from locallearn.nets.execution import Execution
 from locallearn.nets.trace import preserved
 
@@ -102,15 +101,11 @@ def localize(
     )  # fmt: skip
     if memory is None:
         assert cuts is not None
-        if isinstance(cuts, str):
-            raise ValueError(f"cuts is {cuts!r}, expected a list of names, or a number of blocks: write [{cuts!r}]")
-        if not isinstance(cuts, int | Iterable):
-            raise ValueError(f"cuts is {cuts!r}, expected names of modules, or a whole number of blocks")
-        names = balanced(net, cuts, example, input=input, output=output) if isinstance(cuts, int) else list(cuts)
-        cut, task = again(algorithm, names)
+        names = names_of(net, cuts, example, input=input, output=output, readout=readout, outputs=outputs)
     else:
-        names = _within(net, algorithm, bytes_in(memory), example, again, input, output)
-        cut, task = again(algorithm, names)
+        look = partial(places, net, example, weigh, input=input, output=output, readout=readout, outputs=outputs)
+        names = _within(net, algorithm, bytes_in(memory), look, again)
+    cut, task = again(algorithm, names)
     return Local(net, cut, algorithm, task, names, make, execution, targets is not None)
 
 
@@ -128,10 +123,7 @@ def _cut_and_attach(
     output: str | int | None,
     readout: str | bool,
 ) -> tuple[Cut, TaskInfo]:
-    cut = cut_network(net, cuts, example, input=input, output=output, readout=readout)
-    if outputs is not None and outputs != width_of(result_of(net, cut)) and cut.blocks.readout is not None:
-        # What the network gives are features: rules that need an output layer add one, or say so.
-        cut = cut_network(net, cuts, example, input=input, output=output, readout=False)
+    cut = cut_network(net, cuts, example, input=input, output=output, readout=readout, outputs=outputs)
     if classes is None:
         classes = False
         if targets is not None:
@@ -146,31 +138,34 @@ def _within(
     net: nn.Module,
     algorithm: Algorithm,
     limit: int,
-    example: Any,
+    look: Callable[..., list[Place]],
     attach: Callable[[Algorithm, Sequence[str]], tuple[Cut, TaskInfo]],
-    input: str | None,
-    output: str | int | None,
 ) -> list[str]:
     """The fewest cuts with which a step on the example keeps no more bytes than allowed, as measured."""
     least: tuple[float, int] = (float("inf"), 1)
+    share = 1.0  # of what plain autograd would keep, at most
 
     def offered() -> Iterator[tuple[list[Place], int]]:
-        rows = places(net, example, weigh, input=input, output=output)
+        rows = look()
         yield from ((rows, blocks) for blocks in range(1, len(rows) + 1))
-        more = places(
-            net, example, weigh, input=input, output=output, several=True
-        )  # skip connections cross there, too
+        more = look(several=True)  # skip connections cross there, too
         yield from ((more, blocks) for blocks in range(len(rows), len(more) + 1) if len(more) > len(rows))
 
     for rows, blocks in offered():
         chosen = partition([row.bytes for row in rows], blocks)
         edges = [-1, *chosen, len(rows) - 1]
         guess = max(sum(row.bytes for row in rows[a + 1 : b + 1]) for a, b in pairwise(edges))
-        if guess > 1.5 * limit and blocks < len(rows):
+        if blocks > 1 and share * guess > 1.5 * limit and blocks < len(rows):
             continue  # a pass would only show it
         names = names_for([rows[i] for i in chosen])
         trial = copy.deepcopy(algorithm)
         cut, task = attach(trial, names)
+        if blocks == 1 and guess > 1.5 * limit and len(rows) > 1:  # all samples at once may be too much for the machine
+            few = fewest(trial)
+            samples = rows_of(cut.arguments.values) or few
+            share = min(1.0, _peak(net, copy.deepcopy(trial), cut, task, few) / (guess * min(1.0, few / samples)))
+            if share * guess > 1.5 * limit:
+                continue
         peak = _peak(net, trial, cut, task)
         least = min(least, (peak, blocks))
         if peak <= limit:
@@ -182,11 +177,12 @@ def _within(
     )
 
 
-def _peak(net: nn.Module, algorithm: Algorithm, cut: Cut, task: TaskInfo) -> int:
-    """Bytes that a step on the whole example keeps alive for gradients at once."""
-    main, *context = cut.arguments.values.values()
+def _peak(net: nn.Module, algorithm: Algorithm, cut: Cut, task: TaskInfo, most: int | None = None) -> int:
+    """Bytes that a step on the whole example, or on so many samples of it, keeps alive for gradients at once."""
+    values = cut.arguments.values if most is None else some_rows(cut.arguments.values, most)
+    main, *context = values.values()
     known = task.example.targets
-    rows = rows_of(cut.arguments.values)
+    rows = rows_of(values)
     targets = known if rows is None else known[torch.arange(rows, device=known.device) % len(known)]
     kept = [(p, p.grad) for p in net.parameters()]
     with preserved(net), activation_bytes(algorithm) as count:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, let_go
-from locallearn.algorithms.dry_run import refuse_single
+from locallearn.algorithms.dry_run import is_of_single, refuse_single
 from locallearn.batch import Batch
 from locallearn.cost import drive, undisturbed
 from locallearn.local._targets import (
@@ -93,6 +93,8 @@ class Local:
         main, *context = self._arguments.by_name(inputs).values()
         if not isinstance(targets, Tensor):
             raise ValueError(f"targets are a {type(targets).__name__}, expected a tensor")
+        if not targets.numel() or (rows is not None and not rows.numel()):
+            raise ValueError("this batch is empty: there is nothing to learn from")
         wanted, loss = self.task.example.targets, self.task.loss
         pairs = rows is not None and rows.ndim == 2  # whose products are compared, not the outputs
         if not self.task.classes and by_entry(loss) and not pairs and only_broadcast(targets.shape, wanted.shape):
@@ -109,8 +111,6 @@ class Local:
                 raise ValueError(dense(targets.shape, wanted.shape, self.task.outputs, self._given))
             targets = targets.long()
             seen = targets if rows is None else targets[rows]
-            if not seen.numel():
-                raise ValueError("this batch is empty: there is nothing to learn from")
             if targets.device.type == "cpu":
                 if not counted(seen, loss).numel():
                     raise ValueError(
@@ -158,12 +158,12 @@ class Local:
             let_go(own)
         self._try_single(batch)
         updates = self.algorithm.updates(batch)
-        done = 0
         while True:
             try:
                 update = next(updates, None)
             except ValueError as error:
-                self._explain_single(error, done)
+                if is_of_single(error):
+                    self._try(batch)
                 self._explain(error, inputs)
                 raise
             except RuntimeError as error:
@@ -175,7 +175,6 @@ class Local:
                     self.execution.check_ran(self.blocks, self.algorithm.trains, type(self.algorithm).__name__)
                     self._proved = True
                 return
-            done += 1
             yield update
             optimizer = self.optimizers[update.unit]
             if _needs_closure(optimizer):
@@ -190,17 +189,30 @@ class Local:
         """Before anything learns from a batch of one sample: a later block may have nothing to normalise by."""
         if len(batch.inputs) > 1 or self._takes_single or not self.net.training:
             return
-        done: list[str] = []
-        with undisturbed(batch.inputs.device):
-            try:
-                drive(copy.deepcopy(self.algorithm), batch, lambda update: done.append(update.unit))
-            except ValueError as error:
-                self._explain_single(error, len(done))
-                raise
+        self._try(batch)
         self._takes_single = True
 
-    def _explain_single(self, error: ValueError, done: int) -> None:
-        refuse_single(error, self.blocks.names[min(done, len(self.blocks) - 1)])
+    def _try(self, batch: Batch) -> None:
+        """A step on a copy.
+
+        Raises:
+            ValueError: it cannot be made; where a normalisation is why, the block is named.
+        """
+        twin = copy.deepcopy(self.algorithm)
+        at = [self.blocks.names[0]]
+
+        def enter(name: str, *_: Any) -> None:
+            at[0] = name
+
+        for name, block in twin.blocks.members.items():
+            for module in block.modules():  # a rule may run them one by one
+                module.register_forward_pre_hook(partial(enter, name))
+        with undisturbed(batch.inputs.device):
+            try:
+                drive(twin, batch)
+            except ValueError as error:
+                refuse_single(error, at[0])
+                raise
 
     def step(
         self, inputs: Any, targets: Tensor, rows: Tensor | None = None, source: Tensor | None = None
@@ -208,20 +220,21 @@ class Local:
         """Train on one batch; the arguments are those of :meth:`updates`.
 
         Returns:
-            The loss of every unit before its step, detached. Units of rules without a loss are left out.
+            The loss of every unit before its step, detached; of a unit with several steps per batch, their mean. Units of
+            rules without a loss are left out.
 
         Raises:
             ValueError: a loss is not finite; its unit is not stepped. On a CPU alone: elsewhere, reading every loss would
                 have the device waited for, and it is up to the loop to look now and then.
         """
-        losses: dict[str, Tensor] = {}
+        losses: dict[str, list[Tensor]] = {}
         for update in self.updates(inputs, targets, rows, source):
             if update.loss is not None:
                 loss = update.loss.detach()
                 if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-                    raise ValueError(_diverged(update.unit, loss, inputs))
-                losses[update.unit] = losses[update.unit] + loss if update.unit in losses else loss
-        return losses
+                    raise ValueError(_diverged(update.unit, loss, inputs, targets))
+                losses.setdefault(update.unit, []).append(loss)
+        return {unit: torch.stack(found).mean() if len(found) > 1 else found[0] for unit, found in losses.items()}
 
     @torch.no_grad()
     def predict(self, inputs: Any) -> Tensor:
@@ -409,10 +422,11 @@ def _again(update: Update, optimizer: Optimizer, first: list[bool]) -> Tensor:
         return loss.detach()
 
 
-def _diverged(unit: str, loss: Tensor, inputs: Any) -> str:
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not all(bool(torch.isfinite(t).all()) for t in tensors):
-        return f"the loss of unit {unit!r} is {float(loss)}, because the inputs have entries that are not finite"
+def _diverged(unit: str, loss: Tensor, inputs: Any, targets: Tensor) -> str:
+    for what, given in (("inputs", inputs), ("targets", targets)):
+        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not all(bool(torch.isfinite(t).all()) for t in tensors):
+            return f"the loss of unit {unit!r} is {float(loss)}, because the {what} have entries that are not finite"
     return (
         f"unit {unit!r} diverged: its loss is {float(loss)}; a smaller learning rate may help, or clipped gradients "
         "(in a loop over updates())"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -84,8 +85,28 @@ def show(net: nn.Module, example: Any = None, *, input: str | None = None, outpu
     return cuts
 
 
+def names_of(net: nn.Module, cuts: int | Sequence[str], example: Any, **which: Any) -> list[str]:
+    """Names of the modules behind which to cut: those that are given, or for so many blocks; ``which``: see :func:`balanced`.
+
+    Raises:
+        ValueError: neither names nor a number; or see :func:`balanced`.
+    """
+    if isinstance(cuts, str):
+        raise ValueError(f"cuts is {cuts!r}, expected a list of names, or a number of blocks: write [{cuts!r}]")
+    if not isinstance(cuts, int | Iterable):
+        raise ValueError(f"cuts is {cuts!r}, expected names of modules, or a whole number of blocks")
+    return balanced(net, cuts, example, **which) if isinstance(cuts, int) else list(cuts)
+
+
 def balanced(
-    net: nn.Module, blocks: int, example: Any, *, input: str | None = None, output: str | int | None = None
+    net: nn.Module,
+    blocks: int,
+    example: Any,
+    *,
+    input: str | None = None,
+    output: str | int | None = None,
+    readout: str | bool = True,
+    outputs: int | None = None,
 ) -> list[str]:
     """Names of the modules behind which to cut, so that the largest of so many blocks is as small as it can be.
 
@@ -95,6 +116,8 @@ def balanced(
         example: a batch.
         input: see :func:`localize`.
         output: see :func:`localize`.
+        readout: see :func:`localize`.
+        outputs: see :func:`localize`.
 
     Raises:
         ValueError: fewer than one block, or more than there can be.
@@ -104,17 +127,17 @@ def balanced(
     if blocks == 1:
         return []
     closed: list[CannotTrace] = []
-    rows = places(net, example, weigh, input=input, output=output, closed=closed)
+    look = partial(
+        places, net, example, weigh, input=input, output=output, readout=readout, outputs=outputs, closed=closed
+    )
+    rows = look()
     if blocks > len(rows):  # skip connections then cross the borders
         closed.clear()
-        rows = places(net, example, weigh, input=input, output=output, closed=closed, several=True)
+        rows = look(several=True)
     if blocks > len(rows):
         behind = ", ".join(row.name for row in rows[:-1])
-        most = (
-            f"{len(rows)} blocks at most, behind {behind}"
-            if behind
-            else "no more than one block (its last layer is the readout, which is no block)"
-        )
+        apart = " (its last layer is the readout, which is no block)" if readout is True and outputs is None else ""
+        most = f"{len(rows)} blocks at most, behind {behind}" if behind else f"no more than one block{apart}"
         why = f"; inside of {closed[-1].path!r} there is no place, because {closed[-1]}" if closed else ""
         raise ValueError(
             f"cuts is {blocks}, and {type(net).__name__} can be cut into {most}: ask for fewer, or name modules{why}"
@@ -207,12 +230,9 @@ def check_net(net: Any) -> None:
 def _guessed(net: nn.Module) -> Tensor:
     """Two samples that the network takes, by its first layer."""
     owner = type(net).__name__
-    layer = next(
-        (m for m in net.modules() if m._parameters and any(p is not None for p in m._parameters.values())), None
-    )
     tries: list[Tensor] = []
     layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding)]
-    if layer is not None and layers:
+    if layers and next(net.parameters(), None) is not None:
         first = layers[0]
         if isinstance(first, nn.Conv2d):
             tries = [torch.zeros(2, first.in_channels, side, side) for side in (32, 64, 224, 299, 28)]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from operator import is_
+from types import MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from locallearn.nets.cut import Cut
+from locallearn.nets.pieces import Piece
 from locallearn.nets.trace import preserved
 
-Change = tuple[bool, str]
-"""Whether there was nothing in its place, and its name: what was exchanged comes before what was added."""
+Change = tuple[Any, str]
+"""What stood there, and what it is called."""
 
 
 class Wiring:
@@ -32,7 +34,7 @@ class Wiring:
     def __init__(self, net: nn.Module, cut: Cut) -> None:
         self._net, self._cut = net, cut
         self._had = list(net.modules())
-        self._counters: set[str] = set()
+        self._written: set[str] = set()  # attributes that its own pass changes
         self._look()
 
     def refuse_changes(self, known: Callable[[], set[int]]) -> None:
@@ -45,10 +47,12 @@ class Wiring:
         Raises:
             ValueError: the network runs something else by now than its blocks, or they run what no optimizer has.
         """
-        changed = [change for wires in self._wires for change in wires.changed()]
-        changed += [change for one in self._attributes for change in one.changed(self._counters)]
+        changed = [change for wires in self._wires for change in wires.changed() if change[1] not in self._written]
         if not changed:
             return
+        pieces = [part for part in self._cut.blocks.modules() if isinstance(part, Piece)]
+        for piece in pieces:
+            piece.renew(self._net, others=False)
         error: ValueError | None = None
         learned = known()
         strange = any(id(p) not in learned for p in self._cut.blocks.parameters())
@@ -59,12 +63,23 @@ class Wiring:
                 error = unlike
         if strange or error is not None:
             raise ValueError(
-                f"{min(changed)[1]} of {type(self._net).__name__} was exchanged after localize: the blocks run what stood "
-                "there before, or no optimizer has what stands there now. Change the values of what is there "
-                "(load_state_dict without assign=True), or localize the changed network"
+                f"{self._told(changed)} exchanged after localize: the blocks run what stood there before, or no optimizer has "
+                "what stands there now. Change the values of parameters and buffers in place (load_state_dict without "
+                "assign=True), or localize the changed network"
             ) from error
-        self._counters |= {name for one in self._attributes for name in one.counted()}
+        for piece in pieces:
+            piece.renew(self._net, others=True)
         self._look()
+
+    def _told(self, changed: Sequence[Change]) -> str:
+        """What was exchanged, of all that the network holds: first what blocks run, and what is new last."""
+        blocks = self._cut.blocks
+        inside = {id(part) for part in (*blocks.modules(), *blocks.parameters(), *blocks.buffers())}
+        changed = sorted(changed, key=lambda change: (id(change[0]) not in inside, change[0] is None))
+        names = list(dict.fromkeys(name for _, name in changed))
+        named = names[:_NAMED] + ([f"{len(names) - _NAMED} more"] if len(names) > _NAMED else [])
+        *most, last = named
+        return f"{', '.join(most)}{' and ' if most else ''}{last} of {type(self._net).__name__} {'were' if most else 'was'}"
 
     def _look(self) -> None:
         inside = {id(module) for module in self._cut.blocks.modules()}
@@ -82,7 +97,12 @@ class Wiring:
             *(_Wires.of(name, "hook", m._forward_hooks) for name, m in opened),
             *(_Wires.of(name, "hook", m._forward_pre_hooks) for name, m in opened),
         ]
-        self._attributes = [_Attributes(name, m, _constants(m)) for name, m in opened]
+        self._opened = opened
+        self._wires += self._attributes()
+
+    def _attributes(self) -> list[_Wires]:
+        seen: set[int] = set()
+        return [wires for name, m in self._opened for wires in _attributes(name, m, seen, self._written)]
 
     def _runs_what_is_new(self) -> bool:
         """Whether the network runs a module that came later and is in no block.
@@ -92,6 +112,14 @@ class Wiring:
         """
         held = {id(module) for module in (*self._had, *self._cut.blocks.modules())}
         ran: list[nn.Module] = []
+        before: list[_Wires] = []
+
+        def begin(*_: Any) -> None:
+            before[:] = self._attributes()
+
+        def end(*_: Any) -> None:
+            self._written.update(name for wires in before for _, name in wires.changed())
+
         at = next((p for p in self._net.parameters() if p.is_floating_point()), torch.empty(0))
         values = {
             name: v.to(at.device, at.dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else v
@@ -101,6 +129,8 @@ class Wiring:
             for module in self._net.modules():
                 if id(module) not in held and not _only_runs_others(module):
                     stack.callback(module.register_forward_pre_hook(lambda one, _: ran.append(one)).remove)
+            stack.callback(self._net.register_forward_pre_hook(begin).remove)
+            stack.callback(self._net.register_forward_hook(end).remove)
             stack.enter_context(preserved(self._cut.blocks))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._cut.check(self._net, values)
@@ -113,62 +143,99 @@ def _only_runs_others(module: nn.Module) -> bool:
 
 
 class _Wires(NamedTuple):
-    """What one module of the network holds, as it was and as it is: comparing them costs less than listing all parameters."""
+    """What a module of the network, or what it keeps as an attribute, holds, as it was and as it is."""
 
     name: str
     what: str
-    before: dict[Any, Any]
-    now: dict[Any, Any]
+    before: Any
+    owner: Any
 
     @classmethod
-    def of(cls, name: str, what: str, held: dict[Any, Any]) -> _Wires:
+    def of(cls, name: str, what: str, owner: Any) -> _Wires:
         """As it is now."""
-        return cls(name, what, dict(held), held)
+        held = _entries(owner)
+        return cls(name, what, dict(held) if isinstance(held, dict) else list(held), owner)
 
     def changed(self) -> Iterator[Change]:
         """What stood for something else, or for nothing."""
-        if len(self.before) == len(self.now) and all(map(is_, self.before.values(), self.now.values())):
+        now, before = _entries(self.owner), self.before
+        alike = len(before) == len(now) and all(map(is_, before, now))
+        if alike and (type(before) is list or all(map(is_, before.values(), now.values()))):
             return  # asked with every step
-        for key in dict.fromkeys([*self.before, *self.now]):
-            if self.before.get(key) is not self.now.get(key):
-                path = f"{self.name}.{key}".lstrip(".")
-                told = f"{self.what} {path!r}" if isinstance(key, str) else f"a {self.what} {self.name}".rstrip()
-                yield self.before.get(key) is None, told
-
-
-class _Attributes(NamedTuple):
-    """Numbers, words and functions that a module's forward may read, as they were."""
-
-    name: str
-    module: nn.Module
-    before: dict[str, Any]
-
-    def changed(self, counters: set[str]) -> Iterator[Change]:
-        """Those that are others, but for whole numbers that were seen to make no difference."""
-        now = _constants(self.module)
-        if now == self.before:
+        if isinstance(before, list):
+            if not _same(tuple(before), tuple(now)):
+                yield before, f"{self.what} {self.name!r}"
             return
-        for key in dict.fromkeys([*self.before, *now]):
-            path = f"{self.name}.{key}".lstrip(".")
-            if path not in counters and (key not in self.before or self.before[key] != now.get(key)):
-                yield key not in self.before, f"attribute {path!r}"
-
-    def counted(self) -> Iterator[str]:
-        """Whole numbers that are others by now: a network that counts its passes is not asked about with every one."""
-        now = _constants(self.module)
-        for key, value in self.before.items():
-            if type(value) is int and type(now.get(key)) is int and now[key] != value:
-                yield f"{self.name}.{key}".lstrip(".")
+        ignored = _OF_PYTORCH if isinstance(self.owner, nn.Module) else ()
+        keys = [key for key in dict.fromkeys([*before, *now]) if key not in ignored]
+        others = [key for key in keys if not _same(before.get(key), now.get(key))]
+        for key in others:
+            told = f"{self.what} {_inside(self.name, key)!r}" if isinstance(key, str) else f"a {self.what} {self.name}"
+            yield before.get(key), told.rstrip()
+        if not others:  # but for the mode, or for the order
+            before.clear()
+            before.update(now)
 
 
-def _constants(module: nn.Module) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if key not in _OF_PYTORCH
-        and (value is None or isinstance(value, bool | int | float | str) or callable(value))
-        and not isinstance(value, Tensor)
-    }
+def _attributes(name: str, value: Any, seen: set[int], written: Container[str], depth: int = 0) -> Iterator[_Wires]:
+    """What a module keeps beside what PyTorch knows of: containers and plain objects in it, too.
+
+    Args:
+        name: of the value, by which it is called.
+        value: the module, or what it keeps.
+        seen: identities of what was met before.
+        written: names of what is left out, because the network's own pass changes it.
+        depth: how many objects hold it: of what objects in objects hold (a trainer's loops, say) there is no end.
+    """
+    if isinstance(value, tuple):
+        for inner in value:
+            yield from _attributes(name, inner, seen, written, depth)
+        return
+    plain = isinstance(value, _CONTAINERS)
+    closed = callable(value) or isinstance(value, Tensor | ModuleType) or not hasattr(value, "__dict__")
+    if depth and not plain and (closed or depth > 1):
+        return
+    held = _entries(value)
+    if id(value) in seen or len(held) > _LONG or f"attribute {name!r}" in written:
+        return
+    seen.add(id(value))
+    wires = _Wires.of(name, "attribute", value)
+    if not isinstance(held, dict):
+        yield wires
+        for inner in held:
+            yield from _attributes(name, inner, seen, written, depth)
+        return
+    ignored = _OF_PYTORCH if isinstance(value, nn.Module) else ()
+    for key in held:
+        if f"attribute {_inside(name, key)!r}" in written:
+            wires.before[key] = None  # whatever it was (an activation, say) is not to be kept
+    yield wires
+    for key, inner in held.items():
+        if key not in ignored:
+            yield from _attributes(_inside(name, key), inner, seen, written, depth + (not plain))
 
 
+def _entries(owner: Any) -> Any:
+    return owner if isinstance(owner, _CONTAINERS) else vars(owner)  # a copy of an object has other ones
+
+
+def _inside(name: str, key: Any) -> str:
+    return f"{name}.{key}".lstrip(".")
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether a value still stands there: tensors, modules and whatever can be changed are none but themselves."""
+    if before is now:
+        return True
+    if type(before) is not type(now):
+        return False
+    if isinstance(before, tuple):
+        return len(before) == len(now) and all(map(_same, before, now))
+    return isinstance(before, _VALUES) and bool(before == now)
+
+
+_CONTAINERS = (dict, list, set)
+_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, MethodType)
 _OF_PYTORCH = set(vars(nn.Module()))
+_LONG = 1000  # a vocabulary, say, through which no step is to look
+_NAMED = 3  # changes, in a message

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from locallearn.nets.arguments import Arguments, Output
-from locallearn.nets.blocks import NORMALISATIONS, Blocks
+from locallearn.nets.blocks import NORMALISATIONS, Blocks, width_of
 from locallearn.nets.course import Course, is_layer, name_of
 from locallearn.nets.equal import Values, check_equal, rows_of, some_rows
 from locallearn.nets.pieces import piece
@@ -60,6 +60,7 @@ def cut_network(
     input: str | None = None,
     output: str | int | None = None,
     readout: str | bool = True,
+    outputs: int | None = None,
 ) -> Cut:
     """Cut a network behind named modules. Its modules and parameters are used as they are; it can still be called itself.
 
@@ -77,6 +78,8 @@ def cut_network(
         readout: whether the last layer, with what pools and reshapes before it, is kept apart as the readout; or the name of
             the module that it begins with. Where it cannot be (more than one tensor would reach it, or it shares a weight with
             the block before), the readout is ``nn.Identity``: the last block gives what the network gives.
+        outputs: number of outputs that are wanted; where the network gives another, these are features, and there is no
+            readout, because rules that need an output layer add one, or say so. ``None``: as many as it gives.
 
     Raises:
         CannotTrace: the forward cannot be followed; names file and line.
@@ -106,6 +109,8 @@ def cut_network(
         for training in (True, False):
             graph, tracer = trace(net, arguments.values, call, opened, training)
             courses[training] = Course(net, graph, tracer, arguments.names)
+        if _gives_features(courses[False], outputs):
+            readout, start = False, None
         ends = {mode: _ends(course, named, cuts, owner, picks) for mode, course in courses.items()}
         starts = {mode: course.readout_start(ends[mode], start) for mode, course in courses.items()} if readout else {}
         found = {mode: [*ends[mode], node] for mode, node in starts.items() if node is not None}
@@ -135,6 +140,11 @@ def cut_network(
     cut.check(net, arguments.values)
     picks.warn(unused)
     return cut
+
+
+def _gives_features(course: Course, outputs: int | None) -> bool:
+    """Whether a network gives something else than the outputs that are wanted."""
+    return outputs not in (None, width_of(course.tensor(course.result)))
 
 
 def _named(net: nn.Module, name: Any, owner: str) -> nn.Module:
@@ -331,6 +341,8 @@ def places(
     *,
     input: str | None = None,
     output: str | int | None = None,
+    readout: str | bool = True,
+    outputs: int | None = None,
     several: bool = False,
     closed: list[CannotTrace] | None = None,
 ) -> list[Place]:
@@ -345,6 +357,8 @@ def places(
         weigh: runs something and tells its result, its operations, and the bytes that it keeps for gradients by storage.
         input: see :func:`cut_network`.
         output: see :func:`cut_network`.
+        readout: see :func:`cut_network`.
+        outputs: see :func:`cut_network`.
         several: take places in, too, where a skip connection crosses beside it, behind modules inside of which no other
             place lies further out.
         closed: gets what modules said that could not be followed, inside of which there are no places.
@@ -365,9 +379,12 @@ def places(
     few = some_rows(arguments.values)
     rows = rows_of(arguments.values)
     factor = 1.0 if rows is None else rows / len(few[arguments.names[0]])
-    course = _open_course(net, few, call, arguments, closed)
-    readout = course.readout_start([])
-    kept = {readout, *course.ancestors([readout])} if readout is not None else set(course.nodes)
+    within = _named(net, readout, owner) if isinstance(readout, str) else None
+    course = _open_course(net, few, call, arguments, closed, within)
+    if _gives_features(course, outputs):
+        readout = False
+    start = course.readout_start([], within) if readout else None
+    kept = {start, *course.ancestors([start])} if start is not None else set(course.nodes)
     found: dict[frozenset[fx.Node], tuple[list[str], fx.Node, int]] = {}
     outer: set[str] = set()
     for path, given in sorted(course.tracer.ends.items(), key=lambda end: end[0].count(".")):
@@ -438,9 +455,13 @@ def _open_course(
     call: Callable[..., Any],
     arguments: Arguments,
     closed: list[CannotTrace] | None,
+    within: nn.Module | None,
 ) -> Course:
-    """The pass in evaluation mode with every module opened that can be followed; ``closed`` gets what the others said."""
-    opened = {id(m): m for m in net.modules() if not is_layer(m)}
+    """The pass in evaluation mode with every module opened that can be followed; ``closed`` gets what the others said.
+
+    The module that the readout begins with (``within``) stays whole.
+    """
+    opened = {id(m): m for m in net.modules() if m is not within and not is_layer(m)}
     while True:
         try:
             graph, tracer = trace(net, example, call, opened, training=False)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,7 +75,29 @@ def kind_of(module: nn.Module) -> str:
     return type(module).__name__
 
 
-class Piece(nn.Module):
+class _Level(nn.Module):
+    """Holds tensors of the network: moved, each is still the network's own, as PyTorch has it with parameters.
+
+    Attributes:
+        read: where in the network they are, by their names here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[str, str] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Level:
+        held = {name: self._buffers[name] for name in self.read}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in held.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved is not buffer:
+                buffer.data = moved
+                self._buffers[name] = buffer
+        return self
+
+
+class Piece(_Level):
     """A part of somebody's network between two borders. It holds the network's own modules and parameters, under their paths.
 
     Input and output are a tensor, or a :class:`~locallearn.nets.border.Border` where several tensors cross. Training and
@@ -95,6 +118,9 @@ class Piece(nn.Module):
                     _put(self, step.target, root.get_submodule(step.target), root)
                 elif step.kind == "attribute" and step.target in constants:
                     self.register_buffer(step.target, constants[step.target], persistent=False)
+                    owner = _attribute(root, constants[step.target])
+                    if owner is not None:  # else the forward has it from elsewhere, a cache of all devices, say
+                        self.read[step.target] = owner
                 elif step.kind == "attribute":
                     _put(self, step.target, lookup(root, step.target, {}), root)
         self.training = root.training
@@ -151,6 +177,23 @@ class Piece(nn.Module):
             value = getattr(value, part)
         return value
 
+    def renew(self, root: nn.Module, others: bool) -> None:
+        """Hold the network's own tensors again: whoever moves the network alone puts new ones in the place of its buffers.
+
+        Args:
+            root: the network.
+            others: those with other values, too.
+        """
+        owners = dict(root.named_modules())
+        for level in _levels(self):
+            for name, path in level.read.items():
+                parent, _, attribute = path.rpartition(".")
+                held, own = level._buffers[name], getattr(owners.get(parent), attribute, None)
+                if held is own or held is None or not isinstance(own, Tensor) or isinstance(own, nn.Parameter):
+                    continue
+                if others or torch.equal(held.to(own), own):
+                    level._buffers[name] = own
+
     def extra_repr(self) -> str:
         """What is done between the modules."""
         between = [
@@ -161,7 +204,7 @@ class Piece(nn.Module):
         return f"between: {', '.join(between)}" if between else ""
 
 
-class _Holder(nn.Module):
+class _Holder(_Level):
     """A level of the network's own tree, so that names of parameters stay."""
 
 
@@ -227,9 +270,9 @@ def _in_tree_order(paths: Sequence[str]) -> bool:
     return True
 
 
-def _put(piece: nn.Module, path: str, value: Any, root: nn.Module) -> None:
+def _put(piece: Piece, path: str, value: Any, root: nn.Module) -> None:
     *parents, name = path.split(".")
-    place = piece
+    place: _Level = piece
     for parent in parents:
         if parent not in place._modules:
             place.add_module(parent, _Holder())
@@ -245,6 +288,25 @@ def _put(piece: nn.Module, path: str, value: Any, root: nn.Module) -> None:
     else:
         owner = root.get_submodule(".".join(parents))
         place.register_buffer(name, value, persistent=name not in owner._non_persistent_buffers_set)
+        place.read[name] = path
+
+
+def _levels(level: _Level) -> Iterator[_Level]:
+    yield level
+    for inner in level._modules.values():
+        if isinstance(inner, _Holder):
+            yield from _levels(inner)
+
+
+def _attribute(root: nn.Module, tensor: Tensor) -> str | None:
+    """The path of a tensor that is a plain attribute."""
+    paths = (
+        f"{path}.{name}".lstrip(".")
+        for path, module in root.named_modules()
+        for name, value in vars(module).items()
+        if value is tensor
+    )
+    return next(paths, None)
 
 
 def _filled(spec: Any, values: Sequence[Any]) -> Any:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import locallearn as ll
-from locallearn.local import bytes_in
+from locallearn.local import _localize, bytes_in, factory
 from locallearn.local._where import partition
-from tests.local.nets import DRAW, X, Y, resnet
+from tests.local.nets import DRAW, SGD, X, Y, mlp, resnet
 
 
 def test_cuts_by_number_and_by_memory(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +37,52 @@ def test_cuts_by_number_and_by_memory(capsys: pytest.CaptureFixture[str]) -> Non
         ll.localize(net, ll.MonoForward(), memory="1kB", example=X)
     with pytest.raises(ValueError, match=r"cuts is 9, and ResNet can be cut into 5 blocks at most"):
         ll.localize(net, ll.MonoForward(), cuts=9, example=X)
+
+
+@pytest.mark.parametrize(
+    ("which", "names"),
+    [
+        ({}, ["1", "3"]),
+        ({"readout": False}, ["1", "3", "4"]),
+        ({"outputs": 4}, ["1", "3", "4"]),
+        ({"readout": "2"}, ["1"]),
+    ],
+)
+def test_a_number_of_blocks_counts_those_that_names_would_make(which: dict[str, Any], names: list[str]) -> None:
+    """Without a readout, the last layer is in a block; so it is where the network gives features."""
+    example = torch.randn(4, 5)
+    local = ll.localize(mlp(), ll.MonoForward(), cuts=len(names), example=example, **which)
+    assert local.blocks.names[:-1] == names[:-1]
+    assert isinstance(local.blocks.readout, nn.Module) is (
+        which.get("readout", True) is not False and "outputs" not in which
+    )
+    with pytest.raises(ValueError, match=rf"cut into {'no more than one block:' if len(names) == 1 else len(names)}"):
+        ll.localize(mlp(), ll.MonoForward(), cuts=len(names) + 1, example=example, **which)
+
+
+def test_memory_cuts_no_rule_that_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a few samples show that all would be too much for one block, all are not tried: they might not fit at all."""
+    example = torch.randn(64, 5)
+    assert ll.localize(mlp(), ll.algorithms.ZerothOrder(), memory="1KiB", example=example, optimizer=SGD).cuts == ()
+    tried: list[tuple[int, int]] = []
+    drive = _localize.drive
+    monkeypatch.setattr(_localize, "drive", lambda a, b: (tried.append((len(a.blocks), len(b.inputs))), drive(a, b)))
+    deep = nn.Sequential(*(layer for _ in range(9) for layer in (nn.Linear(5, 5), nn.ReLU())), nn.Linear(5, 3))
+    assert len(ll.localize(deep, ll.MonoForward(), memory="6KiB", example=example).blocks) > 1
+    assert tried[0] == (1, 2)
+    assert (1, 64) not in tried
+
+
+def test_factories_run_a_network_to_see_what_it_takes() -> None:
+    name = "tests.local.nets.Later"
+    assert factory(name, (3, 8, 8), 4, cuts=["stem"]).names == ["stem", "deep"]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"^Later takes images of 3 channels, and these have 1"):
+        factory(name, (1, 8, 8), 4, cuts=["stem"])
+    with pytest.raises(ValueError, match=r"^Later cannot run the example"):  # which is too small
+        factory(name, (3, 4, 4), 4, cuts=["stem"])
+    for cuts, told in (("stem", r"a list of names, .* write \['stem'\]"), (2.0, "names of modules, or a whole number")):
+        with pytest.raises(ValueError, match=f"expected {told}"):
+            factory(name, (3, 8, 8), 4, cuts=cuts)  # type: ignore[arg-type]
 
 
 def test_sizes_and_partitions() -> None:

@@ -289,10 +289,27 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_unit() -> None:
     with pytest.raises(ValueError, match="unit '0' is nan, because the inputs have entries that are not finite"):
         local.step(x.index_fill(1, torch.tensor([0]), float("nan")), y)
     assert torch.equal(before, net[0].weight)
+    wrong = torch.full((6, 3), float("nan"))
+    regress = ll.localize(net, ll.algorithms.Backprop(), cuts=1, example=x, loss=F.mse_loss)
+    with pytest.raises(ValueError, match="is nan, because the targets have entries that are not finite"):
+        regress.step(x, wrong)
+    for one, targets in ((regress, wrong), (local, y)):
+        with pytest.raises(ValueError, match="this batch is empty"):
+            one.step(x[:0], targets[:0])
     with torch.no_grad():
         net[0].weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="unit '0' diverged: its loss is nan; a smaller learning rate"):
         local.step(x, y)
+
+
+def test_the_loss_of_a_unit_with_several_steps_is_their_mean() -> None:
+    still = partial(torch.optim.SGD, lr=1e-9)
+    losses = []
+    for steps in (1, 5):
+        torch.manual_seed(0)
+        rule = ll.algorithms.PhysicalFF(inner_steps=steps)
+        losses.append(ll.localize(mlp(), rule, cuts=2, example=V, optimizer=still).step(V, CLASSES))
+    torch.testing.assert_close(*losses)
 
 
 def test_a_batch_of_one_sample_is_refused_before_anything_learns() -> None:
@@ -304,6 +321,7 @@ def test_a_batch_of_one_sample_is_refused_before_anything_learns() -> None:
     small = nn.Sequential(*maps, nn.Flatten(), nn.Linear(16, 10))
     cases = [
         (flat, ll.MonoForward(), ["1", "4"], "block '4' has a normalisation"),
+        (flat, ll.algorithms.Backprop(), ["1", "4"], "block '4' has a normalisation"),  # one unit for all blocks
         (
             small,
             ll.algorithms.LocalHeads(head="conv1"),
@@ -321,6 +339,11 @@ def test_a_batch_of_one_sample_is_refused_before_anything_learns() -> None:
             for name, value in before[part].items():
                 assert not isinstance(value, Tensor) or torch.equal(value, after[part][name]), name
         local.step(X[:2], Y[:2])
+    pooled = nn.Sequential(*layers[:2], nn.MaxPool2d(15), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), *layers[2:])
+    local = ll.localize(pooled, ll.algorithms.Backprop(), cuts=["2"], example=X[:4], optimizer=SGD)
+    local.step(X[:1], Y[:1] % 4)
+    with pytest.raises(ValueError, match="block '3' has a normalisation"):  # one place is left of a smaller image
+        local.step(X[:1, :, :17, :17], Y[:1] % 4)
     fits = ll.localize(
         nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 10)),
         ll.MonoForward(),
@@ -400,7 +423,7 @@ def test_parameters_that_come_after_localize_are_refused(how: str) -> None:
         net.set_submodule(last, nn.Linear(old.in_features, old.out_features))  # type: ignore[arg-type]
     else:
         net.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
-    with pytest.raises(ValueError, match="was exchanged after localize: the blocks run what stood there"):
+    with pytest.raises(ValueError, match=r"(was|were) exchanged after localize: the blocks run what stood there"):
         local.step(V, CLASSES)
 
 
@@ -468,7 +491,7 @@ def test_a_network_that_runs_other_modules_than_its_blocks_is_refused(how: str) 
         del net[3]
     assert not torch.equal(net(V), local.predict(V))
     for _ in range(2):
-        with pytest.raises(ValueError, match="was exchanged after localize"):
+        with pytest.raises(ValueError, match=r"(was|were) exchanged after localize"):
             local.step(V, CLASSES)
 
 
@@ -514,13 +537,18 @@ class _Reading(nn.Module):
         super().__init__()
         self.first, self.act, self.second = nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6)
         self.head = nn.Linear(6, 3)
-        self.scale, self.p, self.function, self.passes = 1.0, 0.0, torch.relu, 0
+        self.scale, self.p, self.function, self.passes, self.share = 1.0, 0.0, torch.relu, 0, 0.0
+        self.plain, self.pair, self.listed, self.by_name = torch.ones(6), (1.0, 2.0), [1.0], {"gain": [1.0]}
+        self.given, self.epoch = types.SimpleNamespace(scale=1.0, shape=(1, [1.0])), 0
         self.register_buffer("mask", torch.ones(6))
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores ``(N, 3)``."""
         self.passes += 1
-        x = self.function(self.second(self.act(self.first(x)) * self.mask)) * self.scale
+        self.share = 0.1 * self.passes
+        x = self.function(self.second(self.act(self.first(x)) * self.mask)) * self.scale * self.plain
+        x = x * self.pair[0] * self.listed[0] * self.by_name["gain"][0] * self.given.scale * self.given.shape[1][0]
+        x = 2 * x if self.epoch > 5 else x
         return self.head(torch.dropout(x, self.p, self.training))  # type: ignore[no-any-return]
 
 
@@ -548,6 +576,12 @@ class _Later(nn.Module):
         (lambda net: setattr(net, "function", torch.tanh), "attribute 'function'"),
         (lambda net: setattr(net, "forward", lambda x: x[:, :3]), "attribute 'forward'"),
         (lambda net: setattr(net, "mask", torch.zeros(6)), "buffer 'mask'"),
+        (lambda net: setattr(net, "plain", torch.zeros(6)), "attribute 'plain'"),
+        (lambda net: setattr(net, "pair", (9.0, 2.0)), "attribute 'pair'"),
+        (lambda net: net.listed.__setitem__(0, 9.0), "attribute 'listed'"),
+        (lambda net: net.by_name["gain"].append(net.by_name["gain"].pop() + 1), "attribute 'by_name.gain'"),
+        (lambda net: setattr(net.given, "scale", 9.0), "attribute 'given.scale'"),
+        (lambda net: net.given.shape[1].__setitem__(0, 9.0), "attribute 'given.shape'"),
         (_hooked, "a hook"),
         (lambda net: setattr(net, "head", _Later(net.head)), "module 'head'"),
         (lambda net: setattr(net, "act", nn.ReLU()), "module 'act'"),
@@ -562,9 +596,10 @@ def test_what_a_forward_reads_and_what_may_change_later_is_watched(change: Any, 
     for _ in range(2):
         net(V)  # it counts
         local.step(V, CLASSES)
-    change(net)
-    with pytest.raises(ValueError, match=f"^{told} of _Reading was exchanged after localize"):
-        local.step(V, CLASSES)
+    for one in (copy.deepcopy(local), local):
+        change(one.net)
+        with pytest.raises(ValueError, match=f"^{told} of _Reading was exchanged after localize"):
+            one.step(V, CLASSES)
 
 
 def test_a_network_that_counts_its_passes_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,6 +612,55 @@ def test_a_network_that_counts_its_passes_is_compared_once(monkeypatch: pytest.M
         net(V)
         local.step(V, CLASSES)
     assert len(compared) == 1
+
+
+def test_what_is_set_from_outside_is_compared_with_every_change() -> None:
+    """A whole number that made no difference yet may make one later."""
+    net = _Reading()
+    local = ll.localize(net, ll.MonoForward(), cuts=["first"], example=V, optimizer=SGD)
+    for net.epoch in range(6):
+        net(V)
+        local.step(V, CLASSES)
+    net.epoch = 6
+    with pytest.raises(ValueError, match=r"^attribute 'epoch' of _Reading was exchanged after localize"):
+        local.step(V, CLASSES)
+
+
+def test_what_was_exchanged_is_told_before_what_made_no_difference() -> None:
+    net = _Reading()
+    local = ll.localize(net, ll.MonoForward(), cuts=["first"], example=V, optimizer=SGD)
+    net.averaged = copy.deepcopy(net.first)
+    local.step(V, CLASSES)
+    net.averaged, net.head = copy.deepcopy(net.first), nn.Linear(6, 3)
+    net.epoch, net.scale, net.more = 1, 1, nn.ReLU()
+    told = r"module 'head', module 'averaged', attribute 'scale' and 2 more of _Reading were exchanged"
+    with pytest.raises(ValueError, match=f"^{told}"):
+        local.step(V, CLASSES)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_network_that_was_moved_and_its_blocks_read_the_same_tensors(alone: bool) -> None:
+    net, wide = _Reading(), V.double()
+    local = ll.localize(net, ll.MonoForward(), cuts=["first"], example=V, optimizer=SGD)
+    if alone:
+        net.double()
+        with pytest.raises(ValueError, match=r"local.algorithm.to\(...\) moves all"):
+            local.step(wide, CLASSES)
+    local.algorithm.to(torch.float64)
+    for one in (copy.deepcopy(local), local):
+        one.step(wide, CLASSES)
+        one.net.mask[0] = one.net.plain[1] = 0
+        assert torch.allclose(one.net.eval()(wide), one.predict(wide))
+        one.step(wide, CLASSES)
+
+
+def test_a_buffer_in_the_place_of_an_equal_one_is_read() -> None:
+    net = _Reading()
+    local = ll.localize(net, ll.MonoForward(), cuts=["first"], example=V, optimizer=SGD)
+    net.mask, net.plain = 1 * net.mask, 1.0000001 * net.plain
+    local.step(V, CLASSES)
+    net.mask[0] = net.plain[1] = 0
+    assert torch.allclose(net.eval()(V), local.predict(V))
 
 
 def test_other_modules_that_run_the_same_are_no_exchange() -> None:

@@ -91,6 +91,34 @@ def test_pieces_can_be_copied_pickled_and_saved() -> None:
         assert torch.equal(copied.eval()(X), net(X))
 
 
+class _Inner(nn.Module):
+    """Reads a buffer of its own between its modules, and a table that others may read, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.register_buffer("mix", torch.eye(6))
+        self.tables = {"here": torch.ones(6)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b((self.a(x) @ self.mix).relu() * self.tables["here"])
+        return out
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both)), lambda both: both])
+def test_moving_pieces_takes_along_what_the_network_reads_between_its_modules(copied: Any) -> None:
+    net = nn.Sequential(_Inner(), nn.Linear(6, 3))
+    blocks = cut_network(net, ["0.a"], S).blocks
+    keys, table = list(blocks.state_dict()), net[0].tables["here"]
+    net, blocks = copied((net, blocks))
+    blocks.double()
+    assert net[0].mix.dtype is torch.float64
+    net[0].mix.mul_(2)
+    torch.testing.assert_close(blocks.train(net.training)(S.double()), net(S.double()))
+    assert list(blocks.state_dict()) == keys
+    assert table.dtype is torch.float32
+
+
 class _Tree(nn.Module):
     """Runs what stands in a tree, in its order or not."""
 
