@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
-def pytest_collection_finish() -> None:
-    # What has been imported stays, and is half a million objects by now. Every run begins with a collection of garbage,
-    # which would look at each of them again: that took half of the time of tests that train.
+def _pass_over() -> int:
+    """Let garbage collections pass over what there is by now, which is packages almost alone; how many modules that are.
+
+    Every run begins with a collection, which would look at their half a million objects again: that took half of the time
+    of tests that train.
+    """
     gc.collect()
     gc.freeze()
+    return len(sys.modules)
+
+
+passed_over = 0
+
+
+def pytest_collection_finish() -> None:
+    global passed_over
+    passed_over = _pass_over()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    global passed_over
+    if len(sys.modules) > passed_over + 200:  # a package that is imported where it is needed
+        passed_over = _pass_over()
 
 
 def pytest_sessionfinish() -> None:
