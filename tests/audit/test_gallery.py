@@ -23,6 +23,8 @@ from locallearn.batch import Batch
 from tests.audit.cheats import _GLOBAL, _REGISTRY, CHEATS, HiddenAfterTheFirstPass, attached
 from tests.audit.oddities import ODDITIES
 
+pytestmark = pytest.mark.once
+
 _DRAW = torch.Generator().manual_seed(0)
 BATCH = Batch(torch.randn(16, 12, generator=_DRAW), torch.randint(3, (16,), generator=_DRAW))
 

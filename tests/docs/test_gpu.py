@@ -35,6 +35,7 @@ def test_entries_have_a_name_each() -> None:
     assert len(names) == len(set(names))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("entry", gpu_queue.queue(), ids=lambda entry: entry.name)
 def test_every_arm_can_be_made(entry: Any) -> None:
     """Its settings compose, and make a run's objects and its optimizer."""

@@ -9,6 +9,8 @@ import pytest
 
 from tests.docs.networks import NETWORKS, PAGE, RULES, column, page
 
+pytestmark = pytest.mark.once
+
 _FEW = ["backprop", "forward_forward", "local_heads", "pepita", "scalable_ff"]
 
 

@@ -21,6 +21,8 @@ from locallearn.cli.arms import arms_of
 from locallearn.cli.plans import make_plan
 from locallearn.cli.settings import compose_settings
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
 COMMANDS = (

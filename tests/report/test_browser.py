@@ -12,7 +12,10 @@ from tests.report.browser import BROWSER, browser
 
 Make = Callable[..., Record]
 NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is on the PATH")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is on the PATH"),
+]
 
 
 def dom(page: Path) -> str:

@@ -10,7 +10,10 @@ from locallearn.report import write_report
 from tests.report.browser import BROWSER, Tab, browser
 
 Make = Callable[..., Record]
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is on the PATH")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is on the PATH"),
+]
 
 # The page thinks that it lies behind another one, and so does not load itself again, until the test brings it to the front:
 # every test has the time it needs, however short the interval is.
