@@ -681,7 +681,19 @@ def test_of_baselines_that_say_as_much_the_nearest_is_named() -> None:
 
 def test_a_baseline_of_other_seeds_is_told() -> None:
     _, row = compare_table([record("backprop", 0), record("mono", 1)])
-    assert row.notes == ("It has no finished seed in common with its baseline, so nothing of it is compared.",)
+    told = "It has no finished seed in common with its baseline, so nothing of it is compared."
+    assert row.notes == (told,)
+    lost = record("backprop", 0, variant="hard", status="failed")
+    row = compare_table([lost, record("mono", 0, variant="hard")])[-1]
+    assert row.notes == (told,)
+    row = compare_table([lost, record("backprop", 0), record("mono", 0, variant="hard")])[-1]
+    assert (row.against, row.notes) == ("backprop", ())  # one that did not finish is no baseline where another did
+
+
+def test_of_baselines_the_plain_one_is_named_so() -> None:
+    bases = [record("backprop", 0, 0.5, variant=variant) for variant in (None, "optimizer.lr=0.1")]
+    row = compare_table([*bases, record("mono", 0, 0.6)])[-1]
+    assert (row.against, row.notes) == ("backprop", ("Its baseline is backprop without settings of its own.",))
 
 
 @pytest.mark.parametrize(

@@ -131,13 +131,15 @@ def _in_blocks(
 def _refuse_channels(net: nn.Module, images: Tensor) -> None:
     """Say what is wrong where already the first convolution that runs cannot take images of so many channels."""
     ran: list[nn.Module] = []
+    gave: list[nn.Module] = []
     layers = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     hooks = [layer.register_forward_pre_hook(lambda layer, _: ran.append(layer)) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda layer, *_: gave.append(layer)) for layer in layers]
     try:
         with evaluating(net), preserved(net), torch.no_grad():
             net(images)
     except Exception as error:
-        takes = ran[0].in_channels if len(ran) == 1 else images.shape[1]
+        takes = ran[0].in_channels if ran and not gave else images.shape[1]
         if takes != images.shape[1]:
             raise ValueError(
                 f"{type(net).__name__} takes images of {takes} channels, and these have {images.shape[1]}: use another data "

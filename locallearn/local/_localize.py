@@ -163,7 +163,8 @@ def _within(
         if blocks == 1 and guess > 1.5 * limit and len(rows) > 1:  # all samples at once may be too much for the machine
             few = fewest(trial)
             samples = rows_of(cut.arguments.values) or few
-            share = min(1.0, _peak(net, copy.deepcopy(trial), cut, task, few) / (guess * min(1.0, few / samples)))
+            small, larger = (_peak(net, copy.deepcopy(trial), cut, task, n) for n in (few, 2 * few))
+            share = min(1.0, (small + (larger - small) * max(0, samples - few) / few) / guess)
             if share * guess > 1.5 * limit:
                 continue
         peak = _peak(net, trial, cut, task)

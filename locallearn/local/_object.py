@@ -93,7 +93,7 @@ class Local:
         main, *context = self._arguments.by_name(inputs).values()
         if not isinstance(targets, Tensor):
             raise ValueError(f"targets are a {type(targets).__name__}, expected a tensor")
-        if not targets.numel() or (rows is not None and not rows.numel()):
+        if not targets.numel() or (rows is not None and _chooses_none(rows)):
             raise ValueError("this batch is empty: there is nothing to learn from")
         wanted, loss = self.task.example.targets, self.task.loss
         pairs = rows is not None and rows.ndim == 2  # whose products are compared, not the outputs
@@ -204,7 +204,8 @@ class Local:
         def enter(name: str, *_: Any) -> None:
             at[0] = name
 
-        for name, block in twin.blocks.members.items():
+        readout = {} if twin.blocks.readout is None else {"readout": twin.blocks.readout}
+        for name, block in {**twin.blocks.members, **readout}.items():
             for module in block.modules():  # a rule may run them one by one
                 module.register_forward_pre_hook(partial(enter, name))
         with undisturbed(batch.inputs.device):
@@ -420,6 +421,12 @@ def _again(update: Update, optimizer: Optimizer, first: list[bool]) -> Tensor:
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+
+def _chooses_none(rows: Tensor) -> bool:
+    if rows.dtype is torch.bool:
+        return rows.device.type == "cpu" and not rows.any()  # elsewhere it would have to be waited for
+    return not rows.numel()
 
 
 def _diverged(unit: str, loss: Tensor, inputs: Any, targets: Tensor) -> str:

@@ -170,8 +170,9 @@ class _Wires(NamedTuple):
         keys = [key for key in dict.fromkeys([*before, *now]) if key not in ignored]
         others = [key for key in keys if not _same(before.get(key), now.get(key))]
         for key in others:
-            told = f"{self.what} {_inside(self.name, key)!r}" if isinstance(key, str) else f"a {self.what} {self.name}"
-            yield before.get(key), told.rstrip()
+            named = isinstance(key, str) or self.what == "attribute"  # hooks have numbers
+            told = f"{self.what} {_inside(self.name, key)!r}" if named else f"a {self.what} {self.name}".rstrip()
+            yield before.get(key), told
         if not others:  # but for the mode, or for the order
             before.clear()
             before.update(now)
@@ -188,7 +189,7 @@ def _attributes(name: str, value: Any, seen: set[int], written: Container[str], 
         depth: how many objects hold it: of what objects in objects hold (a trainer's loops, say) there is no end.
     """
     if isinstance(value, tuple):
-        for inner in value:
+        for inner in value if len(value) <= _LONG else ():
             yield from _attributes(name, inner, seen, written, depth)
         return
     plain = isinstance(value, _CONTAINERS)

@@ -91,7 +91,11 @@ class _Level(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in held.items():
             moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved is not buffer:
+            if buffer is None or moved is None or moved is buffer:
+                continue
+            if torch._has_compatible_shallow_copy_type(
+                buffer, moved
+            ):  # as PyTorch asks of parameters; no meta tensor is
                 buffer.data = moved
                 self._buffers[name] = buffer
         return self

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from locallearn.records._settings import number as as_number
 from locallearn.report._charts import (
     Chart,
     Figure,
@@ -179,7 +178,8 @@ def _settings(rows: Sequence[Row]) -> list[dict[str, Any]]:
     names = [name for name in dict.fromkeys(name for flat in flats for name in flat) if name in unlike]
     return [
         _identity.in_words(
-            row.newest, {name: _value(flat[name]) if name in flat else _usual(row, name) for name in names}
+            row.newest,
+            {name: _value(flat[name]) if name in flat else _identity.usual(row.newest, name) for name in names},
         )
         for row, flat in zip(rows, flats, strict=True)
     ]
@@ -190,13 +190,6 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):  # a number that is none
         return _identity.spoken(text)
-
-
-def _usual(row: Row, name: str) -> Any:
-    value: Any = row.newest.part("config")
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return None if isinstance(value, Mapping) else as_number(name, value)
 
 
 def _curves(

@@ -150,6 +150,20 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield name, repr(number(name, value))
 
 
+def usual(record: Record, name: str) -> Any:
+    """What a run had for a setting that its identity leaves out, or that its version did not know yet."""
+    *path, key = name.split(".")
+    owner: Any = record.part("config")
+    for step in path:
+        owner = owner.get(step) if isinstance(owner, Mapping) else None
+    if not isinstance(owner, Mapping):
+        return _LATER.get(name)
+    target = owner.get("_target_")
+    later = _LATER_OF.get(target, {}) if isinstance(target, str) else {}
+    value = owner.get(key, later.get(key, _LATER.get(name)))
+    return None if isinstance(value, Mapping) else number(name, value)
+
+
 # ------------------------------------------------------------------------------------------- the newest of several
 
 

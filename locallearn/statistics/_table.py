@@ -187,12 +187,15 @@ def _reference(group: _Group, groups: Sequence[_Group], baseline: str) -> tuple[
     if not found:
         others = _listed(sorted({labelled(baseline, other.said) for other in bases}))
         return None, (f"It is compared with no {baseline}: it lacks settings of {others}.",) if bases else ()
+    found = [other for other in found if other.done] or found
     most = max(len(other.words & words) for other in found)
     found = [other for other in found if len(other.words & words) == most]
-    chosen = min(found, key=lambda other: (not other.done, distance(*_of_one_seed(group, other)), other.order))
+    chosen = min(found, key=lambda other: (distance(*_of_one_seed(group, other)), other.order))
     notes = []
     if len(found) > 1:
-        notes.append(f"Its baseline is {baseline} with {chosen.said or 'its other settings'}.")
+        notes.append(
+            f"Its baseline is {baseline} {f'with {chosen.said}' if chosen.said else 'without settings of its own'}."
+        )
     pair = _of_one_seed(group, chosen)
     names = beside_the_rule(*pair)
     if names:
@@ -200,8 +203,7 @@ def _reference(group: _Group, groups: Sequence[_Group], baseline: str) -> tuple[
         told = [f"{name} ({spoken(mine.get(name))} against {spoken(theirs.get(name))})" for name in names]
         notes.append(f"Beside the rule it differs from its baseline in {_listed(told)}.")
     notes += _against(group.done, chosen.done)
-    own, base = ({record.seed for record in of} for of in (group.done, chosen.done))
-    if own and base and not own & base:
+    if group.done and not {record.seed for record in group.done} & {record.seed for record in chosen.done}:
         notes.append("It has no finished seed in common with its baseline, so nothing of it is compared.")
     if group.algorithm != baseline:  # its controls are meant to train as it does
         notes += _same_weights(group.done, chosen.done)

@@ -64,6 +64,8 @@ def test_memory_cuts_no_rule_that_keeps_nothing(monkeypatch: pytest.MonkeyPatch)
     """Where a few samples show that all would be too much for one block, all are not tried: they might not fit at all."""
     example = torch.randn(64, 5)
     assert ll.localize(mlp(), ll.algorithms.ZerothOrder(), memory="1KiB", example=example, optimizer=SGD).cuts == ()
+    deep = nn.Sequential(*(layer for _ in range(5) for layer in (nn.Linear(5, 5), nn.ReLU())), nn.Linear(5, 3))
+    assert ll.localize(deep, ll.algorithms.CaFo(), memory="1KiB", example=example).cuts == ()  # the same of any batch
     tried: list[tuple[int, int]] = []
     drive = _localize.drive
     monkeypatch.setattr(_localize, "drive", lambda a, b: (tried.append((len(a.blocks), len(b.inputs))), drive(a, b)))
@@ -80,6 +82,8 @@ def test_factories_run_a_network_to_see_what_it_takes() -> None:
         factory(name, (1, 8, 8), 4, cuts=["stem"])
     with pytest.raises(ValueError, match=r"^Later cannot run the example"):  # which is too small
         factory(name, (3, 4, 4), 4, cuts=["stem"])
+    with pytest.raises(ValueError, match=r"^Grey cannot run the example"):  # not for its convolution
+        factory("tests.local.nets.Grey", (1, 8, 8), 4, cuts=["stem"])
     for cuts, told in (("stem", r"a list of names, .* write \['stem'\]"), (2.0, "names of modules, or a whole number")):
         with pytest.raises(ValueError, match=f"expected {told}"):
             factory(name, (3, 8, 8), 4, cuts=cuts)  # type: ignore[arg-type]

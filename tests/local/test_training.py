@@ -294,8 +294,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_unit() -> None:
     with pytest.raises(ValueError, match="is nan, because the targets have entries that are not finite"):
         regress.step(x, wrong)
     for one, targets in ((regress, wrong), (local, y)):
-        with pytest.raises(ValueError, match="this batch is empty"):
-            one.step(x[:0], targets[:0])
+        none = torch.zeros(6, dtype=torch.bool)
+        for empty in ((x[:0], targets[:0]), (x, targets, none), (x, targets, none.nonzero()[:, 0])):
+            with pytest.raises(ValueError, match="this batch is empty"):
+                one.step(*empty)
     with torch.no_grad():
         net[0].weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="unit '0' diverged: its loss is nan; a smaller learning rate"):
@@ -344,6 +346,11 @@ def test_a_batch_of_one_sample_is_refused_before_anything_learns() -> None:
     local.step(X[:1], Y[:1] % 4)
     with pytest.raises(ValueError, match="block '3' has a normalisation"):  # one place is left of a smaller image
         local.step(X[:1, :, :17, :17], Y[:1] % 4)
+    scores = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.BatchNorm1d(3))
+    local = ll.localize(scores, ll.algorithms.Backprop(), cuts=["0"], example=V, optimizer=SGD)
+    at = "readout" if any(m is scores[3] for m in local.blocks.readout.modules()) else local.blocks.names[-1]
+    with pytest.raises(ValueError, match=f"block '{at}' has a normalisation"):
+        local.step(V[:1], CLASSES[:1])
     fits = ll.localize(
         nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 10)),
         ll.MonoForward(),
@@ -624,6 +631,36 @@ def test_what_is_set_from_outside_is_compared_with_every_change() -> None:
     net.epoch = 6
     with pytest.raises(ValueError, match=r"^attribute 'epoch' of _Reading was exchanged after localize"):
         local.step(V, CLASSES)
+
+
+def test_keys_of_a_dict_are_told_apart_whatever_they_are() -> None:
+    """One that the network's own pass counts up says nothing of the others."""
+    net = _Reading()
+    net.by_name = {"gain": [1.0], 1: 0, 2: 0}
+    net.first.register_forward_hook(lambda *_: net.by_name.update({2: net.by_name[2] + 1}))
+    local = ll.localize(net, ll.MonoForward(), cuts=["first"], example=V, optimizer=SGD)
+    for _ in range(2):
+        local.step(V, CLASSES)
+        net(V)
+    net.by_name[1], net.scale = 1, 9.0
+    with pytest.raises(ValueError, match=r"^attribute 'scale' and attribute 'by_name.1' of|^attribute 'by_name.1' and"):
+        local.step(V, CLASSES)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_long_containers_are_not_looked_through(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[Any] = []
+    check = Cut.check
+    for entries, times in ((10, 1), (1001, 0)):
+        net = _Reading()
+        net.words = kind(types.SimpleNamespace(scale=1.0) for _ in range(entries))
+        local = ll.localize(net, ll.MonoForward(), cuts=["first"], example=V, optimizer=SGD)
+        compared.clear()
+        monkeypatch.setattr(Cut, "check", lambda *a, **k: (compared.append(a), check(*a, **k))[1])
+        net.words[0].scale = 2.0
+        local.step(V, CLASSES)
+        monkeypatch.undo()
+        assert len(compared) == times
 
 
 def test_what_was_exchanged_is_told_before_what_made_no_difference() -> None:

@@ -117,6 +117,8 @@ def test_moving_pieces_takes_along_what_the_network_reads_between_its_modules(co
     torch.testing.assert_close(blocks.train(net.training)(S.double()), net(S.double()))
     assert list(blocks.state_dict()) == keys
     assert table.dtype is torch.float32
+    blocks.to("meta")  # where a tensor cannot take another's place, no more than a parameter can
+    assert {buffer.device.type for buffer in blocks.buffers()} == {"meta"}
 
 
 class _Tree(nn.Module):

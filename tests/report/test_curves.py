@@ -157,8 +157,10 @@ def test_where_data_lie_and_what_is_watched_breaks_no_line(make) -> None:
 
 def test_a_usual_value_is_a_point_like_any_other(make) -> None:
     runs = [make("backprop", 0, config={"net": {"dropout": d}}, curves={}) for d in (0, 0.1, 0.2)]
-    [chart] = _swept(runs)
-    assert chart.figure["data"][0]["x"] == [0.0, 0.1, 0.2]
+    # A record from before the setting existed has its usual value, too.
+    for some in (runs, [make("backprop", 0, config={"net": {}}, curves={}), *runs[1:]]):
+        [chart] = _swept(some)
+        assert chart.figure["data"][0]["x"] == [0.0, 0.1, 0.2]
 
 
 def test_settings_without_a_chart_are_named(make) -> None:
