@@ -102,7 +102,7 @@ class Column:
         if value is None:
             return UNKNOWN
         shown = value / self.scale
-        return f"{shown:.4g}" if abs(shown) >= _LONG else f"{shown:,.{self.digits}f}"
+        return f"{shown:.4g}" if abs(shown) >= _LONG else _rounded(shown, self.digits, ",")
 
     def summary(self, figure: Figure, row: Row | None = None) -> str:
         """Mean, with the standard deviation where there is one and it is not 0; one that is too small is a least value."""
@@ -116,10 +116,8 @@ class Column:
         return f"{AT_LEAST} " if figure.censored or lacking else ""
 
     def difference(self, value: float) -> str:
-        """A difference with its sign; one that would read as none has a digit of its own instead."""
-        shown = value / self.scale
-        text = f"{shown:+.{self.digits}f}"
-        return text if shown == 0 or float(text) != 0 else f"{shown:+.1g}"
+        """A difference with its sign."""
+        return _rounded(value / self.scale, self.digits, "+")
 
     def ratio(self, ratio: float | None) -> str:
         """A ratio to the baseline; qualities differ by little, so they get a digit more than costs."""
@@ -308,6 +306,12 @@ def _column(key: str, title: str, units: Sequence[tuple[float, str]], rows: Sequ
 def _means(key: str, rows: Sequence[Row]) -> list[float]:
     means = [abs(row.figures[key].summary.mean or 0.0) for row in rows if key in row.figures]
     return [mean for mean in means if 0 < mean < math.inf]
+
+
+def _rounded(value: float, digits: int, sign: str) -> str:
+    """With so many digits behind the point; what would read as nothing has one of its own instead."""
+    small = value != 0 and round(value, digits) == 0
+    return f"{value:{sign}.1g}" if small else f"{value:{sign}.{digits}f}"
 
 
 def _digits(means: Sequence[float], wanted: int, most: int = 6) -> int:

@@ -400,6 +400,18 @@ def test_means_and_ratios_over_other_seeds_say_so(make: Make, show: Callable[...
     assert f"x: paired with backprop over 1 of its 3 seeds {told}" in show(other).text  # in accuracy over all of them
 
 
+def test_a_little_is_not_told_as_nothing(make: Make, show: Callable[..., Page]) -> None:
+    """Beside 400 MiB, a third of one would round to none."""
+    page = show(
+        [
+            make("backprop", cost={"activation_peak_bytes": 400 << 20}),
+            make("x", cost={"activation_peak_bytes": 1 << 18}),
+        ]
+    )
+    assert page.line(0, "x")["Peak activations | MiB"].startswith("0.2 |")
+    assert page.line(0, "backprop")["Peak activations | MiB"] == "400"
+
+
 def test_who_did_not_arrive_and_what_failed_stand_in_the_row(make: Make, show: Callable[..., Page]) -> None:
     def run(name: str, seed: int, seconds: float | None, **values: Any) -> Record:
         reached = {} if seconds is None else {"seconds": seconds, "joules": {"nvml": 5 * seconds}}
