@@ -12,6 +12,7 @@ from locallearn.batch import Batch
 from locallearn.losses._of_torch import reads_ids
 from locallearn.nets.blocks import Blocks, fitted, width_of
 from locallearn.nets.border import main
+from locallearn.nets.trace import lacks_samples
 
 
 def dry_run(blocks: Blocks, example: Batch, task: TaskInfo | None = None) -> list[Tensor]:
@@ -101,18 +102,13 @@ def unlike_classes(width: int, classes: int) -> ValueError:
     return ValueError(f"the readout has {width} outputs for {classes} classes: make it as wide")
 
 
-def is_of_single(error: ValueError) -> bool:
-    """Whether PyTorch's normalisations say this of a batch of one sample."""
-    return "more than 1 value per channel" in str(error)
-
-
 def refuse_single(error: ValueError, block: str) -> None:
     """Say what PyTorch's normalisations say of a batch of one sample in words that name the block; pass over other errors.
 
     Raises:
         ValueError: from that error.
     """
-    if is_of_single(error):
+    if lacks_samples(error):
         raise ValueError(
             f"block {block!r} has a normalisation, which has nothing to normalise by in a batch of one sample: use larger "
             "batches, and drop_last=True in the loader"

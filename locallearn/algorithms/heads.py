@@ -43,6 +43,7 @@ from locallearn.losses.local_heads import (
 from locallearn.nets.blocks import Blocks, fitted
 from locallearn.nets.heads import ConvHead, LinearHead, MLPHead, ResidualHead, TokenHead
 from locallearn.nets.layout import Signal, channel_axis
+from locallearn.nets.trace import lacks_samples
 from locallearn.nets.units import residual_branches, sample_shapes
 
 Head = Literal["linear", "conv1", "1c2f", "dgl", "man", "mirror", "auglocal", "token"]
@@ -456,7 +457,7 @@ class BlockHeads(nn.Module):
         try:
             read: Tensor = self.projections[index](output)
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if not lacks_samples(error):
                 raise
             raise ValueError(
                 f"the head of block {self.names[index]!r} normalises over the batch, and this one has {len(output)} "

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from locallearn.algorithms.base import Algorithm, Locality, ParamGroup, TaskInfo, Update, let_go
-from locallearn.algorithms.dry_run import is_of_single, refuse_single
+from locallearn.algorithms.dry_run import refuse_single
 from locallearn.batch import Batch
 from locallearn.cost import drive, undisturbed
 from locallearn.local._targets import (
@@ -34,6 +34,7 @@ from locallearn.losses._of_torch import left_out
 from locallearn.nets.blocks import evaluating
 from locallearn.nets.cut import Cut
 from locallearn.nets.execution import Execution
+from locallearn.nets.trace import lacks_samples
 
 OptimizerFactory = Callable[[list[ParamGroup]], Optimizer]
 
@@ -162,7 +163,7 @@ class Local:
             try:
                 update = next(updates, None)
             except ValueError as error:
-                if is_of_single(error):
+                if lacks_samples(error):
                     self._try(batch)
                 self._explain(error, inputs)
                 raise

@@ -93,9 +93,8 @@ class _Level(nn.Module):
             moved = self._buffers[name]
             if buffer is None or moved is None or moved is buffer:
                 continue
-            if torch._has_compatible_shallow_copy_type(
-                buffer, moved
-            ):  # as PyTorch asks of parameters; no meta tensor is
+            # As PyTorch asks of parameters: no tensor takes the place of one without memory (meta).
+            if torch._has_compatible_shallow_copy_type(buffer, moved):
                 buffer.data = moved
                 self._buffers[name] = buffer
         return self

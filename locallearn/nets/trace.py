@@ -160,9 +160,8 @@ class Tracer(fx.Tracer):
         except OutputMissing:
             raise
         except Exception as error:
-            few = "more than 1 value per channel" in str(error)
             where = f", because {entered[0]!r} normalises over the batch" if entered[0] else ""
-            more = f"; give an example of several samples{where}" if few else ""
+            more = f"; give an example of several samples{where}" if lacks_samples(error) else ""
             if "Half" in str(error):
                 more = "; Half is float16: give network and example both in float32 or both in bfloat16"
             raise ValueError(
@@ -451,6 +450,11 @@ def _place(error: BaseException) -> str:
 
 
 _INTERNAL = tuple(path for path in (torch.__path__[0], contextmanager.__code__.co_filename, copy.__file__))
+
+
+def lacks_samples(error: Exception) -> bool:
+    """Whether this is what PyTorch's normalisations say of a batch of one sample."""
+    return "more than 1 value per channel" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

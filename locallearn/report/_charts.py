@@ -416,6 +416,11 @@ def plain_text(text: str) -> str:
     return escape(" ".join(text.split()))
 
 
+def clipped(text: str, most: int) -> str:
+    """The beginning of a long text, with a sign that there is more."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def wrapped(text: str, width: int = 24) -> str:
     """Text for a category of an axis, in lines of about ``width`` signs: a long name must leave room for the chart."""
     return "<br>".join(escape(line) for line in textwrap.wrap(" ".join(text.split()), width)) or plain_text(text)

@@ -59,9 +59,11 @@ def _rule(record: Record) -> _Rule | None:
     patience, monitor = known_number(schedule["patience"]), schedule.get("monitor")
     best = schedule.get("restore_best") is not False
     waited = None if patience is None else int(patience)
-    if _sooner(record, waited) or waited is None:  # then what is watched ends nothing
-        return _Rule(waited, None, best, _sooner(record, waited))
-    return _Rule(waited, monitor if isinstance(monitor, str) else None, best, False)
+    sooner = _sooner(record, waited)
+    watched = (
+        monitor if isinstance(monitor, str) and waited is not None and not sooner else None
+    )  # else it ends nothing
+    return _Rule(waited, watched, best, sooner)
 
 
 def _sooner(record: Record, patience: int | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from locallearn.records import SCHEMA, Record
-from locallearn.report._charts import plain_text
+from locallearn.report._charts import clipped, plain_text
 from locallearn.report._columns import UNKNOWN
 from locallearn.report._html import Book, count, plain_table, scrolled, texts
 from locallearn.statistics import Row, labelled
@@ -110,8 +110,7 @@ def _progress(record: Record) -> str:
 
 
 def _short(text: str, most: int = 160) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return clipped(" ".join(text.split()), most)
 
 
 def unfinished(

@@ -12,6 +12,7 @@ from typing import Any
 from locallearn.report._charts import (
     Chart,
     Figure,
+    clipped,
     cost_axis,
     error_bar,
     figure_of,
@@ -128,7 +129,7 @@ def parallel_chart(
         "yaxis": {"visible": False, "range": [-0.08, 1.08]},
         "annotations": [
             {
-                **{"x": x, "y": y, "text": plain_text(cut(text)), "showarrow": False, "font": {"size": 11}},
+                **{"x": x, "y": y, "text": plain_text(clipped(text, 14)), "showarrow": False, "font": {"size": 11}},
                 **{"xanchor": "left", "xshift": 4, "yshift": 7 if y > 0.5 else -7},
             }
             for x, y, text in marks
@@ -164,11 +165,6 @@ def _axis(values: Sequence[Any]) -> tuple[list[float | None], list[tuple[float, 
 
 def _once(key: str, keys: Sequence[str]) -> bool:
     return sum(other.rpartition(".")[2] == key.rpartition(".")[2] for other in keys) == 1
-
-
-def cut(text: str, most: int = 14) -> str:
-    """The beginning of a long text, with a sign that there is more."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _settings(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from locallearn.records import SHARES, Record, plain_file
-from locallearn.report._charts import Chart, figure_of, plain_text, ramp, rounded, wrapped
+from locallearn.report._charts import Chart, clipped, figure_of, plain_text, ramp, rounded, wrapped
 from locallearn.report._columns import UNKNOWN, known_number, metric_title, significant
 from locallearn.report._curves import thin
-from locallearn.report._sweeps import cut, parallel_chart
+from locallearn.report._sweeps import parallel_chart
 
 _FOLDER = "tune"
 # What keeps a page small, of every study: trials that are drawn, lines of a table of trials, lines of the table of the best
@@ -197,7 +197,7 @@ def _history(studies: Sequence[Mapping[str, Any]], title: str, share: float, low
     layout = {"xaxis": {"title": {"text": "trial"}}, "yaxis": {"title": {"text": plain_text(f"validation {title}")}}}
     header = ("Trial", "State", f"Validation {title}", "Seconds", "Settings", "Error")
     note = "A mark per trial, a cross where it was pruned (its last value before), the line the best so far."
-    note += _kept(map(len, map(list, map(_trials, studies))))
+    note += _kept(sum(1 for _ in _trials(study)) for study in studies)
     return Chart("History of the search", note, figure_of(data, layout, "end"), header, table, 400)
 
 
@@ -295,10 +295,10 @@ def _objectives(studies: Sequence[Mapping[str, Any]], objectives: Sequence[Mappi
     data, table = [], []
     most = 0
     for i, study in enumerate(studies):
-        best = _list(study.get("best"))
+        best, drawn = _list(study.get("best")), _best_of(list(_trials(study)), study, _TRIALS, lower)
         for chosen in (False, True):
             points = []
-            for one in _best_of(list(_trials(study)), study, _TRIALS, lower):
+            for one in drawn:
                 values = [known_number(v) for v in _list(one.get("values"))[:2]]
                 if len(values) == 2 and None not in values and (one["number"] in best) == chosen:
                     points.append((one["number"], *values))
@@ -338,7 +338,7 @@ def _importances(studies: Sequence[Mapping[str, Any]]) -> list[Chart]:
         by_objective = study.get("importances")
         for objective, shares in by_objective.items() if isinstance(by_objective, Mapping) else ():
             known = (
-                [(cut(str(k), 80), v) for k, w in shares.items() if (v := known_number(w)) is not None]
+                [(clipped(str(k), 80), v) for k, w in shares.items() if (v := known_number(w)) is not None]
                 if isinstance(shares, Mapping)
                 else []
             )
@@ -430,7 +430,7 @@ def _value(trial: Mapping[str, Any]) -> float | None:
 
 def _params(trial: Mapping[str, Any]) -> dict[str, Any]:
     params = trial.get("params")
-    return {cut(str(k), 80): v for k, v in params.items()} if isinstance(params, Mapping) else {}
+    return {clipped(str(k), 80): v for k, v in params.items()} if isinstance(params, Mapping) else {}
 
 
 def _settings(trial: Mapping[str, Any]) -> str:
@@ -438,7 +438,7 @@ def _settings(trial: Mapping[str, Any]) -> str:
     told = (
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in _params(trial).items()
     )
-    return cut(", ".join(told), 500) or UNKNOWN
+    return clipped(", ".join(told), 500) or UNKNOWN
 
 
 def _shown(value: float, share: float) -> str:
@@ -462,4 +462,4 @@ def _list(value: Any) -> list[Any]:
 
 
 def _text(value: Any) -> str:
-    return cut(value, 500).encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
+    return clipped(value, 500).encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
